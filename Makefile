@@ -1,0 +1,163 @@
+# The two commands are `make demo` and `make test`; `make` lists the others.
+#
+#   PYTHON         the interpreter that makes the environment, 3.10 or newer (default python3)
+#   SLORA_TORCH    2.11: the pair torch 2.11.0 / Triton 3.6.0 in .venv (default); newest: in .venv-newest
+#   SLORA_SKIP_EXT 1: install without the C++/CUDA extension
+#   PYTEST_ARGS    more arguments for pytest, such as PYTEST_ARGS="-k merge"
+#   WORKERS        processes that pytest uses (default 2); 0 runs the tests in one
+#   DEMO_ARGS      arguments for `slora demo`
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+
+PYTHON ?= python3
+SLORA_TORCH ?= 2.11
+WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+ifeq ($(SLORA_TORCH),2.11)
+VENV := .venv
+CONSTRAINTS := constraints/torch-2.11.txt
+TORCH := torch 2.11.0
+else ifeq ($(SLORA_TORCH),newest)
+VENV := .venv-newest
+CONSTRAINTS := constraints/newest.txt
+TORCH := the newest torch
+else
+$(error SLORA_TORCH=$(SLORA_TORCH) is unknown; use SLORA_TORCH=2.11 (the default) or SLORA_TORCH=newest)
+endif
+
+ifndef CUDA_HOME
+ifneq ($(wildcard /usr/local/cuda),)
+export CUDA_HOME := /usr/local/cuda
+endif
+endif
+
+# Commands of the environment, for recipes and for what they start (ninja, the slora command).
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+PIP_LOG := $(VENV)/pip.log
+BUILD_LOG := $(VENV)/build.log
+
+# Both environments install this folder in place and share slora/_C*.so, which fits one torch only. The stamp says for
+# which environment it was built; building for one removes the stamp of the other.
+SKIPPED := $(if $(filter-out 0 false no off,$(SLORA_SKIP_EXT)),-skipped)
+BUILT := build/extension-for-$(VENV:.%=%)$(SKIPPED)
+NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+
+TRAIN_STAMP := $(VENV)/.installed-train
+TEST_STAMP := $(VENV)/.installed-test
+TRAIN := slora[train]
+TEST := slora[train,test]
+
+# $(call pip_install,what it is,arguments of pip install,environment variables)
+define pip_install
+@echo "slora: installing $(1) into $(VENV)"
+@{ $(3) $(RUN) python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) $(2) \
+	2>&1 1>&3 | tee $(PIP_LOG) >&2; } 3>&1 || { \
+	if grep -qiE 'connection broken|max retries|timed? ?out|name resolution|proxyerror|sslerror|http error' $(PIP_LOG); \
+	then echo "slora: pip could not reach the package index; check the network, or set PIP_INDEX_URL to an index that can be reached or HTTPS_PROXY to a proxy."; \
+	else echo "slora: pip could not install $(1); its message stands above."; fi >&2; exit 1; }
+endef
+
+.PHONY: help
+help: ## list the targets
+	@echo "Targets of this Makefile (variables: see its first lines):"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+.PHONY: demo
+demo: say-demo $(TRAIN_STAMP) $(BUILT) ## install into .venv and run `slora demo`
+	@$(RUN) slora demo $(DEMO_ARGS)
+
+.PHONY: test
+test: say-test $(TEST_STAMP) $(BUILT) run-lint run-tests ## install with the test extra; ruff, format, mypy and all tests
+
+.PHONY: test-only
+test-only: say-test-only $(TEST_STAMP) $(BUILT) run-tests ## all tests, without ruff, format and mypy
+
+.PHONY: lint
+lint: say-lint $(TEST_STAMP) run-lint ## ruff, format and mypy, without the tests
+
+.PHONY: format
+format: say-format $(TEST_STAMP) ## rewrite the sources in the project's format
+	@$(RUN) ruff check --fix-only --quiet .
+	@$(RUN) ruff format .
+	$(if $(NATIVE),@$(RUN) clang-format -i $(NATIVE))
+
+.PHONY: bench
+bench: say-bench $(TEST_STAMP) $(BUILT) ## run the benchmarks that pytest collects in benchmarks/
+	@if [ -n "$(wildcard benchmarks/bench_*.py benchmarks/test_*.py)" ]; \
+	then $(RUN) pytest benchmarks --benchmark-only $(PYTEST_ARGS); \
+	else echo "slora: benchmarks/ has no bench_*.py or test_*.py file, so there is nothing to run."; fi
+
+.PHONY: environment
+environment: say-environment $(TEST_STAMP) $(BUILT) ## only install, with the test extra
+
+.PHONY: clean
+clean: ## remove build outputs and caches; environments stay
+	@echo "clean: remove build outputs and caches (the environments stay: rm -r .venv .venv-newest removes them)"
+	@rm -rf build dist slora.egg-info slora/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@find slora kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# The first line of every target that does something: what it is about to do.
+INSTALL := install $(TORCH) and slora into $(VENV) where that is not done yet
+.PHONY: say-demo say-test say-test-only say-lint say-format say-bench say-environment
+say-demo:
+	@echo "demo: $(INSTALL) (2 to 3 GB to fetch), build what can be built, then run 'slora demo'"
+say-test:
+	@echo "test: $(INSTALL), then run ruff, ruff format, mypy and all tests"
+say-test-only:
+	@echo "test-only: $(INSTALL), then run all tests"
+say-lint:
+	@echo "lint: $(INSTALL), then run ruff, ruff format and mypy"
+say-format:
+	@echo "format: $(INSTALL), then rewrite the sources in the project's format"
+say-bench:
+	@echo "bench: $(INSTALL), then run benchmarks/"
+say-environment:
+	@echo "environment: $(INSTALL), with what the tests need"
+
+.PHONY: run-lint
+run-lint:
+	@echo "slora: ruff check";  $(RUN) ruff check .
+	@echo "slora: ruff format --check"; $(RUN) ruff format --check .
+	@echo "slora: mypy"; $(RUN) mypy
+	$(if $(NATIVE),@echo "slora: clang-format"; $(RUN) clang-format --dry-run --Werror $(NATIVE))
+
+# One thread per process: several processes that each use all cores slow each other down.
+.PHONY: run-tests
+run-tests:
+	@echo "slora: pytest with $(TORCH)"
+	@$(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
+
+$(VENV)/.created:
+	@command -v "$(PYTHON)" >/dev/null || { echo "slora: no Python was found as '$(PYTHON)'; install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "slora: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1), but slora needs Python 3.10 or newer; name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "slora: '$(PYTHON)' cannot make environments (its module venv or ensurepip is missing); on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
+	@"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.build-tools: $(CONSTRAINTS) | $(VENV)/.created
+	$(call pip_install,build tools,'setuptools>=77' wheel ninja pybind11)
+	@touch $@
+
+# The extension is built by the rule for $(BUILT), once torch is there.
+$(TRAIN_STAMP): pyproject.toml $(CONSTRAINTS) $(VENV)/.build-tools
+	$(call pip_install,$(TORCH) and $(TRAIN),--no-build-isolation -e '$(TRAIN:slora%=.%)',SLORA_SKIP_EXT=1)
+	@touch $@
+
+$(TEST_STAMP): pyproject.toml $(CONSTRAINTS) $(VENV)/.build-tools
+	$(call pip_install,$(TORCH) and $(TEST),--no-build-isolation -e '$(TEST:slora%=.%)',SLORA_SKIP_EXT=1)
+	@touch $@ $(TRAIN_STAMP)
+
+$(BUILT): setup.py $(NATIVE) $(VENV)/.build-tools
+	@echo "slora: installing slora itself into $(VENV), with its extension where that can be built"
+	@$(RUN) python -m pip install --verbose --disable-pip-version-check --no-deps --no-build-isolation -e . \
+		>$(BUILD_LOG) 2>&1 || { tail -n 40 $(BUILD_LOG); \
+		echo "slora: the extension could not be built; the compiler's messages are in $(BUILD_LOG). SLORA_SKIP_EXT=1 installs slora without it."; exit 1; } >&2
+	@sed -nE 's/^ *(slora: extension .*)/\1/p' $(BUILD_LOG) | tail -n 1
+	@mkdir -p build; rm -f build/extension-for-*; touch $@

@@ -1,0 +1,1 @@
+"""What is fast, measured: each case writes one JSON file under `results/`, from which the tables are made."""

@@ -1,0 +1,283 @@
+"""Adapters on disk: `adapter_model.safetensors`, `adapter_config.json` and `selective.json`.
+
+The first two use PEFT's names for tensors and settings; the third holds what PEFT does not know: gates,
+threshold, and which base model the adapter belongs to. Only active blocks are written. Several blocks on one
+linear become one LoRA pair of their summed rank: A stacked, B block-diagonal. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from slora.config import SelectiveLoRAConfig
+from slora.errors import CheckpointError, ConfigError, StateError
+from slora.files import read_json, write_atomically, write_json
+from slora.gate import adapted_layers
+from slora.inject import inject, injection, unload
+from slora.layers import LoRABlocks
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WEIGHTS, CONFIG, SELECTIVE = "adapter_model.safetensors", "adapter_config.json", "selective.json"
+PREFIX = "base_model.model."
+FORMAT = 1
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the adapter of `model` into `directory`, each file atomically, the weights first.
+
+    Raises:
+        StateError: the model is not adapted, or is merged.
+        CheckpointError: the folder cannot be written, or the disk is full; earlier files are left as they were.
+    """
+    record = injection(model)
+    layers = dict(adapted_layers(model))
+    if any(layer.merged for layer in layers.values()):
+        raise StateError("the model is merged; call slora.unmerge(model) before saving its adapter")
+    folder = Path(directory)
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        if layer.activity().active:
+            A, B = stacked_pair(layer)
+            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
+    for name in record.modules_to_save:
+        for key, value in model.get_submodule(name).state_dict().items():
+            tensors[f"{PREFIX}{name}.{key}"] = value.detach().cpu().contiguous()
+    selective = {
+        "format": FORMAT,
+        "config": record.config.to_dict(),
+        "layers": {name: _layer_entry(layer) for name, layer in layers.items()},
+        "base": fingerprint(model),
+    }
+    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_json(folder / CONFIG, peft_config(record.config, layers, record.modules_to_save))
+    write_json(folder / SELECTIVE, selective)
+
+
+def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
+    """Load an adapter into `model`, in place, and return it; a plain model is injected first.
+
+    Everything is read and checked before the first parameter changes. Blocks that were inactive when the
+    adapter was saved get fresh matrices (`B = 0`) and their saved gate.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the adapter belongs to another model; the first
+            layer that differs is named.
+        StateError: the model is merged.
+    """
+    folder = Path(directory)
+    selective = read_json(folder / SELECTIVE)
+    tensors = _read_tensors(folder / WEIGHTS)
+    try:
+        if selective["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder / SELECTIVE} has format {selective['format']!r}; this version reads {FORMAT}"
+            )
+        config = SelectiveLoRAConfig.from_dict(selective["config"])
+        entries, base = selective["layers"], selective["base"]
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder / SELECTIVE} is incomplete or damaged ({error})") from error
+    _check_base(model, base, folder)
+    if any(True for _ in adapted_layers(model)):
+        _fill(model, entries, tensors, folder)
+    else:
+        trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        inject(model, config)
+        try:
+            _fill(model, entries, tensors, folder)
+        except Exception:
+            unload(model)
+            for parameter, flag in trainable.items():
+                parameter.requires_grad_(flag)
+            raise
+    if fingerprint(model)["digest"] != base["digest"]:
+        warnings.warn(
+            f"{folder} was trained on other base weights than this {type(model).__name__} has: shapes agree, "
+            f"values do not. Load the same pretrained weights first.",
+            stacklevel=2,
+        )
+    return model
+
+
+def _fill(model: nn.Module, entries: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    layers = dict(adapted_layers(model))
+    if any(layer.merged for layer in layers.values()):
+        raise StateError("the model is merged; call slora.unmerge(model) before loading an adapter")
+    if set(layers) != set(entries):
+        odd = sorted(set(layers) ^ set(entries))
+        where = "only in the model" if odd[0] in layers else "only in the adapter"
+        raise CheckpointError(f"{folder} adapts {len(entries)} layers, the model {len(layers)}; {odd[0]!r} is {where}")
+    states = {name: _block_state(name, layer, entries[name], tensors, folder) for name, layer in layers.items()}
+    saved = _saved_state(model, injection(model).modules_to_save, tensors, folder)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for key, value in states[name].items():
+                getattr(layer, key).copy_(value)
+        present = model.state_dict()
+        for key, value in saved.items():
+            present[key].copy_(value)
+
+
+@torch.no_grad()
+def stacked_pair(layer: LoRABlocks) -> tuple[Tensor, Tensor]:
+    """Return the active blocks of `layer` as one pair on the CPU: `A [n * r, in]`, block-diagonal `B [out, n * r]`."""
+    active = list(layer.activity().active)
+    A = layer.lora_A[active].reshape(-1, layer.lora_A.shape[-1])
+    n, r = layer.lora_B.shape[1:]
+    B = layer.lora_B.new_zeros(layer.blocks * n, len(active) * r)
+    for j, i in enumerate(active):
+        B[i * n : (i + 1) * n, j * r : (j + 1) * r] = layer.lora_B[i]
+    return A.cpu().contiguous(), B.cpu().contiguous()
+
+
+def peft_config(
+    config: SelectiveLoRAConfig, layers: Mapping[str, LoRABlocks], modules_to_save: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return `adapter_config.json`: the active layers as a PEFT LoRA, ranks and alphas of stacked blocks summed."""
+    ranks, alphas = {}, {}
+    for name, layer in layers.items():
+        count = len(layer.activity().active)
+        if not count:
+            continue
+        # PEFT divides alpha by the stacked rank (or its root), so alpha grows with it and the factor stays c.
+        r, alpha = count * layer.r, layer.lora_alpha * (count**0.5 if config.use_rslora else count)
+        if r != config.r:
+            ranks[name] = r
+        if alpha != config.lora_alpha:
+            alphas[name] = alpha
+    return {
+        "peft_type": "LORA",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": [name for name, layer in layers.items() if layer.activity().active],
+        "modules_to_save": list(modules_to_save) or None,
+        "rank_pattern": {f"^{name}$": rank for name, rank in ranks.items()},
+        "alpha_pattern": {f"^{name}$": alpha for name, alpha in alphas.items()},
+        "use_rslora": config.use_rslora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "task_type": None,
+        "base_model_name_or_path": None,
+    }
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Return what identifies the base of an adapted model: shapes of the adapted weights and a digest of their values.
+
+    The digest covers up to 256 elements of each weight, rounded to bf16, so it is the same whether the base is
+    kept in fp32 or bf16.
+    """
+    digest = hashlib.sha256()
+    shapes = {}
+    for name, layer in adapted_layers(model):
+        weight = layer.base_weight.detach()
+        shapes[name] = list(weight.shape)
+        flat = weight.reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16).float().cpu()
+        digest.update(sample.numpy().tobytes())
+    return {"class": type(model).__name__, "shapes": shapes, "digest": digest.hexdigest()}
+
+
+def _layer_entry(layer: LoRABlocks) -> dict[str, Any]:
+    return {
+        "r": layer.r,
+        "blocks": layer.blocks,
+        "active": list(layer.activity().active),
+        "gate": [float(value) for value in layer.gate.detach().tolist()],
+    }
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}); it may be damaged") from error
+
+
+def _check_base(model: nn.Module, base: Mapping[str, Any], folder: Path) -> None:
+    modules = dict(model.named_modules())
+    for name, shape in base["shapes"].items():
+        module = modules.get(name)
+        weight = getattr(module, getattr(module, "weight_name", "weight"), None)
+        if not isinstance(weight, Tensor):
+            weight = getattr(module, "in_proj_weight", None)
+        found = list(weight.shape) if isinstance(weight, Tensor) else None
+        if found != shape:
+            what = f"has shape {found}" if found else "does not exist"
+            raise CheckpointError(
+                f"{folder} belongs to a {base['class']} whose {name!r} has shape {shape}; in this "
+                f"{type(model).__name__} it {what}. Load the base model that the adapter was trained on."
+            )
+
+
+def _block_state(
+    name: str, layer: LoRABlocks, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    try:
+        r, blocks, active, gate = entry["r"], entry["blocks"], entry["active"], entry["gate"]
+    except KeyError as error:
+        raise CheckpointError(f"{folder / SELECTIVE}: layer {name!r} lacks {error}") from error
+    if (r, blocks, len(gate)) != (layer.r, layer.blocks, layer.blocks):
+        raise CheckpointError(
+            f"{folder} has r={r}, blocks={blocks} for {name!r}, the model r={layer.r}, blocks={layer.blocks}; "
+            f"load it into the plain model, which is then injected to fit"
+        )
+    state = {"gate": torch.tensor(gate)}
+    if layer.released:
+        if active:
+            raise CheckpointError(f"{name!r} was freed by inactive='frozen'; load {folder} into the plain model")
+        return state
+    n = layer.lora_B.shape[1]
+    state["lora_A"] = torch.empty(blocks, r, layer.lora_A.shape[2])
+    state["lora_B"] = torch.zeros(blocks, n, r)
+    for A_i in state["lora_A"]:
+        nn.init.kaiming_uniform_(A_i, a=5**0.5)
+    if active:
+        A, B = (_tensor(tensors, f"{PREFIX}{name}.lora_{letter}.weight", folder) for letter in "AB")
+        expected = [len(active) * r, layer.lora_A.shape[2]], [blocks * n, len(active) * r]
+        if (list(A.shape), list(B.shape)) != expected:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: A and B of {name!r} have shapes {list(A.shape)} and {list(B.shape)}; "
+                f"expected {expected[0]} and {expected[1]}"
+            )
+        for j, i in enumerate(active):
+            state["lora_A"][i] = A[j * r : (j + 1) * r]
+            state["lora_B"][i] = B[i * n : (i + 1) * n, j * r : (j + 1) * r]
+    return state
+
+
+def _saved_state(
+    model: nn.Module, modules: tuple[str, ...], tensors: Mapping[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    state = {}
+    for name in modules:
+        for key, value in model.get_submodule(name).state_dict().items():
+            saved = _tensor(tensors, f"{PREFIX}{name}.{key}", folder)
+            if saved.shape != value.shape:
+                raise CheckpointError(
+                    f"{folder / WEIGHTS}: {name}.{key} has shape {list(saved.shape)}, the model's has "
+                    f"{list(value.shape)}; build the model with the same number of outputs"
+                )
+            state[f"{name}.{key}"] = saved
+    return state
+
+
+def _tensor(tensors: Mapping[str, Tensor], key: str, folder: Path) -> Tensor:
+    if key not in tensors:
+        raise CheckpointError(f"{folder / WEIGHTS} lacks {key!r}; the file is incomplete")
+    return tensors[key]

@@ -1,0 +1,179 @@
+"""`SelectiveLoRAConfig`: every choice that shapes an adapter, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+
+from slora.errors import ConfigError
+
+Inactive = Literal["exact", "probe", "frozen"]
+
+
+@dataclass
+class SelectiveLoRAConfig:
+    """Which layers are adapted, with what rank, and how their blocks are selected.
+
+    Fields that PEFT's `LoraConfig` has too carry the same name and meaning.
+
+    Args:
+        r: rank of every block, 1 to 256; at most min(in_features, out_features) of its layer.
+        lora_alpha: numerator of the scaling `lora_alpha / r` (`/ sqrt(r)` with `use_rslora`).
+        lora_dropout: probability with which an input element of the LoRA path is dropped in training.
+        target_modules: "all-linear" (every linear layer but the output head), a regular expression that
+            must match the whole module name, or a list of names and name endings ("qkv", "attn.proj").
+        exclude_modules: the same, for modules to leave alone.
+        modules_to_save: names or name endings of modules that are trained in full and saved with the
+            adapter, such as a new classifier head.
+        rank_pattern: {regular expression on the end of a module name: rank}, overriding `r`.
+        alpha_pattern: the same for `lora_alpha`.
+        use_rslora: scale by `lora_alpha / sqrt(r)` (arXiv 2312.03732).
+        threshold: a block is active while `gate >= threshold`. 0.1 is TAPS' published value; the value
+            used in arXiv 2501.15377 is not known to us.
+        gate_init: initial score of every block; 0.15 is TAPS' published value, with the same caveat.
+        blocks: "auto" (a fused qkv projection gets three blocks, everything else one) or a number that
+            divides `out_features` of every adapted layer.
+        inactive: what happens to the gate of an inactive block. "exact": its straight-through gradient
+            is computed at every step. "probe": an unbiased estimate from `probe_rows` random rows every
+            `probe_every` steps, nearly free. "frozen": none; an inactive block stays inactive for good.
+        probe_every: optimizer steps between two probes; the estimate is scaled by it.
+        probe_rows: rows of the input that a probe reads; all of them where there are fewer.
+        base_dtype: dtype in which the frozen base weights of adapted layers are kept, such as
+            `torch.bfloat16` to halve their memory under bf16 autocast; None leaves them as they are.
+
+    Raises:
+        ConfigError: a value is out of range; the message names the field, the value and what is allowed.
+    """
+
+    r: int = 16
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] | None = field(default=None)
+    alpha_pattern: Mapping[str, float] | None = field(default=None)
+    use_rslora: bool = False
+    threshold: float = 0.1
+    gate_init: float = 0.15
+    blocks: int | Literal["auto"] = "auto"
+    inactive: Inactive = "probe"
+    probe_every: int = 10
+    probe_rows: int = 512
+    base_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        _check_rank("r", self.r)
+        for pattern, rank in (self.rank_pattern or {}).items():
+            _check_pattern("rank_pattern", pattern)
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        _check_alpha("lora_alpha", self.lora_alpha)
+        for pattern, alpha in (self.alpha_pattern or {}).items():
+            _check_pattern("alpha_pattern", pattern)
+            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"lora_dropout={self.lora_dropout} is not a probability below 1; use 0.0 for none")
+        for name in ("threshold", "gate_init"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name}={getattr(self, name)} is not finite; the published values are 0.1 and 0.15")
+        if self.blocks != "auto" and (not _is_int(self.blocks) or self.blocks < 1):
+            raise ConfigError(f'blocks={self.blocks!r} is neither a positive integer nor "auto"')
+        if self.inactive not in get_args(Inactive):
+            raise ConfigError(f"inactive={self.inactive!r} is unknown; use one of {', '.join(get_args(Inactive))}")
+        for name in ("probe_every", "probe_rows"):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive integer")
+        if self.base_dtype is not None and not (
+            isinstance(self.base_dtype, torch.dtype) and self.base_dtype.is_floating_point
+        ):
+            raise ConfigError(
+                f"base_dtype={self.base_dtype!r} is not a floating-point torch.dtype such as torch.bfloat16"
+            )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "all-linear":
+                _check_pattern(name, value)
+        if not self.target_modules:
+            raise ConfigError('target_modules is empty; use "all-linear", a regular expression or a list of names')
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(
+                f'modules_to_save={self.modules_to_save!r} is a string; use a list: ["{self.modules_to_save}"]'
+            )
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank for the module `name`: the first matching entry of `rank_pattern`, else `r`."""
+        return int(_first_match(self.rank_pattern, name, self.r))
+
+    def alpha_of(self, name: str) -> float:
+        """Return `lora_alpha` for the module `name`, `alpha_pattern` considered."""
+        return float(_first_match(self.alpha_pattern, name, self.lora_alpha))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON-serialisable values; `from_dict` reads them back."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if self.base_dtype is not None:
+            fields["base_dtype"] = str(self.base_dtype).removeprefix("torch.")
+        for name, value in fields.items():
+            if isinstance(value, Mapping):
+                fields[name] = dict(value)
+            elif isinstance(value, Sequence) and not isinstance(value, str):
+                fields[name] = list(value)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SelectiveLoRAConfig:
+        """Build a config from `to_dict`'s result.
+
+        Raises:
+            ConfigError: a field is unknown (the message lists it), or a value is out of range.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(fields) - known)
+        if unknown:
+            raise ConfigError(f"unknown config fields {unknown}; known are {sorted(known)}")
+        values = dict(fields)
+        if isinstance(values.get("base_dtype"), str):
+            dtype = getattr(torch, values["base_dtype"], None)
+            if dtype is None:
+                raise ConfigError(f"base_dtype={values['base_dtype']!r} is not the name of a torch dtype")
+            values["base_dtype"] = dtype
+        return cls(**values)
+
+
+def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
+    """Return `c`, the factor in front of `S @ B.T`."""
+    return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_rank(name: str, value: object) -> None:
+    if not _is_int(value) or not 1 <= value <= 256:  # type: ignore[operator]
+        raise ConfigError(f"{name}={value!r} is not a rank; use an integer from 1 to 256")
+
+
+def _check_alpha(name: str, value: float) -> None:
+    if not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name}={value!r} is not a positive finite number")
+
+
+def _check_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
+
+
+def _first_match(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+            return value
+    return default

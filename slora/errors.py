@@ -1,0 +1,43 @@
+"""Errors that slora raises.
+
+Every class derives from `SLoRAError` and from the builtin that a caller would expect, so both
+`except slora.SLoRAError` and `except ValueError` work. A message names the thing, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+
+class SLoRAError(Exception):
+    """Base class of all errors raised by slora."""
+
+
+class ConfigError(SLoRAError, ValueError):
+    """A setting has a value that cannot work."""
+
+
+class TargetError(SLoRAError, ValueError):
+    """A pattern selects no module, or one that cannot be adapted."""
+
+
+class ShapeError(SLoRAError, ValueError):
+    """Tensors whose shapes, dtypes or devices disagree reached an operator."""
+
+
+class StateError(SLoRAError, RuntimeError):
+    """A call that the model's present state does not allow, such as merging twice."""
+
+
+class CheckpointError(SLoRAError, RuntimeError):
+    """A file is missing, damaged, or belongs to another model."""
+
+
+class DataError(SLoRAError, ValueError):
+    """A data set is missing, empty or damaged beyond what can be skipped."""
+
+
+class MissingDependencyError(SLoRAError, ImportError):
+    """A feature needs a package that is not installed."""
+
+
+class NonFiniteLossError(SLoRAError, FloatingPointError):
+    """The loss became NaN or infinite."""

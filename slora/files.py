@@ -1,0 +1,98 @@
+"""Files that are either the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slora.errors import CheckpointError
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Call `write(temporary)` and rename the result to `path`, flushed to disk first.
+
+    A kill at any instant leaves the previous file. The temporary file is removed when `write` fails.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; names the file and the cause.
+    """
+    target = Path(path)
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        os.close(descriptor)
+        temporary = Path(name)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, target)
+        temporary = None
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    except Exception as error:
+        # safetensors reports a full disk with an exception of its own.
+        if type(error).__module__.startswith("safetensors"):
+            raise _cannot_write(target, error) from error
+        raise
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` in UTF-8, atomically."""
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        CheckpointError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); it may be damaged") from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _cannot_write(path: Path, error: Exception) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or error
+    return CheckpointError(
+        f"{path} could not be written ({reason}); free space or choose another folder. What stood there is unchanged."
+    )
+
+
+def _umask() -> int:
+    # Reading the umask is only possible by setting it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

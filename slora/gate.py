@@ -1,0 +1,280 @@
+"""Gates: which blocks are active, what moves their scores, and what inactive blocks still learn.
+
+`GateMirror` is the host's copy of every block's activity. It notices an optimizer step or an edit by the
+version counter that PyTorch keeps for each parameter, and then refreshes all layers of the model with a single
+device-to-host copy, so that eager mode can skip whole launches without asking the device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slora import addmm
+from slora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slora.layers.blocks import LoRABlocks
+
+
+class Activity(NamedTuple):
+    """What the host knows about the blocks of one layer until the gates move."""
+
+    active: tuple[int, ...]
+    inactive: tuple[int, ...]
+    probe: bool
+    """Whether the gates of inactive blocks get an estimated gradient now."""
+    probe_scale: float
+    """Factor that makes probing only now and then unbiased over steps."""
+    step: int
+    """How often the gates of the model have moved: together with the layer, the seed of the probe."""
+
+
+class GateMirror:
+    """The activity of all adapted layers of one model, on the host.
+
+    Layers join at their first forward; the mirror keeps no layer alive. A copy of the model (deepcopy, pickle)
+    starts a mirror of its own.
+
+    Attributes:
+        step: how often the gates were seen to have moved.
+        copies: device-to-host copies made so far, one per refresh and device.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.copies = 0
+        self._layers: list[weakref.ref[LoRABlocks]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GateMirror:
+        copy = GateMirror()
+        copy.step = self.step
+        memo[id(self)] = copy
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"step": self.step, "copies": 0, "_layers": []}
+
+    def activity(self, layer: LoRABlocks) -> Activity:
+        """Return the activity of `layer`, refreshed for the whole model if a gate has moved since."""
+        if layer._activity is None or layer._gate_key != _key(layer.gate):
+            self._refresh(layer)
+        assert layer._activity is not None
+        return layer._activity
+
+    def _refresh(self, asking: LoRABlocks) -> None:
+        if asking._activity is not None:
+            self.step += 1
+        layers = [layer for ref in self._layers if (layer := ref()) is not None and layer._mirror is self]
+        if asking not in layers:
+            layers.append(asking)
+        self._layers = [weakref.ref(layer) for layer in layers]
+        active = self._read(layers)
+        none_active = not any(any(on) for on in active.values())
+        for layer in layers:
+            on = active[layer]
+            # With nothing active no gate moves by itself, so no step would be noticed and no probe be due.
+            due = none_active or self.step % layer.probe_every == 0
+            layer._activity = Activity(
+                active=tuple(i for i, a in enumerate(on) if a),
+                inactive=tuple(i for i, a in enumerate(on) if not a),
+                probe=layer.inactive == "exact" or (layer.inactive == "probe" and due),
+                probe_scale=1.0 if none_active or layer.inactive == "exact" else float(layer.probe_every),
+                step=self.step,
+            )
+            layer._gate_key = _key(layer.gate)
+
+    def _read(self, layers: list[LoRABlocks]) -> dict[LoRABlocks, list[bool]]:
+        groups: dict[tuple[torch.device, torch.dtype], list[LoRABlocks]] = {}
+        for layer in layers:
+            groups.setdefault((layer.gate.device, layer.gate.dtype), []).append(layer)
+        result: dict[LoRABlocks, list[bool]] = {}
+        for members in groups.values():
+            gates = torch.cat([layer.gate.detach() for layer in members])
+            thresholds = [layer.threshold for layer in members for _ in range(layer.gate.shape[0])]
+            if len(set(thresholds)) == 1:
+                flags = gates >= thresholds[0]
+            else:
+                flags = gates >= gates.new_tensor(thresholds)
+            values = iter(flags.tolist())
+            self.copies += 1
+            for layer in members:
+                result[layer] = [next(values) for _ in range(layer.gate.shape[0])]
+        return result
+
+
+def _key(gate: Tensor) -> tuple[int, int]:
+    # Tensors made under inference_mode have no version counter; they cannot be trained, only replaced.
+    return id(gate), 0 if gate.is_inference() else gate._version
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRABlocks]]:
+    """Yield `(name, layer)` for every adapted layer of `model`, in the order of `named_modules`."""
+    from slora.layers.blocks import LoRABlocks
+
+    for name, module in model.named_modules():
+        if isinstance(module, LoRABlocks):
+            yield name, module
+
+
+def gates(model: nn.Module) -> list[nn.Parameter]:
+    """Return the gate parameters of `model`, one `[blocks]` tensor per adapted layer."""
+    return [layer.gate for _, layer in adapted_layers(model)]
+
+
+def gate_penalty(model: nn.Module) -> Tensor:
+    """Return `mean_i |gate_i|` over all blocks of `model`, a differentiable fp32 scalar.
+
+    Add `penalty * gate_penalty(model)` to the task loss, after a warm-up: at the start `B = 0`, so the gates
+    get no gradient from the task and the penalty alone would move them. Blocks that are inactive under the
+    policy "frozen" count in the mean.
+
+    Raises:
+        ConfigError: the model has no adapted layer.
+    """
+    parameters = gates(model)
+    if not parameters:
+        raise ConfigError("the model has no gates; call slora.inject(model, config) first")
+    device = parameters[0].device
+    return torch.cat([gate.float().to(device) for gate in parameters]).abs().mean()
+
+
+def penalty_at(step: int, penalty: float, warmup_steps: int, ramp_steps: int = 0) -> float:
+    """Return the penalty weight at `step`: 0 during the warm-up, then a linear ramp of `ramp_steps` to `penalty`."""
+    if step < warmup_steps:
+        return 0.0
+    if ramp_steps <= 0:
+        return penalty
+    return penalty * min(1.0, (step - warmup_steps + 1) / ramp_steps)
+
+
+class ProximalGates(torch.optim.Optimizer):
+    """Gates' own rule: a gradient step, then a soft threshold that replaces the penalty term of the loss.
+
+        gate <- gate - lr * grad
+        gate <- sign(gate) * max(|gate| - lr * penalty / blocks, 0)
+
+    where `blocks` is the number of gates in all groups, so that `penalty` means the same as in
+    `loss + penalty * gate_penalty(model)`. Unlike a subgradient step it does not oscillate around 0, and unlike
+    Adam it moves a gate by what the penalty asks for rather than by `lr` whatever the penalty is.
+
+    Args:
+        params: gate parameters, such as `slora.gate.gates(model)`.
+        lr: learning rate of the gates.
+        penalty: weight of the mean of |gate|; change `penalty` in `param_groups` for a warm-up.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-2, penalty: float = 0.0) -> None:
+        for name, value in (("lr", lr), ("penalty", penalty)):
+            if not value >= 0:
+                raise ConfigError(f"{name}={value} is negative or not a number; use 0 or more")
+        super().__init__(params, {"lr": lr, "penalty": penalty})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step; returns the loss of `closure` if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        blocks = sum(gate.numel() for group in self.param_groups for gate in group["params"])
+        for group in self.param_groups:
+            shrink = float(group["lr"]) * float(group["penalty"]) / blocks
+            for gate in group["params"]:
+                if gate.grad is not None:
+                    gate.add_(gate.grad, alpha=-float(group["lr"]))
+                if shrink:
+                    gate.copy_(nn.functional.softshrink(gate, shrink))
+        return loss
+
+
+def release_frozen(model: nn.Module, *optimizers: torch.optim.Optimizer) -> int:
+    """Free the LoRA matrices of layers that the policy "frozen" has switched off for good; return the bytes freed.
+
+    Their parameters shrink to rank 0, stop requiring gradients, and leave `optimizers` with their state.
+    Gates keep their values. Call it between two optimizer steps; a model with nothing to free is left alone.
+    """
+    freed = 0
+    gone: set[nn.Parameter] = set()
+    for _, layer in adapted_layers(model):
+        if layer.inactive == "frozen" and not layer.released and not layer.activity().active:
+            gone.update((layer.lora_A, layer.lora_B, layer.gate))
+            freed += layer.release()
+    for optimizer in optimizers if gone else ():
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
+        for parameter in gone:
+            state = optimizer.state.pop(parameter, {})
+            freed += sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+    return freed
+
+
+def sampled_rows(M: int, m: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return `min(m, M)` row numbers below `M`, int64, rising: one random row from each of as many equal strata.
+
+    Row j is expected exactly `m / M` times, so a sum over the sampled rows times `M / m` is an unbiased
+    estimate of the sum over all. The numbers come from an integer hash of `(seed, k)`: the same on any device
+    and without any generator's state.
+    """
+    if m >= M:
+        return torch.arange(M, device=device)
+    k = torch.arange(m, dtype=torch.int64, device=device)
+    # 24 bits of position within a stratum: exact in int64 while m * M < 2^39 (a billion rows at m = 512).
+    u = _hash24(k, seed)
+    return (((k << 24) + u) * M // m) >> 24
+
+
+def _hash24(k: Tensor, seed: int) -> Tensor:
+    """24 uniform bits per element of `k` (Wellons' lowbias32 on `k + seed * odd`, top bits kept)."""
+    z = (k + (seed * 0x9E3779B1 & 0xFFFFFFFF)) & 0xFFFFFFFF
+    z = ((z ^ (z >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    z = ((z ^ (z >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return (z ^ (z >> 15)) >> 8
+
+
+class ProbeGates(torch.autograd.Function):
+    """The identity on `y` whose backward gives inactive gates their straight-through gradient.
+
+    `apply(y [..., N], gate, x [..., K], lora_A, lora_B, scaling, blocks, rows, scale)`: from the rows `rows` of
+    x and dy (all rows where None), `dgate_i = scale * c * <S_i, T_i>` for each i in `blocks`; where `blocks` is
+    None the inactive ones are found on the device. Only the sampled rows of x are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        gate: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        threshold: float,
+        scaling: float,
+        blocks: tuple[int, ...] | None,
+        rows: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        x_rows = addmm.rows(x)
+        ctx.save_for_backward(x_rows if rows is None else x_rows[rows], rows, lora_A, lora_B, gate)
+        ctx.threshold, ctx.scaling, ctx.blocks, ctx.scale = threshold, scaling, blocks, scale
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        dgate = None
+        if ctx.needs_input_grad[1]:
+            x_rows, rows, lora_A, lora_B, gate = ctx.saved_tensors
+            dy_rows = addmm.rows(dy)
+            if rows is not None:
+                dy_rows = dy_rows[rows]
+            blocks = range(gate.shape[0]) if ctx.blocks is None else ctx.blocks
+            dgate = addmm.gate_probe(dy_rows, x_rows, lora_A, lora_B, blocks, ctx.scaling * ctx.scale)
+            if ctx.blocks is None:
+                dgate = dgate * (gate < ctx.threshold)
+            dgate = addmm.scattered(dgate, gate.shape[0], blocks).to(gate.dtype)
+        return dy, dgate, None, None, None, None, None, None, None, None

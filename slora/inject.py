@@ -1,0 +1,240 @@
+"""`inject`: find the layers of a model that a config targets and adapt them in place."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from slora.config import SelectiveLoRAConfig
+from slora.errors import StateError, TargetError
+from slora.gate import GateMirror, adapted_layers
+from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear
+
+Model = TypeVar("Model", bound=nn.Module)
+
+HEAD_NAMES = ("head", "heads", "fc", "classifier", "lm_head", "score", "qa_outputs", "cls", "fc_norm_head")
+
+
+class Injection(NamedTuple):
+    """What `inject` did to a model."""
+
+    config: SelectiveLoRAConfig
+    modules_to_save: tuple[str, ...]
+
+
+def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
+    """Adapt every layer of `model` that `config` targets, in place, and return `model`.
+
+    All base parameters are frozen; trainable are the LoRA matrices, the gates and `config.modules_to_save`.
+    The output is the base model's bit for bit until the first step (`B = 0`), and base parameters keep their
+    names in `state_dict`. Nothing is changed when an error is raised.
+
+    Raises:
+        TargetError: a pattern matches nothing, or a module that cannot be adapted; near names are listed.
+        ConfigError: the rank or the number of blocks does not fit a layer, which is named.
+        StateError: the model is adapted already.
+    """
+    config = SelectiveLoRAConfig() if config is None else config
+    adapted = [name for name, _ in adapted_layers(model)]
+    if adapted:
+        raise StateError(
+            f"the model is adapted already ({len(adapted)} layers, the first {adapted[0]!r}); "
+            f"call slora.unload(model) or slora.merge_and_unload(model) before another inject"
+        )
+    saved = saved_modules(model, config)
+    found = {name: kind for name, kind in targets(model, config).items() if not _inside(name, saved)}
+    for name, kind in found.items():
+        kind.choose_blocks(config, model.get_submodule(name), name)
+    mirror = GateMirror()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    new = {}
+    for name, kind in found.items():
+        module = model.get_submodule(name)
+        new[module] = _adapted(kind, module, config, name, mirror)
+    swap(model, new)
+    for name in saved:
+        model.get_submodule(name).requires_grad_(True)
+    _set_fused_encoders(model)
+    model._slora = Injection(config, saved)  # type: ignore[assignment]
+    return model
+
+
+def unload(model: Model) -> Model:
+    """Take all blocks out again, in place, and return `model`: the base model, its parameters still frozen.
+
+    Raises:
+        StateError: the blocks are merged into the weights; unmerge first, or call `slora.merge_and_unload`.
+    """
+    layers = [layer for _, layer in adapted_layers(model)]
+    merged = [name for name, layer in adapted_layers(model) if layer.merged]
+    if merged:
+        raise StateError(f"{merged[0]!r} is merged; call slora.unmerge(model) first, or slora.merge_and_unload(model)")
+    swap(model, {layer: layer.plain() for layer in layers})
+    _set_fused_encoders(model)
+    model.__dict__.pop("_slora", None)
+    return model
+
+
+def injection(model: nn.Module) -> Injection:
+    """Return what `inject` was called with on `model`.
+
+    Raises:
+        StateError: `model` was not passed to `inject` itself.
+    """
+    found = getattr(model, "_slora", None)
+    if not isinstance(found, Injection):
+        raise StateError(
+            f"{type(model).__name__} is not adapted; call slora.inject(model, config) on this very module first"
+        )
+    return found
+
+
+def targets(model: nn.Module, config: SelectiveLoRAConfig) -> dict[str, type[LoRABlocks]]:
+    """Return `{module name: adapted class}` for the layers that `config` targets, in the order of the model.
+
+    Raises:
+        TargetError: a pattern matches no layer that can be adapted.
+    """
+    candidates = {name: kind for name, module in model.named_modules() if name and (kind := _kind(module))}
+    excluded = _matching(config.exclude_modules, candidates, model, "exclude_modules")
+    if config.target_modules == "all-linear":
+        heads = _heads(model)
+        chosen = {name for name in candidates if not _inside(name, heads)}
+        if not chosen:
+            raise TargetError(f"{type(model).__name__} has no linear layer below its head to adapt")
+    else:
+        chosen = _matching(config.target_modules, candidates, model, "target_modules")
+    for name in chosen - excluded:
+        parent = name.rpartition(".")[0]
+        skipped = parent not in chosen or parent in excluded
+        if name.endswith("out_proj") and skipped and type(model.get_submodule(parent)) is nn.MultiheadAttention:
+            raise TargetError(
+                f"{name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it; "
+                f"adapt {parent!r} as well, or exclude {name!r}"
+            )
+    return {name: kind for name, kind in candidates.items() if name in chosen - excluded}
+
+
+def saved_modules(model: nn.Module, config: SelectiveLoRAConfig) -> tuple[str, ...]:
+    """Return the names of the modules that `config.modules_to_save` selects.
+
+    Raises:
+        TargetError: an entry matches no module.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    chosen: list[str] = []
+    for entry in config.modules_to_save or ():
+        hits = [name for name in names if _ends_with(name, entry)]
+        if not hits:
+            raise _nothing("modules_to_save", entry, names)
+        chosen += [hit for hit in hits if hit not in chosen]
+    return tuple(chosen)
+
+
+def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put `new[module]` at every place in `model` where `module` stands."""
+    parents = [module for module in model.modules() if module not in new]
+    for parent in [*parents, *new.values()]:
+        for name, child in parent._modules.items():
+            if child is not None and child in new:
+                parent._modules[name] = new[child]
+
+
+def _kind(module: nn.Module) -> type[LoRABlocks] | None:
+    """The adapted class that fits `module`, or None."""
+    if isinstance(module, nn.Linear):
+        # A subclass with a forward of its own (quantised, tensor-parallel, ...) computes something else.
+        plain = type(module).forward is nn.Linear.forward and module.weight.is_floating_point()
+        return SelectiveLoRALinear if plain else None
+    weight = getattr(module, "in_proj_weight", None)
+    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == 3 * weight.shape[1]:
+        return SelectiveLoRAAttention if type(module) is nn.MultiheadAttention else ProjectionAttention
+    return None
+
+
+def _adapted(
+    kind: type[LoRABlocks], module: nn.Module, config: SelectiveLoRAConfig, name: str, mirror: GateMirror
+) -> LoRABlocks:
+    if isinstance(module, nn.Linear):
+        return SelectiveLoRALinear.from_linear(module, config, name=name, mirror=mirror)
+    if isinstance(module, nn.MultiheadAttention) and kind is SelectiveLoRAAttention:
+        return SelectiveLoRAAttention.from_attention(module, config, name=name, mirror=mirror)
+    return ProjectionAttention.from_attention(module, config, name=name, mirror=mirror)
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    """Names of the output heads: by the model's own word (timm, transformers), else by the usual names."""
+    heads = [name for name, _ in model.named_children() if name in HEAD_NAMES]
+    names = {module: name for name, module in model.named_modules()}
+    for module in model.modules():
+        for getter in ("get_classifier", "get_output_embeddings"):
+            if callable(getattr(module, getter, None)):
+                try:
+                    head = getattr(module, getter)()
+                except (AttributeError, NotImplementedError):
+                    continue
+                for part in head if isinstance(head, (tuple, list)) else (head,):
+                    if isinstance(part, nn.Module) and part in names:
+                        heads.append(names[part])
+    return tuple(heads)
+
+
+def _matching(
+    patterns: str | Sequence[str] | None, candidates: Mapping[str, Any], model: nn.Module, field: str
+) -> set[str]:
+    if patterns is None:
+        return set()
+    entries = [patterns] if isinstance(patterns, str) else list(patterns)
+    chosen: set[str] = set()
+    for entry in entries:
+        whole = isinstance(patterns, str)
+        matches = functools.partial(re.fullmatch, entry) if whole else functools.partial(_ends_with, ending=entry)
+        hits = {name for name in candidates if matches(name)}
+        if not hits:
+            others = [(name, type(m).__name__) for name, m in model.named_modules() if name and matches(name)]
+            if others:
+                raise TargetError(
+                    f"{field} entry {entry!r} matches only modules that cannot be adapted, such as "
+                    f"{others[0][0]!r} ({others[0][1]}); linear layers and attention with in_proj_weight can be"
+                )
+            raise _nothing(field, entry, list(candidates))
+        chosen |= hits
+    return chosen
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _inside(name: str, parents: Sequence[str]) -> bool:
+    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+
+
+def _nothing(field: str, entry: str, names: Sequence[str]) -> TargetError:
+    endings = dict.fromkeys([*names, *(".".join(n.split(".")[-k:]) for n in names for k in (1, 2))])
+    near = difflib.get_close_matches(entry, endings, n=5, cutoff=0.4) or list(endings)[:5]
+    return TargetError(f"{field} entry {entry!r} matches no module; near names are {', '.join(map(repr, near))}")
+
+
+def _set_fused_encoders(model: nn.Module) -> None:
+    """Keep PyTorch's fused encoder path off wherever it would read weights past the blocks, else restore it."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            _hold(module, "activation_relu_or_gelu", 0, any(True for _ in adapted_layers(module)))
+        elif isinstance(module, nn.TransformerEncoder):
+            _hold(module, "use_nested_tensor", False, any(True for _ in adapted_layers(module)))
+
+
+def _hold(module: nn.Module, attribute: str, value: Any, on: bool) -> None:
+    kept = "_slora_" + attribute
+    if on and kept not in module.__dict__:
+        setattr(module, kept, getattr(module, attribute))
+        setattr(module, attribute, value)
+    elif not on and kept in module.__dict__:
+        setattr(module, attribute, module.__dict__.pop(kept))

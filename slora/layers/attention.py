@@ -1,0 +1,219 @@
+"""Attention whose query, key and value share one `in_proj_weight [3E, E]`: three LoRA blocks on it.
+
+`SelectiveLoRAAttention` stands in for `nn.MultiheadAttention`; `ProjectionAttention` adapts any other class
+that projects with `F.linear(x, self.in_proj_weight, self.in_proj_bias)`, such as open_clip's own. Both keep
+the base's parameter names and add the update to activations, never to the weights. The output projection is a
+`SelectiveLoRALinear` of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from slora.config import SelectiveLoRAConfig
+from slora.errors import ConfigError, TargetError
+from slora.gate import GateMirror
+from slora.layers.blocks import LoRABlocks
+
+
+class _InProjection(LoRABlocks):
+    """LoRA blocks on `in_proj_weight`, taken over from an attention module in place of it."""
+
+    weight_name = "in_proj_weight"
+    bias_name = "in_proj_bias"
+
+    @classmethod
+    def choose_blocks(cls, config: SelectiveLoRAConfig, module: nn.Module, name: str) -> int:
+        blocks = super().choose_blocks(config, module, name)
+        if blocks % 3:
+            raise ConfigError(
+                f"blocks={blocks} does not split query, key and value of {name!r} evenly; "
+                f'use a multiple of 3 or blocks="auto"'
+            )
+        return blocks
+
+    @classmethod
+    def _automatic_blocks(cls, module: nn.Module, name: str) -> int:
+        return 3
+
+
+class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
+    """`nn.MultiheadAttention` with gated LoRA blocks on query, key and value.
+
+    Same arguments, masks and return values. The fused inference path of PyTorch, which would skip the blocks,
+    is never taken.
+    """
+
+    @classmethod
+    def from_attention(
+        cls,
+        attention: nn.MultiheadAttention,
+        config: SelectiveLoRAConfig,
+        *,
+        name: str = "",
+        mirror: GateMirror | None = None,
+    ) -> SelectiveLoRAAttention:
+        """Return an adapted layer that shares the parameters, hooks and mode of `attention`."""
+        blocks = cls.choose_blocks(config, attention, name)
+        layer = cls.__new__(cls)
+        layer._adopt(attention)
+        layer._add_blocks(config, blocks, name, mirror)
+        return layer
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, {self._describe()}"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return `(output, weights or None)` as `nn.MultiheadAttention.forward` does; shapes are its own."""
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = _unsqueeze(query, key, value, 0 if self.batch_first else 1)
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        q, k, v = self._project_in(query, key, value)
+        if not self.batch_first:
+            q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        batch, length, embed = q.shape
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self.bias_k.to(k.dtype).expand(batch, 1, embed)], 1)
+            v = torch.cat([v, self.bias_v.to(v.dtype).expand(batch, 1, embed)], 1)
+        if self.add_zero_attn:
+            k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
+        added = k.shape[1] - (key.shape[1] if self.batch_first else key.shape[0])
+        mask = self._mask(q, attn_mask, key_padding_mask, added, is_causal and not need_weights)
+        q, k, v = (t.reshape(batch, -1, self.num_heads, self.head_dim).transpose(1, 2) for t in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
+            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = F.dropout(weights, dropout) if dropout else weights
+            output = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            causal = is_causal and mask is None
+            output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal)
+        output = self.out_proj(output.transpose(1, 2).reshape(batch, length, embed))
+        if not batched:
+            return output.squeeze(0), None if weights is None else weights.squeeze(0)
+        return output if self.batch_first else output.transpose(0, 1), weights
+
+    def _project_in(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        third = self.blocks // 3
+        if key is value:
+            if query is key:
+                q, k, v = self.project(query).chunk(3, dim=-1)
+                return q, k, v
+            k, v = self.project(key, third, 2 * third).chunk(2, dim=-1)
+            return self.project(query, 0, third), k, v
+        return (
+            self.project(query, 0, third),
+            self.project(key, third, third),
+            self.project(value, 2 * third, third),
+        )
+
+    def _mask(
+        self, q: Tensor, attn_mask: Tensor | None, padding: Tensor | None, added: int, causal_hint: bool
+    ) -> Tensor | None:
+        """The additive mask `[batch or 1, heads or 1, L, S]`, or None where nothing is masked."""
+        if causal_hint and attn_mask is not None and padding is None:
+            return None
+        mask = None
+        if attn_mask is not None:
+            mask = _additive(attn_mask, q.dtype)
+            mask = mask.reshape(-1, self.num_heads, *mask.shape[-2:]) if mask.dim() == 3 else mask[None, None]
+        if padding is not None:
+            columns = _additive(padding, q.dtype)[:, None, None, :]
+            mask = columns if mask is None else mask + columns
+        return mask if mask is None or not added else F.pad(mask, (0, added))
+
+
+class ProjectionAttention(_InProjection):
+    """Any attention class with an `in_proj_weight [3E, E]`, running its own forward.
+
+    While that forward runs, `F.linear` on `in_proj_weight` becomes `LoRABlocks.project`; everything else is the
+    class's own code. A forward that never makes that call is refused, rather than skipping the blocks silently.
+    """
+
+    @classmethod
+    def from_attention(
+        cls,
+        attention: nn.Module,
+        config: SelectiveLoRAConfig,
+        *,
+        name: str = "",
+        mirror: GateMirror | None = None,
+    ) -> ProjectionAttention:
+        """Return an adapted layer that shares the parameters, hooks and mode of `attention`."""
+        blocks = cls.choose_blocks(config, attention, name)
+        layer = _blank(type(attention))
+        layer._adopt(attention)
+        layer._add_blocks(config, blocks, name, mirror)
+        return layer
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (self._base_class, self.__getstate__())
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward of the class that was adapted."""
+        mode = _ProjectInstead(self)
+        with mode:
+            result = self._base_class.forward(self, *args, **kwargs)
+        if not mode.reached:
+            raise TargetError(
+                f"{self._base_class.__name__} does not project with F.linear(x, self.in_proj_weight, "
+                f"self.in_proj_bias), so its LoRA blocks would be skipped; list it in exclude_modules"
+            )
+        return result
+
+
+class _ProjectInstead(TorchFunctionMode):
+    def __init__(self, layer: ProjectionAttention) -> None:
+        self.layer = layer
+        self.reached = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and len(args) > 1 and args[1] is self.layer.in_proj_weight:
+            self.reached = True
+            return self.layer.project(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def _blank(base: type[nn.Module]) -> ProjectionAttention:
+    """An uninitialised instance of a class that is both a `ProjectionAttention` and a `base`."""
+    adapted: type[ProjectionAttention] = type(f"SelectiveLoRA{base.__name__}", (ProjectionAttention, base), {})
+    return adapted.__new__(adapted)
+
+
+def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> ProjectionAttention:
+    layer = _blank(base)
+    layer.__dict__.update(state)
+    return layer
+
+
+def _unsqueeze(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the batch dimension and keep `query is key is value`, which decides how the projection is shared."""
+    q = query.unsqueeze(dim)
+    k = q if key is query else key.unsqueeze(dim)
+    return q, k, k if value is key else value.unsqueeze(dim)
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
+    return mask.to(dtype)

@@ -1,0 +1,314 @@
+"""`LoRABlocks`: gated LoRA blocks on one base weight, shared by every adapted layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slora import ops
+from slora.config import Inactive, SelectiveLoRAConfig
+from slora.config import scaling as scaling_of
+from slora.errors import ConfigError, StateError
+from slora.gate import Activity, GateMirror, ProbeGates, sampled_rows
+
+_SETTINGS = (
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
+    "enabled", "merged", "released", "_kept_weight", "_mirror", "_activity", "_gate_key", "_seed", "_cast",
+    "_base_class",
+)  # fmt: skip
+
+
+class LoRABlocks(nn.Module):
+    """Base of adapted layers: the LoRA parameters beside a base weight `[N, K]`, and the product with both.
+
+    Parameters: `lora_A [blocks, r, K]`, `lora_B [blocks, N / blocks, r]`, `gate [blocks]`, all fp32.
+    A subclass names its base weight in `weight_name` and `bias_name` and calls `project` in its forward.
+
+    Attributes:
+        enabled: False inside `slora.disabled(model)`: the layer is the base layer.
+        merged: True while the update is folded into the base weight.
+        released: True once the policy "frozen" has freed the matrices (`slora.release_frozen`).
+    """
+
+    weight_name: ClassVar[str] = "weight"
+    bias_name: ClassVar[str] = "bias"
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    gate: nn.Parameter
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    blocks: int
+    threshold: float
+    inactive: Inactive
+    probe_every: int
+    probe_rows: int
+    _base_class: type[nn.Module]
+
+    def _adopt(self, module: nn.Module) -> None:
+        """Become a copy of `module` that shares its parameters, hooks, children and mode."""
+        nn.Module.__init__(self)
+        self.__dict__.update(module.__dict__)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            self.__dict__[registry] = dict(module.__dict__[registry])
+        self._base_class = type(module)
+
+    def plain(self) -> nn.Module:
+        """Return a module of the class that was adapted, sharing the base parameters, without the blocks."""
+        module = self._base_class.__new__(self._base_class)
+        nn.Module.__init__(module)
+        own = {"lora_A", "lora_B", "gate", *_SETTINGS}
+        module.__dict__.update({key: value for key, value in self.__dict__.items() if key not in own})
+        for registry in ("_parameters", "_buffers", "_modules"):
+            entries = self.__dict__[registry]
+            module.__dict__[registry] = {key: value for key, value in entries.items() if key not in own}
+        return module
+
+    @classmethod
+    def choose_blocks(cls, config: SelectiveLoRAConfig, module: nn.Module, name: str) -> int:
+        """Return how many blocks `config` gives to `module`.
+
+        Raises:
+            ConfigError: the number or the rank does not fit the module; nothing has been changed.
+        """
+        weight: Tensor = getattr(module, cls.weight_name)
+        out_features = weight.shape[0]
+        r, limit = config.rank_of(name), min(weight.shape)
+        if r > limit:
+            raise ConfigError(
+                f"r={r} is above min(in_features, out_features)={limit} of {name!r}; "
+                f"lower r, give this layer a rank_pattern entry or list it in exclude_modules"
+            )
+        blocks = cls._automatic_blocks(module, name) if config.blocks == "auto" else config.blocks
+        if out_features % blocks:
+            raise ConfigError(
+                f"blocks={blocks} does not divide out_features={out_features} of {name!r}; "
+                f'use a divisor or blocks="auto"'
+            )
+        return blocks
+
+    @classmethod
+    def _automatic_blocks(cls, module: nn.Module, name: str) -> int:
+        return 1
+
+    def _add_blocks(self, config: SelectiveLoRAConfig, blocks: int, name: str, mirror: GateMirror | None) -> None:
+        weight, r = self.base_weight, config.rank_of(name)
+        out_features, in_features = weight.shape
+        for parameter in (weight, self.base_bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+                if config.base_dtype is not None:
+                    parameter.data = parameter.data.to(config.base_dtype)
+        self.r, self.lora_alpha, self.use_rslora = r, config.alpha_of(name), config.use_rslora
+        self.lora_dropout = config.lora_dropout
+        self.blocks, self.threshold = blocks, config.threshold
+        self.inactive, self.probe_every, self.probe_rows = (
+            config.inactive,
+            config.probe_every,
+            config.probe_rows,
+        )
+        self.enabled, self.merged, self.released = True, False, False
+        kwargs: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(blocks, r, in_features, **kwargs))
+        self.lora_B = nn.Parameter(torch.zeros(blocks, out_features // blocks, r, **kwargs))
+        self.gate = nn.Parameter(torch.full((blocks,), config.gate_init, **kwargs))
+        for A in self.lora_A.data:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self._kept_weight: Tensor | None = None
+        self._mirror = GateMirror() if mirror is None else mirror
+        self._activity: Activity | None = None
+        self._gate_key: tuple[int, int] | None = None
+        self._seed = _seed_of(name)
+        self._cast: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The frozen weight `[N, K]` that the blocks adapt."""
+        weight: Tensor = getattr(self, self.weight_name)
+        return weight
+
+    @property
+    def base_bias(self) -> Tensor | None:
+        """The bias `[N]` that belongs to it, or None."""
+        bias: Tensor | None = getattr(self, self.bias_name)
+        return bias
+
+    @property
+    def scaling(self) -> float:
+        """The factor `c` in front of every update."""
+        return scaling_of(self.lora_alpha, self.r, self.use_rslora)
+
+    def activity(self) -> Activity:
+        """Return which blocks are active, without a device-to-host copy unless a gate has moved."""
+        return self._mirror.activity(self)
+
+    @torch.no_grad()
+    def merged_weight(self, scale: float = 1.0) -> Tensor:
+        """Return a new `[N, K]` tensor `W + scale * c * B @ A` over the active blocks, in the dtype of `W`.
+
+        The sum is formed in fp32 (fp64 for fp64 weights) and rounded once. Rounding `W + delta` to 16 bits
+        loses part of a small update: merge for inference, never to go on training.
+        """
+        weight = self.base_weight.detach()
+        if self.merged:
+            return weight.clone()
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        result = weight.to(wide, copy=True)
+        n = weight.shape[0] // self.blocks
+        for i in self.activity().active:
+            block = result[i * n : (i + 1) * n]
+            block.addmm_(self.lora_B[i].to(wide), self.lora_A[i].to(wide), alpha=scale * self.scaling)
+        return result.to(weight.dtype)
+
+    def project(self, x: Tensor, first: int = 0, count: int | None = None) -> Tensor:
+        """Return `x @ W.T + b` with the update of the active blocks; `x [..., K]`, result `[..., N]`.
+
+        With `first` and `count` only the outputs of blocks `first, ..., first + count - 1` are computed, which
+        is what attention needs where query, key and value come from different inputs.
+        """
+        count = self.blocks if count is None else count
+        x, weight, bias = self._operands(x)
+        lora_A: Tensor = self.lora_A
+        lora_B: Tensor = self.lora_B
+        gate: Tensor = self.gate
+        if (first, count) != (0, self.blocks):
+            n = weight.shape[0] // self.blocks
+            weight = weight[first * n : (first + count) * n]
+            bias = None if bias is None else bias[first * n : (first + count) * n]
+            lora_A, lora_B, gate = (t[first : first + count] for t in (lora_A, lora_B, gate))
+        if self.merged or not self.enabled or (self.released and torch.compiler.is_compiling()):
+            return F.linear(x, weight, bias)
+        if torch.compiler.is_compiling():
+            # The device's own gates decide, so that one graph serves while they move.
+            active = None
+            inactive = None
+        else:
+            activity = self.activity()
+            active = [i - first for i in activity.active if first <= i < first + count]
+            inactive = tuple(i - first for i in activity.inactive if first <= i < first + count)
+            if self.released and active:
+                raise StateError(
+                    "a gate was raised above the threshold after its LoRA matrices were freed by inactive='frozen'; "
+                    "lower it again, or train with inactive='probe'"
+                )
+        if active is None or active:
+            dropout = self.lora_dropout if self.training else 0.0
+            seed = torch.randint(2**62, ()) if dropout else None
+            y = ops.selective_linear(
+                x, weight, bias, lora_A, lora_B, gate, self.threshold, self.scaling, active, dropout, seed
+            )
+        else:
+            y = F.linear(x, weight, bias)
+        if self.inactive != "frozen" and inactive != () and torch.is_grad_enabled() and gate.requires_grad:
+            y = self._probed(y, gate, x, lora_A, lora_B, inactive, first)
+        return y
+
+    def _probed(
+        self,
+        y: Tensor,
+        gate: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        inactive: tuple[int, ...] | None,
+        first: int,
+    ) -> Tensor:
+        M = math.prod(x.shape[:-1])
+        rows, scale = None, 1.0
+        # A compiled graph is the same at every step, so there the probe is, too.
+        activity = None if inactive is None else self.activity()
+        if activity is not None:
+            if not activity.probe:
+                return y
+            scale = activity.probe_scale
+        if M == 0:
+            return y
+        if self.inactive == "probe" and self.probe_rows < M:
+            step = 0 if activity is None else activity.step
+            rows = sampled_rows(M, self.probe_rows, self._seed + step * 0x10001 + first, x.device)
+            scale *= M / self.probe_rows
+        result: Tensor = ProbeGates.apply(  # type: ignore[no-untyped-call]
+            y, gate, x, lora_A, lora_B, self.threshold, self.scaling, inactive, rows, scale
+        )
+        return result
+
+    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The input and the base parameters in the dtype that autocast asks for."""
+        weight, bias = self.base_weight, self.base_bias
+        device = x.device.type
+        if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
+            return x, weight, bias
+        dtype = torch.get_autocast_dtype(device)
+        return (
+            x.to(dtype),
+            self._as(weight, dtype, "weight"),
+            None if bias is None else self._as(bias, dtype, "bias"),
+        )
+
+    def _as(self, parameter: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+        # autocast caches the casts of trainable leaves only, so a frozen weight would be cast at every call.
+        # The cast is kept until the parameter changes; training holds it from forward to backward anyway.
+        if parameter.dtype == dtype:
+            return parameter
+        if parameter.requires_grad or torch.compiler.is_compiling() or not torch.is_autocast_cache_enabled():
+            return parameter.to(dtype)
+        key = (id(parameter), parameter.data_ptr(), _version(parameter), dtype)
+        cached = self._cast.get(name)
+        if cached is None or cached[0] != key:
+            with torch.no_grad():
+                cached = self._cast[name] = (key, parameter.to(dtype))
+        return cached[1]
+
+    def release(self) -> int:
+        """Free the LoRA matrices for good and return the bytes; `slora.release_frozen` calls this."""
+        freed = 0
+        for parameter in (self.lora_A, self.lora_B):
+            freed += parameter.nbytes + (0 if parameter.grad is None else parameter.grad.nbytes)
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        self.gate.requires_grad_(False)
+        self.gate.grad = None
+        self._shrink()
+        return freed
+
+    def _shrink(self) -> None:
+        out_features, in_features = self.base_weight.shape
+        self.lora_A.data = self.lora_A.data.new_empty(self.blocks, 0, in_features)
+        self.lora_B.data = self.lora_B.data.new_empty(self.blocks, out_features // self.blocks, 0)
+        self.released = True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._cast.clear()
+        self._activity = None
+        return result
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        incoming = state_dict.get(prefix + "lora_A")
+        if isinstance(incoming, Tensor) and incoming.dim() == 3 and incoming.shape[1] == 0 and not self.released:
+            self.release()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cast": {}, "_activity": None, "_gate_key": None}
+
+    def _describe(self) -> str:
+        return f"r={self.r}, lora_alpha={self.lora_alpha}, blocks={self.blocks}, inactive={self.inactive!r}"
+
+
+def _version(parameter: Tensor) -> int:
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _seed_of(name: str) -> int:
+    """A number that differs between layers and is the same in every run."""
+    seed = 0
+    for byte in name.encode():
+        seed = (seed * 131 + byte) & 0xFFFFFFFF
+    return seed

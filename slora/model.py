@@ -1,0 +1,179 @@
+"""What one asks of a whole adapted model: its blocks, its optimizer groups, its summary, and the base alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slora.errors import ConfigError, StateError
+from slora.flops import layer_flops
+from slora.gate import adapted_layers
+
+
+def active_blocks(model: nn.Module) -> dict[str, Tensor]:
+    """Return `{layer name: bool [blocks] on the CPU}`: which blocks exist under the present gates."""
+    return {
+        name: torch.tensor([i in layer.activity().active for i in range(layer.blocks)])
+        for name, layer in adapted_layers(model)
+    }
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the base model exactly: inside the context no block adds anything.
+
+    Raises:
+        StateError: the model is merged, so its weights are not the base's; unmerge first.
+    """
+    layers = [layer for _, layer in adapted_layers(model)]
+    if any(layer.merged for layer in layers):
+        raise StateError("the model is merged, so its base cannot be run; call slora.unmerge(model) first")
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def parameter_groups(
+    model: nn.Module, lr: float = 1e-3, gate_lr: float = 1e-2, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Return optimizer groups for the trainable parameters of `model`, the gates with a rule of their own.
+
+    Groups: "lora" (A and B), "saved" (other trainable matrices), "saved_no_decay" (biases, norms) and "gates";
+    empty ones are left out. Adam divides a gradient by its own size, so under it a penalty alone would move
+    every gate by `lr` per step however small the penalty is. The group of the gates therefore carries settings
+    that make `torch.optim.Adam` and `AdamW` take `lr * grad / (1 + |grad|)`, in effect plain SGD, and switch
+    off momentum in `torch.optim.SGD`. `slora.ProximalGates` is the other choice.
+
+    Args:
+        lr: learning rate of everything but the gates.
+        gate_lr: learning rate of the gates.
+        weight_decay: of matrices; gates, biases and norms have none.
+
+    Raises:
+        ConfigError: nothing in the model is trainable, or a value is negative.
+    """
+    for name, value in (("lr", lr), ("gate_lr", gate_lr), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ConfigError(f"{name}={value} is negative or not a number; use 0 or more")
+    lora: list[nn.Parameter] = []
+    gate: list[nn.Parameter] = []
+    for _, layer in adapted_layers(model):
+        lora += [layer.lora_A, layer.lora_B]
+        gate.append(layer.gate)
+    special = set(lora) | set(gate)
+    other = [p for p in model.parameters() if p.requires_grad and p not in special]
+    groups: list[dict[str, Any]] = [
+        {"name": "lora", "params": lora, "lr": lr, "weight_decay": weight_decay},
+        {
+            "name": "saved",
+            "params": [p for p in other if p.dim() > 1],
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+        {
+            "name": "saved_no_decay",
+            "params": [p for p in other if p.dim() <= 1],
+            "lr": lr,
+            "weight_decay": 0.0,
+        },
+        {
+            "name": "gates",
+            "params": gate,
+            "lr": gate_lr,
+            "weight_decay": 0.0,
+            "betas": (0.0, 0.0),
+            "eps": 1.0,
+            "momentum": 0.0,
+        },
+    ]
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ConfigError("the model has no trainable parameter; call slora.inject(model, config) first")
+    return groups
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One adapted layer: FLOPs are those of a forward pass for one input row."""
+
+    name: str
+    in_features: int
+    out_features: int
+    r: int
+    blocks: int
+    active: tuple[int, ...]
+    lora_parameters: int
+    base_flops: int
+    added_flops: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Blocks, parameters and FLOPs of an adapted model; `print` shows it as a table."""
+
+    layers: tuple[LayerSummary, ...]
+    parameters: int
+    trainable: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of LoRA blocks."""
+        return sum(layer.blocks for layer in self.layers)
+
+    @property
+    def active(self) -> int:
+        """Number of active LoRA blocks."""
+        return sum(len(layer.active) for layer in self.layers)
+
+    def __str__(self) -> str:
+        width = max([5, *(len(layer.name) for layer in self.layers)])
+        lines = [f"{'layer':{width}}  {'in -> out':>14}  {'r':>3}  {'active':>10}  {'parameters':>10}  {'FLOPs':>7}"]
+        for layer in self.layers:
+            shape = f"{layer.in_features} -> {layer.out_features}"
+            marks = "".join("#" if i in layer.active else "." for i in range(layer.blocks))
+            marks = marks if layer.blocks <= 10 else f"{len(layer.active)}/{layer.blocks}"
+            added = 100 * layer.added_flops / layer.base_flops
+            lines.append(
+                f"{layer.name:{width}}  {shape:>14}  {layer.r:>3}  {marks:>10}  "
+                f"{layer.lora_parameters:>10,}  {added:>+6.2f}%"
+            )
+        base, added = (sum(getattr(layer, key) for layer in self.layers) for key in ("base_flops", "added_flops"))
+        lines.append(
+            f"{self.active} of {self.blocks} blocks active; {self.trainable:,} of {self.parameters:,} parameters "
+            f"trainable ({100 * self.trainable / max(1, self.parameters):.2f} %); "
+            f"{100 * added / max(1, base):+.2f} % forward FLOPs in adapted layers"
+        )
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Return the blocks, parameters and FLOPs of `model`; FLOPs are per input row of each adapted layer.
+
+    Raises:
+        StateError: the model has no adapted layer.
+    """
+    rows = []
+    for name, layer in adapted_layers(model):
+        out_features, in_features = layer.base_weight.shape
+        base, added = layer_flops(layer)
+        count = layer.lora_A.numel() + layer.lora_B.numel() + layer.gate.numel()
+        active = layer.activity().active
+        rows.append(LayerSummary(name, in_features, out_features, layer.r, layer.blocks, active, count, base, added))
+    if not rows:
+        raise StateError("the model has no adapted layer; call slora.inject(model, config) first")
+    parameters = list(model.parameters())
+    return Summary(
+        tuple(rows), sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+    )

@@ -1,0 +1,169 @@
+"""Which images form which step.
+
+The order of an epoch, and the augmentation of each image in it, follow from (seed, epoch, image) alone: not from
+the number of reading processes, and not from where a resumed run starts. Tensors stay in memory, on the training
+device where they fit, and cost one `index_select` per batch; anything else is read through a `DataLoader`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from slora.errors import ConfigError, DataError
+
+Data = Dataset[Any] | tuple[Tensor, Tensor]
+
+# Tensors up to this size are copied to the training device once.
+_RESIDENT_BYTES = 4 << 30
+
+
+class Batches(Protocol):
+    """A data set cut into batches of `(images [n, ...], labels [n] int64)` on the training device."""
+
+    count: int
+    """Images in the data set."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch, for this process."""
+        ...
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of `epoch` from number `start` on."""
+        ...
+
+
+class Order:
+    """The order in which images are drawn.
+
+    Args:
+        count: images in the data set.
+        batch_size: images per batch and process.
+        seed: of the permutation; None keeps the order of the data set and the last, smaller batch.
+        rank: number of this process, from 0.
+        world: number of processes; each takes its own part of every batch.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
+        self.count, self.batch_size, self.seed, self.rank, self.world = count, batch_size, seed, rank, world
+
+    def __len__(self) -> int:
+        if self.seed is None:
+            return -(-len(range(self.rank, self.count, self.world)) // self.batch_size)
+        return self.count // (self.batch_size * self.world)
+
+    def epoch(self, epoch: int) -> list[Tensor]:
+        """Return the image numbers of every batch of this process."""
+        if self.seed is None:
+            return list(torch.arange(self.rank, self.count, self.world).split(self.batch_size))
+        generator = torch.Generator().manual_seed(_mixed(self.seed, epoch, 0))
+        order = torch.randperm(self.count, generator=generator)
+        return list(order.split(self.batch_size)[self.rank :: self.world][: len(self)])
+
+
+class TensorBatches:
+    """Batches of tensors in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor, order: Order, device: torch.device) -> None:
+        self.count, self.order, self.device = order.count, order, device
+        fits = images.nbytes + labels.nbytes <= _RESIDENT_BYTES
+        self.images, self.labels = (images.to(device), labels.to(device)) if fits else (images, labels)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of `epoch` from number `start` on."""
+        batches = self.order.epoch(epoch)[start:]
+        for rows in (batch.to(self.images.device) for batch in batches):
+            images, labels = self.images.index_select(0, rows), self.labels.index_select(0, rows)
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+class _Samples(Dataset[tuple[Tensor, int]]):
+    """`dataset` drawn by `(epoch, index)`, with torch's generator seeded for each image."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int | None) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        if self.seed is None:
+            return self.dataset[index]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_mixed(self.seed, epoch, index + 1))
+            return self.dataset[index]
+
+
+class LoadedBatches:
+    """Batches read through a `torch.utils.data.DataLoader`."""
+
+    def __init__(self, dataset: Dataset[Any], order: Order, device: torch.device, num_workers: int) -> None:
+        self.count, self.order, self.device, self.num_workers = order.count, order, device, num_workers
+        self.samples = _Samples(dataset, order.seed)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of `epoch` from number `start` on."""
+        keys = [[(epoch, index) for index in batch.tolist()] for batch in self.order.epoch(epoch)[start:]]
+        loader = DataLoader(
+            self.samples,
+            batch_sampler=keys,  # type: ignore[arg-type]
+            num_workers=min(self.num_workers, len(keys)),
+            pin_memory=self.device.type == "cuda",
+            # A generator of its own: the default would draw a number from torch's for each pass.
+            generator=torch.Generator(),
+        )
+        for images, labels in loader:
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+
+def make_batches(
+    data: Data,
+    batch_size: int,
+    device: torch.device,
+    *,
+    seed: int | None = None,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Batches:
+    """Cut `data` into batches: shuffled, whole batches only with a `seed`, else in order and complete.
+
+    Args:
+        data: `(images, labels)`, a `TensorDataset` of the two, or a map-style data set of `(image, label)`.
+
+    Raises:
+        DataError: the data set is empty, or images and labels differ in number.
+        ConfigError: there are fewer images than one step takes.
+    """
+    tensors = data if isinstance(data, tuple) else data.tensors if isinstance(data, TensorDataset) else None
+    count = len(tensors[0]) if tensors is not None else len(data)  # type: ignore[arg-type]
+    if count == 0:
+        raise DataError("the data set is empty; give at least one image")
+    if tensors is not None and (len(tensors) != 2 or len(tensors[1]) != count):
+        raise DataError(f"data of lengths {[len(t) for t in tensors]}; expected (images, labels) of one length")
+    if seed is not None and batch_size * world > count:
+        processes = f" x {world} processes" if world > 1 else ""
+        raise ConfigError(
+            f"batch_size={batch_size}{processes} exceeds the {count} training images; use {count // world} or less"
+        )
+    order = Order(count, batch_size, seed, rank, world)
+    if tensors is not None:
+        return TensorBatches(tensors[0], tensors[1], order, device)
+    assert isinstance(data, Dataset)
+    return LoadedBatches(data, order, device, num_workers)
+
+
+def _mixed(seed: int, epoch: int, index: int) -> int:
+    """A seed that differs for different (seed, epoch, index)."""
+    mixed = 0
+    for value in (seed, epoch, index):
+        mixed = (mixed ^ value) * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019 & 0x7FFFFFFFFFFFFFFF
+    return mixed

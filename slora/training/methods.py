@@ -1,0 +1,70 @@
+"""The four methods: which parameters of a model are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar, get_args
+
+from torch import nn
+
+from slora.errors import ConfigError
+from slora.gate import adapted_layers
+from slora.inject import _heads, inject, saved_modules
+from slora.training.settings import Method, TrainSettings
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def prepare(model: Model, method: Method | None = None, settings: TrainSettings | None = None) -> Model:
+    """Make trainable what `method` trains, in place, and return `model`.
+
+    - "selective": gated LoRA blocks (`slora.inject`) and the classifier head.
+    - "lora": the same blocks, all active for good: gates are 1 and not trained.
+    - "full": every parameter.
+    - "linear": the classifier head only.
+
+    Initial values of `lora_A` come from torch's global generator: seed it first for a repeatable run.
+
+    Args:
+        method: one of the above; None for `settings.method`.
+        settings: the adapter's knobs, and `modules_to_save` where the head is not to be found by itself.
+
+    Raises:
+        ConfigError: the method is unknown, or "linear" finds no head.
+        TargetError: a pattern matches nothing.
+        StateError: the model is adapted already.
+    """
+    settings = TrainSettings() if settings is None else settings
+    method = settings.method if method is None else method
+    if method not in get_args(Method):
+        raise ConfigError(f"method={method!r} is unknown; use one of {', '.join(get_args(Method))}")
+    if method == "full":
+        return model.requires_grad_(True)
+    heads = heads_of(model) if settings.modules_to_save is None else tuple(settings.modules_to_save)
+    if method == "linear":
+        return _only(model, heads, settings)
+    model = inject(model, settings.replace(method=method).lora_config(heads))
+    if method == "lora":
+        for _, layer in adapted_layers(model):
+            layer.gate.requires_grad_(False)
+    return model
+
+
+def heads_of(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the output heads of `model` that have parameters, none inside another."""
+    names = dict.fromkeys(_heads(model))
+    owned = [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
+    return tuple(name for name in owned if not any(name.startswith(other + ".") for other in owned))
+
+
+def _only(model: Model, heads: Sequence[str], settings: TrainSettings) -> Model:
+    chosen = saved_modules(model, settings.lora_config(heads))
+    if not chosen:
+        raise ConfigError(
+            f"method='linear' trains the head, but {type(model).__name__} has none that is called head, fc or "
+            f"classifier; name it in modules_to_save"
+        )
+    model.requires_grad_(False)
+    for name in chosen:
+        model.get_submodule(name).requires_grad_(True)
+    return model

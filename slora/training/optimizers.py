@@ -1,0 +1,106 @@
+"""Learning rates over the run, and the optimizers: one for weights, one for gates."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from slora.gate import ProximalGates, gates
+from slora.model import parameter_groups
+from slora.training.settings import TrainSettings
+
+
+def lr_scale(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
+    """Return the factor on every learning rate at `step` (from 0) of a run of `steps` steps.
+
+    `(step + 1) / warmup` during the warm-up, then `floor + (1 - floor) * (1 + cos(pi * t)) / 2`, where t goes
+    from 0 at step `warmup` to 1 at `steps`.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    t = (step - warmup) / max(1, steps - warmup)
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, t)))
+
+
+class Optimizers:
+    """The optimizers of a run.
+
+    Attributes:
+        weights: rule of LoRA matrices, heads and, under method "full", everything; with `gate_rule="sgd"` it has
+            a group of its own for the gates.
+        gates: `slora.ProximalGates` under `gate_rule="proximal"`, else None.
+        penalty_in_loss: whether the penalty has to be added to the loss.
+    """
+
+    def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
+        trainable_gates = [gate for gate in gates(model) if gate.requires_grad]
+        proximal = settings.gate_rule == "proximal" and bool(trainable_gates)
+        groups = parameter_groups(model, settings.lr, settings.gate_lr, settings.weight_decay)
+        if proximal:
+            groups = [group for group in groups if group["name"] != "gates"]
+        if settings.optimizer == "adamw":
+            # One fused call instead of a loop over small tensors: also on a CPU most of the cost of a step.
+            self.weights: Optimizer = AdamW(groups, lr=settings.lr, fused=True)
+        else:
+            groups = [{"momentum": settings.momentum, **group} for group in groups]
+            self.weights = SGD(groups, lr=settings.lr)
+        self.gates = ProximalGates(trainable_gates, lr=settings.gate_lr) if proximal else None
+        self.penalty_in_loss = bool(trainable_gates) and not proximal
+        self._highest = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in self.all]
+
+    @property
+    def all(self) -> list[Optimizer]:
+        """Every optimizer, in a fixed order."""
+        return [self.weights] if self.gates is None else [self.weights, self.gates]
+
+    def set(self, scale: float, penalty: float) -> None:
+        """Set every learning rate to `scale` times its highest value, and the weight of the penalty."""
+        for optimizer, highest in zip(self.all, self._highest, strict=True):
+            for group, lr in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = lr * scale
+        if self.gates is not None:
+            for group in self.gates.param_groups:
+                group["penalty"] = penalty
+
+    def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Return `(weights, gates)`: what is clipped together."""
+        weights: list[nn.Parameter] = []
+        own: list[nn.Parameter] = []
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                is_gates = optimizer is self.gates or group.get("name") == "gates"
+                (own if is_gates else weights).extend(group["params"])
+        return weights, own
+
+    def state(self, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+        """Return the optimizers' tensors as `{"<optimizer>.<parameter name>.<key>": tensor}`."""
+        return {
+            f"{i}.{names[parameter]}.{key}": value
+            for i, optimizer in enumerate(self.all)
+            for parameter, entries in optimizer.state.items()
+            for key, value in entries.items()
+            if isinstance(value, Tensor)
+        }
+
+    def load_state(self, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]) -> None:
+        """Put back what `state` returned; parameters without an entry start afresh."""
+        for i, optimizer in enumerate(self.all):
+            state: dict[int, dict[str, Any]] = {}
+            index = 0
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    prefix = f"{i}.{names[parameter]}."
+                    entries = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+                    if entries:
+                        state[index] = entries
+                    index += 1
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def finite(tensors: dict[str, Tensor]) -> str | None:
+    """Return the name of the first tensor that has a NaN or an infinity, or None."""
+    return next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
