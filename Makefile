@@ -1,6 +1,6 @@
 # The two commands are `make demo` and `make test`; `make` lists the others.
 #
-#   PYTHON         the interpreter that makes the environment, 3.10 or newer (default python3)
+#   PYTHON         the interpreter that makes the environment, 3.10 or newer (default python3); 3.11 for the newest torch
 #   SLORA_TORCH    2.11: the pair torch 2.11.0 / Triton 3.6.0 in .venv (default); newest: in .venv-newest
 #   SLORA_SKIP_EXT 1: install without the C++/CUDA extension
 #   PYTEST_ARGS    more arguments for pytest, such as PYTEST_ARGS="-k merge"
@@ -11,8 +11,7 @@
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
-SHELL := /bin/bash
-.SHELLFLAGS := -o pipefail -c
+SHELL := bash
 
 PYTHON ?= python3
 SLORA_TORCH ?= 2.11
@@ -23,10 +22,12 @@ DEMO_ARGS ?=
 ifeq ($(SLORA_TORCH),2.11)
 VENV := .venv
 CONSTRAINTS := constraints/torch-2.11.txt
+OLDEST := 3.10
 TORCH := torch 2.11.0
 else ifeq ($(SLORA_TORCH),newest)
 VENV := .venv-newest
 CONSTRAINTS := constraints/newest.txt
+OLDEST := 3.11
 TORCH := the newest torch
 else
 $(error SLORA_TORCH=$(SLORA_TORCH) is unknown; use SLORA_TORCH=2.11 (the default) or SLORA_TORCH=newest)
@@ -38,8 +39,8 @@ export CUDA_HOME := /usr/local/cuda
 endif
 endif
 
-# Commands of the environment, for recipes and for what they start (ninja, the slora command).
-RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+# Start of a command of the environment; what that command starts in turn (ninja, slora) is found there as well.
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/
 PIP_LOG := $(VENV)/pip.log
 BUILD_LOG := $(VENV)/build.log
 
@@ -57,7 +58,7 @@ TEST := slora[train,test]
 # $(call pip_install,what it is,arguments of pip install,environment variables)
 define pip_install
 @echo "slora: installing $(1) into $(VENV)"
-@{ $(3) $(RUN) python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) $(2) \
+@set -o pipefail; { $(3) $(RUN)python -m pip install --quiet --no-compile --disable-pip-version-check -c $(CONSTRAINTS) $(2) \
 	2>&1 1>&3 | tee $(PIP_LOG) >&2; } 3>&1 || { \
 	if grep -qiE 'connection broken|max retries|timed? ?out|name resolution|proxyerror|sslerror|http error' $(PIP_LOG); \
 	then echo "slora: pip could not reach the package index; check the network, or set PIP_INDEX_URL to an index that can be reached or HTTPS_PROXY to a proxy."; \
@@ -71,7 +72,7 @@ help: ## list the targets
 
 .PHONY: demo
 demo: say-demo $(TRAIN_STAMP) $(BUILT) ## install into .venv and run `slora demo`
-	@$(RUN) slora demo $(DEMO_ARGS)
+	@$(RUN)slora demo $(DEMO_ARGS)
 
 .PHONY: test
 test: say-test $(TEST_STAMP) $(BUILT) run-lint run-tests ## install with the test extra; ruff, format, mypy and all tests
@@ -84,14 +85,14 @@ lint: say-lint $(TEST_STAMP) run-lint ## ruff, format and mypy, without the test
 
 .PHONY: format
 format: say-format $(TEST_STAMP) ## rewrite the sources in the project's format
-	@$(RUN) ruff check --fix-only --quiet .
-	@$(RUN) ruff format .
-	$(if $(NATIVE),@$(RUN) clang-format -i $(NATIVE))
+	@$(RUN)ruff check --fix-only --quiet .
+	@$(RUN)ruff format .
+	$(if $(NATIVE),@$(RUN)clang-format -i $(NATIVE))
 
 .PHONY: bench
 bench: say-bench $(TEST_STAMP) $(BUILT) ## run the benchmarks that pytest collects in benchmarks/
 	@if [ -n "$(wildcard benchmarks/bench_*.py benchmarks/test_*.py)" ]; \
-	then $(RUN) pytest benchmarks --benchmark-only $(PYTEST_ARGS); \
+	then $(RUN)pytest benchmarks --benchmark-only $(PYTEST_ARGS); \
 	else echo "slora: benchmarks/ has no bench_*.py or test_*.py file, so there is nothing to run."; fi
 
 .PHONY: environment
@@ -123,20 +124,20 @@ say-environment:
 
 .PHONY: run-lint
 run-lint:
-	@echo "slora: ruff check";  $(RUN) ruff check .
-	@echo "slora: ruff format --check"; $(RUN) ruff format --check .
-	@echo "slora: mypy"; $(RUN) mypy
-	$(if $(NATIVE),@echo "slora: clang-format"; $(RUN) clang-format --dry-run --Werror $(NATIVE))
+	@echo "slora: ruff check";  $(RUN)ruff check .
+	@echo "slora: ruff format --check"; $(RUN)ruff format --check .
+	@echo "slora: mypy"; $(RUN)mypy
+	$(if $(NATIVE),@echo "slora: clang-format"; $(RUN)clang-format --dry-run --Werror $(NATIVE))
 
 # One thread per process: several processes that each use all cores slow each other down.
 .PHONY: run-tests
 run-tests:
 	@echo "slora: pytest with $(TORCH)"
-	@$(RUN) OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)pytest -n $(WORKERS) --benchmark-disable $(PYTEST_ARGS)
 
 $(VENV)/.created:
-	@command -v "$(PYTHON)" >/dev/null || { echo "slora: no Python was found as '$(PYTHON)'; install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "slora: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1), but slora needs Python 3.10 or newer; name another: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@command -v "$(PYTHON)" >/dev/null || { echo "slora: no Python was found as '$(PYTHON)'; install Python $(OLDEST) or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(OLDEST)".split("."))))' || { echo "slora: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1), but slora with $(TORCH) needs Python $(OLDEST) or newer; name another: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "slora: '$(PYTHON)' cannot make environments (its module venv or ensurepip is missing); on Debian and Ubuntu install the package python3-venv" >&2; exit 1; }
 	@"$(PYTHON)" -m venv $(VENV)
 	@touch $@
@@ -156,8 +157,9 @@ $(TEST_STAMP): pyproject.toml $(CONSTRAINTS) $(VENV)/.build-tools
 
 $(BUILT): setup.py $(NATIVE) $(VENV)/.build-tools
 	@echo "slora: installing slora itself into $(VENV), with its extension where that can be built"
-	@$(RUN) python -m pip install --verbose --disable-pip-version-check --no-deps --no-build-isolation -e . \
+	@rm -f slora/_C*.so build/extension-for-*
+	@$(RUN)python -m pip install --verbose --disable-pip-version-check --no-deps --no-build-isolation -e . \
 		>$(BUILD_LOG) 2>&1 || { tail -n 40 $(BUILD_LOG); \
 		echo "slora: the extension could not be built; the compiler's messages are in $(BUILD_LOG). SLORA_SKIP_EXT=1 installs slora without it."; exit 1; } >&2
 	@sed -nE 's/^ *(slora: extension .*)/\1/p' $(BUILD_LOG) | tail -n 1
-	@mkdir -p build; rm -f build/extension-for-*; touch $@
+	@mkdir -p build; touch $@

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slora.config import SelectiveLoRAConfig
-from slora.errors import CheckpointError, ConfigError, StateError
-from slora.files import read_json, write_atomically, write_json
+from slora.errors import CheckpointError, SLoRAError, StateError
+from slora.files import json_text, read_json, text_writer, write_together
 from slora.gate import adapted_layers
-from slora.inject import inject, injection, unload
+from slora.inject import inject, injection, unchanged_on_error, unload
 from slora.layers import LoRABlocks
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,11 +34,11 @@ FORMAT = 1
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the adapter of `model` into `directory`, each file atomically, the weights first.
+    """Write the adapter of `model` into `directory`: all files, or none where one of them cannot be written.
 
     Raises:
         StateError: the model is not adapted, or is merged.
-        CheckpointError: the folder cannot be written, or the disk is full; earlier files are left as they were.
+        CheckpointError: the folder cannot be written, or the disk is full; an earlier adapter is left as it was.
     """
     record = injection(model)
     layers = dict(adapted_layers(model))
@@ -52,16 +52,21 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
     for name in record.modules_to_save:
         for key, value in model.get_submodule(name).state_dict().items():
-            tensors[f"{PREFIX}{name}.{key}"] = value.detach().cpu().contiguous()
+            # A copy: safetensors refuses tensors that share memory, as tied weights do.
+            tensors[f"{PREFIX}{name}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
     selective = {
         "format": FORMAT,
         "config": record.config.to_dict(),
         "layers": {name: _layer_entry(layer) for name, layer in layers.items()},
         "base": fingerprint(model),
     }
-    write_atomically(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    write_json(folder / CONFIG, peft_config(record.config, layers, record.modules_to_save))
-    write_json(folder / SELECTIVE, selective)
+    write_together(
+        {
+            folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+            folder / CONFIG: text_writer(json_text(peft_config(record.config, layers, record.modules_to_save))),
+            folder / SELECTIVE: text_writer(json_text(selective)),
+        }
+    )
 
 
 def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
@@ -84,22 +89,21 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
                 f"{folder / SELECTIVE} has format {selective['format']!r}; this version reads {FORMAT}"
             )
         config = SelectiveLoRAConfig.from_dict(selective["config"])
-        entries, base = selective["layers"], selective["base"]
-    except (KeyError, TypeError, ConfigError) as error:
-        raise CheckpointError(f"{folder / SELECTIVE} is incomplete or damaged ({error})") from error
+        entries, base = dict(selective["layers"]), selective["base"]
+        base = {"class": base["class"], "shapes": dict(base["shapes"]), "digest": base["digest"]}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / SELECTIVE} is incomplete or damaged ({error!r})") from error
     _check_base(model, base, folder)
     if any(True for _ in adapted_layers(model)):
-        _fill(model, entries, tensors, folder)
+        _fill(model, config, entries, tensors, folder)
     else:
-        trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        inject(model, config)
-        try:
-            _fill(model, entries, tensors, folder)
-        except Exception:
-            unload(model)
-            for parameter, flag in trainable.items():
-                parameter.requires_grad_(flag)
-            raise
+        with unchanged_on_error(model):
+            inject(model, config)
+            try:
+                _fill(model, config, entries, tensors, folder)
+            except BaseException:
+                unload(model)
+                raise
     if fingerprint(model)["digest"] != base["digest"]:
         warnings.warn(
             f"{folder} was trained on other base weights than this {type(model).__name__} has: shapes agree, "
@@ -109,7 +113,13 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     return model
 
 
-def _fill(model: nn.Module, entries: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+def _fill(
+    model: nn.Module,
+    config: SelectiveLoRAConfig,
+    entries: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+) -> None:
     layers = dict(adapted_layers(model))
     if any(layer.merged for layer in layers.values()):
         raise StateError("the model is merged; call slora.unmerge(model) before loading an adapter")
@@ -117,8 +127,22 @@ def _fill(model: nn.Module, entries: Mapping[str, Any], tensors: Mapping[str, Te
         odd = sorted(set(layers) ^ set(entries))
         where = "only in the model" if odd[0] in layers else "only in the adapter"
         raise CheckpointError(f"{folder} adapts {len(entries)} layers, the model {len(layers)}; {odd[0]!r} is {where}")
-    states = {name: _block_state(name, layer, entries[name], tensors, folder) for name, layer in layers.items()}
-    saved = _saved_state(model, injection(model).modules_to_save, tensors, folder)
+    unread = dict(tensors)
+    states = {}
+    for name, layer in layers.items():
+        _check_settings(name, layer, config, folder)
+        try:
+            states[name] = _block_state(name, layer, entries[name], unread, folder)
+        except SLoRAError:
+            raise
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CheckpointError(f"{folder / SELECTIVE}: the entry of {name!r} is damaged ({error!r})") from error
+    saved = _saved_state(model, injection(model).modules_to_save, unread, folder)
+    if unread:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} holds {min(unread)!r}, which has no place in this model; load it into the plain "
+            f"model, or inject with the same modules_to_save"
+        )
     with torch.no_grad():
         for name, layer in layers.items():
             for key, value in states[name].items():
@@ -225,13 +249,25 @@ def _check_base(model: nn.Module, base: Mapping[str, Any], folder: Path) -> None
             )
 
 
+def _check_settings(name: str, layer: LoRABlocks, config: SelectiveLoRAConfig, folder: Path) -> None:
+    """Refuse an adapter whose matrices would mean something else in `layer`."""
+    wanted = {
+        "lora_alpha": config.alpha_of(name),
+        "use_rslora": config.use_rslora,
+        "threshold": config.threshold,
+    }
+    for setting, value in wanted.items():
+        if getattr(layer, setting) != value:
+            raise CheckpointError(
+                f"{folder} has {setting}={value} for {name!r}, the model {setting}={getattr(layer, setting)}; "
+                f"load it into the plain model, which is then injected to fit"
+            )
+
+
 def _block_state(
-    name: str, layer: LoRABlocks, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+    name: str, layer: LoRABlocks, entry: Mapping[str, Any], tensors: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
-    try:
-        r, blocks, active, gate = entry["r"], entry["blocks"], entry["active"], entry["gate"]
-    except KeyError as error:
-        raise CheckpointError(f"{folder / SELECTIVE}: layer {name!r} lacks {error}") from error
+    r, blocks, active, gate = entry["r"], entry["blocks"], entry["active"], entry["gate"]
     if (r, blocks, len(gate)) != (layer.r, layer.blocks, layer.blocks):
         raise CheckpointError(
             f"{folder} has r={r}, blocks={blocks} for {name!r}, the model r={layer.r}, blocks={layer.blocks}; "
@@ -262,7 +298,7 @@ def _block_state(
 
 
 def _saved_state(
-    model: nn.Module, modules: tuple[str, ...], tensors: Mapping[str, Tensor], folder: Path
+    model: nn.Module, modules: tuple[str, ...], tensors: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
     state = {}
     for name in modules:
@@ -277,7 +313,8 @@ def _saved_state(
     return state
 
 
-def _tensor(tensors: Mapping[str, Tensor], key: str, folder: Path) -> Tensor:
+def _tensor(tensors: dict[str, Tensor], key: str, folder: Path) -> Tensor:
+    """Take `key` out of `tensors`."""
     if key not in tensors:
         raise CheckpointError(f"{folder / WEIGHTS} lacks {key!r}; the file is incomplete")
-    return tensors[key]
+    return tensors.pop(key)

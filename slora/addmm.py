@@ -25,7 +25,7 @@ def forward(
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `(y [..., N], S)`; `x [..., K]`. `keep [M, K]` is the dropout mask, already divided by `1 - p`."""
-    y = F.linear(x, weight, bias)
+    y = base(x, weight, bias)
     x_rows = rows(x) if keep is None else rows(x) * keep
     S = x_rows @ stacked(lora_A, active, x.dtype).T
     y_rows = y.view(-1, y.shape[-1])
@@ -92,6 +92,20 @@ def gate_probe(dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, blocks: Se
         for S_i, dy_i, i in zip(blocks_of(S, len(blocks)), active_columns(dy, lora_B, blocks), blocks, strict=True)
     ]
     return torch.stack(dgate).mul_(scaling)
+
+
+def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `F.linear(x, weight, bias)` with the bits that it has where `weight` is trainable.
+
+    Over rows that are not contiguous PyTorch multiplies a frozen weight batch by batch, which rounds otherwise:
+    merely freezing a model would change its output.
+    """
+    if x.dim() <= 2 or (bias is not None and x.is_contiguous()):
+        return F.linear(x, weight, bias)
+    y = rows(x) @ weight.T
+    if bias is not None:
+        y = y.add_(bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def rows(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,33 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; names the file and the cause.
     """
-    target = Path(path)
-    temporary = None
+    write_together({path: write})
+
+
+def write_together(writes: Mapping[str | os.PathLike[str], Callable[[Path], None]]) -> None:
+    """Do the same for several files that belong together: none is renamed before all of them are on disk.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; all files are what they were.
+    """
+    staged: list[tuple[Path, Path]] = []
+    target = Path()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        os.close(descriptor)
-        temporary = Path(name)
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-        temporary = None
-        _sync_folder(target.parent)
+        for path, write in writes.items():
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+            os.close(descriptor)
+            temporary = Path(name)
+            staged.append((temporary, target))
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+        for temporary, target in staged:
+            os.replace(temporary, target)
+        for folder in {target.parent for _, target in staged}:
+            _sync_folder(folder)
     except OSError as error:
         raise _cannot_write(target, error) from error
     except Exception as error:
@@ -42,19 +55,23 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
             raise _cannot_write(target, error) from error
         raise
     finally:
-        if temporary is not None:
+        for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return `value` as indented JSON with sorted keys."""
+    return json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` in UTF-8, atomically."""
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_atomically(path, text_writer(text))
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -69,6 +86,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise CheckpointError(f"{path} does not exist") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({error}); it may be damaged") from error
+
+
+def text_writer(text: str) -> Callable[[Path], None]:
+    """Return what `write_atomically` calls to write `text` in UTF-8."""
+    return lambda path: _write_text(path, text)
 
 
 def _write_text(path: Path, text: str) -> None:

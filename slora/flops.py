@@ -1,30 +1,69 @@
-"""FLOPs: of an adapted layer by formula, of any call by counting.
+"""FLOPs: of the operator by formula, of any call by counting.
 
-The formulas of the operator stand in `slora.ops` beside it and are registered with PyTorch's own counter, so
-`count_flops` sees what a step really computes: the active blocks, and nothing below the first of them.
+`register` gives the formulas to PyTorch's own counter, so `torch.utils.flop_counter.FlopCounterMode` sees what a step
+really computes: the active blocks, and nothing below the first of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.utils.flop_counter import FlopCounterMode
-
-from slora.layers import LoRABlocks
-from slora.ops import forward_flops, linear_flops
+import torch
 
 
-def layer_flops(layer: LoRABlocks, rows: int = 1) -> tuple[int, int]:
-    """Return `(base, added)`: forward FLOPs of the base layer and of its active blocks for `rows` input rows."""
-    N, K = layer.base_weight.shape
-    base = linear_flops(rows, N, K)
-    active = 0 if layer.merged or not layer.enabled else len(layer.activity().active)
-    return base, forward_flops(rows, N, K, layer.r, layer.blocks, active) - base
+def linear_flops(M: int, N: int, K: int) -> int:
+    """FLOPs of `[M, K] @ [K, N]`, a multiplication and an addition counted as two."""
+    return 2 * M * N * K
+
+
+def forward_flops(M: int, N: int, K: int, r: int, blocks: int, active: int) -> int:
+    """FLOPs of the forward: the base product, and `S` and its update for `active` of `blocks` blocks."""
+    return linear_flops(M, N, K) + active * (linear_flops(M, r, K) + linear_flops(M, N // blocks, r))
+
+
+def backward_flops(M: int, N: int, K: int, r: int, blocks: int, active: int, needs: Sequence[bool]) -> int:
+    """FLOPs of the backward for the gradients that `needs = (dx, dA, dB, dgate)` asks for."""
+    need_dx, need_dA, need_dB, need_dgate = needs
+    narrow, wide = linear_flops(M, N // blocks, r), linear_flops(M, r, K)
+    per_block = narrow * (need_dx or need_dA) + wide * need_dx + wide * need_dA + narrow * (need_dB or need_dgate)
+    return linear_flops(M, N, K) * need_dx + active * per_block
 
 
 def count_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Run `call(*args, **kwargs)` once and return the FLOPs of its matrix products, backward included if run."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    register()
     with FlopCounterMode(display=False) as counter:
         call(*args, **kwargs)
     return int(counter.get_total_flops())
+
+
+@functools.cache
+def register() -> None:
+    """Give the formulas to PyTorch's counter. Adapted layers call this when they are made.
+
+    Not done at import, because the counter's module imports Triton, which takes longer than all of slora.
+    """
+    from torch.utils.flop_counter import register_flop_formula
+
+    @register_flop_formula(torch.ops.slora.selective_linear)
+    def forward(
+        x: Any, weight: Any, bias: Any, lora_A: Any, lora_B: Any, gate: Any, threshold: float, scaling: float,
+        active: Sequence[int] | None = None, *args: Any, **kwargs: Any,
+    ) -> int:  # fmt: skip
+        blocks, r, K = lora_A
+        count = blocks if active is None else len(active)
+        return forward_flops(math.prod(x[:-1]), weight[0], K, r, blocks, count)
+
+    @register_flop_formula(torch.ops.slora.selective_linear_backward)
+    def backward(
+        dy: Any, x: Any, weight: Any, lora_A: Any, lora_B: Any, gate: Any, S: Any, threshold: float, scaling: float,
+        active: Sequence[int] | None, dropout: float, seed: Any, needs: Sequence[bool], **kwargs: Any,
+    ) -> int:  # fmt: skip
+        blocks, r, K = lora_A
+        count = blocks if active is None else len(active)
+        return backward_flops(math.prod(dy[:-1]), weight[0], K, r, blocks, count, needs)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from slora import addmm
 from slora.errors import ConfigError
@@ -37,8 +38,9 @@ class Activity(NamedTuple):
 class GateMirror:
     """The activity of all adapted layers of one model, on the host.
 
-    Layers join at their first forward; the mirror keeps no layer alive. A copy of the model (deepcopy, pickle)
-    starts a mirror of its own.
+    Layers join when they are made; the mirror keeps no layer alive. A copy of the model (deepcopy, pickle)
+    starts a mirror of its own. A gate written through `.data` moves no version counter and is not noticed:
+    write it under `torch.no_grad()`.
 
     Attributes:
         step: how often the gates were seen to have moved.
@@ -59,9 +61,14 @@ class GateMirror:
     def __getstate__(self) -> dict[str, Any]:
         return {"step": self.step, "copies": 0, "_layers": []}
 
+    def join(self, layer: LoRABlocks) -> None:
+        """Refresh `layer` together with the others from now on."""
+        self._layers.append(weakref.ref(layer))
+        _mirrors.add(self)
+
     def activity(self, layer: LoRABlocks) -> Activity:
         """Return the activity of `layer`, refreshed for the whole model if a gate has moved since."""
-        if layer._activity is None or layer._gate_key != _key(layer.gate):
+        if layer._activity is None or not _unmoved(layer):
             self._refresh(layer)
         assert layer._activity is not None
         return layer._activity
@@ -69,9 +76,7 @@ class GateMirror:
     def _refresh(self, asking: LoRABlocks) -> None:
         if asking._activity is not None:
             self.step += 1
-        layers = [layer for ref in self._layers if (layer := ref()) is not None and layer._mirror is self]
-        if asking not in layers:
-            layers.append(asking)
+        layers = [layer for ref in self._layers if (layer := ref()) is not None]
         self._layers = [weakref.ref(layer) for layer in layers]
         active = self._read(layers)
         none_active = not any(any(on) for on in active.values())
@@ -86,7 +91,7 @@ class GateMirror:
                 probe_scale=1.0 if none_active or layer.inactive == "exact" else float(layer.probe_every),
                 step=self.step,
             )
-            layer._gate_key = _key(layer.gate)
+            layer._gate_key = layer.gate, version(layer.gate)
 
     def _read(self, layers: list[LoRABlocks]) -> dict[LoRABlocks, list[bool]]:
         groups: dict[tuple[torch.device, torch.dtype], list[LoRABlocks]] = {}
@@ -106,10 +111,34 @@ class GateMirror:
                 result[layer] = [next(values) for _ in range(layer.gate.shape[0])]
         return result
 
+    def _forget(self, moved: set[int]) -> None:
+        for ref in self._layers:
+            layer = ref()
+            if layer is not None and id(layer.gate) in moved:
+                layer._gate_key = None
 
-def _key(gate: Tensor) -> tuple[int, int]:
-    # Tensors made under inference_mode have no version counter; they cannot be trained, only replaced.
-    return id(gate), 0 if gate.is_inference() else gate._version
+
+_mirrors: weakref.WeakSet[GateMirror] = weakref.WeakSet()
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # Fused optimizers write parameters without moving their version counters.
+    moved = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
+    for mirror in list(_mirrors) if moved else ():
+        mirror._forget(moved)
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def _unmoved(layer: LoRABlocks) -> bool:
+    key = layer._gate_key
+    return key is not None and key[0] is layer.gate and key[1] == version(layer.gate)
+
+
+def version(tensor: Tensor) -> int:
+    """Return how often `tensor` was written; 0 for one made under `inference_mode`, which has no counter."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRABlocks]]:

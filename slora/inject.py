@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from slora.config import SelectiveLoRAConfig
 from slora.errors import StateError, TargetError
@@ -50,19 +51,37 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
     found = {name: kind for name, kind in targets(model, config).items() if not _inside(name, saved)}
     for name, kind in found.items():
         kind.choose_blocks(config, model.get_submodule(name), name)
+    if not found:
+        raise TargetError(
+            "exclude_modules and modules_to_save leave no layer to adapt; remove entries, or name more target_modules"
+        )
     mirror = GateMirror()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    new = {}
-    for name, kind in found.items():
-        module = model.get_submodule(name)
-        new[module] = _adapted(kind, module, config, name, mirror)
+    with unchanged_on_error(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        new = {}
+        for name, kind in found.items():
+            module = model.get_submodule(name)
+            new[module] = _adapted(kind, module, config, name, mirror)
+        for name in saved:
+            model.get_submodule(name).requires_grad_(True)
     swap(model, new)
-    for name in saved:
-        model.get_submodule(name).requires_grad_(True)
     _set_fused_encoders(model)
     model._slora = Injection(config, saved)  # type: ignore[assignment]
     return model
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Give the parameters of `model` their values, dtypes and `requires_grad` back if an exception passes."""
+    before = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, data, requires_grad in before:
+            parameter.data = data
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 def unload(model: Model) -> Model:
@@ -101,7 +120,9 @@ def targets(model: nn.Module, config: SelectiveLoRAConfig) -> dict[str, type[LoR
     Raises:
         TargetError: a pattern matches no layer that can be adapted.
     """
-    candidates = {name: kind for name, module in model.named_modules() if name and (kind := _kind(module))}
+    kinds = {name: kind for name, module in model.named_modules() if name and (kind := _kind(module))}
+    # Attention that cannot be adapted reads the weight of its output projection past any blocks.
+    candidates = {n: kind for n, kind in kinds.items() if not _is_out_proj(model, n) or n.rpartition(".")[0] in kinds}
     excluded = _matching(config.exclude_modules, candidates, model, "exclude_modules")
     if config.target_modules == "all-linear":
         heads = _heads(model)
@@ -113,7 +134,7 @@ def targets(model: nn.Module, config: SelectiveLoRAConfig) -> dict[str, type[LoR
     for name in chosen - excluded:
         parent = name.rpartition(".")[0]
         skipped = parent not in chosen or parent in excluded
-        if name.endswith("out_proj") and skipped and type(model.get_submodule(parent)) is nn.MultiheadAttention:
+        if skipped and _is_out_proj(model, name):
             raise TargetError(
                 f"{name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it; "
                 f"adapt {parent!r} as well, or exclude {name!r}"
@@ -150,12 +171,27 @@ def _kind(module: nn.Module) -> type[LoRABlocks] | None:
     """The adapted class that fits `module`, or None."""
     if isinstance(module, nn.Linear):
         # A subclass with a forward of its own (quantised, tensor-parallel, ...) computes something else.
-        plain = type(module).forward is nn.Linear.forward and module.weight.is_floating_point()
-        return SelectiveLoRALinear if plain else None
-    weight = getattr(module, "in_proj_weight", None)
-    if isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[0] == 3 * weight.shape[1]:
-        return SelectiveLoRAAttention if type(module) is nn.MultiheadAttention else ProjectionAttention
+        if type(module).forward is nn.Linear.forward and _is_matrix(module._parameters.get("weight")):
+            return SelectiveLoRALinear
+        return None
+    weight = module._parameters.get("in_proj_weight")
+    if weight is not None and _is_matrix(weight) and weight.shape[0] == 3 * weight.shape[1]:
+        usual = isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
+        return SelectiveLoRAAttention if usual else ProjectionAttention
     return None
+
+
+def _is_matrix(weight: Any) -> bool:
+    # A weight that is computed (parametrisations, weight norm) or not there yet (lazy layers) cannot be shared.
+    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+        return False
+    return bool(weight.dim() == 2 and weight.is_floating_point())
+
+
+def _is_out_proj(model: nn.Module, name: str) -> bool:
+    """Whether `name` is the output projection of an `nn.MultiheadAttention`, which reads its weight without a call."""
+    parent, _, last = name.rpartition(".")
+    return last == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention)
 
 
 def _adapted(

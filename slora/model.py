@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, StateError
-from slora.flops import layer_flops
+from slora.flops import forward_flops, linear_flops
 from slora.gate import adapted_layers
 
 
@@ -167,9 +167,11 @@ def summary(model: nn.Module) -> Summary:
     rows = []
     for name, layer in adapted_layers(model):
         out_features, in_features = layer.base_weight.shape
-        base, added = layer_flops(layer)
-        count = layer.lora_A.numel() + layer.lora_B.numel() + layer.gate.numel()
         active = layer.activity().active
+        running = 0 if layer.merged or not layer.enabled else len(active)
+        base = linear_flops(1, out_features, in_features)
+        added = forward_flops(1, out_features, in_features, layer.r, layer.blocks, running) - base
+        count = layer.lora_A.numel() + layer.lora_B.numel() + layer.gate.numel()
         rows.append(LayerSummary(name, in_features, out_features, layer.r, layer.blocks, active, count, base, added))
     if not rows:
         raise StateError("the model has no adapted layer; call slora.inject(model, config) first")

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from slora import addmm, reference
-from slora.errors import ConfigError, ShapeError
+from slora.errors import ConfigError, ShapeError, StateError
 
 BACKENDS = ("auto", "torch", "reference")
 MAX_RANK = 256
@@ -96,9 +95,10 @@ def _reference(
     check_inputs(x, weight, bias, lora_A, lora_B, gate)
     keep = _dropout_mask((math.prod(x.shape[:-1]), x.shape[-1]), x, dropout, seed)
     x_lora = None if keep is None else x * keep.view(x.shape)
-    gate = torch.where(gate >= threshold, gate, gate.detach()).to(x.dtype)
+    # The gate keeps its dtype: rounded to that of x, a score next to the threshold would change sides.
+    gate = torch.where(gate >= threshold, gate, gate.detach())
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
-    return reference.selective_lora_linear(x, weight, bias, A, B, gate, threshold, scaling, x_lora)
+    return reference.selective_lora_linear(x, weight, bias, A, B, gate, threshold, scaling, x_lora).to(x.dtype)
 
 
 def backend() -> str:
@@ -329,46 +329,15 @@ def _autograd(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | N
     return grads[0], dW, db, grads[1], grads[2], grads[3], None, None, None, None, None
 
 
+def _refuse_twice(ctx: Any, *grads: Tensor | None) -> None:
+    raise StateError(
+        "slora.selective_linear is differentiable once; set SLORA_BACKEND=reference for second derivatives"
+    )
+
+
 torch.library.impl(_library, "selective_linear", "CompositeExplicitAutograd")(_forward)
 torch.library.impl(_library, "selective_linear_backward", "CompositeExplicitAutograd")(_backward)
 torch.library.register_fake("slora::selective_linear", _forward_fake, lib=_library)
 torch.library.register_fake("slora::selective_linear_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("slora::selective_linear", _autograd, setup_context=_setup_context, lib=_library)
-
-
-def linear_flops(M: int, N: int, K: int) -> int:
-    """FLOPs of `[M, K] @ [K, N]`, a multiplication and an addition counted as two."""
-    return 2 * M * N * K
-
-
-def forward_flops(M: int, N: int, K: int, r: int, blocks: int, active: int) -> int:
-    """FLOPs of the forward: the base product, and `S` and its update for `active` of `blocks` blocks."""
-    return linear_flops(M, N, K) + active * (linear_flops(M, r, K) + linear_flops(M, N // blocks, r))
-
-
-def backward_flops(M: int, N: int, K: int, r: int, blocks: int, active: int, needs: Sequence[bool]) -> int:
-    """FLOPs of the backward for the gradients that `needs = (dx, dA, dB, dgate)` asks for."""
-    need_dx, need_dA, need_dB, need_dgate = needs
-    narrow, wide = linear_flops(M, N // blocks, r), linear_flops(M, r, K)
-    per_block = narrow * (need_dx or need_dA) + wide * need_dx + wide * need_dA + narrow * (need_dB or need_dgate)
-    return linear_flops(M, N, K) * need_dx + active * per_block
-
-
-@register_flop_formula(torch.ops.slora.selective_linear)
-def _forward_formula(
-    x: Any, weight: Any, bias: Any, lora_A: Any, lora_B: Any, gate: Any, threshold: float, scaling: float,
-    active: Sequence[int] | None = None, *args: Any, **kwargs: Any,
-) -> int:  # fmt: skip
-    blocks, r, K = lora_A
-    count = blocks if active is None else len(active)
-    return forward_flops(math.prod(x[:-1]), weight[0], K, r, blocks, count)
-
-
-@register_flop_formula(torch.ops.slora.selective_linear_backward)
-def _backward_formula(
-    dy: Any, x: Any, weight: Any, lora_A: Any, lora_B: Any, gate: Any, S: Any, threshold: float, scaling: float,
-    active: Sequence[int] | None, dropout: float, seed: Any, needs: Sequence[bool], **kwargs: Any,
-) -> int:  # fmt: skip
-    blocks, r, K = lora_A
-    count = blocks if active is None else len(active)
-    return backward_flops(math.prod(dy[:-1]), weight[0], K, r, blocks, count, needs)
+torch.library.register_autograd("slora::selective_linear_backward", _refuse_twice, lib=_library)

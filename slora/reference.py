@@ -87,7 +87,7 @@ def selective_lora_linear_backward(
     """
     active = (gate >= threshold).to(dy.dtype)
     x_rows = x.reshape(-1, x.shape[-1])
-    dy_blocks = dy.reshape(x_rows.shape[0], gate.shape[0], -1)
+    dy_blocks = dy.reshape(-1, *lora_B.shape[:2])
     S = torch.einsum("mk,brk->mbr", x_rows, lora_A)
     T = torch.einsum("mbn,bnr->mbr", dy_blocks, lora_B)
     gated_T = T * (scaling * active[:, None])

@@ -9,6 +9,7 @@ the base's parameter names and add the update to activations, never to the weigh
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from slora.config import SelectiveLoRAConfig
-from slora.errors import ConfigError, TargetError
+from slora.errors import ConfigError, ShapeError, TargetError
 from slora.gate import GateMirror
 from slora.layers.blocks import LoRABlocks
 
@@ -81,37 +82,54 @@ class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return `(output, weights or None)` as `nn.MultiheadAttention.forward` does; shapes are its own."""
+        if is_causal and attn_mask is None:
+            raise ShapeError("is_causal=True is a hint about attn_mask, which is None; pass the causal mask as well")
+        key_padding_mask = _additive("key_padding_mask", key_padding_mask, query.dtype)
+        attn_mask = _additive("attn_mask", attn_mask, query.dtype)
         batched = query.dim() == 3
         if not batched:
-            query, key, value = _unsqueeze(query, key, value, 0 if self.batch_first else 1)
+            query, key, value = _each(lambda t: t.unsqueeze(1), query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+        batch_first = batched and self.batch_first
+        # The base computes on [length, batch, E]. On CPU the layout shows in the last bit, so ours is the same
+        # there; on a GPU the copies cost more than that bit is worth.
+        as_base = query.device.type == "cpu"
+        if batch_first and as_base:
+            query, key, value = _each(lambda t: t.transpose(0, 1), query, key, value)
+            batch_first = False
         q, k, v = self._project_in(query, key, value)
-        if not self.batch_first:
+        if as_base:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        if not batch_first:
             q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        batch, length, embed = q.shape
+        q, k, v = (t.view(*t.shape[:2], self.num_heads, self.head_dim).transpose(1, 2) for t in (q, k, v))
+        length = k.shape[2]
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.to(k.dtype).expand(batch, 1, embed)], 1)
-            v = torch.cat([v, self.bias_v.to(v.dtype).expand(batch, 1, embed)], 1)
+            k, v = self._appended(k, self.bias_k), self._appended(v, self.bias_v)
         if self.add_zero_attn:
             k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
-        added = k.shape[1] - (key.shape[1] if self.batch_first else key.shape[0])
-        mask = self._mask(q, attn_mask, key_padding_mask, added, is_causal and not need_weights)
-        q, k, v = (t.reshape(batch, -1, self.num_heads, self.head_dim).transpose(1, 2) for t in (q, k, v))
+        causal = is_causal and key_padding_mask is None and not need_weights
+        mask = None if causal else self._mask(attn_mask, key_padding_mask, k.shape[2] - length)
+        mask = None if mask is None else mask.to(q.dtype)
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            scores = (q * math.sqrt(1.0 / self.head_dim)) @ k.transpose(-2, -1)
-            weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
+            weights = _softmax_scores(q * math.sqrt(1.0 / self.head_dim), k, mask)
             weights = F.dropout(weights, dropout) if dropout else weights
             output = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            causal = is_causal and mask is None
             output = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, is_causal=causal)
-        output = self.out_proj(output.transpose(1, 2).reshape(batch, length, embed))
+        order = (0, 2, 1, 3) if batch_first else (2, 0, 1, 3)
+        output = self.out_proj(output.permute(order).flatten(2))
         if not batched:
-            return output.squeeze(0), None if weights is None else weights.squeeze(0)
-        return output if self.batch_first else output.transpose(0, 1), weights
+            return output.squeeze(1), None if weights is None else weights.squeeze(0)
+        return output.transpose(0, 1) if self.batch_first and not batch_first else output, weights
+
+    def _appended(self, k: Tensor, bias: Tensor) -> Tensor:
+        """Append `bias [1, 1, E]` to the keys or values `[batch, heads, S, D]`, in the base's layout."""
+        last = bias.to(k.dtype).view(1, 1, self.num_heads, self.head_dim).expand(1, k.shape[0], -1, -1)
+        return torch.cat([k.permute(2, 0, 1, 3), last]).permute(1, 2, 0, 3)
 
     def _project_in(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         third = self.blocks // 3
@@ -127,18 +145,14 @@ class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
             self.project(value, 2 * third, third),
         )
 
-    def _mask(
-        self, q: Tensor, attn_mask: Tensor | None, padding: Tensor | None, added: int, causal_hint: bool
-    ) -> Tensor | None:
+    def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, added: int) -> Tensor | None:
         """The additive mask `[batch or 1, heads or 1, L, S]`, or None where nothing is masked."""
-        if causal_hint and attn_mask is not None and padding is None:
-            return None
         mask = None
         if attn_mask is not None:
-            mask = _additive(attn_mask, q.dtype)
-            mask = mask.reshape(-1, self.num_heads, *mask.shape[-2:]) if mask.dim() == 3 else mask[None, None]
+            whole = attn_mask.dim() == 3
+            mask = attn_mask.reshape(-1, self.num_heads, *attn_mask.shape[1:]) if whole else attn_mask[None, None]
         if padding is not None:
-            columns = _additive(padding, q.dtype)[:, None, None, :]
+            columns = padding[:, None, None, :]
             mask = columns if mask is None else mask + columns
         return mask if mask is None or not added else F.pad(mask, (0, added))
 
@@ -202,18 +216,31 @@ def _blank(base: type[nn.Module]) -> ProjectionAttention:
 
 def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> ProjectionAttention:
     layer = _blank(base)
-    layer.__dict__.update(state)
+    layer.__setstate__(state)
     return layer
 
 
-def _unsqueeze(query: Tensor, key: Tensor, value: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Add the batch dimension and keep `query is key is value`, which decides how the projection is shared."""
-    q = query.unsqueeze(dim)
-    k = q if key is query else key.unsqueeze(dim)
-    return q, k, k if value is key else value.unsqueeze(dim)
+def _each(
+    change: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Change all three and keep `query is key is value`, which decides how the projection is shared."""
+    q = change(query)
+    k = q if key is query else change(key)
+    return q, k, k if value is key else change(value)
 
 
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
-    return mask.to(dtype)
+def _softmax_scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """Return `softmax(q @ k.T + mask)`, `[batch, heads, L, S]`, the mask added inside the product as the base does."""
+    if mask is None:
+        return torch.softmax(q @ k.transpose(-2, -1), dim=-1)
+    mask = mask.expand(*q.shape[:-1], k.shape[-2]).flatten(0, 1)
+    scores = torch.baddbmm(mask, q.flatten(0, 1), k.flatten(0, 1).transpose(-2, -1))
+    return torch.softmax(scores.view(*q.shape[:2], *scores.shape[1:]), dim=-1)
+
+
+def _additive(name: str, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if mask is None or mask.is_floating_point():
+        return mask
+    if mask.dtype != torch.bool:
+        raise ShapeError(f"{name} has dtype {mask.dtype}; expected torch.bool or a floating dtype")
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))

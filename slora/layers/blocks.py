@@ -6,14 +6,13 @@ import math
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slora import ops
+from slora import addmm, flops, ops
 from slora.config import Inactive, SelectiveLoRAConfig
 from slora.config import scaling as scaling_of
 from slora.errors import ConfigError, StateError
-from slora.gate import Activity, GateMirror, ProbeGates, sampled_rows
+from slora.gate import Activity, GateMirror, ProbeGates, sampled_rows, version
 
 _SETTINGS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
@@ -120,12 +119,14 @@ class LoRABlocks(nn.Module):
         self.gate = nn.Parameter(torch.full((blocks,), config.gate_init, **kwargs))
         for A in self.lora_A.data:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        flops.register()
         self._kept_weight: Tensor | None = None
         self._mirror = GateMirror() if mirror is None else mirror
         self._activity: Activity | None = None
-        self._gate_key: tuple[int, int] | None = None
+        self._gate_key: tuple[Tensor, int] | None = None
         self._seed = _seed_of(name)
         self._cast: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+        self._mirror.join(self)
 
     @property
     def base_weight(self) -> Tensor:
@@ -147,6 +148,11 @@ class LoRABlocks(nn.Module):
     def activity(self) -> Activity:
         """Return which blocks are active, without a device-to-host copy unless a gate has moved."""
         return self._mirror.activity(self)
+
+    def replace_base_weight(self, data: Tensor) -> None:
+        """Make `data` what the base weight holds; the parameter stays the same."""
+        self.base_weight.data = data
+        self._cast.clear()
 
     @torch.no_grad()
     def merged_weight(self, scale: float = 1.0) -> Tensor:
@@ -183,7 +189,7 @@ class LoRABlocks(nn.Module):
             bias = None if bias is None else bias[first * n : (first + count) * n]
             lora_A, lora_B, gate = (t[first : first + count] for t in (lora_A, lora_B, gate))
         if self.merged or not self.enabled or (self.released and torch.compiler.is_compiling()):
-            return F.linear(x, weight, bias)
+            return addmm.base(x, weight, bias)
         if torch.compiler.is_compiling():
             # The device's own gates decide, so that one graph serves while they move.
             active = None
@@ -204,7 +210,7 @@ class LoRABlocks(nn.Module):
                 x, weight, bias, lora_A, lora_B, gate, self.threshold, self.scaling, active, dropout, seed
             )
         else:
-            y = F.linear(x, weight, bias)
+            y = addmm.base(x, weight, bias)
         if self.inactive != "frozen" and inactive != () and torch.is_grad_enabled() and gate.requires_grad:
             y = self._probed(y, gate, x, lora_A, lora_B, inactive, first)
         return y
@@ -258,7 +264,7 @@ class LoRABlocks(nn.Module):
             return parameter
         if parameter.requires_grad or torch.compiler.is_compiling() or not torch.is_autocast_cache_enabled():
             return parameter.to(dtype)
-        key = (id(parameter), parameter.data_ptr(), _version(parameter), dtype)
+        key = (id(parameter), parameter.data_ptr(), version(parameter), dtype)
         cached = self._cast.get(name)
         if cached is None or cached[0] != key:
             with torch.no_grad():
@@ -298,12 +304,12 @@ class LoRABlocks(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cast": {}, "_activity": None, "_gate_key": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mirror.join(self)
+
     def _describe(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, blocks={self.blocks}, inactive={self.inactive!r}"
-
-
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
 
 
 def _seed_of(name: str) -> int:

@@ -25,20 +25,22 @@ def merge(model: Model, scale: float = 1.0) -> Model:
     merged, gates and LoRA parameters have no effect on the output.
 
     Raises:
-        StateError: the model has no adapted layer, or is merged already.
+        StateError: the model has no adapted layer, is merged already, or shares a weight that would change.
         ConfigError: `scale` is not finite.
     """
     layers = _adapted(model)
-    _refuse_merged(layers)
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise StateError(f"{merged[0]!r} is merged already; call slora.unmerge(model) first")
     if not math.isfinite(scale):
         raise ConfigError(f"scale={scale} is not finite; 1.0 merges the full update")
+    _refuse_shared(model, layers)
     # Everything that can fail, memory above all, happens before the first weight changes.
     new = {layer: layer.merged_weight(scale) for layer in layers.values() if layer.activity().active}
     for layer in layers.values():
         if layer in new:
-            weight = layer.base_weight
-            layer._kept_weight = weight.data
-            weight.data = new[layer]
+            layer._kept_weight = layer.base_weight.data
+            layer.replace_base_weight(new[layer])
         layer.merged = True
     return model
 
@@ -56,8 +58,7 @@ def unmerge(model: Model) -> Model:
     for layer in layers.values():
         kept: Tensor | None = layer._kept_weight
         if kept is not None:
-            weight = layer.base_weight
-            weight.data = kept.to(weight.device, weight.dtype)
+            layer.replace_base_weight(kept.to(layer.base_weight.device, layer.base_weight.dtype))
             layer._kept_weight = None
         layer.merged = False
     return model
@@ -67,21 +68,16 @@ def unmerge(model: Model) -> Model:
 def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
     """Merge and remove every trace of slora, in place; return `model` with plain layers and plain keys.
 
-    Weights are merged one at a time, so the peak memory is one weight above the model. A model that is merged
-    already keeps its weights as they are.
+    A model that is merged already keeps its weights as they are. Until the last weight is merged the old ones
+    are kept, so a failure leaves the model as it was; the peak memory is that of the weights that change.
 
     Raises:
-        StateError: the model has no adapted layer.
+        StateError: the model has no adapted layer, is merged in part, or shares a weight that would change.
         ConfigError: `scale` is not finite.
     """
     layers = _adapted(model)
-    if not math.isfinite(scale):
-        raise ConfigError(f"scale={scale} is not finite; 1.0 merges the full update")
     if not all(layer.merged for layer in layers.values()):
-        _refuse_merged(layers)
-        for layer in layers.values():
-            if layer.activity().active:
-                layer.base_weight.data = layer.merged_weight(scale)
+        merge(model, scale)
     for layer in layers.values():
         layer.merged, layer._kept_weight = False, None
     return unload(model)
@@ -94,7 +90,13 @@ def _adapted(model: nn.Module) -> dict[str, LoRABlocks]:
     return layers
 
 
-def _refuse_merged(layers: dict[str, LoRABlocks]) -> None:
-    merged = [name for name, layer in layers.items() if layer.merged]
-    if merged:
-        raise StateError(f"{merged[0]!r} is merged already; call slora.unmerge(model) first")
+def _refuse_shared(model: nn.Module, layers: dict[str, LoRABlocks]) -> None:
+    changing = {id(layer.base_weight): name for name, layer in layers.items() if layer.activity().active}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            adapted = changing.get(id(parameter))
+            if adapted is not None and module is not layers[adapted]:
+                raise StateError(
+                    f"the weight of {adapted!r} is shared with {name!r}, which merging would change, too; "
+                    f"give one of them a copy of its own, or exclude {adapted!r} from the adapter"
+                )

@@ -3,20 +3,28 @@
 The order of an epoch, and the augmentation of each image in it, follow from (seed, epoch, image) alone: not from
 the number of reading processes, and not from where a resumed run starts. Tensors stay in memory, on the training
 device where they fit, and cost one `index_select` per batch; anything else is read through a `DataLoader`.
+
+A data set may raise `DamagedImage` for an image that cannot be read. In training the next readable image takes its
+place, so that every step keeps its size; an evaluation leaves it out.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from slora.errors import ConfigError, DataError
 
 Data = Dataset[Any] | tuple[Tensor, Tensor]
+
+DAMAGED_SHARE = 0.01
+
+_log = logging.getLogger("slora")
 
 # Tensors up to this size are copied to the training device once.
 _RESIDENT_BYTES = 4 << 30
@@ -59,10 +67,10 @@ class Order:
     def epoch(self, epoch: int) -> list[Tensor]:
         """Return the image numbers of every batch of this process."""
         if self.seed is None:
-            return list(torch.arange(self.rank, self.count, self.world).split(self.batch_size))
+            return list(torch.split(torch.arange(self.rank, self.count, self.world), self.batch_size))
         generator = torch.Generator().manual_seed(_mixed(self.seed, epoch, 0))
         order = torch.randperm(self.count, generator=generator)
-        return list(order.split(self.batch_size)[self.rank :: self.world][: len(self)])
+        return list(torch.split(order, self.batch_size)[self.rank :: self.world][: len(self)])
 
 
 class TensorBatches:
@@ -84,19 +92,74 @@ class TensorBatches:
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-class _Samples(Dataset[tuple[Tensor, int]]):
+class DamagedImage(Exception):
+    """Raised by a data set's `__getitem__` for an image that cannot be read; takes its name and the reason."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(name, reason)
+        self.name, self.reason = name, reason
+
+
+class Damage:
+    """The images of a data set that could not be read: named once each, counted, too many refused.
+
+    Args:
+        total: images in the data set; above 1 % of them an error is raised.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.found: dict[str, str] = {}
+
+    def add(self, image: DamagedImage) -> None:
+        """Note an image.
+
+        Raises:
+            DataError: more than 1 % of the images are damaged; some are named.
+        """
+        if image.name in self.found:
+            return
+        self.found[image.name] = image.reason
+        if len(self.found) > DAMAGED_SHARE * self.total:
+            names = "; ".join(f"{name} ({reason})" for name, reason in list(self.found.items())[:5])
+            raise DataError(
+                f"at least {len(self.found)} of {self.total} images cannot be read, more than {DAMAGED_SHARE:.0%}: "
+                f"{names}; repair or remove them"
+            )
+        _log.warning("skipped damaged image %s (%s); %d of %d so far", *image.args, len(self.found), self.total)
+
+
+class _Samples(Dataset[Any]):
     """`dataset` drawn by `(epoch, index)`, with torch's generator seeded for each image."""
 
-    def __init__(self, dataset: Dataset[Any], seed: int | None) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Dataset[Any], count: int, seed: int | None) -> None:
+        self.dataset, self.count, self.seed = dataset, count, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, list[DamagedImage]]:
         epoch, index = key
+        damaged: list[DamagedImage] = []
         if self.seed is None:
-            return self.dataset[index]
+            return self._read(index, damaged), damaged
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mixed(self.seed, epoch, index + 1))
+            for i in range(self.count):
+                torch.manual_seed(_mixed(self.seed, epoch, index + i + 1))
+                sample = self._read((index + i) % self.count, damaged)
+                # Beyond the share that is refused there is no use in looking further.
+                if sample is not None or i > DAMAGED_SHARE * self.count:
+                    return sample, damaged
+        return None, damaged
+
+    def _read(self, index: int, damaged: list[DamagedImage]) -> Any:
+        try:
             return self.dataset[index]
+        except DamagedImage as image:
+            damaged.append(image)
+            return None
+
+
+def _collate(samples: list[tuple[Any, list[DamagedImage]]]) -> tuple[Any, list[DamagedImage]]:
+    good = [sample for sample, _ in samples if sample is not None]
+    return default_collate(good) if good else None, [image for _, damaged in samples for image in damaged]
 
 
 class LoadedBatches:
@@ -104,24 +167,35 @@ class LoadedBatches:
 
     def __init__(self, dataset: Dataset[Any], order: Order, device: torch.device, num_workers: int) -> None:
         self.count, self.order, self.device, self.num_workers = order.count, order, device, num_workers
-        self.samples = _Samples(dataset, order.seed)
+        self.samples = _Samples(dataset, order.count, order.seed)
+        # Shared between the parts of one data set, where it brings its own.
+        self.damage: Damage = getattr(dataset, "damage", None) or Damage(order.count)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of `epoch` from number `start` on."""
+        """Yield the batches of `epoch` from number `start` on.
+
+        Raises:
+            DataError: more than 1 % of the images cannot be read.
+        """
         keys = [[(epoch, index) for index in batch.tolist()] for batch in self.order.epoch(epoch)[start:]]
         loader = DataLoader(
             self.samples,
-            batch_sampler=keys,  # type: ignore[arg-type]
+            batch_sampler=keys,
             num_workers=min(self.num_workers, len(keys)),
+            collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
             # A generator of its own: the default would draw a number from torch's for each pass.
             generator=torch.Generator(),
         )
-        for images, labels in loader:
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        for batch, damaged in loader:
+            for image in damaged:
+                self.damage.add(image)
+            if batch is not None:
+                images, labels = batch
+                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
 def make_batches(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from slora.gate import ProximalGates, gates
+from slora.gate import ProximalGates, gates, release_frozen
 from slora.model import parameter_groups
 from slora.training.settings import TrainSettings
 
@@ -66,6 +67,14 @@ class Optimizers:
             for group in self.gates.param_groups:
                 group["penalty"] = penalty
 
+    def release(self, model: nn.Module) -> int:
+        """Free what the policy "frozen" has switched off for good (`slora.release_frozen`); return the bytes.
+
+        `ProximalGates` keeps the gates of freed blocks: the penalty is a mean over all blocks, and those of blocks
+        that were not freed go on shrinking, too.
+        """
+        return release_frozen(model, self.weights)
+
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return `(weights, gates)`: what is clipped together."""
         weights: list[nn.Parameter] = []
@@ -76,7 +85,7 @@ class Optimizers:
                 (own if is_gates else weights).extend(group["params"])
         return weights, own
 
-    def state(self, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
+    def state(self, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
         """Return the optimizers' tensors as `{"<optimizer>.<parameter name>.<key>": tensor}`."""
         return {
             f"{i}.{names[parameter]}.{key}": value
@@ -86,7 +95,7 @@ class Optimizers:
             if isinstance(value, Tensor)
         }
 
-    def load_state(self, names: dict[nn.Parameter, str], tensors: dict[str, Tensor]) -> None:
+    def load_state(self, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
         """Put back what `state` returned; parameters without an entry start afresh."""
         for i, optimizer in enumerate(self.all):
             state: dict[int, dict[str, Any]] = {}
@@ -101,6 +110,6 @@ class Optimizers:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def finite(tensors: dict[str, Tensor]) -> str | None:
+def finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Return the name of the first tensor that has a NaN or an infinity, or None."""
     return next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)

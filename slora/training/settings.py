@@ -9,9 +9,9 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from slora.config import Inactive, SelectiveLoRAConfig
 from slora.errors import ConfigError
@@ -25,95 +25,97 @@ Method = Literal["selective", "lora", "full", "linear"]
 ALWAYS_ACTIVE = -1e9
 
 
-def _knob(default: Any, help: str) -> Any:
-    """A field with the sentence that stands for it in `slora finetune --help`."""
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class TrainSettings:
     """Every knob of a run. `slora finetune` has a flag for each; `config.yaml` of a run directory holds them all.
 
-    Each field's sentence stands beside it. Fields that `slora.SelectiveLoRAConfig` has too mean the same.
-    Shares are of the run's optimizer steps, from 0 to 1. `model`, `pretrained`, `data`, `data_root`, `download`
-    and `augment` are read by the command line and ignored by `slora.training.train`, which gets objects.
+    Fields that `slora.SelectiveLoRAConfig` has too mean the same. Shares are of the run's optimizer steps, from 0
+    to 1. `model`, `pretrained`, `data`, `data_root`, `download` and `augment` are read by the command line and
+    ignored by `slora.training.train`, which gets objects.
 
     Raises:
         ConfigError: a value is out of range or of the wrong type; names the field, the value and what is allowed.
     """
 
-    model: str | None = _knob(
-        None, "Model: timm/NAME, open_clip/ARCH, open_clip/ARCH:PRETRAINED or demo/letters_vit."
+    model: Annotated[str | None, "Model: timm/NAME, open_clip/ARCH, open_clip/ARCH:PRETRAINED or demo/letters_vit."] = (
+        None
     )
-    pretrained: bool = _knob(False, "Start from the model's pretrained weights.")
-    data: str | None = _knob(None, "Data set: a name such as cifar100, or imagefolder:PATH.")
-    data_root: str = _knob("data", "Folder that holds downloaded data sets.")
-    download: bool = _knob(True, "Download the data set where it is missing.")
-    augment: Literal["auto", "none", "crop", "crop-flip"] = _knob(
-        "auto", "Random crops and mirror images of training data; auto: what suits the data set."
-    )
+    pretrained: Annotated[bool, "Start from the model's pretrained weights."] = False
+    data: Annotated[str | None, "Data set: a name such as cifar100, or imagefolder:PATH."] = None
+    data_root: Annotated[str, "Folder that holds downloaded data sets."] = "data"
+    download: Annotated[bool, "Download the data set where it is missing."] = True
+    augment: Annotated[
+        Literal["auto", "none", "crop", "crop-flip"],
+        "Random crops and mirror images of training data; auto: what suits the data set.",
+    ] = "auto"
 
-    method: Method = _knob(
-        "selective", "selective: gated LoRA blocks; lora: all blocks, no gates; full: all weights; linear: the head."
-    )
-    r: int = _knob(16, "Rank of every LoRA block.")
-    lora_alpha: float = _knob(16.0, "Numerator of the scaling lora_alpha / r.")
-    lora_dropout: float = _knob(0.0, "Probability of dropping an input element of the LoRA path.")
-    target_modules: str | list[str] = _knob(
-        "all-linear", "Layers to adapt: all-linear, a regular expression, or name endings separated by commas."
-    )
-    exclude_modules: str | list[str] | None = _knob(None, "Layers to leave alone, given like target_modules.")
-    modules_to_save: list[str] | None = _knob(
-        None, "Modules trained in full and saved with the adapter; unset: the classifier head."
-    )
-    use_rslora: bool = _knob(False, "Scale by lora_alpha / sqrt(r) instead.")
-    blocks: int | Literal["auto"] = _knob(
-        "auto", "LoRA blocks per layer; auto: three on a fused qkv projection, else one."
-    )
-    threshold: float = _knob(0.1, "A block is active while its gate is at least this.")
-    gate_init: float = _knob(0.15, "Gate of every block at the start.")
-    inactive: Inactive = _knob(
-        "probe", "What inactive blocks still learn: exact (all), probe (an estimate, nearly free), frozen (nothing)."
-    )
-    probe_every: int = _knob(10, "Optimizer steps between two probes.")
-    probe_rows: int = _knob(512, "Rows of a layer's input that a probe reads.")
-    base_dtype: str | None = _knob(None, "Dtype of the frozen weights, such as bfloat16; unset: as they are.")
+    method: Annotated[
+        Method, "selective: gated LoRA blocks; lora: all blocks, no gates; full: all weights; linear: the head."
+    ] = "selective"
+    r: Annotated[int, "Rank of every LoRA block."] = 16
+    lora_alpha: Annotated[float, "Numerator of the scaling lora_alpha / r."] = 16.0
+    lora_dropout: Annotated[float, "Probability of dropping an input element of the LoRA path."] = 0.0
+    target_modules: Annotated[
+        str | list[str], "Layers to adapt: all-linear, a regular expression, or name endings separated by commas."
+    ] = "all-linear"
+    exclude_modules: Annotated[str | list[str] | None, "Layers to leave alone, given like target_modules."] = None
+    modules_to_save: Annotated[
+        list[str] | None, "Modules trained in full and saved with the adapter; unset: the classifier head."
+    ] = None
+    use_rslora: Annotated[bool, "Scale by lora_alpha / sqrt(r) instead."] = False
+    blocks: Annotated[
+        int | Literal["auto"], "LoRA blocks per layer; auto: three on a fused qkv projection, else one."
+    ] = "auto"
+    threshold: Annotated[float, "A block is active while its gate is at least this."] = 0.1
+    gate_init: Annotated[float, "Gate of every block at the start."] = 0.15
+    inactive: Annotated[
+        Inactive, "What inactive blocks still learn: exact (all), probe (an estimate, nearly free), frozen (nothing)."
+    ] = "probe"
+    probe_every: Annotated[int, "Optimizer steps between two probes."] = 10
+    probe_rows: Annotated[int, "Rows of a layer's input that a probe reads."] = 512
+    base_dtype: Annotated[str | None, "Dtype of the frozen weights, such as bfloat16; unset: as they are."] = None
 
-    penalty: float = _knob(1.0, "Weight of the mean |gate| that is added to the loss.")
-    penalty_warmup: float = _knob(0.1, "Share of the steps without penalty.")
-    penalty_ramp: float = _knob(0.0, "Share of the steps over which the penalty then rises to its full weight.")
-    gate_rule: Literal["proximal", "sgd"] = _knob(
-        "proximal", "Gates' own update: proximal (gradient step, then soft threshold) or sgd (penalty in the loss)."
-    )
-    gate_lr: float = _knob(1e-2, "Learning rate of the gates.")
+    penalty: Annotated[float, "Weight of the mean |gate| that is added to the loss."] = 1.0
+    penalty_warmup: Annotated[float, "Share of the steps without penalty."] = 0.1
+    penalty_ramp: Annotated[float, "Share of the steps over which the penalty then rises to its full weight."] = 0.0
+    gate_rule: Annotated[
+        Literal["proximal", "sgd"],
+        "Gates' own update: proximal (gradient step, then soft threshold) or sgd (penalty in the loss).",
+    ] = "proximal"
+    gate_lr: Annotated[float, "Learning rate of the gates."] = 1e-2
 
-    epochs: int = _knob(10, "Passes over the training data.")
-    max_steps: int | None = _knob(None, "Optimizer steps of the run; overrides epochs.")
-    batch_size: int = _knob(128, "Images per forward pass and process.")
-    gradient_accumulation: int = _knob(1, "Forward passes per optimizer step.")
-    optimizer: Literal["adamw", "sgd"] = _knob("adamw", "Rule for everything but the gates.")
-    lr: float = _knob(1e-3, "Highest learning rate; cosine schedule with linear warm-up.")
-    min_lr_ratio: float = _knob(0.0, "Learning rate at the end, as a share of the highest.")
-    warmup: float = _knob(0.05, "Share of the steps over which the learning rate rises.")
-    weight_decay: float = _knob(0.01, "Decoupled weight decay of matrices; gates, biases and norms have none.")
-    momentum: float = _knob(0.9, "Momentum of the sgd optimizer.")
-    clip_norm: float = _knob(1.0, "Largest norm of the gradient, of the gates' apart from the rest; 0: no clipping.")
-    label_smoothing: float = _knob(0.0, "Share of the target spread over all classes.")
-    precision: Literal["auto", "fp32", "bf16"] = _knob(
-        "auto", "Arithmetic of the model; auto: bf16 where the GPU supports it. Trained weights stay fp32."
+    epochs: Annotated[int, "Passes over the training data."] = 10
+    max_steps: Annotated[int | None, "Optimizer steps of the run; overrides epochs."] = None
+    batch_size: Annotated[int, "Images per forward pass and process."] = 128
+    gradient_accumulation: Annotated[int, "Forward passes per optimizer step."] = 1
+    optimizer: Annotated[Literal["adamw", "sgd"], "Rule for everything but the gates."] = "adamw"
+    lr: Annotated[float, "Highest learning rate; cosine schedule with linear warm-up."] = 1e-3
+    min_lr_ratio: Annotated[float, "Learning rate at the end, as a share of the highest."] = 0.0
+    warmup: Annotated[float, "Share of the steps over which the learning rate rises."] = 0.05
+    weight_decay: Annotated[
+        float, "Weight decay of matrices, decoupled under adamw; gates, biases and norms have none."
+    ] = 0.01
+    momentum: Annotated[float, "Momentum of the sgd optimizer."] = 0.9
+    clip_norm: Annotated[float, "Largest norm of the gradient, of the gates' apart from the rest; 0: no clipping."] = (
+        1.0
     )
-    device: Literal["auto", "cpu"] = _knob("auto", "auto: the GPU where there is one.")
-    seed: int = _knob(0, "Seed of initial weights, order of images, augmentation and dropout.")
-    num_workers: int = _knob(4, "Processes that read images; 0: read in the training process.")
+    label_smoothing: Annotated[float, "Share of the target spread over all classes."] = 0.0
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16"],
+        "Arithmetic of the model; auto: bf16 where the GPU supports it. Trained weights stay fp32.",
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu"], "auto: the GPU where there is one."] = "auto"
+    seed: Annotated[int, "Seed of initial weights, order of images, augmentation and dropout."] = 0
+    num_workers: Annotated[int, "Processes that read images; 0: read in the training process."] = 4
 
-    eval_batch_size: int = _knob(256, "Images per forward pass of an evaluation.")
-    eval_every: int | None = _knob(None, "Steps between evaluations; unset: every epoch; 0: only at the end.")
-    log_every: int = _knob(10, "Steps between lines of metrics.jsonl.")
-    save_every: int | None = _knob(None, "Steps between checkpoints; unset: every epoch; 0: only at the end.")
-    keep_last: int = _knob(2, "Checkpoints to keep, besides the most accurate.")
-    tensorboard: bool = _knob(True, "Write TensorBoard events.")
-    progress: bool = _knob(True, "Show a progress bar.")
-    count_flops: bool = _knob(True, "Count the FLOPs of training.")
+    eval_batch_size: Annotated[int, "Images per forward pass of an evaluation."] = 256
+    eval_every: Annotated[int | None, "Steps between evaluations; unset: every epoch; 0: only at the end."] = None
+    log_every: Annotated[int, "Steps between lines of metrics.jsonl."] = 10
+    save_every: Annotated[int | None, "Steps between checkpoints; unset: every epoch; 0: only at the end."] = None
+    keep_last: Annotated[int, "Checkpoints to keep, besides the most accurate."] = 2
+    tensorboard: Annotated[bool, "Write TensorBoard events."] = True
+    progress: Annotated[bool, "Show a progress bar."] = True
+    count_flops: Annotated[bool, "Count the FLOPs of training."] = True
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -121,8 +123,7 @@ class TrainSettings:
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
         for name in ("epochs", "batch_size", "gradient_accumulation", "eval_batch_size", "log_every", "keep_last"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "use 1 or more")
-        for name in ("max_steps",):
-            _require(name, getattr(self, name), (getattr(self, name) or 1) >= 1, "use 1 or more, or leave it out")
+        _require("max_steps", self.max_steps, self.max_steps is None or self.max_steps >= 1, "use 1 or more")
         for name in ("seed", "num_workers", "eval_every", "save_every"):
             _require(name, getattr(self, name), (getattr(self, name) or 0) >= 0, "use 0 or more")
         for name in ("penalty", "gate_lr", "lr", "weight_decay", "clip_norm"):

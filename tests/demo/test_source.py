@@ -20,10 +20,13 @@ RECORDED_MARGIN = 0.03
 
 def test_letters_have_the_promised_shape_type_range_and_classes() -> None:
     images, labels = letters(3, seed=0)
-    assert letters_module.CLASSES == tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
-    assert images.shape == (156, 1, 16, 16) and images.dtype == torch.float32
-    assert labels.shape == (156,) and labels.dtype == torch.int64
-    assert 0.0 <= images.min() and images.max() <= 1.0
+    assert "".join(letters_module.CLASSES) == "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    assert images.shape == (156, 1, 16, 16)
+    assert images.dtype == torch.float32
+    assert labels.shape == (156,)
+    assert labels.dtype == torch.int64
+    assert images.min() >= 0.0
+    assert images.max() <= 1.0
     assert torch.equal(labels.bincount(), torch.full((52,), 3))
 
 
@@ -42,7 +45,8 @@ def test_every_font_draws_every_letter_differently() -> None:
 
 def test_no_glyph_touches_the_border_of_its_canvas() -> None:
     ink = letters_module._distance_fields() > 0
-    assert not ink[:, [0, -1], :].any() and not ink[:, :, [0, -1]].any()
+    assert not ink[:, [0, -1], :].any()
+    assert not ink[:, :, [0, -1]].any()
 
 
 def test_capitals_stay_larger_than_the_small_letters_of_the_same_shape() -> None:
@@ -56,7 +60,8 @@ def test_capitals_stay_larger_than_the_small_letters_of_the_same_shape() -> None
 
 def test_letters_repeat_for_a_seed_and_differ_between_seeds() -> None:
     first, again, other = letters(4, seed=7), letters(4, seed=7), letters(4, seed=8)
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
     assert not torch.equal(first[1], other[1])
     assert not torch.equal(first[0].sort(dim=0).values, other[0].sort(dim=0).values)
 
@@ -75,12 +80,16 @@ def test_letters_name_the_bad_argument(n_per_class: int, seed: int, named: str) 
 
 def test_digits_have_the_promised_shape_type_range_and_split() -> None:
     (train_x, train_y), (test_x, test_y) = digits(seed=0)
-    assert train_x.shape == (1257, 1, 16, 16) and test_x.shape == (540, 1, 16, 16)
-    assert train_y.shape == (1257,) and test_y.shape == (540,)
-    assert digits_module.CLASSES == tuple("0123456789")
+    assert train_x.shape == (1257, 1, 16, 16)
+    assert test_x.shape == (540, 1, 16, 16)
+    assert train_y.shape == (1257,)
+    assert test_y.shape == (540,)
+    assert "".join(digits_module.CLASSES) == "0123456789"
     for images, labels in ((train_x, train_y), (test_x, test_y)):
-        assert images.dtype == torch.float32 and labels.dtype == torch.int64
-        assert images.min() == 0.0 and 0.9 < images.max() <= 1.0
+        assert images.dtype == torch.float32
+        assert labels.dtype == torch.int64
+        assert images.min() == 0.0
+        assert 0.9 < images.max() <= 1.0
         share = labels.bincount(minlength=10) / len(labels)
         assert (share - 0.1).abs().max() < 0.01
 
@@ -89,8 +98,10 @@ def test_the_seed_of_digits_reorders_the_training_images_and_nothing_else() -> N
     (train_x, train_y), (test_x, test_y) = digits(seed=0)
     (same_x, same_y), _ = digits(seed=0)
     (other_x, other_y), (other_test_x, other_test_y) = digits(seed=1)
-    assert torch.equal(train_x, same_x) and torch.equal(train_y, same_y)
-    assert torch.equal(test_x, other_test_x) and torch.equal(test_y, other_test_y)
+    assert torch.equal(train_x, same_x)
+    assert torch.equal(train_y, same_y)
+    assert torch.equal(test_x, other_test_x)
+    assert torch.equal(test_y, other_test_y)
     assert not torch.equal(train_y, other_y)
     assert torch.equal(train_y.bincount(), other_y.bincount())
     rows = {row.numpy().tobytes() for row in train_x}

@@ -1,0 +1,100 @@
+"""Accuracy of a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slora.errors import DataError
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares from 0 to 1, over `count` images.
+
+    Attributes:
+        top1: images whose label is the model's first choice.
+        top5: images whose label is among its first five (or all, where there are fewer classes).
+        per_class: mean over the classes present of the share of their images named rightly, the usual measure
+            for Pets and Flowers.
+        loss: mean cross-entropy.
+    """
+
+    top1: float
+    top5: float
+    per_class: float
+    loss: float
+    count: int
+
+
+@torch.no_grad()
+def accuracy(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
+) -> Accuracy:
+    """Evaluate a classifier in evaluation mode and leave it in the mode it was in.
+
+    Args:
+        batches: `(images [n, ...], labels [n])`; moved to `device`, where the model is.
+
+    Raises:
+        DataError: there is no image, or a label is not an output of the model.
+    """
+    from torchmetrics.classification import MulticlassAccuracy
+
+    training = model.training
+    metrics: dict[str, Any] = {}
+    loss, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    model.eval()
+    try:
+        for images, labels in batches:
+            logits, labels = logits_of(model(images.to(device))), labels.to(device)
+            classes = logits.shape[1]
+            if not metrics:
+                metrics = {
+                    "top1": MulticlassAccuracy(classes, average="micro"),
+                    "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)),
+                    "per_class": MulticlassAccuracy(classes, average="macro"),
+                }
+                metrics = {name: metric.to(device) for name, metric in metrics.items()}
+            if int(labels.max()) >= classes:
+                raise DataError(
+                    f"label {int(labels.max())} is not among the {classes} outputs of the model; evaluate on the "
+                    f"data set it was trained for"
+                )
+            for metric in metrics.values():
+                metric.update(logits, labels)
+            loss += F.cross_entropy(logits.float(), labels, reduction="sum")
+            count += len(labels)
+    finally:
+        model.train(training)
+    if not count:
+        raise DataError("there is no image to evaluate on; give at least one")
+    values = {name: float(metric.compute()) for name, metric in metrics.items()}
+    return Accuracy(**values, loss=float(loss) / count, count=count)
+
+
+@torch.no_grad()
+def tally(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> Tensor:
+    """Return float64 `[correct, sum of losses, count]` over `batches`; the model is left in evaluation mode.
+
+    The light form for use between training steps: sums over processes are the sums of their tallies.
+    """
+    model.eval()
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    for images, labels in batches:
+        logits = logits_of(model(images))
+        totals[0] += (logits.argmax(1) == labels).sum()
+        totals[1] += F.cross_entropy(logits.float(), labels, reduction="sum")
+        totals[2] += len(labels)
+    return totals
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits `[n, classes]` in what a model returned: a tensor, or an object with `logits`."""
+    logits: Tensor = output if isinstance(output, Tensor) else output.logits
+    return logits

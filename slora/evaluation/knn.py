@@ -1,0 +1,111 @@
+"""Weighted k-NN on features: how much of a data set the features alone tell apart, without any trained head.
+
+As in DINO (Caron et al. 2021, arXiv 2104.14294): features are L2-normalised, the k nearest training images by
+cosine similarity vote for their class with weight `exp(similarity / 0.07)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slora.errors import ConfigError, DataError
+
+NEIGHBOURS = (10, 20, 100, 200)
+TEMPERATURE = 0.07
+
+# Similarities held at a time, 256 MB in fp32.
+_CHUNK_ELEMENTS = 1 << 26
+
+
+@torch.no_grad()
+def features(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Return `(features [n, d] fp32, labels [n])` on `device`, of a model in evaluation mode.
+
+    A timm model gives what its head sees (`forward_head(forward_features(x), pre_logits=True)`), an open_clip
+    model `encode_image(x)`. The model is left in the mode it was in.
+
+    Raises:
+        ConfigError: the model offers neither.
+        DataError: there is no image.
+    """
+    embed = _embedding(model)
+    training = model.training
+    model.eval()
+    try:
+        parts = [(embed(images.to(device)).float(), labels.to(device)) for images, labels in batches]
+    finally:
+        model.train(training)
+    if not parts:
+        raise DataError("there is no image to take features of; give at least one")
+    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+
+
+@torch.no_grad()
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    k: Sequence[int] = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> dict[int, float]:
+    """Return `{k: share of queries named rightly}`, from 0 to 1.
+
+    Memory stays bounded: similarities are formed for a few queries at a time.
+
+    Args:
+        bank: features of the images that vote, `[b, d]`; normalised here.
+        bank_labels: their classes, `[b]` integers from 0.
+        queries: features of the images to name, `[q, d]`.
+        query_labels: their classes, `[q]`.
+        k: numbers of neighbours; each from 1 to b.
+        temperature: divides the similarity in the exponent of a vote.
+
+    Raises:
+        ConfigError: a k is out of range, or the temperature is not positive.
+        DataError: shapes disagree, or a feature is not finite.
+    """
+    if not temperature > 0:
+        raise ConfigError(f"temperature={temperature} is not positive; DINO uses 0.07")
+    for neighbours in k:
+        if not 1 <= neighbours <= len(bank):
+            raise ConfigError(f"k={neighbours} is not from 1 to {len(bank)}, the number of images that vote")
+    if bank.dim() != 2 or queries.dim() != 2 or bank.shape[1] != queries.shape[1]:
+        raise DataError(f"features of shapes {list(bank.shape)} and {list(queries.shape)}; expected [b, d] and [q, d]")
+    if len(bank) != len(bank_labels) or len(queries) != len(query_labels) or not len(queries):
+        raise DataError(
+            f"{len(bank)} and {len(queries)} features with {len(bank_labels)} and {len(query_labels)} labels; "
+            f"expected one label each, and at least one query"
+        )
+    if not bool(torch.isfinite(bank).all() and torch.isfinite(queries).all()):
+        raise DataError("a feature is NaN or infinite; the model was damaged, or an image is not finite")
+    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
+    classes = int(torch.cat([bank_labels, query_labels]).max()) + 1
+    correct = dict.fromkeys(k, 0)
+    chunk = max(1, _CHUNK_ELEMENTS // len(bank))
+    for rows, targets in zip(torch.split(queries, chunk), torch.split(query_labels, chunk), strict=True):
+        similarity, nearest = (rows @ bank.T).topk(max(k), dim=1)
+        weights, voted = (similarity / temperature).exp(), bank_labels[nearest]
+        for neighbours in k:
+            votes = weights.new_zeros(len(rows), classes)
+            votes.scatter_add_(1, voted[:, :neighbours], weights[:, :neighbours])
+            correct[neighbours] += int((votes.argmax(1) == targets).sum())
+    return {neighbours: hits / len(queries) for neighbours, hits in correct.items()}
+
+
+def _embedding(model: Any) -> Callable[[Tensor], Tensor]:
+    if callable(getattr(model, "forward_features", None)) and callable(getattr(model, "forward_head", None)):
+        return lambda images: model.forward_head(model.forward_features(images), pre_logits=True)
+    if callable(getattr(model, "encode_image", None)):
+        return lambda images: model.encode_image(images)
+    raise ConfigError(
+        f"{type(model).__name__} has neither timm's forward_features and forward_head nor open_clip's encode_image; "
+        f"give the features to knn_accuracy yourself"
+    )

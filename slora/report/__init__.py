@@ -1,0 +1,131 @@
+"""Reports: what came out of a run, as one HTML page.
+
+    plots.py      the figures
+    page.py       text, tables and figures as one file; page.html.j2 is its layout
+
+This file holds the page of a `slora finetune` run; the page of `slora demo` is made in `slora.demo.run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from slora.adapter import SELECTIVE
+from slora.errors import CheckpointError
+from slora.files import read_json
+from slora.report.page import Picture, Section, Table, scaled, write_page
+from slora.report.plots import Line, block_map, curves
+from slora.training.recorder import METRICS, read_metrics
+from slora.training.settings import read_yaml
+
+__all__ = ["write_report"]
+
+CONFIG, ADAPTER, REPORT = "config.yaml", "adapter", "report.html"
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write the report of a run directory and return its path.
+
+    Read are `metrics.jsonl`, and, where they are there, `config.yaml` and `adapter/selective.json`: a run that was
+    stopped before its end, or that has no blocks, gets a report of what it has.
+
+    Args:
+        run_dir: the directory that `slora finetune` or `slora.training.train` wrote.
+        out: the HTML file to write; None for `report.html` in `run_dir`.
+
+    Raises:
+        CheckpointError: `metrics.jsonl` is missing or empty, a file is damaged, or `out` cannot be written.
+        ConfigError: `config.yaml` is not a mapping of settings.
+    """
+    run_dir = Path(run_dir)
+    records = read_metrics(run_dir / METRICS)
+    if not any("loss" in record for record in records):
+        raise CheckpointError(f"{run_dir / METRICS} holds no training step yet; let the run reach its first log line")
+    settings = read_yaml(run_dir / CONFIG) if (run_dir / CONFIG).exists() else {}
+    blocks = _blocks(run_dir / ADAPTER / SELECTIVE)
+    sections = [Section("Over the run", pictures=_curves(records))]
+    if blocks:
+        sections.append(Section("Which blocks live", pictures=[_block_map(blocks)]))
+    if settings:
+        rows = [(name, _shown(value)) for name, value in settings.items()]
+        sections.append(Section("Settings", table=Table(("setting", "value"), rows), folded=True))
+    title = f"Fine-tuning run {run_dir.resolve().name}"
+    return write_page(run_dir / REPORT if out is None else Path(out), title, _lead(records, settings), sections)
+
+
+def _lead(records: Records, settings: Mapping[str, Any]) -> str:
+    last = [record for record in records if "loss" in record][-1]
+    what = ", ".join(str(settings[key]) for key in ("model", "data", "method") if settings.get(key))
+    text = (f"{what}: " if what else "") + f"{last['step']} steps"
+    if last.get("seconds") is not None:
+        text += f", {last['seconds']:.0f} s"
+    if last.get("flops"):
+        text += f", {scaled(last['flops'])}FLOP"
+    evaluated = [record for record in records if record.get("eval_accuracy") is not None]
+    if evaluated:
+        best = max(evaluated, key=lambda record: float(record["eval_accuracy"]))
+        text += f". Accuracy on the evaluation data: {100 * evaluated[-1]['eval_accuracy']:.2f} % at the end"
+        if best["step"] != evaluated[-1]["step"]:
+            text += f", {100 * best['eval_accuracy']:.2f} % at its best (step {best['step']})"
+    if last.get("blocks"):
+        text += f". {last['active']} of {last['blocks']} blocks are active"
+    return text + "."
+
+
+def _curves(records: Records) -> list[Picture]:
+    """Loss, accuracy, active blocks and learning rate: those of them that were recorded."""
+
+    def lines(keys: Mapping[str, str]) -> dict[str, list[Line]]:
+        kept = {key: [record for record in records if record.get(key) is not None] for key in keys}
+        return {
+            name: [([r["step"] for r in kept[key]], [r[key] for r in kept[key]])]
+            for key, name in keys.items()
+            if kept[key]
+        }
+
+    def last(drawn: Mapping[str, Sequence[Line]], form: str, factor: float = 1) -> str:
+        return ", ".join(f"{name} {form.format(factor * runs[0][1][-1])}" for name, runs in drawn.items())
+
+    pictures = []
+    if loss := lines({"loss": "training", "eval_loss": "evaluation"}):
+        title = f"Loss at the end: {last(loss, '{:.3f}')}"
+        pictures.append((title, curves(loss, title, "cross-entropy (nats)", zero=True)))
+    if accuracy := lines({"accuracy": "training", "eval_accuracy": "evaluation"}):
+        title = f"Accuracy at the end: {last(accuracy, '{:.1f} %', 100)}"
+        pictures.append((title, curves(accuracy, title, "accuracy (%)", percent=True)))
+    if active := lines({"active": "active blocks"}):
+        values = active["active blocks"][0][1]
+        title = f"Active blocks: {values[0]:.0f} at first, {values[-1]:.0f} at the end"
+        pictures.append((title, curves(active, title, "active blocks", zero=True)))
+    if rate := lines({"lr": "learning rate"}):
+        title = f"Learning rate: {max(rate['learning rate'][0][1]):.3g} at its highest"
+        pictures.append((title, curves(rate, title, "learning rate", zero=True)))
+    return [Picture(figure, f"{title}. A curve over optimizer steps.") for title, figure in pictures]
+
+
+def _blocks(path: Path) -> dict[str, list[bool]]:
+    """`{layer: active or not, one per block}` of an adapter; empty where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        layers = read_json(path)["layers"]
+        return {name: [i in entry["active"] for i in range(entry["blocks"])] for name, entry in layers.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is incomplete or damaged ({error!r})") from error
+
+
+def _block_map(blocks: Mapping[str, Sequence[bool]]) -> Picture:
+    active, total = sum(map(sum, blocks.values())), sum(map(len, blocks.values()))
+    title = f"{active} of {total} blocks are active ({100 * active / total:.0f} %)"
+    caption = "One cell per LoRA block: layers from top to bottom, projections from left to right."
+    return Picture(block_map([blocks], title), f"{title}, by layer and projection.", caption)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return "unset" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,109 @@
+"""A report as one HTML file that needs nothing else: text, tables and figures, the figures as SVG inside it."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+import slora
+from slora.files import write_text
+from slora.report.plots import PALETTE
+
+_FONTS = re.compile(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*")
+_IDS = re.compile(r'(\bid="|href="#|url\(#)')
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first column names the row, the others hold figures."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, what it shows for those who cannot see it, and how it is to be read."""
+
+    figure: Figure
+    alt: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with paragraphs, a list, a table and pictures, in this order; `folded` is closed until clicked."""
+
+    heading: str
+    text: Sequence[str] = ()
+    points: Sequence[str] = ()
+    table: Table | None = None
+    pictures: Sequence[Picture] = ()
+    folded: bool = False
+
+
+def render(title: str, lead: str, sections: Sequence[Section], footer: str = "") -> str:
+    """Return the page. Everything but the figures is escaped.
+
+    Args:
+        title: of the page, and its first heading.
+        lead: the sentences under it: what this is and what came out.
+        sections: the rest, in order.
+        footer: the last line; the version of slora is put before it.
+    """
+    source = files("slora.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    numbers = iter(range(10_000))
+    return environment.from_string(source).render(
+        title=title, lead=lead, sections=sections, footer=footer, version=slora.__version__, palette=PALETTE,
+        svg=lambda picture: inline_svg(picture.figure, picture.alt, f"f{next(numbers)}"),
+    )  # fmt: skip
+
+
+def write_page(path: Path, title: str, lead: str, sections: Sequence[Section], footer: str = "") -> Path:
+    """Write what `render` returns to `path`, atomically, and return `path`.
+
+    Raises:
+        CheckpointError: the file cannot be written; names it and the cause.
+    """
+    write_text(path, render(title, lead, sections, footer))
+    return path
+
+
+def inline_svg(figure: Figure, alt: str, name: str) -> Markup:
+    """Return `figure` as an SVG element to stand inside HTML.
+
+    Its text is text, its colours are the page's CSS variables, and its ids begin with `name`, which must differ
+    between the figures of a page.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = _FONTS.sub(r"font: \1var(--font)", svg)
+    svg = _IDS.sub(rf"\1{name}-", svg)
+    for key, (colour, _) in PALETTE.items():
+        svg = svg.replace(colour, f"var(--{key})")
+    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(alt)}" ', 1))
+
+
+def scaled(value: float) -> str:
+    """Return `value` to three digits with the prefix of its unit: 1.23e12 is `1.23 T`."""
+    for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(value) >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "

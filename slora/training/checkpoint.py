@@ -1,0 +1,285 @@
+"""Checkpoints: a folder with `tensors.safetensors` and `state.json`, either complete or not there.
+
+Kept is what training changes: trainable parameters, buffers, optimizer state, the random generators, where the run
+stands, and how often the gates have moved (the seed of the probes). Frozen weights are only identified. The folder
+is written under a temporary name, flushed and renamed; older ones go after that. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from slora.errors import CheckpointError
+from slora.files import read_json
+from slora.gate import adapted_layers
+from slora.training.optimizers import Optimizers
+from slora.training.settings import TrainSettings
+
+TENSORS, STATE = "tensors.safetensors", "state.json"
+FORMAT = 1
+
+# What a resumed run may not change: the model, the meaning of its tensors, or which images form which step.
+FIXED = (
+    "model", "pretrained", "data", "augment", "method", "r", "lora_alpha", "target_modules", "exclude_modules",
+    "modules_to_save", "use_rslora", "blocks", "threshold", "inactive", "base_dtype", "gate_rule", "optimizer",
+    "batch_size", "gradient_accumulation", "seed",
+)  # fmt: skip
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Return what identifies a model that is about to be trained.
+
+    Class, shapes of all parameters, names of the trainable ones, and a digest of up to 256 elements of each
+    frozen one.
+    """
+    digest = hashlib.sha256()
+    samples = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            flat = parameter.detach().reshape(-1)
+            samples.append(flat[:: max(1, flat.numel() // 256)][:256].float())
+    if samples:
+        digest.update(torch.cat(samples).cpu().numpy().tobytes())
+    return {
+        "class": type(model).__name__,
+        "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+        "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "frozen": digest.hexdigest(),
+    }
+
+
+def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the checkpoints in a `checkpoints/` folder, oldest first."""
+    found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizers: Optimizers,
+    settings: TrainSettings,
+    identity: dict[str, Any],
+    progress: dict[str, Any],
+) -> Path:
+    """Write `folder/step-<step>` and return it; then remove all older ones but the last and the best.
+
+    Args:
+        identity: `fingerprint(model)` from the start of the run.
+        progress: `step` and `result` (with `best_step`) of the run so far; JSON values.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{progress['step']:08d}"
+    if target.exists():
+        return target
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    tensors = {f"model.{name}": p.detach() for p, name in names.items() if p.requires_grad}
+    # Gates that were freed by the policy "frozen" are not trainable any more, but they differ from the start.
+    tensors |= {f"model.{name}.gate": layer.gate.detach() for name, layer in adapted_layers(model)}
+    tensors |= {f"buffer.{name}": buffer for name, buffer in _buffers(model).items()}
+    tensors |= {f"optimizer.{key}": value for key, value in optimizers.state(names).items()}
+    tensors["random.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    state = {
+        "format": FORMAT,
+        "settings": settings.to_dict(),
+        "model": identity,
+        "gates_moved": {name: layer._mirror.step for name, layer in adapted_layers(model)},
+        "freed": [name for name, layer in adapted_layers(model) if layer.released],
+        "random": _random_state(),
+        **progress,
+    }
+    _write(target, {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, state)
+    _remove_old(folder, settings.keep_last, progress["result"]["best_step"])
+    return target
+
+
+def load(
+    folder: Path, model: nn.Module, optimizers: Optimizers, settings: TrainSettings, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """Put a checkpoint back into a freshly prepared model and its optimizers; return its state.
+
+    Everything is read and checked before anything changes.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or of another model or run; names what differs.
+    """
+    state = read_json(folder / STATE)
+    try:
+        tensors = load_file(folder / TENSORS)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder / TENSORS} does not exist; resume from another checkpoint") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{folder / TENSORS} is not a readable safetensors file ({error}); resume from another checkpoint"
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(f"{folder / STATE} is not a checkpoint of this version of slora (format {FORMAT})")
+    _check_model(folder, state["model"], identity)
+    for name in FIXED:
+        before, now = state["settings"].get(name), settings.to_dict()[name]
+        if before != now:
+            raise CheckpointError(
+                f"{folder} was written with {name}={before!r}, this run has {now!r}; resume with the former, "
+                f"or start a new run"
+            )
+    layers = dict(adapted_layers(model))
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    freed = {f"{name}.{part}" for name in state["freed"] for part in ("lora_A", "lora_B", "gate")}
+    expected = {name: p for p, name in names.items() if p.requires_grad and name not in freed}
+    buffers = _buffers(model)
+    for kind, wanted in (("model", expected), ("buffer", buffers)):
+        for name, value in wanted.items():
+            saved = tensors.get(f"{kind}.{name}")
+            if saved is None or saved.shape != value.shape:
+                shape = "is missing" if saved is None else f"has shape {list(saved.shape)}"
+                raise CheckpointError(
+                    f"{folder / TENSORS}: {name} {shape}, expected {list(value.shape)}; it may be damaged"
+                )
+    with torch.no_grad():
+        for name, layer in layers.items():
+            layer.gate.copy_(tensors[f"model.{name}.gate"])
+        if state["freed"]:
+            optimizers.release(model)
+        for name, value in expected.items():
+            value.copy_(tensors[f"model.{name}"])
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors[f"buffer.{name}"])
+    own = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
+    optimizers.load_state(names, own)
+    for name, layer in layers.items():
+        layer._mirror.step, layer._activity = state["gates_moved"][name], None
+    for layer in layers.values():
+        layer.activity()
+    _set_random_state(state["random"], tensors)
+    return state
+
+
+def newest(run_dir: str | os.PathLike[str]) -> Path:
+    """Return the newest checkpoint of a run directory, or `run_dir` itself where it is a checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(run_dir)
+    if (folder / STATE).exists():
+        return folder
+    found = checkpoints(folder / "checkpoints")
+    if not found:
+        raise CheckpointError(f"{folder} holds no checkpoint; give a run directory that has checkpoints/step-*")
+    return found[-1]
+
+
+def _write(target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(".step-*.tmp-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.tmp-"))
+        save_file(tensors, temporary / TENSORS)
+        (temporary / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
+        for path in (temporary / TENSORS, temporary / STATE, temporary):
+            _flush(path)
+        temporary.chmod(0o755)
+        os.replace(temporary, target)
+        temporary = None
+        _flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        older = checkpoints(target.parent)
+        kept = f"the last good checkpoint is {older[-1]}" if older else "no checkpoint was written before it"
+        raise CheckpointError(
+            f"{target} could not be written ({getattr(error, 'strerror', None) or error}); {kept}. "
+            f"Free space, then resume the run."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_old(folder: Path, keep_last: int, best_step: int | None) -> None:
+    for path in checkpoints(folder)[:-keep_last]:
+        if best_step is None or path.name != f"step-{best_step:08d}":
+            # Renamed first, so that a kill leaves no half checkpoint under a good name.
+            gone = path.with_name(f".{path.name}.tmp-old")
+            path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+
+
+def _check_model(folder: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    remedy = "resume with the model and settings of that run"
+    if saved["class"] != present["class"]:
+        raise CheckpointError(f"{folder} is of a {saved['class']}, this model is a {present['class']}; {remedy}")
+    for name in dict.fromkeys([*saved["shapes"], *present["shapes"]]):
+        before, now = saved["shapes"].get(name), present["shapes"].get(name)
+        if before != now:
+            raise CheckpointError(
+                f"{folder} is of another {saved['class']}: {name!r} has shape {before or 'none'} there and "
+                f"{now or 'none'} here; {remedy}"
+            )
+    odd = sorted(set(saved["trainable"]) ^ set(present["trainable"]))
+    if odd:
+        where = "there" if odd[0] in saved["trainable"] else "here"
+        raise CheckpointError(f"{folder}: {odd[0]!r} is trainable only {where}; {remedy}")
+    if saved["frozen"] != present["frozen"]:
+        raise CheckpointError(
+            f"{folder} was trained on other frozen weights than this {present['class']} has: shapes agree, values "
+            f"do not; load the same pretrained weights"
+        )
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if name not in parameters and isinstance(value, Tensor)
+    }
+
+
+def _random_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+    }
+
+
+def _set_random_state(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(tensors["random.torch"])
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"random.cuda.{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)

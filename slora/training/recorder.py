@@ -1,0 +1,177 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard events, the progress bar, and the history in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slora.errors import CheckpointError
+from slora.files import write_text
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Return the lines of a `metrics.jsonl`; a line cut short by a kill is left out.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); give the folder of a run") from error
+    records = []
+    for line in text.splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+class Recorder:
+    """Takes each record of a run where it belongs.
+
+    A record is `{"step": ..., ...}` of JSON values. A line of `metrics.jsonl` is appended and flushed at once
+    rather than the whole file rewritten: a kill can cut the last line only, which every reader here leaves out.
+
+    Args:
+        run_dir: the run directory; None writes nothing to disk.
+        steps: optimizer steps of the run.
+        first: the step that a resumed run starts at; later lines of an earlier attempt are dropped.
+        console: where the progress bar is drawn; None draws none.
+        tensorboard: whether to write TensorBoard events.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | None,
+        steps: int,
+        first: int = 0,
+        console: Console | None = None,
+        tensorboard: bool = True,
+    ) -> None:
+        self.history: list[dict[str, Any]] = []
+        self.path = None if run_dir is None else run_dir / METRICS
+        self._writer: Any = None
+        self._bar = None if console is None else Bar(console, steps, first)
+        if self.path is not None:
+            if first and self.path.exists():
+                self.history = [record for record in read_metrics(self.path) if record.get("step", 0) <= first]
+            write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
+        if run_dir is not None and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            try:
+                self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1 if first else None)
+            except OSError as error:
+                raise _cannot_write(run_dir / "tensorboard", error) from error
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append `record` to the history, the file, TensorBoard and the progress bar."""
+        # NaN is not JSON; a value that is not finite is written as null.
+        record = {key: None if _is_nan(value) else value for key, value in record.items()}
+        self.history.append(record)
+        if self.path is not None:
+            try:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record, allow_nan=False) + "\n")
+            except OSError as error:
+                raise _cannot_write(self.path, error) from error
+        if self._writer is not None:
+            try:
+                for key, value in record.items():
+                    if isinstance(value, (int, float)) and key != "step":
+                        group = "evaluation" if key.startswith("eval_") else "training"
+                        self._writer.add_scalar(f"{group}/{key}", value, record["step"])
+            except OSError as error:
+                raise _cannot_write(self.path.parent if self.path else "TensorBoard events", error) from error
+        if self._bar is not None:
+            self._bar.show(record)
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        if self._bar is not None:
+            self._bar.progress.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Flush and close everything; the history stays."""
+        if self._bar is not None:
+            self._bar.progress.stop()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class Bar:
+    """The progress bar: step, loss, accuracy, active blocks, time left. Off a terminal: a line per evaluation."""
+
+    def __init__(self, console: Console, steps: int, first: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            # Redrawn with each record rather than by a thread that competes with the training.
+            auto_refresh=False,
+            speed_estimate_period=60,
+        )
+        self.task = self.progress.add_task("training", total=steps, completed=first, text="")
+        self.steps = steps
+        self.last: dict[str, Any] = {}
+        self.started = time.monotonic()
+        self.progress.start()
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Draw the bar with the values of `record` and, for what it lacks, of earlier ones."""
+        self.last.update(record)
+        self.progress.update(self.task, completed=self.last["step"], text=described(self.last))
+        if self.progress.console.is_terminal:
+            self.progress.refresh()
+        elif "eval_accuracy" in record:
+            left = (time.monotonic() - self.started) * (self.steps / max(1, record["step"]) - 1)
+            self.progress.console.print(
+                f"step {record['step']} of {self.steps}  {described(self.last)}  left {left:.0f} s", highlight=False
+            )
+
+
+def described(record: dict[str, Any]) -> str:
+    """Return loss, accuracies and active blocks of a record in words."""
+    parts = [
+        f"{name} {record[key]:{form}}"
+        for key, name, form in (
+            ("loss", "loss", ".3f"),
+            ("accuracy", "accuracy", ".1%"),
+            ("eval_accuracy", "evaluation", ".1%"),
+        )
+        if record.get(key) is not None
+    ]
+    if record.get("blocks"):
+        parts.append(f"active {record['active']}/{record['blocks']} blocks")
+    return "  ".join(parts)
+
+
+def _is_nan(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _cannot_write(path: str | Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} could not be written ({error.strerror or error}); free space or choose another folder, then resume "
+        f"the run. The checkpoints are unchanged."
+    )

@@ -1,0 +1,520 @@
+"""`train`: the run itself, on Hugging Face accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slora.errors import ConfigError, NonFiniteLossError
+from slora.evaluation.accuracy import logits_of, tally
+from slora.flops import count_flops
+from slora.gate import adapted_layers, gate_penalty, gates, penalty_at
+from slora.training import checkpoint
+from slora.training.batches import Batches, Data, make_batches
+from slora.training.optimizers import Optimizers, finite, lr_scale
+from slora.training.recorder import Recorder
+from slora.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from rich.console import Console
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+Blocks = dict[str, tuple[int, ...]]
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has written a checkpoint.
+
+    Attributes:
+        checkpoint: the folder to resume from.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"stopped; the last checkpoint is {folder}")
+        self.checkpoint = folder
+
+
+@dataclass
+class TrainResult:
+    """What a run achieved.
+
+    Attributes:
+        history: the records of the run, as in `metrics.jsonl`: every `log_every` steps `step, epoch, loss,
+            accuracy, lr, penalty, grad_norm, active, blocks, mean_gate, images_per_second, seconds, flops`, and at
+            evaluations `step, eval_loss, eval_accuracy`.
+        accuracy: on the evaluation data after the last step, 0 to 1; None without evaluation data.
+        best_accuracy: the highest of the run, at `best_step`.
+        steps: optimizer steps taken, those before a resume included.
+        seconds: time spent in them, without evaluations, checkpoints and the counting of FLOPs.
+        flops: of all training steps, forward and backward; 0 with `count_flops=False`.
+        active_blocks: `[(step, {layer: numbers of its active blocks}), ...]`, one entry for the start and one for
+            each step that changed them; empty for methods without blocks.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    accuracy: float | None = None
+    best_accuracy: float | None = None
+    best_step: int | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    flops: int = 0
+    active_blocks: list[tuple[int, Blocks]] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module,
+    train_data: Data,
+    eval_data: Data | None = None,
+    settings: TrainSettings | None = None,
+    run_dir: str | Path | None = None,
+    console: Console | None = None,
+    *,
+    resume: str | Path | None = None,
+    criterion: Criterion | None = None,
+) -> TrainResult:
+    """Train what requires gradients in `model` (see `slora.training.prepare`), in place.
+
+    On the CPU a run resumed from a checkpoint ends bit for bit where the uninterrupted one ends.
+
+    Args:
+        model: takes images `[n, ...]` and returns logits `[n, classes]`, or an object with `logits`.
+        train_data: `(images, labels)`, a `TensorDataset` of the two, or a map-style data set of `(image, label)`.
+        eval_data: the same; evaluated as `settings.eval_every` says, and at the end.
+        settings: the knobs of the run; by default those of `TrainSettings()`.
+        run_dir: folder for `metrics.jsonl`, TensorBoard events and `checkpoints/`; None writes nothing.
+        console: where a progress bar is drawn; None draws none.
+        resume: a checkpoint folder of the same model, data and settings.
+        criterion: `(logits, labels) -> scalar`; by default cross-entropy with `settings.label_smoothing`.
+
+    Raises:
+        ConfigError: a setting does not fit the data, or nothing is trainable.
+        NonFiniteLossError: the loss became NaN or infinite; no checkpoint was written since.
+        CheckpointError: the checkpoint is of another model or damaged, or the disk is full.
+        Interrupted: Ctrl-C or SIGTERM with a `run_dir`: the step was finished and a checkpoint written.
+    """
+    settings = TrainSettings() if settings is None else settings
+    run = Trainer(model, train_data, eval_data, settings, run_dir, console, resume, criterion)
+    return run.run()
+
+
+class Trainer:
+    """One run; `train` is its only caller. Reads from top to bottom in the order in which things happen."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_data: Data,
+        eval_data: Data | None,
+        settings: TrainSettings,
+        run_dir: str | Path | None,
+        console: Console | None,
+        resume: str | Path | None,
+        criterion: Criterion | None,
+    ) -> None:
+        self.settings = settings
+        self.model = model
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.criterion = criterion or _cross_entropy(settings.label_smoothing)
+        self.accelerator = _accelerator(settings)
+        device = self.device = self.accelerator.device
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        workers = settings.num_workers
+        self.train_batches = make_batches(
+            train_data, settings.batch_size, device, seed=settings.seed, num_workers=workers, rank=rank, world=world
+        )
+        self.eval_batches: Batches | None = None
+        if eval_data is not None:
+            self.eval_batches = make_batches(
+                eval_data, settings.eval_batch_size, device, num_workers=workers, rank=rank, world=world
+            )
+        self.accumulation = settings.gradient_accumulation
+        self.steps_per_epoch = len(self.train_batches) // self.accumulation
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"gradient_accumulation={self.accumulation} times batch_size={settings.batch_size} exceeds the "
+                f"{self.train_batches.count} training images; lower one of them"
+            )
+        self.steps = settings.max_steps or settings.epochs * self.steps_per_epoch
+        self.warmup = round(settings.warmup * self.steps)
+
+        torch.manual_seed(settings.seed)
+        model.to(device)
+        self.fingerprint = checkpoint.fingerprint(model)
+        self.layers = dict(adapted_layers(model))
+        self.may_release = world == 1 and any(layer.inactive == "frozen" for layer in self.layers.values())
+        self.optimizers = Optimizers(model, settings)
+        self.result = TrainResult()
+        self.step = 0
+        self.last_checkpoint = None if resume is None else Path(resume)
+        if self.last_checkpoint is not None:
+            self._restore(self.last_checkpoint)
+        main = self.accelerator.is_main_process
+        self.recorder = Recorder(
+            self.run_dir if main else None,
+            self.steps,
+            self.step,
+            console if main and settings.progress else None,
+            settings.tensorboard,
+        )
+        self.window = Window(settings.log_every * self.accumulation, device)
+        self.flops_of: dict[Any, int] = {}
+        self.clock = Clock(self.result.seconds, self.step)
+        self.stop_requested = False
+        self._blocks: tuple[tuple[int, ...], ...] | None = None
+        self._logged_blocks: Blocks | None = None
+
+    def run(self) -> TrainResult:
+        """Run to the end and return the result."""
+        with self._accelerated(), self._interruptible(), contextlib.closing(self.recorder):
+            _train_mode(self.model)
+            while self.step < self.steps:
+                epoch, done = divmod(self.step, self.steps_per_epoch)
+                batches = self.train_batches.epoch(epoch, done * self.accumulation)
+                for _ in range(min(self.steps_per_epoch - done, self.steps - self.step)):
+                    self._step(batches)
+                    self._after_step()
+            self._finish()
+        return self.result
+
+    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        state = self._activity()
+        if self.may_release and self.optimizers.release(self.model):
+            state = self._activity()
+        settings = self.settings
+        warm, ramp = round(settings.penalty_warmup * self.steps), round(settings.penalty_ramp * self.steps)
+        self.penalty = penalty_at(self.step, settings.penalty, warm, ramp)
+        self.optimizers.set(lr_scale(self.step, self.steps, self.warmup, settings.min_lr_ratio), self.penalty)
+        if not settings.count_flops:
+            self._forward_backward(batches)
+        elif state in self.flops_of:
+            self._forward_backward(batches)
+            self.result.flops += self.flops_of[state]
+        else:
+            with self.clock.excluded():
+                self.flops_of[state] = count_flops(self._forward_backward, batches)
+            self.result.flops += self.flops_of[state]
+        self.step += 1
+
+    def _forward_backward(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        for _ in range(self.accumulation):
+            images, labels = next(batches)
+            with self.accelerator.accumulate(self.wrapped):
+                logits = logits_of(self.wrapped(images))
+                loss = self.criterion(logits, labels)
+                self.window.add(loss, logits, labels)
+                if self.optimizers.penalty_in_loss and self.penalty:
+                    loss = loss + self.penalty * gate_penalty(self.model)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self._clip()
+                for optimizer in self.prepared:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+    def _clip(self) -> None:
+        if self.settings.clip_norm:
+            # The gates follow a rule of their own, so their gradients neither shrink the others nor are shrunk.
+            norms = [
+                self.accelerator.clip_grad_norm_(parameters, self.settings.clip_norm)
+                for parameters in self.optimizers.parameters()
+                if parameters
+            ]
+            self.window.add_norm(norms[0])
+
+    def _activity(self) -> Any:
+        """What decides the work of a step: the active blocks and whether the others are probed."""
+        activity = [layer.activity() for layer in self.layers.values()]
+        blocks = tuple(entry.active for entry in activity)
+        if self.layers and blocks != self._blocks:
+            self._blocks = blocks
+            entry = (self.step, dict(zip(self.layers, blocks, strict=True)))
+            if not self.result.active_blocks or self.result.active_blocks[-1][1] != entry[1]:
+                self.result.active_blocks.append(entry)
+        return blocks, tuple(entry.probe and entry.inactive != () for entry in activity)
+
+    def _after_step(self) -> None:
+        self.clock.step()
+        last = self.step == self.steps
+        if self.window.full or last:
+            self._log()
+        evaluate = self.eval_batches is not None and (last or self._due(self.settings.eval_every))
+        save = last or self._due(self.settings.save_every)
+        if evaluate:
+            improved = self._evaluate()
+            save = save or (improved and self.settings.save_every != 0)
+        if self.run_dir is not None and (save or self.stop_requested):
+            self._save()
+            if self.stop_requested and not last:
+                assert self.last_checkpoint is not None
+                raise Interrupted(self.last_checkpoint)
+
+    def _due(self, every: int | None) -> bool:
+        every = self.steps_per_epoch if every is None else every
+        return every > 0 and self.step % every == 0
+
+    def _log(self) -> None:
+        """Read the losses since the last time, the only wait for the device, and record their mean."""
+        if not self.window.filled:
+            return
+        losses, accuracy, norm = self.window.read()
+        lr = self.optimizers.weights.param_groups[0]["lr"]
+        bad = [i for i, loss in enumerate(losses) if loss != loss or loss in (float("inf"), float("-inf"))]
+        if bad:
+            step = self.step - (len(losses) - 1 - bad[0]) // self.accumulation
+            self._refuse(f"the loss is {losses[bad[0]]} at step {step}", step)
+        if norm is not None and norm != norm:
+            self._refuse(f"the gradient is not finite at or shortly before step {self.step}", self.step)
+        self.clock.read(self.device)
+        record: dict[str, Any] = {
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 4),
+            "loss": sum(losses) / len(losses),
+            "accuracy": accuracy,
+            "lr": lr,
+            "grad_norm": norm,
+        }
+        if self.layers:
+            blocks = {name: layer.activity().active for name, layer in self.layers.items()}
+            record["penalty"] = self.penalty
+            record["active"] = sum(map(len, blocks.values()))
+            record["blocks"] = sum(layer.blocks for layer in self.layers.values())
+            record["mean_gate"] = torch.cat([gate.detach() for gate in gates(self.model)]).abs().mean().item()
+            if blocks != self._logged_blocks:
+                self._logged_blocks = blocks
+                record["active_blocks"] = {name: list(active) for name, active in blocks.items()}
+        images = self.settings.batch_size * self.accumulation * self.accelerator.num_processes
+        record |= {
+            "images_per_second": images * self.clock.rate(),
+            "seconds": self.clock.seconds(),
+            "flops": self.result.flops,
+        }
+        self.recorder.add(record)
+
+    def _refuse(self, what: str, step: int) -> None:
+        lr = lr_scale(step - 1, self.steps, self.warmup, self.settings.min_lr_ratio) * self.settings.lr
+        if self.last_checkpoint is not None:
+            remedy = f"the last good checkpoint is {self.last_checkpoint}; resume from it with a lower lr"
+        else:
+            remedy = "no checkpoint was written before it; start again with a lower lr"
+        raise NonFiniteLossError(
+            f"{what} (learning rate {lr:.3g}); {remedy}, or a longer warmup. Nothing was overwritten."
+        )
+
+    def _evaluate(self) -> bool:
+        """Evaluate, record, and return whether the accuracy is the best so far."""
+        self._log()
+        assert self.eval_batches is not None
+        with self.clock.paused(self.device):
+            counts = tally(self.wrapped, self.eval_batches.epoch(), self.device)
+            correct, loss, count = self.accelerator.reduce(counts).tolist()
+            _train_mode(self.model)
+        accuracy = correct / count
+        self.result.accuracy = accuracy
+        self.recorder.add({"step": self.step, "eval_loss": loss / count, "eval_accuracy": accuracy})
+        improved = self.result.best_accuracy is None or accuracy > self.result.best_accuracy
+        if improved:
+            self.result.best_accuracy, self.result.best_step = accuracy, self.step
+        return improved
+
+    def _save(self) -> None:
+        self._log()
+        self._activity()
+        broken = finite({name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad})
+        if broken is not None:
+            self._refuse(f"{broken!r} is not finite after step {self.step}", self.step)
+        with self.clock.paused(self.device):
+            if self.accelerator.is_main_process:
+                assert self.run_dir is not None
+                result = dataclasses.asdict(self.result) | {"seconds": self.clock.seconds()}
+                self.last_checkpoint = checkpoint.save(
+                    self.run_dir / "checkpoints",
+                    self.model,
+                    self.optimizers,
+                    self.settings,
+                    self.fingerprint,
+                    {"step": self.step, "steps": self.steps, "result": result},
+                )
+            self.accelerator.wait_for_everyone()
+
+    def _restore(self, folder: Path) -> None:
+        state = checkpoint.load(folder, self.model, self.optimizers, self.settings, self.fingerprint)
+        self.step = state["step"]
+        result = state["result"]
+        result["active_blocks"] = [
+            (step, {name: tuple(active) for name, active in blocks.items()}) for step, blocks in result["active_blocks"]
+        ]
+        self.result = TrainResult(**result)
+
+    def _finish(self) -> None:
+        if self.step == 0:
+            return
+        self._activity()
+        self.result.steps = self.step
+        self.result.seconds = self.clock.seconds()
+        self.result.history = self.recorder.history
+
+    @contextlib.contextmanager
+    def _accelerated(self) -> Iterator[None]:
+        """Wrap model and optimizers for the run, and leave the model afterwards as it came."""
+        before = set(self.model.__dict__)
+        training = self.model.training
+        self.wrapped, *self.prepared = self.accelerator.prepare(self.model, *self.optimizers.all)
+        try:
+            yield
+        finally:
+            self.model.train(training)
+            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+                if name not in before:
+                    self.model.__dict__.pop(name, None)
+            self.accelerator.free_memory()
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Turn the first Ctrl-C or SIGTERM into a checkpoint at the end of the step; the second stops at once."""
+        if self.run_dir is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def request(number: int, frame: Any) -> None:
+            self.stop_requested = True
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+        for number in before:
+            signal.signal(number, request)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Window:
+    """Losses, hits and gradient norms of the steps since the last record, kept on the device until it is read."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.losses = torch.zeros(size, device=device)
+        self.hits = torch.zeros((), dtype=torch.int64, device=device)
+        self.norm: Tensor | None = None
+        self.filled = self.seen = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether it has to be read."""
+        return self.filled == len(self.losses)
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Take in a forward pass."""
+        self.losses[self.filled] = loss.detach()
+        self.filled += 1
+        if logits.dim() == 2 and labels.dim() == 1:
+            self.hits += (logits.detach().argmax(1) == labels).sum()
+            self.seen += len(labels)
+
+    def add_norm(self, norm: Tensor) -> None:
+        """Take in the norm of a step's gradient; a NaN stays."""
+        self.norm = norm if self.norm is None else torch.maximum(self.norm, norm)
+
+    def read(self) -> tuple[list[float], float | None, float | None]:
+        """Return `(losses, accuracy, largest gradient norm)` and start afresh."""
+        losses = self.losses[: self.filled].tolist()
+        accuracy = self.hits.item() / self.seen if self.seen else None
+        norm = None if self.norm is None else self.norm.item()
+        self.hits.zero_()
+        self.filled = self.seen = 0
+        self.norm = None
+        return losses, accuracy, norm
+
+
+class Clock:
+    """Time spent in training steps. Steps whose FLOPs are counted run slower, so they weigh as much as the mean."""
+
+    def __init__(self, seconds: float, steps: int) -> None:
+        self.earlier, self.earlier_steps = seconds, steps
+        self.elapsed, self.steps, self.counted = 0.0, 0, 0
+        self.since = time.perf_counter()
+
+    def step(self) -> None:
+        """Note the end of a step."""
+        self.steps += 1
+
+    def read(self, device: torch.device) -> None:
+        """Take in the time since the last reading."""
+        now = time.perf_counter()
+        self.elapsed += now - self.since
+        self.since = now
+
+    @contextlib.contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Leave out the step inside."""
+        self.elapsed += time.perf_counter() - self.since
+        yield
+        self.since = time.perf_counter()
+        self.counted += 1
+
+    @contextlib.contextmanager
+    def paused(self, device: torch.device) -> Iterator[None]:
+        """Leave out what happens inside."""
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.read(device)
+        yield
+        self.since = time.perf_counter()
+
+    def rate(self) -> float:
+        """Steps per second."""
+        return (self.steps - self.counted) / self.elapsed if self.elapsed > 0 else 0.0
+
+    def seconds(self) -> float:
+        """Seconds in all steps of the run."""
+        measured = self.steps - self.counted
+        return self.earlier + (self.elapsed * self.steps / measured if measured else 0.0)
+
+
+def _accelerator(settings: TrainSettings) -> Accelerator:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if PartialState().num_processes == 1:
+        # accelerate keeps one state per process; a second run may ask for another precision or device.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    cpu = settings.device == "cpu"
+    precision = settings.precision
+    if precision == "auto":
+        native = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp32"
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        cpu=cpu,
+        # Inactive blocks get no gradient, and which those are changes.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def _train_mode(model: nn.Module) -> None:
+    model.train()
+    for module in model.modules():
+        # A frozen batch norm keeps its statistics: they belong to the base model.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            parameter.requires_grad for parameter in module.parameters()
+        ):
+            module.eval()
+
+
+def _cross_entropy(label_smoothing: float) -> Criterion:
+    return lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=label_smoothing)

@@ -1,0 +1,291 @@
+"""Reports: a run directory becomes one self-contained page, and its figures draw all there is to draw."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from slora.errors import CheckpointError, ConfigError
+from slora.report import write_report
+from slora.report.page import Picture, Section, Table, inline_svg, render, scaled
+from slora.report.plots import (
+    PALETTE,
+    bars,
+    block_map,
+    curves,
+    grid_position,
+    save_png,
+    target_against_retention,
+)
+
+TIMM = {
+    f"blocks.{i}.{name}": [i == 1] * blocks
+    for i in range(3)
+    for name, blocks in (("attn.qkv", 3), ("attn.proj", 1), ("mlp.fc1", 1), ("mlp.fc2", 1))
+}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "my-run"
+    (folder / "adapter").mkdir(parents=True)
+    records = []
+    for step in range(10, 51, 10):
+        records.append({"step": step, "loss": 2 / step, "accuracy": step / 100, "lr": 1e-3, "active": 20 - step // 5})
+        records[-1] |= {"blocks": 18, "seconds": step / 10, "flops": step * 10**9}
+    records.append({"step": 50, "eval_loss": 0.5, "eval_accuracy": 0.8125})
+    lines = [json.dumps(record) for record in records]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6')
+    (folder / "config.yaml").write_text("model: timm/some_vit\nmethod: selective\nexclude_modules: [a, b]\nlr: 0.001\n")
+    layers = {
+        name: {"r": 8, "blocks": len(on), "active": [i for i, a in enumerate(on) if a]} for name, on in TIMM.items()
+    }
+    (folder / "adapter" / "selective.json").write_text(json.dumps({"format": 1, "layers": layers}))
+    return folder
+
+
+def blocks_drawn(figure: Figure) -> list[Rectangle]:
+    patches = figure.axes[0].patches
+    return [patch for patch in patches if patch.get_gid() == "block" and isinstance(patch, Rectangle)]
+
+
+def assert_self_contained(html: str) -> None:
+    assert not re.search(r"<(link|script|img|iframe|object|embed)\b", html)
+    assert not re.search(r"@import|url\((?!#)", html)
+    assert not re.search(r'(src|href)="(?!#)', html)
+    assert set(re.findall(r"https?://[^\"\s]+", html)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_a_run_directory_becomes_one_self_contained_page(run_dir: Path) -> None:
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    html = path.read_text(encoding="utf-8")
+    assert_self_contained(html)
+    assert "Fine-tuning run my-run" in html
+    assert "timm/some_vit, selective: 50 steps, 5 s, 50 GFLOP. " in html
+    assert "Accuracy on the evaluation data: 81.25 % at the end." not in html
+    assert "81.25 % at the end. 10 of 18 blocks are active." in html
+    for title in ("Loss at the end", "Accuracy at the end", "Active blocks: 18 at first, 10 at the end"):
+        assert title in html
+    assert "6 of 18 blocks are active (33 %)" in html
+    assert "<td>exclude_modules</td><td>a, b</td>" in html
+    assert html.count("<svg") == 5
+
+
+def test_the_page_can_go_elsewhere(run_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pages" / "one.html"
+    assert write_report(run_dir, out) == out
+    assert out.exists()
+    assert not (run_dir / "report.html").exists()
+
+
+def test_a_run_without_blocks_settings_or_evaluation_gets_a_report_of_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "accuracy": null, "lr": 0.1}\n')
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert html.count("<svg") == 2
+    assert "Settings" not in html
+    assert "Which blocks live" not in html
+
+
+def test_a_run_directory_without_metrics_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
+        write_report(tmp_path)
+
+
+def test_a_run_that_logged_nothing_yet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl holds no training step yet"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"layers": 3}', "{}", "[]", '{"layers": {"a": {"blocks": 2}}}', "{"])
+def test_a_damaged_adapter_is_named(run_dir: Path, text: str) -> None:
+    (run_dir / "adapter" / "selective.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"selective\.json"):
+        write_report(run_dir)
+
+
+def test_damaged_settings_are_named(run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        write_report(run_dir)
+
+
+def test_a_page_that_cannot_be_written_is_named(run_dir: Path) -> None:
+    (run_dir / "taken").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"taken/report\.html"):
+        write_report(run_dir, run_dir / "taken" / "report.html")
+    assert not list(run_dir.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("runs", [1, 3, 7])
+def test_the_block_map_draws_every_block_once(runs: int) -> None:
+    cells = blocks_drawn(block_map([TIMM] * runs, "blocks"))
+    assert len(cells) == 18
+    assert len({cell.get_xy() for cell in cells}) == 18
+    assert sum(cell.get_fill() and cell.get_facecolor()[3] > 0 for cell in cells) == 6
+
+
+def test_the_block_map_counts_the_runs_that_keep_a_block() -> None:
+    none = {name: [False] * len(on) for name, on in TIMM.items()}
+    axes = block_map([TIMM, none, TIMM], "blocks").axes[0]
+    assert [text.get_text() for text in axes.texts if text.get_text().isdigit()] == ["2"] * 6
+
+
+def test_the_block_map_of_a_timm_model_has_layers_by_projections() -> None:
+    axes = block_map([TIMM], "blocks").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["q", "k", "v", "proj", "fc1", "fc2"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("names", "rows", "columns"),
+    [
+        (
+            ["encoder.layer.0.attention.attention.query", "encoder.layer.0.attention.output.dense",
+             "encoder.layer.0.output.dense"],
+            ["0"],
+            ["query", "attention.output.dense", "output.dense"],
+        ),
+        (
+            ["visual.transformer.resblocks.0.mlp.c_fc", "transformer.resblocks.0.mlp.c_fc"],
+            ["visual 0", "0"],
+            ["c_fc"],
+        ),
+        (["layers.0.blocks.0.fc", "layers.0.blocks.1.fc", "layers.1.blocks.0.fc"], ["0.0", "0.1", "1.0"], ["fc"]),
+        (["0", "2"], ["model"], ["0", "2"]),
+        (["encoder.up", "decoder.up"], ["encoder", "decoder"], ["up"]),
+    ],
+    ids=["transformers", "two towers", "stages", "sequential", "no numbers"],
+)  # fmt: skip
+def test_the_block_map_takes_whatever_names_there_are(names: list[str], rows: list[str], columns: list[str]) -> None:
+    figure = block_map([{name: [True] for name in names}], "blocks")
+    axes = figure.axes[0]
+    assert len(blocks_drawn(figure)) == len(names)
+    assert [label.get_text() for label in axes.get_yticklabels()] == rows
+    assert [label.get_text() for label in axes.get_xticklabels()] == columns
+
+
+def test_blocks_of_a_layer_that_is_not_fused_are_numbered() -> None:
+    axes = block_map([{"blocks.0.fc1": [True, False]}], "blocks").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["fc1 1", "fc1 2"]
+
+
+@pytest.mark.parametrize("maps", [[], [{}]], ids=["no run", "no layer"])
+def test_an_empty_block_map_is_refused(maps: list[dict[str, list[bool]]]) -> None:
+    with pytest.raises(ValueError, match="no blocks to draw"):
+        block_map(maps, "blocks")
+
+
+@pytest.mark.parametrize(
+    ("layer", "place"),
+    [
+        ("blocks.3.attn.qkv", ("blocks.3", "attn.qkv")),
+        ("blocks.3.mlp.0", ("blocks.3", "mlp.0")),
+        ("neck.proj", ("neck", "proj")),
+        ("proj", ("model", "proj")),
+    ],
+)
+def test_a_layer_has_a_row_and_a_projection(layer: str, place: tuple[str, str]) -> None:
+    assert grid_position(layer) == place
+
+
+def test_the_scatter_draws_every_run_and_the_line_before() -> None:
+    runs = {"lora": [(0.5, 0.9), (0.6, 0.8)], "selective": [(0.7, 0.85)]}
+    axes = target_against_retention(runs, 0.75, "title", {"lora": "LoRA"}).axes[0]
+    drawn = {(x, y) for line in axes.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
+    assert {(50.0, 90.0), (60.0, 80.0), (70.0, 85.0), (55.0, 85.0)} <= {(round(x, 9), round(y, 9)) for x, y in drawn}
+    texts = [text.get_text() for text in axes.texts]
+    assert {"LoRA", "selective", "before fine-tuning: 75.0 %"} <= set(texts)
+    low, high = axes.get_xlim()
+    assert low < 50
+    assert high > 75
+
+
+def test_curves_draw_the_mean_of_the_runs() -> None:
+    figure = curves({"lora": [([1, 2], [1.0, 3.0]), ([1, 2], [3.0, 5.0])], "full": []}, "title", "loss")
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [2.0, 4.0]
+    assert len(figure.axes[0].lines) == 1
+
+
+def test_bars_print_the_mean() -> None:
+    axes = bars({"full": [1.0, 2.0], "lora": [-3.0]}, "title", "points").axes[0]
+    assert [text.get_text() for text in axes.texts] == ["1.5", "-3.0"]
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "block_map": lambda: block_map([TIMM, TIMM], "title"),
+    "target_against_retention": lambda: target_against_retention({"lora": [(0.5, 0.9)]}, 0.7, "title"),
+    "curves": lambda: curves({"a": [([1], [2.0])], "b": [([1, 2], [0.1, 10.0])]}, "title", "loss", log=True),
+    "bars": lambda: bars({"full": [1.0]}, "title", "points"),
+}
+
+
+@pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES)
+def test_a_figure_becomes_a_png_and_leaves_global_settings_alone(make: Callable[[], Figure], tmp_path: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    save_png(make(), tmp_path / "figure.png")
+    assert dict(matplotlib.rcParams) == before
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_png_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "figure.png").mkdir()
+    with pytest.raises(CheckpointError, match=r"figure\.png could not be written"):
+        save_png(FIGURES["bars"](), tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("make", FIGURES.values(), ids=FIGURES)
+def test_an_inline_figure_takes_colours_and_font_from_the_page(make: Callable[[], Figure]) -> None:
+    svg = inline_svg(make(), 'what "it" shows', "f0")
+    assert svg.startswith('<svg role="img" aria-label="what &#34;it&#34; shows"')
+    assert not [colour for colour, _ in PALETTE.values() if colour in svg]
+    assert "var(--ink)" in svg
+    assert "var(--font)" in svg
+    assert "DejaVu" not in svg
+    assert "<text" in svg
+    assert "<metadata" not in svg
+    ids = re.findall(r'\bid="([^"]*)"', svg)
+    assert all(name.startswith("f0-") for name in ids)
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]*)', svg)) <= set(ids)
+
+
+def test_colours_on_white_are_told_apart_by_the_page() -> None:
+    colours = [colour for colour, _ in PALETTE.values()]
+    assert len(set(colours)) == len(colours)
+
+
+def test_a_page_escapes_what_it_is_given_and_numbers_its_figures() -> None:
+    pictures = [Picture(FIGURES["bars"](), "<alt>", "<caption>"), Picture(FIGURES["bars"](), "again")]
+    table = Table(("a", "b"), [("<td>", "1")], "<note>")
+    html = render("<title>", "<lead>", [Section("<heading>", ["<text>"], ["<point>"], table, pictures)], "<footer>")
+    for word in ("title", "lead", "heading", "text", "point", "note", "alt", "caption", "footer"):
+        assert f"&lt;{word}&gt;" in html
+    assert "&lt;td&gt;" in html
+    assert 'id="f0-' in html
+    assert 'id="f1-' in html
+    assert_self_contained(html)
+
+
+def test_a_page_follows_dark_themes_and_small_screens() -> None:
+    html = render("t", "l", [])
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    assert 'name="viewport"' in html
+    for name, (light, dark) in PALETTE.items():
+        assert f"--{name}: {light};" in html
+        assert f"--{name}: {dark};" in html
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 "), (950, "950 "), (1230, "1.23 k"), (1.5e12, "1.5 T"), (2e16, "20 P")]
+)
+def test_large_numbers_get_a_prefix(value: float, text: str) -> None:
+    assert scaled(value) == text
