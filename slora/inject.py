@@ -47,6 +47,9 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
             f"the model is adapted already ({len(adapted)} layers, the first {adapted[0]!r}); "
             f"call slora.unload(model) or slora.merge_and_unload(model) before another inject"
         )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise TargetError(f"{lazy[0]!r} of a lazy module has no shape yet; run the model once, then inject")
     saved = saved_modules(model, config)
     found = {name: kind for name, kind in targets(model, config).items() if not _inside(name, saved)}
     for name, kind in found.items():
@@ -182,10 +185,8 @@ def _kind(module: nn.Module) -> type[LoRABlocks] | None:
 
 
 def _is_matrix(weight: Any) -> bool:
-    # A weight that is computed (parametrisations, weight norm) or not there yet (lazy layers) cannot be shared.
-    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-        return False
-    return bool(weight.dim() == 2 and weight.is_floating_point())
+    # None where the weight is computed at each call (parametrisations, weight norm): it cannot be shared.
+    return weight is not None and bool(weight.dim() == 2 and weight.is_floating_point())
 
 
 def _is_out_proj(model: nn.Module, name: str) -> bool:

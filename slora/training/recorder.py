@@ -130,6 +130,7 @@ class Bar:
             # Redrawn with each record rather than by a thread that competes with the training.
             auto_refresh=False,
             speed_estimate_period=60,
+            disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("training", total=steps, completed=first, text="")
         self.steps = steps
