@@ -33,7 +33,10 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
 
     All base parameters are frozen; trainable are the LoRA matrices, the gates and `config.modules_to_save`.
     The output is the base model's bit for bit until the first step (`B = 0`), and base parameters keep their
-    names in `state_dict`. Nothing is changed when an error is raised.
+    names in `state_dict`. Nothing is changed when an error is raised. One case agrees only up to rounding: in
+    eval mode without gradients `nn.MultiheadAttention` and `nn.TransformerEncoder` take fused kernels, which add
+    in another order, until they are adapted; a fused encoder also gives zeros at padded positions, where an
+    adapted one gives numbers that mean nothing. On a GPU the same holds for `batch_first` attention.
 
     Raises:
         TargetError: a pattern matches nothing, or a module that cannot be adapted; near names are listed.

@@ -711,9 +711,9 @@ def test_released_gates_still_count_in_both_forms_of_the_penalty(make_mlp: Any) 
     model = adapted(make_mlp, 6, 6, 6, inactive="frozen")
     set_gates(model, False, True)
     optimizer = slora.ProximalGates(gates(model), lr=0.1, penalty=1.0)
-    penalty = float(slora.gate_penalty(model))
+    penalty = slora.gate_penalty(model).item()
     slora.release_frozen(model, optimizer)
-    assert float(slora.gate_penalty(model)) == penalty
+    assert slora.gate_penalty(model).item() == penalty
     optimizer.step()
     torch.testing.assert_close(model.fc1.gate.detach(), torch.tensor([0.15 - 0.1 / 2]))
     torch.testing.assert_close(model.fc0.gate.detach(), torch.tensor([0.05]))

@@ -425,6 +425,13 @@ def test_the_graph_keeps_only_x_and_S_besides_the_parameters() -> None:
     assert not any(k.shape[-1:] == (N,) and k.shape[:-1] == (M,) for k in kept)
 
 
+def test_S_is_a_result_without_a_gradient() -> None:
+    t = trainable(("x", "lora_A", "lora_B", "gate"), make())
+    y, S = torch.ops.slora.selective_linear(*(t[name] for name in NAMES), THRESHOLD, SCALING, [0, 2])
+    assert y.requires_grad
+    assert not S.requires_grad
+
+
 def test_x_is_not_kept_where_no_gradient_needs_it() -> None:
     t = trainable(("x", "lora_B", "gate"), make((123,)))
     _, kept = kept_by(lambda: ops.selective_linear(**t, threshold=THRESHOLD, scaling=SCALING))

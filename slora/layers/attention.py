@@ -211,7 +211,7 @@ class _ProjectInstead(TorchFunctionMode):
 
 def _blank(base: type[nn.Module]) -> ProjectionAttention:
     """An uninitialised instance of a class that is both a `ProjectionAttention` and a `base`."""
-    adapted = _adapted_class(base)
+    adapted = _adapted_class(base)  # type: ignore[arg-type]  # mypy: a class is hashable
     return adapted.__new__(adapted)
 
 

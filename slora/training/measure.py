@@ -59,7 +59,7 @@ class Clock:
         """Note the end of a step."""
         self.steps += 1
 
-    def read(self, device: torch.device) -> None:
+    def read(self) -> None:
         """Take in the time since the last reading."""
         now = time.perf_counter()
         self.elapsed += now - self.since
@@ -78,7 +78,7 @@ class Clock:
         """Leave out what happens inside."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        self.read(device)
+        self.read()
         yield
         self.since = time.perf_counter()
 

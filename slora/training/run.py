@@ -12,6 +12,7 @@ report.html       written by slora.report
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,12 @@ def finetune(
         DataError, CheckpointError, NonFiniteLossError, TargetError: see `train`, `open_data` and `models.build`.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"WORLD_SIZE={processes}: slora finetune runs in one process; for several, call slora.training.train in a "
+            f"script of your own under accelerate launch"
+        )
     start = None
     if resume is not None:
         if config is not None:
@@ -134,9 +141,7 @@ def save_result(model: nn.Module, source: Source, settings: TrainSettings, out: 
         "damaged_images": source.damage.found,
     }
     if any(True for _ in adapted_layers(model)):
-        values["active_blocks"] = [
-            [step, {name: list(active) for name, active in blocks.items()}] for step, blocks in result.active_blocks
-        ]
+        values["active_blocks"] = {name: list(layer.activity().active) for name, layer in adapted_layers(model)}
         values["blocks"] = {name: layer.blocks for name, layer in adapted_layers(model)}
     write_json(out / RESULT, values)
 

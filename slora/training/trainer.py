@@ -58,8 +58,8 @@ class TrainResult:
         steps: optimizer steps taken, those before a resume included.
         seconds: time spent in them, without evaluations, checkpoints and the counting of FLOPs.
         flops: of all training steps, forward and backward; 0 with `count_flops=False`.
-        active_blocks: `[(step, {layer: numbers of its active blocks}), ...]`, one entry for the start and one for
-            each step that changed them; empty for methods without blocks.
+        active_blocks: `[(step, {layer: numbers of its active blocks}), ...]`: at the start, and at each record that
+            found others than the one before; empty for methods without blocks.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -85,7 +85,9 @@ def train(
 ) -> TrainResult:
     """Train what requires gradients in `model` (see `slora.training.prepare`), in place.
 
-    On the CPU a run resumed from a checkpoint ends bit for bit where the uninterrupted one ends.
+    On the CPU a run resumed from a checkpoint ends bit for bit where the uninterrupted one ends. Started by
+    `accelerate launch` in several processes, each takes its part of every batch; losses in the records are then
+    those of the first process, everything else is of all.
 
     Args:
         model: takes images `[n, ...]` and returns logits `[n, classes]`, or an object with `logits`.
@@ -174,8 +176,6 @@ class Trainer:
         self.flops_of: dict[Any, int] = {}
         self.clock = Clock(self.result.seconds, self.step)
         self.stop_requested = False
-        self._blocks: tuple[tuple[int, ...], ...] | None = None
-        self._logged_blocks: Blocks | None = None
 
     def run(self) -> TrainResult:
         """Run to the end and return the result."""
@@ -187,13 +187,13 @@ class Trainer:
                 prepared(self.accelerator, self.model, self.optimizers.all)
             )
             train_mode(self.model)
+            self._note_blocks()
             while self.step < self.steps:
                 epoch, done = divmod(self.step, self.steps_per_epoch)
                 batches = self.train_batches.epoch(epoch, done * self.accumulation)
                 for _ in range(min(self.steps_per_epoch - done, self.steps - self.step)):
                     self._step(batches)
                     self._after_step()
-            self._activity()
         self.result.steps = self.step
         self.result.seconds = self.clock.seconds()
         self.result.history = self.recorder.history
@@ -210,15 +210,13 @@ class Trainer:
         warm, ramp = round(settings.penalty_warmup * self.steps), round(settings.penalty_ramp * self.steps)
         self.penalty = penalty_at(self.step, settings.penalty, warm, ramp)
         self.optimizers.set(lr_scale(self.step, self.steps, self.warmup, settings.min_lr_ratio), self.penalty)
-        if not settings.count_flops:
-            self._forward_backward(batches)
-        elif state in self.flops_of:
-            self._forward_backward(batches)
-            self.result.flops += self.flops_of[state]
-        else:
+        if settings.count_flops and state not in self.flops_of:
             with self.clock.excluded():
-                self.flops_of[state] = count_flops(self._forward_backward, batches)
-            self.result.flops += self.flops_of[state]
+                flops = count_flops(self._forward_backward, batches)
+            self.flops_of[state] = flops * self.accelerator.num_processes
+        else:
+            self._forward_backward(batches)
+        self.result.flops += self.flops_of.get(state, 0)
         self.step += 1
 
     def _forward_backward(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -248,13 +246,16 @@ class Trainer:
     def _activity(self) -> Any:
         """What decides the work of a step: the active blocks and whether the others are probed."""
         activity = [layer.activity() for layer in self.layers.values()]
-        blocks = tuple(entry.active for entry in activity)
-        if self.layers and blocks != self._blocks:
-            self._blocks = blocks
-            entry = (self.step, dict(zip(self.layers, blocks, strict=True)))
-            if not self.result.active_blocks or self.result.active_blocks[-1][1] != entry[1]:
-                self.result.active_blocks.append(entry)
-        return blocks, tuple(entry.probe and entry.inactive != () for entry in activity)
+        return tuple((entry.active, entry.probe and entry.inactive != ()) for entry in activity)
+
+    def _note_blocks(self) -> bool:
+        """Note the active blocks if they differ from those noted last; return whether they do."""
+        blocks = {name: layer.activity().active for name, layer in self.layers.items()}
+        noted = self.result.active_blocks
+        if not blocks or (noted and noted[-1][1] == blocks):
+            return False
+        noted.append((self.step, blocks))
+        return True
 
     def _after_step(self) -> None:
         self.clock.step()
@@ -288,7 +289,7 @@ class Trainer:
             self._refuse(f"the loss is {losses[bad[0]]} at step {step}", step)
         if norm is not None and not math.isfinite(norm):
             self._refuse(f"the gradient is not finite at or shortly before step {self.step}", self.step)
-        self.clock.read(self.device)
+        self.clock.read()
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": round(self.step / self.steps_per_epoch, 4),
@@ -298,15 +299,15 @@ class Trainer:
             "grad_norm": norm,
         }
         if self.layers:
-            blocks = {name: layer.activity().active for name, layer in self.layers.items()}
+            changed = self._note_blocks() or not self.recorder.history
+            blocks = self.result.active_blocks[-1][1]
             record["penalty"] = self.penalty
             record["active"] = sum(map(len, blocks.values()))
             record["blocks"] = sum(layer.blocks for layer in self.layers.values())
             record["mean_gate"] = mean_gate = gate_penalty(self.model).item()
             if not math.isfinite(mean_gate):
                 self._refuse(f"a gate is not finite at or shortly before step {self.step}", self.step)
-            if blocks != self._logged_blocks:
-                self._logged_blocks = blocks
+            if changed:
                 record["active_blocks"] = {name: list(active) for name, active in blocks.items()}
         images = self.settings.batch_size * self.accumulation * self.accelerator.num_processes
         record |= {
@@ -331,7 +332,8 @@ class Trainer:
         self._log()
         assert self.eval_batches is not None
         with self.clock.paused(self.device):
-            counts = tally(self.wrapped, self.eval_batches.epoch(), self.device)
+            # Not the wrapped model: processes may have different numbers of batches, and need not wait for each other.
+            counts = tally(self.model, self.eval_batches.epoch(), self.device)
             correct, loss, count = self.accelerator.reduce(counts).tolist()
             train_mode(self.model)
         accuracy = correct / count
@@ -344,7 +346,6 @@ class Trainer:
 
     def _save(self) -> None:
         self._log()
-        self._activity()
         broken = finite({name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad})
         if broken is not None:
             self._refuse(f"{broken!r} is not finite after step {self.step}", self.step)
@@ -352,6 +353,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 assert self.run_dir is not None
                 result = dataclasses.asdict(self.result) | {"seconds": self.clock.seconds()}
+                result["active_blocks"] = [(step, list(blocks.values())) for step, blocks in self.result.active_blocks]
                 self.last_checkpoint = checkpoint.save(
                     self.run_dir / "checkpoints",
                     self.model,
@@ -367,7 +369,7 @@ class Trainer:
         self.step = state["step"]
         result = state["result"]
         result["active_blocks"] = [
-            (step, {name: tuple(active) for name, active in blocks.items()}) for step, blocks in result["active_blocks"]
+            (step, dict(zip(self.layers, map(tuple, blocks), strict=True))) for step, blocks in result["active_blocks"]
         ]
         self.result = TrainResult(**result)
 

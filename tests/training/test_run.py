@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import slora
 import slora.adapter
 from slora import CheckpointError, ConfigError, NonFiniteLossError, SLoRAError, TargetError
 from slora.training import checkpoint, run
@@ -137,6 +138,22 @@ def test_a_folder_with_another_run_is_not_written_into() -> None:
 def test_bad_input_is_refused_with_near_names(change: dict[str, Any], error: type[SLoRAError], message: str) -> None:
     with pytest.raises(error, match=message):
         run.finetune({**QUICK, **change})
+
+
+def test_several_processes_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2: .* call slora.training.train in a script"):
+        run.finetune(QUICK)
+    assert not Path("runs").exists()
+
+
+def test_an_adapter_with_freed_blocks_is_saved_and_loaded() -> None:
+    folder, _ = run.finetune(
+        {**QUICK, "inactive": "frozen", "gate_lr": 1.0, "penalty": 3.0, "penalty_warmup": 0.0, "warmup": 0.0}
+    )
+    settings = run.read_settings(folder)
+    model = run.load_result(run.rebuild(settings, 10).model, settings, folder)
+    assert not any(active.any() for active in slora.active_blocks(model).values())
 
 
 def test_a_run_that_breaks_leaves_no_adapter_and_no_result(monkeypatch: pytest.MonkeyPatch) -> None:

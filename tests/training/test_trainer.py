@@ -1,11 +1,13 @@
-"""The run itself: its arithmetic, its records, and how it stops."""
+"""The run itself: its arithmetic and its records."""
 
 from __future__ import annotations
 
-import signal
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from slora import ConfigError, NonFiniteLossError
+from slora import ConfigError
 from slora.gate import adapted_layers, gates
-from slora.training import Interrupted, TrainSettings, checkpoint, prepare, train
+from slora.training import TrainSettings, prepare, train
 from slora.training.optimizers import lr_scale
 from slora.training.recorder import read_metrics
 
@@ -282,114 +284,6 @@ def test_counting_flops_changes_no_number_and_inactive_blocks_cost_nothing(
     assert per_step[-1] == base + 2 * head < per_step[0]
 
 
-def broken_at(step: int, value: float = float("nan")) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy that turns into `value` at a step."""
-    calls = 0
-
-    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        loss = F.cross_entropy(logits, labels)
-        return loss * value if calls == step else loss
-
-    return criterion
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
-    make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path, value: float
-) -> None:
-    settings = settings.replace(max_steps=40, save_every=4, log_every=5, lr=0.01, warmup=0.0)
-    with pytest.raises(NonFiniteLossError) as caught:
-        train(ready(make_model, settings), data, None, settings, tmp_path, criterion=broken_at(11, value))
-    good = tmp_path / "checkpoints/step-00000008"
-    rate = 0.01 * lr_scale(10, 40, 0)
-    for text in (f"the loss is {value} at step 11", f"learning rate {rate:.3g}", str(good), "Nothing was overwritten"):
-        assert text in str(caught.value)
-    assert checkpoint.newest(tmp_path) == good
-    assert all(record["step"] <= 10 for record in read_metrics(tmp_path / "metrics.jsonl"))
-    resumed = train(ready(make_model, settings), data, None, settings, tmp_path, resume=good)
-    assert resumed.steps == 40
-
-
-def test_a_checkpoint_due_right_after_the_loss_broke_is_not_written(
-    make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path
-) -> None:
-    settings = settings.replace(save_every=4, log_every=100)
-    with pytest.raises(NonFiniteLossError, match=r"at step 8 .*step-00000004"):
-        train(ready(make_model, settings), data, None, settings, tmp_path, criterion=broken_at(8))
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["step-00000004"]
-
-
-def test_with_accumulation_the_step_of_a_broken_loss_is_the_optimizer_step(
-    make_model: Factory, data: Pair, settings: TrainSettings
-) -> None:
-    settings = settings.replace(batch_size=4, gradient_accumulation=2, log_every=4)
-    with pytest.raises(NonFiniteLossError, match=r"at step 3 .*no checkpoint was written before it"):
-        train(ready(make_model, settings), data, None, settings, criterion=broken_at(6))
-
-
-def test_weights_that_are_not_finite_are_never_saved(
-    make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path
-) -> None:
-    class Breaking(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor) -> Tensor:
-            return grads[0] * float("inf")
-
-    settings = settings.replace(method="full", max_steps=1, clip_norm=0.0)
-    apply: Any = Breaking.apply
-    with pytest.raises(NonFiniteLossError, match=r"is not finite after step 1"):
-        train(
-            ready(make_model, settings), data, None, settings, tmp_path,
-            criterion=lambda logits, labels: F.cross_entropy(apply(logits), labels),
-        )  # fmt: skip
-    assert checkpoint.checkpoints(tmp_path / "checkpoints") == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_from_it_bit_for_bit(
-    make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path, number: signal.Signals
-) -> None:
-    settings = settings.replace(save_every=0, keep_last=9)
-    whole = ready(make_model, settings)
-    train(whole, data, None, settings)
-    handler = signal.getsignal(number)
-    calls = 0
-
-    def interrupting(logits: Tensor, labels: Tensor) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            signal.raise_signal(number)
-        return F.cross_entropy(logits, labels)
-
-    with pytest.raises(Interrupted) as caught:
-        train(ready(make_model, settings), data, None, settings, tmp_path, criterion=interrupting)
-    assert caught.value.checkpoint == checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-00000005"
-    assert signal.getsignal(number) is handler
-    again = ready(make_model, settings)
-    train(again, data, None, settings, tmp_path, resume=caught.value.checkpoint)
-    assert difference(whole, again) == 0.0
-
-
-def test_a_second_ctrl_c_stops_at_once(
-    make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path
-) -> None:
-    def twice(logits: Tensor, labels: Tensor) -> Tensor:
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        raise AssertionError("unreachable")
-
-    with pytest.raises(KeyboardInterrupt) as caught:
-        train(ready(make_model, settings), data, None, settings, tmp_path, criterion=twice)
-    assert not isinstance(caught.value, Interrupted)
-
-
 def test_a_model_with_nothing_to_train_is_refused(make_model: Factory, data: Pair, settings: TrainSettings) -> None:
     with pytest.raises(ConfigError, match="no trainable parameter"):
         train(make_model().requires_grad_(False), data, None, settings)
@@ -420,6 +314,50 @@ def test_a_model_that_returns_an_object_with_logits_is_trained(
 
     settings = settings.replace(modules_to_save=["head"])
     assert train(ready(lambda: Wrapped(make_model()), settings), data, data, settings).accuracy is not None
+
+
+SCRIPT = """
+import os, sys, torch
+from torch import nn
+from slora.training import TrainSettings, prepare, train
+
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(3)
+images, labels = torch.rand(64, 16, generator=generator), torch.randint(4, (64,), generator=generator)
+settings = TrainSettings(
+    r=2, max_steps=10, batch_size=16 // int(os.environ.get("WORLD_SIZE", "1")), device="cpu", precision="fp32",
+    optimizer="sgd", lr=0.1, clip_norm=0.0, gate_lr=0.3, penalty=0.2, penalty_warmup=0.0, tensorboard=False,
+    modules_to_save=["2"],
+)
+torch.manual_seed(7)
+model = prepare(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4)), settings=settings)
+result = train(model, (images, labels), (images, labels), settings, sys.argv[1])
+total = sum(parameter.double().sum().item() for parameter in model.parameters())
+print(result.accuracy, result.flops, len(result.active_blocks), total)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pair = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in (0, 1)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(tmp_path / folder)],
+            env=shared | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for folder, own in [("one", {}), ("two", pair[0]), ("two", pair[1])]
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    one, first, second = ([float(value) for value in out.split()] for out, _ in outputs)
+    assert first == second == pytest.approx(one, rel=1e-6)
+    # Only one process writes.
+    names = [[path.name for path in sorted((tmp_path / folder).rglob("*"))] for folder in ("one", "two")]
+    assert names[0] == names[1]
 
 
 @pytest.mark.gpu
