@@ -91,7 +91,7 @@ class GateMirror:
                 probe_scale=1.0 if none_active or layer.inactive == "exact" else float(layer.probe_every),
                 step=self.step,
             )
-            layer._gate_key = layer.gate, version(layer.gate)
+            layer._gate_key = layer.gate, version(layer.gate), layer.threshold
 
     def _read(self, layers: list[LoRABlocks]) -> dict[LoRABlocks, list[bool]]:
         groups: dict[tuple[torch.device, torch.dtype], list[LoRABlocks]] = {}
@@ -136,7 +136,7 @@ register_optimizer_step_post_hook(_after_optimizer_step)
 
 def _unmoved(layer: LoRABlocks) -> bool:
     key = layer._gate_key
-    return key is not None and key[0] is layer.gate and key[1] == version(layer.gate)
+    return key is not None and key[0] is layer.gate and key[1:] == (version(layer.gate), layer.threshold)
 
 
 def version(tensor: Tensor) -> int:

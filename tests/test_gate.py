@@ -135,6 +135,7 @@ EDITS: dict[str, Callable[[LoRABlocks], Any]] = {
     "load_state_dict with assign": lambda layer: layer.load_state_dict(
         {**layer.state_dict(), "gate": torch.full((1,), 0.05)}, assign=True
     ),
+    "the threshold": lambda layer: setattr(layer, "threshold", 0.3),
     "nn.init": lambda layer: nn.init.constant_(layer.gate, 0.05),
 }
 

@@ -84,6 +84,23 @@ def test_after_injection_the_output_is_the_base_model_bit_for_bit(family: Any, t
             assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("how", ["autocast", "bf16 model"])
+def test_in_bf16_the_output_is_the_base_model_bit_for_bit(family: Any, how: str, slow_path: None) -> None:
+    model, inputs = family.build().eval(), family.inputs()
+    if how == "bf16 model":
+        model.bfloat16()
+        inputs = [t.bfloat16() if t.is_floating_point() else t for t in inputs]
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+            return family.run(model, *inputs)
+
+    expected = run()
+    slora.inject(model, small())
+    assert all(layer.lora_A.dtype == layer.gate.dtype == torch.float32 for _, layer in adapted_layers(model))
+    assert torch.equal(run(), expected)
+
+
 def test_in_inference_fused_kernels_of_the_base_agree_up_to_rounding(family: Any) -> None:
     model = family.build().eval()
     inputs = family.inputs()

@@ -676,8 +676,10 @@ def test_compiled_op_gives_the_same_output_and_gradients(dropout: float, assert_
 
 
 def test_compiled_op_serves_moving_gates_and_any_number_of_rows_with_few_graphs() -> None:
+    from torch._dynamo.testing import CompileCounter
+
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(
         lambda t: ops.selective_linear(**t, threshold=THRESHOLD, scaling=SCALING), backend=counter, fullgraph=True
     )

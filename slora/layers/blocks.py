@@ -123,7 +123,7 @@ class LoRABlocks(nn.Module):
         self._kept_weight: Tensor | None = None
         self._mirror = GateMirror() if mirror is None else mirror
         self._activity: Activity | None = None
-        self._gate_key: tuple[Tensor, int] | None = None
+        self._gate_key: tuple[Tensor, int, float] | None = None
         self._seed = _seed_of(name)
         self._cast: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
         self._mirror.join(self)
