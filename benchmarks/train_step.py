@@ -1,6 +1,6 @@
 """One training step of a timm vision transformer: slora beside PEFT and beside the limits, in one process.
 
-    python -m benchmarks.train_step [--model vit_small_patch16_224] [--batch 16] [--rounds 15]
+    python -m benchmarks.train_step [--memory] [--model vit_small_patch16_224] [--batch 16] [--rounds 15]
 
 A step is forward, cross-entropy, backward and the optimizer's step. Contenders take turns within each round, so
 a slow moment of the machine hits them all; medians and percentiles are over rounds. A `probe` contender probes
@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
-import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -160,7 +160,15 @@ def _measure_memory(sender: Any, name: str, args: argparse.Namespace) -> None:
     step = Step(next(c for c in CONTENDERS if c.name == name), args)
     for _ in range(3 if step.count == 1 else 1):
         step()
-    sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    sender.send(_peak_resident_mib())
+
+
+def _peak_resident_mib() -> float:
+    # Not getrusage: its maximum survives exec, so a child would report its parent's.
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise SystemExit("/proc/self/status has no VmHWM line; peak memory can be measured on Linux only")
 
 
 def _trainable_head(model: nn.Module) -> nn.Module:
@@ -196,10 +204,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     del steps
     gc.collect()
     result: dict[str, Any] = {name: {"seconds": spread(values)} for name, values in seconds.items()}
-    if args.memory:
-        for contender in chosen:
-            result[contender.name]["peak_memory_mib"] = peak_memory(contender, args)
     return result
+
+
+def measure_memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the peak memory of all contenders at one precision."""
+    chosen = [c for c in CONTENDERS if not args.only or any(part in c.name for part in args.only)]
+    return {contender.name: {"peak_memory_mib": peak_memory(contender, args)} for contender in chosen}
+
+
+def describe(entry: dict[str, Any], reference: dict[str, Any] | None) -> str:
+    """One figure and its ratio to that of the reference."""
+    if "seconds" in entry:
+        value, base = (None if e is None else e["seconds"]["median"] for e in (entry, reference))
+        text = f"{value:8.4f} s"
+    else:
+        value, base = (None if e is None else e["peak_memory_mib"] for e in (entry, reference))
+        text = f"{value:8.0f} MiB"
+    return text if base is None else f"{text} {value / base:6.3f} of PEFT"
 
 
 def main() -> None:
@@ -212,22 +234,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--only", nargs="*", help="parts of contender names; nothing is written then")
-    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     check_outputs(args)
+    case, take = ("train_memory", measure_memory) if args.memory else ("train_step", measure)
     results = {}
     for precision in args.precisions:
         args.precision = precision
-        results[precision] = measure(args)
-        reference = results[precision].get("PEFT, all")
+        results[precision] = take(args)
         for name, entry in results[precision].items():
-            ratio = entry["seconds"]["median"] / reference["seconds"]["median"] if reference else float("nan")
-            memory = f"{entry.get('peak_memory_mib', float('nan')):8.0f} MiB"
-            print(f"{precision:5} {name:38} {entry['seconds']['median']:8.4f} s {ratio:6.3f} of PEFT {memory}")
+            print(f"{precision:5} {name:38} {describe(entry, results[precision].get('PEFT, all'))}")
     if not args.only:
         settings = {"model": args.model, "batch": args.batch, "r": args.r}
-        print(write_result("train_step", "cpu", {"settings": settings, "results": results}))
+        print(write_result(case, "cpu", {"settings": settings, "results": results}))
 
 
 if __name__ == "__main__":
