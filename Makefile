@@ -90,10 +90,9 @@ format: say-format $(TEST_STAMP) ## rewrite the sources in the project's format
 	$(if $(NATIVE),@$(RUN)clang-format -i $(NATIVE))
 
 .PHONY: bench
-bench: say-bench $(TEST_STAMP) $(BUILT) ## run the benchmarks that pytest collects in benchmarks/
-	@if [ -n "$(wildcard benchmarks/bench_*.py benchmarks/test_*.py)" ]; \
-	then $(RUN)pytest benchmarks --benchmark-only $(PYTEST_ARGS); \
-	else echo "slora: benchmarks/ has no bench_*.py or test_*.py file, so there is nothing to run."; fi
+bench: say-bench $(TEST_STAMP) $(BUILT) ## time a training step beside PEFT and fill the table of the README
+	@$(RUN) python -m benchmarks.train_step
+	@$(RUN) python -m benchmarks.readme
 
 .PHONY: environment
 environment: say-environment $(TEST_STAMP) $(BUILT) ## only install, with the test extra
@@ -118,7 +117,7 @@ say-lint:
 say-format:
 	@echo "format: $(INSTALL), then rewrite the sources in the project's format"
 say-bench:
-	@echo "bench: $(INSTALL), then run benchmarks/"
+	@echo "bench: $(INSTALL), then time a training step beside PEFT (about ten minutes)"
 say-environment:
 	@echo "environment: $(INSTALL), with what the tests need"
 

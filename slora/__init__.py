@@ -7,6 +7,7 @@ stays what it was. Start with `inject`; `slora.reference` states the mathematics
 from slora.adapter import load_adapter, save_adapter
 from slora.config import SelectiveLoRAConfig
 from slora.errors import (
+    BaseModelWarning,
     CheckpointError,
     ConfigError,
     DataError,
@@ -26,6 +27,7 @@ from slora.model import active_blocks, disabled, parameter_groups, summary
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaseModelWarning",
     "CheckpointError",
     "ConfigError",
     "DataError",

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slora.config import SelectiveLoRAConfig
-from slora.errors import CheckpointError, SLoRAError, StateError
+from slora.errors import BaseModelWarning, CheckpointError, SLoRAError, StateError
 from slora.files import json_text, read_json, text_writer, write_together
 from slora.gate import adapted_layers
 from slora.inject import inject, injection, unchanged_on_error, unload
@@ -82,6 +82,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         StateError: the model is merged.
     """
     folder = Path(directory)
+    if not (folder / SELECTIVE).exists():
+        raise CheckpointError(f"{folder / SELECTIVE} does not exist; give a directory that slora.save_adapter wrote")
     selective = read_json(folder / SELECTIVE)
     tensors = _read_tensors(folder / WEIGHTS)
     try:
@@ -109,6 +111,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         warnings.warn(
             f"{folder} was trained on other base weights than this {type(model).__name__} has: shapes agree, "
             f"values do not. Load the same pretrained weights first.",
+            BaseModelWarning,
             stacklevel=2,
         )
     return model

@@ -229,6 +229,8 @@ def inspect(
     from slora.files import read_json
 
     home = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if not (home / "selective.json").exists():
+        raise CheckpointError(f"{home / 'selective.json'} does not exist; give an adapter directory, or a finished run")
     content = read_json(home / "selective.json")
     try:
         print(_table(content["layers"], content["base"]["shapes"]))

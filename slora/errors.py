@@ -31,6 +31,10 @@ class CheckpointError(SLoRAError, RuntimeError):
     """A file is missing, damaged, or belongs to another model."""
 
 
+class BaseModelWarning(UserWarning):
+    """An adapter was loaded into a model of the right shapes with other values than it was trained on."""
+
+
 class DataError(SLoRAError, ValueError):
     """A data set is missing, empty or damaged beyond what can be skipped."""
 

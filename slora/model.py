@@ -25,7 +25,9 @@ def active_blocks(model: nn.Module) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the base model exactly: inside the context no block adds anything.
+    """Run the base model: inside the context no block adds anything.
+
+    Modules that `modules_to_save` trains in full, such as a head, stay as trained.
 
     Raises:
         StateError: the model is merged, so its weights are not the base's; unmerge first.

@@ -331,3 +331,35 @@ def test_every_command_needs_only_what_it_uses(monkeypatch: pytest.MonkeyPatch) 
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() in ("[]", "['rich']")
+
+
+def test_merging_into_other_weights_than_the_adapters_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+    import slora
+    from slora.demo.model import load_pretrained
+    from slora.training.run import merge_adapter
+
+    model = slora.inject(load_pretrained(10), slora.SelectiveLoRAConfig(r=2, modules_to_save=["head"]))
+    slora.save_adapter(model, tmp_path / "adapter")
+    out = tmp_path / "merged.safetensors"
+    with pytest.raises(slora.CheckpointError, match="--pretrained"):
+        merge_adapter(tmp_path / "adapter", out, "demo/letters_vit", pretrained=False, classes=None)
+    assert not out.exists()
+
+
+def test_every_command_line_of_the_readme_is_understood() -> None:
+    import shlex
+
+    import click
+    from typer.main import get_command
+
+    from slora.cli import app
+
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("slora ")]
+    assert len(lines) >= 7
+    group = get_command(app())
+    for line in lines:
+        _, name, *arguments = shlex.split(line, comments=True)
+        command = group.get_command(click.Context(group), name)
+        assert command is not None, line
+        command.make_context(name, arguments)

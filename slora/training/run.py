@@ -13,6 +13,7 @@ report.html       written by slora.report
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from slora.adapter import PREFIX, SELECTIVE, WEIGHTS, load_adapter, save_adapter
-from slora.errors import CheckpointError, ConfigError
+from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.files import read_json, write_atomically, write_json, write_text
 from slora.gate import adapted_layers
 from slora.merging import merge_and_unload
@@ -237,7 +238,13 @@ def merge_adapter(
         raise CheckpointError(f"{adapter} does not exist; give an adapter directory, or a finished run")
     classes = classes or _classes_in(adapter)
     model = rebuild(settings.replace(model=model_name, pretrained=pretrained), classes)[0]
-    load_adapter(model, adapter)
+    try:
+        with warnings.catch_warnings():
+            # A file of weights that fit nothing is of no use to anyone, so here it is an error.
+            warnings.simplefilter("error", BaseModelWarning)
+            load_adapter(model, adapter)
+    except BaseModelWarning as error:
+        raise CheckpointError(f"{error} On the command line --pretrained does that.") from error
     count = sum(len(layer.activity().active) for _, layer in adapted_layers(model))
     merge_and_unload(model, scale)
     write_atomically(out, lambda path: save_model(model, str(path)))
