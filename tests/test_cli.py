@@ -355,7 +355,8 @@ def test_every_command_line_of_the_readme_is_understood() -> None:
     from slora.cli import app
 
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    lines = [line for line in text.splitlines() if line.startswith("slora ")]
+    block = text.split("## The command line")[1].split("```")[1]
+    lines = [line for line in block.splitlines() if line.startswith("slora ")]
     assert len(lines) >= 7
     group = get_command(app())
     for line in lines:
