@@ -1,7 +1,8 @@
 """Fill the marked tables of README.md from JSON that runs wrote: `python -m benchmarks.readme`.
 
     <!-- demo-table -->        docs/demo.json, written by `slora demo`
-    <!-- train-step-table -->  results/cpu/train_step.json, written by `python -m benchmarks.train_step`
+    <!-- train-step-table -->  results/cpu/train_step.json and train_memory.json, written by
+                               `python -m benchmarks.train_step` without and with `--memory`
 
 A table whose file is missing says "not measured".
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def demo_table(demo: dict[str, Any]) -> str:
     return table(heads, rows) + f"\n\n{before}Mean and standard deviation over {seeds} seeds, from `docs/demo.json`."
 
 
-def train_step_table(result: dict[str, Any]) -> str:
-    """One row per contender: seconds at each precision, and as a ratio to PEFT on all layers."""
+def train_step_table(result: dict[str, Any], memory: dict[str, Any] | None) -> str:
+    """One row per contender: seconds (and their ratio to PEFT on all layers) and peak memory at each precision."""
     precisions = list(result["results"])
     rows = []
     for name in result["results"][precisions[0]]:
@@ -69,16 +70,20 @@ def train_step_table(result: dict[str, Any]) -> str:
             entries = result["results"][precision]
             median = entries[name]["seconds"]["median"]
             cells.append(f"{median:.2f} s ({median / entries['PEFT, all']['seconds']['median']:.2f})")
-        memory = result["results"][precisions[0]][name].get("peak_memory_mib")
-        rows.append([*cells, "not measured" if memory is None else f"{memory:,.0f} MiB"])
+        for precision in precisions:
+            peak = None if memory is None else memory["results"][precision][name]["peak_memory_mib"]
+            cells.append("not measured" if peak is None else f"{peak:,.0f} MiB")
+        rows.append(cells)
     environment, settings = result["environment"], result["settings"]
     packages = environment["packages"]
     note = (
         f"One training step of {settings['model']}, batch {settings['batch']}, r = {settings['r']}; in parentheses the "
         f"ratio to PEFT {packages['peft']} on all layers, in the same process. {environment['device']}, "
-        f"torch {packages['torch']}. Peak memory is of the whole process, {precisions[0]}."
+        f"torch {packages['torch']}. Peak memory is that of a process of its own, libraries included. "
+        "'Few' is the attention and MLP output projections of the last two layers; 'frozen, dx everywhere' is the "
+        "limit that no low-rank update on all layers can pass."
     )
-    return note + "\n\n" + table(["", *precisions, "peak memory"], rows)
+    return note + "\n\n" + table(["", *precisions, *(f"{precision}, peak" for precision in precisions)], rows)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -88,17 +93,25 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def filled(readme: str, root: Path = ROOT) -> str:
     """Return the text of the README with every marked table made anew from the files under `root`."""
-    sources: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
-        "demo-table": (root / "docs" / "demo.json", demo_table),
-        "train-step-table": (root / "benchmarks" / "results" / "cpu" / "train_step.json", train_step_table),
+    results = root / "benchmarks" / "results" / "cpu"
+    demo, step, memory = map(
+        _read, (root / "docs" / "demo.json", results / "train_step.json", results / "train_memory.json")
+    )
+    tables = {
+        "demo-table": NOT_MEASURED if demo is None else demo_table(demo),
+        "train-step-table": NOT_MEASURED if step is None else train_step_table(step, memory),
     }
-    for name, (path, make) in sources.items():
-        text = make(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else NOT_MEASURED
+    for name, text in tables.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         readme, count = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme, flags=re.S)
         if count != 1:
             raise SystemExit(f"README.md has {count} tables marked {name}; expected one")
     return readme
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    content: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return content
 
 
 def mean(runs: Sequence[dict[str, Any]], key: str) -> float:
