@@ -115,6 +115,7 @@ def finetune(
     from rich.console import Console
 
     from slora.training.run import finetune as run
+    from slora.training.run import read_settings
     from slora.training.trainer import Interrupted
 
     given = {name: value for name, value in settings.items() if value is not None}
@@ -129,6 +130,9 @@ def finetune(
     if result.active_blocks:
         active = sum(map(len, result.active_blocks[-1][1].values()))
         print(f"active blocks: {active}; see them with: slora inspect {folder}")
+        blocks = next((record["blocks"] for record in reversed(result.history) if "blocks" in record), None)
+        if active == blocks and read_settings(folder).method == "selective":
+            print("no block was switched off; train longer, or raise --gate-lr or --penalty")
     print(f"{result.steps} steps in {result.seconds:.1f} s; results are in {folder}")
     try:
         print(f"report: {_needed('slora.report', 'report').write_report(folder, None)}")

@@ -364,3 +364,12 @@ def test_every_command_line_of_the_readme_is_understood() -> None:
         command = group.get_command(click.Context(group), name)
         assert command is not None, line
         command.make_context(name, arguments)
+
+
+def test_finetune_says_so_when_no_block_was_switched_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method, said in (("selective", True), ("lora", False)):
+        code = cli.app()(
+            ["finetune", *QUICK, "--method", method, "--out", str(tmp_path / method)], standalone_mode=False
+        )
+        assert not code
+        assert ("no block was switched off" in capsys.readouterr().out) is said
