@@ -71,7 +71,8 @@ def train_step_table(result: dict[str, Any], memory: dict[str, Any] | None) -> s
             median = entries[name]["seconds"]["median"]
             cells.append(f"{median:.2f} s ({median / entries['PEFT, all']['seconds']['median']:.2f})")
         for precision in precisions:
-            peak = None if memory is None else memory["results"][precision][name]["peak_memory_mib"]
+            peaks = {} if memory is None else memory["results"].get(precision, {})
+            peak = peaks.get(name, {}).get("peak_memory_mib")
             cells.append("not measured" if peak is None else f"{peak:,.0f} MiB")
         rows.append(cells)
     environment, settings = result["environment"], result["settings"]
