@@ -8,6 +8,7 @@ linear become one LoRA pair of their summed rank: A stacked, B block-diagonal. N
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -57,7 +58,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     selective = {
         "format": FORMAT,
         "config": record.config.to_dict(),
-        "layers": {name: _layer_entry(layer) for name, layer in layers.items()},
+        "layers": {name: _layer_entry(name, layer) for name, layer in layers.items()},
         "base": fingerprint(model),
     }
     write_together(
@@ -214,12 +215,15 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return {"class": type(model).__name__, "shapes": shapes, "digest": digest.hexdigest()}
 
 
-def _layer_entry(layer: LoRABlocks) -> dict[str, Any]:
+def _layer_entry(name: str, layer: LoRABlocks) -> dict[str, Any]:
+    gate = [float(value) for value in layer.gate.detach().tolist()]
+    if not all(map(math.isfinite, gate)):
+        raise StateError(f"the gates of {name!r} are {gate}: training diverged; go back to an earlier checkpoint")
     return {
         "r": layer.r,
         "blocks": layer.blocks,
         "active": list(layer.activity().active),
-        "gate": [float(value) for value in layer.gate.detach().tolist()],
+        "gate": gate,
     }
 
 

@@ -82,13 +82,14 @@ def backward(
 
 
 def gate_probe(dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, blocks: Sequence[int], scaling: float) -> Tensor:
-    """Return `dgate_i = c * <S_i, T_i>` over the rows given, for `blocks` in their order, in fp32.
+    """Return `dgate_i = c * <S_i, T_i>` over the rows given, for `blocks` in their order, in fp32 (fp64 of fp64).
 
     `dy [m, N]`, `x [m, K]`: all rows for the exact gradient, a sample of them for an estimate.
     """
+    wide = torch.promote_types(dy.dtype, torch.float32)
     S = x @ stacked(lora_A, blocks, x.dtype).T
     dgate = [
-        torch.sum(S_i.float() * (dy_i @ lora_B[i].to(dy.dtype)).float())
+        torch.sum(S_i.to(wide) * (dy_i @ lora_B[i].to(dy.dtype)).to(wide))
         for S_i, dy_i, i in zip(blocks_of(S, len(blocks)), active_columns(dy, lora_B, blocks), blocks, strict=True)
     ]
     return torch.stack(dgate).mul_(scaling)

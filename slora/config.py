@@ -77,11 +77,12 @@ class SelectiveLoRAConfig:
         for pattern, alpha in (self.alpha_pattern or {}).items():
             _check_pattern("alpha_pattern", pattern)
             _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(f"lora_dropout={self.lora_dropout} is not a probability below 1; use 0.0 for none")
+        if not _is_finite(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
+            raise ConfigError(f"lora_dropout={self.lora_dropout!r} is not a probability below 1; use 0.0 for none")
         for name in ("threshold", "gate_init"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"{name}={getattr(self, name)} is not finite; the published values are 0.1 and 0.15")
+            value = getattr(self, name)
+            if not _is_finite(value):
+                raise ConfigError(f"{name}={value!r} is not a finite number; the published values are 0.1 and 0.15")
         if self.blocks != "auto" and (not _is_int(self.blocks) or self.blocks < 1):
             raise ConfigError(f'blocks={self.blocks!r} is neither a positive integer nor "auto"')
         if self.inactive not in get_args(Inactive):
@@ -99,6 +100,10 @@ class SelectiveLoRAConfig:
             value = getattr(self, name)
             if isinstance(value, str) and value != "all-linear":
                 _check_pattern(name, value)
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            for entry in getattr(self, name) or ():
+                if not isinstance(entry, str):
+                    raise ConfigError(f"{name} holds {entry!r}, which is not a name; use a list of strings")
         if not self.target_modules:
             raise ConfigError('target_modules is empty; use "all-linear", a regular expression or a list of names')
         if isinstance(self.modules_to_save, str):
@@ -155,13 +160,17 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_rank(name: str, value: object) -> None:
     if not _is_int(value) or not 1 <= value <= 256:  # type: ignore[operator]
         raise ConfigError(f"{name}={value!r} is not a rank; use an integer from 1 to 256")
 
 
 def _check_alpha(name: str, value: float) -> None:
-    if not math.isfinite(value) or value <= 0:
+    if not _is_finite(value) or value <= 0:
         raise ConfigError(f"{name}={value!r} is not a positive finite number")
 
 

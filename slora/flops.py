@@ -48,7 +48,12 @@ def register() -> None:
 
     Not done at import, because the counter's module imports Triton, which takes longer than all of slora.
     """
-    from torch.utils.flop_counter import register_flop_formula
+    from torch.utils.flop_counter import (
+        flop_registry,
+        register_flop_formula,
+        sdpa_backward_flop_count,
+        sdpa_flop_count,
+    )
 
     @register_flop_formula(torch.ops.slora.selective_linear)
     def forward(
@@ -67,3 +72,15 @@ def register() -> None:
         blocks, r, K = lora_A
         count = blocks if active is None else len(active)
         return backward_flops(math.prod(dy[:-1]), weight[0], K, r, blocks, count, needs)
+
+    # PyTorch counts attention on GPUs only; on the CPU a vision transformer's would be missing from every figure.
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if on_cpu not in flop_registry:
+
+        @register_flop_formula(on_cpu)
+        def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+            return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+        @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
+        def attention_backward(dy: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+            return int(sdpa_backward_flop_count(dy, query, key, value))  # type: ignore[no-untyped-call]

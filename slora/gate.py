@@ -112,9 +112,9 @@ class GateMirror:
         return result
 
     def _forget(self, moved: set[int]) -> None:
-        for ref in self._layers:
-            layer = ref()
-            if layer is not None and id(layer.gate) in moved:
+        layers = [layer for ref in self._layers if (layer := ref()) is not None]
+        if any(id(layer.gate) in moved for layer in layers):
+            for layer in layers:
                 layer._gate_key = None
 
 
@@ -122,9 +122,12 @@ _mirrors: weakref.WeakSet[GateMirror] = weakref.WeakSet()
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    # Fused optimizers write parameters without moving their version counters.
-    moved = {id(p) for group in optimizer.param_groups if group.get("fused") for p in group["params"]}
-    for mirror in list(_mirrors) if moved else ():
+    # Fused optimizers write parameters without moving their version counters. And a layer whose own gate got no
+    # gradient has to learn of the step before its forward: its probe may be due.
+    if torch.compiler.is_compiling():
+        return
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for mirror in list(_mirrors):
         mirror._forget(moved)
 
 
@@ -187,9 +190,10 @@ class ProximalGates(torch.optim.Optimizer):
         gate <- gate - lr * grad
         gate <- sign(gate) * max(|gate| - lr * penalty / blocks, 0)
 
-    where `blocks` is the number of gates in all groups, so that `penalty` means the same as in
-    `loss + penalty * gate_penalty(model)`. Unlike a subgradient step it does not oscillate around 0, and unlike
-    Adam it moves a gate by what the penalty asks for rather than by `lr` whatever the penalty is.
+    where `blocks` is the number of gates that all groups were made with, so that `penalty` means the same as in
+    `loss + penalty * gate_penalty(model)`, after `release_frozen`, too. Unlike a subgradient step it does not
+    oscillate around 0, and unlike Adam it moves a gate by what the penalty asks for rather than by `lr` whatever
+    the penalty is.
 
     Args:
         params: gate parameters, such as `slora.gate.gates(model)`.
@@ -203,6 +207,12 @@ class ProximalGates(torch.optim.Optimizer):
                 raise ConfigError(f"{name}={value} is negative or not a number; use 0 or more")
         super().__init__(params, {"lr": lr, "penalty": penalty})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add gates with settings of their own."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("blocks", sum(gate.numel() for gate in group["params"]))
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Take one step; returns the loss of `closure` if one is given."""
@@ -210,7 +220,7 @@ class ProximalGates(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        blocks = sum(gate.numel() for group in self.param_groups for gate in group["params"])
+        blocks = sum(int(group["blocks"]) for group in self.param_groups)
         for group in self.param_groups:
             shrink = float(group["lr"]) * float(group["penalty"]) / blocks
             for gate in group["params"]:

@@ -33,7 +33,10 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
 
     All base parameters are frozen; trainable are the LoRA matrices, the gates and `config.modules_to_save`.
     The output is the base model's bit for bit until the first step (`B = 0`), and base parameters keep their
-    names in `state_dict`. Nothing is changed when an error is raised.
+    names in `state_dict`. Nothing is changed when an error is raised. One case agrees only up to rounding: in
+    eval mode without gradients `nn.MultiheadAttention` and `nn.TransformerEncoder` take fused kernels, which add
+    in another order, until they are adapted; a fused encoder also gives zeros at padded positions, where an
+    adapted one gives numbers that mean nothing. On a GPU the same holds for `batch_first` attention.
 
     Raises:
         TargetError: a pattern matches nothing, or a module that cannot be adapted; near names are listed.
@@ -47,6 +50,9 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
             f"the model is adapted already ({len(adapted)} layers, the first {adapted[0]!r}); "
             f"call slora.unload(model) or slora.merge_and_unload(model) before another inject"
         )
+    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise TargetError(f"{lazy[0]!r} of a lazy module has no shape yet; run the model once, then inject")
     saved = saved_modules(model, config)
     found = {name: kind for name, kind in targets(model, config).items() if not _inside(name, saved)}
     for name, kind in found.items():
@@ -182,10 +188,8 @@ def _kind(module: nn.Module) -> type[LoRABlocks] | None:
 
 
 def _is_matrix(weight: Any) -> bool:
-    # A weight that is computed (parametrisations, weight norm) or not there yet (lazy layers) cannot be shared.
-    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
-        return False
-    return bool(weight.dim() == 2 and weight.is_floating_point())
+    # None where the weight is computed at each call (parametrisations, weight norm): it cannot be shared.
+    return weight is not None and bool(weight.dim() == 2 and weight.is_floating_point())
 
 
 def _is_out_proj(model: nn.Module, name: str) -> bool:

@@ -202,7 +202,8 @@ def _forward(
         return addmm.forward(x, weight, bias, lora_A, gated_B, range(blocks), scaling, keep)
     y, S = addmm.forward(x, weight, bias, lora_A, lora_B, chosen, scaling, keep)
     if active is None and len(chosen) < blocks:
-        S = addmm.scattered(S.view(M, len(chosen), r).transpose(0, 1), blocks, chosen).transpose(0, 1).reshape(M, -1)
+        S = addmm.scattered(S.view(M, len(chosen), r).transpose(0, 1), blocks, chosen)
+        S = S.transpose(0, 1).reshape(M, blocks * r)
     return y, S
 
 

@@ -7,4 +7,5 @@ and the pretrained model is a file in this folder. Read in this order:
     digits.py     what it is to learn: handwritten digits in the same format
     model.py      the model and its pretrained weights, `letters_vit.safetensors`
     pretrain.py   how those weights were made, and how to make them again
+    run.py        the demo: four ways of adapting, what each learned and what it forgot
 """

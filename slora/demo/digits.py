@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slora.demo.letters import IMAGE_SIZE
+from slora.errors import ConfigError
 
 CLASSES = tuple("0123456789")
 
@@ -30,10 +31,10 @@ def digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         float32 in [0, 1], light ink on black, labels [1257] and [540] int64 in 0..9.
 
     Raises:
-        ValueError: `seed` is negative.
+        ConfigError: `seed` is negative.
     """
     if seed < 0:
-        raise ValueError(f"seed={seed} is negative; use 0 or more")
+        raise ConfigError(f"seed={seed} is negative; use 0 or more")
     pixels, targets = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels.astype(np.float32) / _FULL_INK).reshape(-1, 1, 8, 8)
     images = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)

@@ -19,6 +19,8 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional as F
 
+from slora.errors import ConfigError
+
 CLASSES = tuple(string.ascii_uppercase + string.ascii_lowercase)
 IMAGE_SIZE = 16
 
@@ -130,12 +132,12 @@ def letters(n_per_class: int, seed: int) -> tuple[Tensor, Tensor]:
         images [n, 1, 16, 16] float32 in [0, 1], light ink on black, and labels [n] int64, indices into `CLASSES`.
 
     Raises:
-        ValueError: `n_per_class` is below 1, or `seed` is negative.
+        ConfigError: `n_per_class` is below 1, or `seed` is negative.
     """
     if n_per_class < 1:
-        raise ValueError(f"n_per_class={n_per_class} leaves no image to render; use 1 or more")
+        raise ConfigError(f"n_per_class={n_per_class} leaves no image to render; use 1 or more")
     if seed < 0:
-        raise ValueError(f"seed={seed} is negative; use 0 or more")
+        raise ConfigError(f"seed={seed} is negative; use 0 or more")
     rng = np.random.default_rng(seed)
     n = n_per_class * len(CLASSES)
     labels = rng.permutation(np.repeat(np.arange(len(CLASSES)), n_per_class))
@@ -156,7 +158,7 @@ def letters(n_per_class: int, seed: int) -> tuple[Tensor, Tensor]:
         "brightness": uniform(_BRIGHTNESS),
     }
     noise_level = uniform(_NOISE)[:, None, None, None]
-    # Chunks keep the gathered distance fields (36 kB an image) within the cache.
+    # The gathered distance fields take 36 kB an image: in one piece, a training set would need a gigabyte.
     chunks = [
         _render(glyphs[start : start + _CHUNK], {k: v[start : start + _CHUNK] for k, v in draw.items()})
         for start in range(0, n, _CHUNK)

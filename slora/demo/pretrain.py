@@ -12,13 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from slora.demo.letters import CLASSES, letters
 from slora.demo.model import CHECKPOINT, build
+from slora.errors import ConfigError
+from slora.evaluation.knn import features, knn_accuracy
+from slora.files import write_atomically
 
 N_PER_CLASS = 500
 BATCH_SIZE = 256
@@ -29,7 +32,6 @@ LABEL_SMOOTHING = 0.1
 CLIP_NORM = 1.0
 
 NEIGHBOURS = 20
-TEMPERATURE = 0.07
 
 # Held-out letters; training draws its seeds from a million up.
 BANK_SEED, BANK_PER_CLASS = 1, 100
@@ -37,37 +39,21 @@ QUERY_SEED, QUERY_PER_CLASS = 2, 50
 _TRAINING_SEEDS = 1_000_000
 
 
-@torch.inference_mode()
-def embed(model: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [n, 96] and logits [n, classes] of images [n, 1, 16, 16]."""
-    model.eval()
-    features = [
-        model.forward_head(model.forward_features(batch), pre_logits=True) for batch in torch.split(images, 512)
-    ]
-    joined = torch.cat(features)
-    return joined, model.head(joined)
-
-
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor) -> float:
-    """Share of queries [q, d] named rightly by their 20 nearest in the bank [b, d].
-
-    Neighbours are nearest by cosine and vote with weight exp(cosine / 0.07), as in DINO (Caron et al., 2021).
-    """
-    cosines = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
-    nearest, rows = cosines.topk(NEIGHBOURS, dim=1)
-    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1)
-    votes.scatter_add_(1, bank_labels[rows], (nearest / TEMPERATURE).exp())
-    return (votes.argmax(dim=1) == query_labels).float().mean().item()
-
-
 def evaluate(
     model: VisionTransformer, bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor]
 ) -> tuple[float, float]:
-    """Accuracy of the head and of weighted k-NN on the queries; both sets are (images, labels)."""
-    bank_features, _ = embed(model, bank[0])
-    query_features, logits = embed(model, queries[0])
-    accuracy = (logits.argmax(dim=1) == queries[1]).float().mean().item()
-    return accuracy, knn_accuracy(bank_features, bank[1], query_features, queries[1])
+    """Accuracy of the head and of weighted k-NN (20 neighbours) on the queries, both from 0 to 1.
+
+    Args:
+        bank: images [b, 1, 16, 16] that vote in k-NN, and their labels [b].
+        queries: images [q, 1, 16, 16] to name, and their labels [q].
+    """
+    bank_features, bank_labels = features(model, [bank])
+    query_features, query_labels = features(model, [queries])
+    with torch.no_grad():
+        named = model.head(query_features).argmax(dim=1)
+    knn = knn_accuracy(bank_features, bank_labels, query_features, query_labels, k=(NEIGHBOURS,))
+    return (named == query_labels).float().mean().item(), knn[NEIGHBOURS]
 
 
 def pretrain(epochs: int, seed: int) -> tuple[VisionTransformer, dict[str, str]]:
@@ -78,12 +64,12 @@ def pretrain(epochs: int, seed: int) -> tuple[VisionTransformer, dict[str, str]]
         `seed`, `epochs`, and the `accuracy` and `knn_accuracy` of the rounded weights on held-out letters.
 
     Raises:
-        ValueError: `epochs` is below 1, or `seed` is negative.
+        ConfigError: `epochs` is below 1, or `seed` is negative.
     """
     if epochs < 1:
-        raise ValueError(f"epochs={epochs} trains nothing; use 1 or more")
+        raise ConfigError(f"epochs={epochs} trains nothing; use 1 or more")
     if seed < 0:
-        raise ValueError(f"seed={seed} is negative; use 0 or more")
+        raise ConfigError(f"seed={seed} is negative; use 0 or more")
     bank, queries = letters(BANK_PER_CLASS, BANK_SEED), letters(QUERY_PER_CLASS, QUERY_SEED)
     torch.manual_seed(seed)
     model = build(len(CLASSES))
@@ -135,17 +121,13 @@ def pretrain(epochs: int, seed: int) -> tuple[VisionTransformer, dict[str, str]]
 
 
 def write(model: VisionTransformer, metadata: dict[str, str], path: Path) -> None:
-    """Write the weights in float16 to a temporary name, then rename: `path` is never half a file."""
+    """Write the weights in float16, and the metadata, as one safetensors file; `path` is never half a file.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written.
+    """
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(save(weights, metadata=metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -160,10 +142,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and images (default: %(default)s)")
     options = parser.parse_args(arguments)
-    if not options.out.parent.is_dir():
+    if not os.access(options.out.parent, os.W_OK):
         # Found out now rather than after ten minutes of training.
-        parser.error(f"--out {options.out}: the folder {options.out.parent} does not exist; create it first")
-    model, metadata = pretrain(options.epochs, options.seed)
+        parser.error(f"--out {options.out}: its folder is missing or cannot be written; choose another")
+    try:
+        model, metadata = pretrain(options.epochs, options.seed)
+    except ConfigError as error:
+        parser.error(str(error))
     write(model, metadata, options.out)
     print(f"wrote {options.out}, {options.out.stat().st_size / 1e6:.2f} MB")
 

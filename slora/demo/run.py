@@ -42,20 +42,22 @@ COMMON: dict[str, Any] = {
     "batch_size": 64,
     "warmup": 0.1,
     "weight_decay": 0.0,
-    "r": 8,
-    "lora_alpha": 8,
     "eval_every": 0,
     "log_every": 5,
     "device": "cpu",
     "precision": "fp32",
 }
 
-# What differs. Learning rates: not searched yet.
+# What differs. Chosen on a quarter of the training digits, held out, with seeds that the demo does not use; the test
+# digits took no part. full, linear, lora: the learning rate of 3e-4, 1e-3, 3e-3 (full), 1e-2, 3e-2 (linear) or 2e-3,
+# 5e-3, 1e-2 (lora) that reads most of them, and of two that read as many the one that forgets less. selective: of 15
+# combinations of learning rate (5e-3 to 1e-2), gate_lr (0.05 to 0.5), penalty (0.1 to 0.6) and its warm-up (0.1, 0.3),
+# the one that reads most among those that leave at most a quarter of the blocks active; it also forgot least of them.
 RECIPES: dict[str, dict[str, Any]] = {
     "full": {"lr": 1e-3},
-    "linear": {"lr": 3e-2},
-    "lora": {"lr": 5e-3},
-    "selective": {"lr": 5e-3, "gate_lr": 5e-2, "penalty": 1.0},
+    "linear": {"lr": 1e-2},
+    "lora": {"lr": 5e-3, "r": 8, "lora_alpha": 8},
+    "selective": {"lr": 5e-3, "r": 8, "lora_alpha": 8, "gate_lr": 0.1, "penalty": 0.6},
 }
 
 # `slora demo --quick`: shows that everything works; its figures mean nothing.
@@ -115,7 +117,7 @@ def main(out: Path, seeds: int = 3, quick: bool = False, open_report: bool = Fal
     write_json(out / "demo.json", result)
     report = write_report(result, out)
     for sentence in aims(result):
-        console.print(sentence, highlight=False)
+        console.print(sentence, highlight=False, soft_wrap=True)
     if quick:
         console.print("This was a quick run: it shows that everything works, its figures mean nothing.")
     console.print(f"Report: {report}", soft_wrap=True, highlight=False)
@@ -366,7 +368,7 @@ def _curves(runs: Mapping[str, Sequence[Result]]) -> list[Picture]:
 
     loss, active = lines("loss", runs), lines("active", ("lora", "selective"))
     ends = {method: fmean(y[-1] for _, y in drawn) for method, drawn in loss.items()}
-    least = "Training loss at the end: " + ", ".join(f"{LABELS[method]} {ends[method]:.2f}" for method in ends)
+    least = "Training loss at the end: " + ", ".join(f"{LABELS[method]} {ends[method]:.2g}" for method in ends)
     off = _mean(runs["selective"], "blocks") - _mean(runs["selective"], "active")
     fewer = f"Selective switches off {off:.3g} of {runs['selective'][0]['blocks']} blocks"
     return [
@@ -377,8 +379,13 @@ def _curves(runs: Mapping[str, Sequence[Result]]) -> list[Picture]:
 
 def _settings_table(settings: Mapping[str, Mapping[str, Any]]) -> Table:
     names = dict.fromkeys([*COMMON, *(name for recipe in RECIPES.values() for name in recipe)])
-    rows = [[name, *(str(settings[method][name]) for method in settings)] for name in names]
-    return Table(["setting", *(LABELS[method] for method in settings)], rows, "All else as `TrainSettings` has it.")
+    rows = [
+        [name, *(str(settings[method][name]) if name in COMMON | RECIPES[method] else "" for method in settings)]
+        for name in names
+    ]
+    return Table(
+        ["setting", *(LABELS[method] for method in settings)], rows, "All else: the defaults of TrainSettings."
+    )
 
 
 def _in_blocks(model: nn.Module) -> int:

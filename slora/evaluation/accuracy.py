@@ -80,12 +80,14 @@ def accuracy(
 
 @torch.no_grad()
 def tally(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> Tensor:
-    """Return float64 `[correct, sum of losses, count]` over `batches`; the model is left in evaluation mode.
+    """Return `[correct, sum of losses, count]` over `batches`; the model is left in evaluation mode.
 
     The light form for use between training steps: sums over processes are the sums of their tallies.
     """
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    # Apple's GPUs have no float64.
+    wide = torch.float32 if torch.device(device).type == "mps" else torch.float64
+    totals = torch.zeros(3, dtype=wide, device=device)
     for images, labels in batches:
         logits = logits_of(model(images))
         totals[0] += (logits.argmax(1) == labels).sum()

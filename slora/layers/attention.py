@@ -8,6 +8,7 @@ the base's parameter names and add the update to activations, never to the weigh
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -210,8 +211,13 @@ class _ProjectInstead(TorchFunctionMode):
 
 def _blank(base: type[nn.Module]) -> ProjectionAttention:
     """An uninitialised instance of a class that is both a `ProjectionAttention` and a `base`."""
-    adapted: type[ProjectionAttention] = type(f"SelectiveLoRA{base.__name__}", (ProjectionAttention, base), {})
+    adapted = _adapted_class(base)  # type: ignore[arg-type]  # mypy: a class is hashable
     return adapted.__new__(adapted)
+
+
+@functools.cache
+def _adapted_class(base: type[nn.Module]) -> type[ProjectionAttention]:
+    return type(f"SelectiveLoRA{base.__name__}", (ProjectionAttention, base), {})
 
 
 def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> ProjectionAttention:

@@ -267,7 +267,8 @@ class LoRABlocks(nn.Module):
         key = (id(parameter), parameter.data_ptr(), version(parameter), dtype)
         cached = self._cast.get(name)
         if cached is None or cached[0] != key:
-            with torch.no_grad():
+            # Not an inference tensor, whoever comes first: training could not save it.
+            with torch.inference_mode(False), torch.no_grad():
                 cached = self._cast[name] = (key, parameter.to(dtype))
         return cached[1]
 

@@ -18,7 +18,7 @@ import slora
 from slora.files import write_text
 from slora.report.plots import PALETTE
 
-_FONTS = re.compile(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*")
+_FONTS = re.compile(r"'DejaVu Sans'[^;\"]*")
 _IDS = re.compile(r'(\bid="|href="#|url\(#)')
 
 
@@ -94,7 +94,7 @@ def inline_svg(figure: Figure, alt: str, name: str) -> Markup:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = _FONTS.sub(r"font: \1var(--font)", svg)
+    svg = _FONTS.sub("var(--font)", svg)
     svg = _IDS.sub(rf"\1{name}-", svg)
     for key, (colour, _) in PALETTE.items():
         svg = svg.replace(colour, f"var(--{key})")

@@ -33,19 +33,24 @@ PALETTE: dict[str, tuple[str, str]] = {
     "linear": ("#b86a98", "#e79cc6"),
     "lora": ("#0072b2", "#5cb2f2"),
     "selective": ("#009e73", "#35c796"),
-    "live-text": ("#fdfffe", "#04150f"),
+    "live-text": ("#0b1512", "#04150f"),
 }
 MARKERS = {"full": "s", "linear": "^", "lora": "o", "selective": "D"}
 DASHES = {"full": (0, (6, 2)), "linear": (0, (1, 1.5)), "lora": (0, (4, 1.5, 1, 1.5)), "selective": "solid"}
 
 # Width of every figure in inches: a column of a page, and still readable when a phone scales it down.
-WIDTH = 5.0
+WIDTH = 4.6
 
 # Distances between ticks, times a power of ten.
 _STEPS = [1, 2, 2.5, 5, 10]
 
 # Layers whose three blocks are query, key and value.
 _FUSED = ("qkv", "in_proj", "attn", "self_attn", "query_key_value")
+
+# Projections of attention in the order in which they are drawn.
+_ORDER = (
+    (*_FUSED, "q", "q_proj", "query"), ("k", "k_proj", "key"), ("v", "v_proj", "value"), ("proj", "out_proj", "o_proj"),
+)  # fmt: skip
 
 # One value per run: a pair of x and y values of equal length.
 Line = tuple[Sequence[float], Sequence[float]]
@@ -69,8 +74,7 @@ def block_map(maps: Sequence[Mapping[str, Sequence[bool]]], title: str) -> Figur
         raise ValueError("no blocks to draw: give one map of at least one layer per run")
     counts = {name: [sum(bool(run[name][i]) for run in maps) for i in range(len(on))] for name, on in maps[0].items()}
     cells = _cells(counts)
-    rows = list(dict.fromkeys(row for row, _ in cells))
-    columns = list(dict.fromkeys(column for _, column in cells))
+    rows, columns = (list(dict.fromkeys(place)) for place in zip(*cells, strict=True))
     lines = _wrapped(title)
     # All in inches. Long names of projections stand at 45 degrees and need room above and to the right.
     longest = max(map(len, columns))
@@ -140,7 +144,8 @@ def target_against_retention(
             f"before fine-tuning: {100 * before:.1f} %", (100 * before, 0.5), xycoords=("data", "axes fraction"),
             xytext=(5, 0), textcoords="offset points", va="center", rotation=90, color=_colour("muted"), fontsize=8,
         )  # fmt: skip
-        _name_points(axes, means, {method: (labels or {}).get(method, method) for method in means}, 100 * before)
+        marks = [(100 * x, 100 * y) for points in runs.values() for x, y in points]
+        _name_points(axes, means, {method: (labels or {}).get(method, method) for method in means}, 100 * before, marks)
     return figure
 
 
@@ -262,12 +267,13 @@ def grid_position(layer: str) -> tuple[str, str]:
 def _cells(counts: Mapping[str, Sequence[int]]) -> dict[tuple[str, str], int]:
     """`{(row label, column label): runs with this block active}`, labels as short as they can be."""
     places = {layer: grid_position(layer) for layer in counts}
+    # Files list layers by the alphabet: 10 before 2, proj before qkv.
+    places = dict(sorted(places.items(), key=lambda item: (_counting(item[1][0]), _flow(item[1][1]))))
     row_names = _short_rows(list(dict.fromkeys(row for row, _ in places.values())))
     column_names = _short_columns(list(dict.fromkeys(column for _, column in places.values())))
     cells = {}
-    for layer, values in counts.items():
-        row, column = places[layer]
-        name, leaf = column_names[column], column.rpartition(".")[2]
+    for layer, (row, column) in places.items():
+        values, name, leaf = counts[layer], column_names[column], column.rpartition(".")[2]
         for i, value in enumerate(values):
             if len(values) == 3 and leaf in _FUSED:
                 label = name.removesuffix(leaf) + "qkv"[i]
@@ -275,6 +281,17 @@ def _cells(counts: Mapping[str, Sequence[int]]) -> dict[tuple[str, str], int]:
                 label = name if len(values) == 1 else f"{name} {i + 1}"
             cells[row_names[row], label] = value
     return cells
+
+
+def _counting(name: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers in a name by their value."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _flow(column: str) -> int:
+    """A key that sorts projections as data pass them: query, key, value, the attention's output, the rest."""
+    leaf = column.rpartition(".")[2]
+    return next((i for i, names in enumerate(_ORDER) if leaf in names), len(_ORDER))
 
 
 def _short_rows(rows: list[str]) -> dict[str, str]:
@@ -285,7 +302,7 @@ def _short_rows(rows: list[str]) -> dict[str, str]:
     stems = {row: [part for part in row.split(".") if not part.isdigit()] for row in rows}
     while len({(stem or [""])[-1] for stem in stems.values()}) == 1 and any(stems.values()):
         stems = {row: stem[:-1] for row, stem in stems.items()}
-    short = {row: " ".join(filter(None, (".".join(stems[row]), numbers[row]))) for row in rows}
+    short = {row: " ".join(filter(None, (".".join(stems[row]), numbers[row]))) or row for row in rows}
     return short if len(set(short.values())) == len(rows) else {row: row for row in rows}
 
 
@@ -333,8 +350,14 @@ def _map_legend(figure: Figure, runs: int, height: float) -> None:
         x += 1.0 if text else 0.4
 
 
-def _name_points(axes: Axes, means: Mapping[str, tuple[float, float]], names: Mapping[str, str], line: float) -> None:
-    """Write each name beside its point: clear of the vertical line at `line`, moved up where two would overlap."""
+def _name_points(
+    axes: Axes,
+    means: Mapping[str, tuple[float, float]],
+    names: Mapping[str, str],
+    line: float,
+    marks: Sequence[tuple[float, float]],
+) -> None:
+    """Write each name beside its point: clear of the vertical line at `line`, moved up from names and marks."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
@@ -342,14 +365,14 @@ def _name_points(axes: Axes, means: Mapping[str, tuple[float, float]], names: Ma
     places = {method: axes.transData.transform(mean) * points for method, mean in means.items()}
     wall = float(axes.transData.transform((line, 0))[0]) * points
     edge = float(axes.transAxes.transform((1, 1))[0]) * points
-    taken: list[tuple[float, float, float]] = []
+    taken = [(x - 3, x + 3, y) for x, y in (axes.transData.transform(mark) * points for mark in marks)]
     for method in sorted(means, key=lambda name: means[name][1]):
         x, y = (float(value) for value in places[method])
         width = 6.2 * len(names[method])
         right = x + 10 + width < (edge if x > wall else wall)
         left, lift = (x + 10 if right else x - 10 - width), 9.0
-        while any(left < to and since < left + width and abs(y + lift - at) < 12 for since, to, at in taken):
-            lift += 3
+        while any(left < to and since < left + width and abs(y + lift - at) < 11 for since, to, at in taken):
+            lift += 2
         taken.append((left, left + width, y + lift))
         axes.annotate(
             names[method], means[method], xytext=(10 if right else -10, lift), textcoords="offset points",
@@ -375,7 +398,8 @@ def _title(figure: Figure, lines: Sequence[str], height: float) -> None:
 
 
 def _wrapped(title: str) -> list[str]:
-    return textwrap.wrap(title, 58)
+    # A no-break space keeps a figure and its unit on one line.
+    return textwrap.wrap(title.replace(" %", "\u00a0%"), 53)
 
 
 def _spread(values: Sequence[float]) -> float | None:

@@ -6,10 +6,10 @@
     methods.py      what is trainable: selective, lora, full, linear
     optimizers.py   learning rates over the run, and the gates' own rule
     batches.py      which images form which step
-    trainer.py      the run itself: `train`
+    trainer.py      the run itself: `train`; process.py: accelerate and signals around it, measure.py: losses and time
     recorder.py     metrics.jsonl, TensorBoard, the progress bar
     checkpoint.py   what a run needs to go on
-    run.py          the run directory, and the `finetune` command
+    run.py          the run directory, and the `finetune` command; flags.py: settings as flags
 
 Read in this order. Nothing here is imported by the core of slora; it needs `pip install "slora[train]"`.
 """

@@ -111,22 +111,22 @@ class Damage:
         self.total = total
         self.found: dict[str, str] = {}
 
-    def add(self, image: DamagedImage) -> None:
-        """Note an image.
+    def add(self, *images: DamagedImage) -> None:
+        """Note images; each is named in a warning the first time.
 
         Raises:
             DataError: more than 1 % of the images are damaged; some are named.
         """
-        if image.name in self.found:
-            return
-        self.found[image.name] = image.reason
-        if len(self.found) > DAMAGED_SHARE * self.total:
+        new = {image.name: image.reason for image in images if image.name not in self.found}
+        self.found |= new
+        if new and len(self.found) > DAMAGED_SHARE * self.total:
             names = "; ".join(f"{name} ({reason})" for name, reason in list(self.found.items())[:5])
             raise DataError(
                 f"at least {len(self.found)} of {self.total} images cannot be read, more than {DAMAGED_SHARE:.0%}: "
                 f"{names}; repair or remove them"
             )
-        _log.warning("skipped damaged image %s (%s); %d of %d so far", *image.args, len(self.found), self.total)
+        for name, reason in new.items():
+            _log.warning("skipped damaged image %s (%s); %d of %d so far", name, reason, len(self.found), self.total)
 
 
 class _Samples(Dataset[Any]):
@@ -191,8 +191,7 @@ class LoadedBatches:
             generator=torch.Generator(),
         )
         for batch, damaged in loader:
-            for image in damaged:
-                self.damage.add(image)
+            self.damage.add(*damaged)
             if batch is not None:
                 images, labels = batch
                 yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slora.errors import CheckpointError
+from slora.errors import CheckpointError, ConfigError
 from slora.files import read_json
 from slora.gate import adapted_layers
 from slora.training.optimizers import Optimizers
@@ -67,7 +67,18 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the checkpoints in a `checkpoints/` folder, oldest first."""
     found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=_step)
+
+
+def refuse_newer(folder: Path, start: str | os.PathLike[str] | None) -> None:
+    """Refuse to write into a `checkpoints/` folder that holds checkpoints after `start` (any, where it is None).
+
+    Raises:
+        ConfigError: there is one; nothing is to be overwritten, and two runs in one folder are none.
+    """
+    found = checkpoints(folder)
+    if found and (start is None or _step(found[-1]) > _step(Path(start))):
+        raise ConfigError(f"{folder} holds {found[-1].name} already; resume from that, or choose another run directory")
 
 
 def save(
@@ -135,13 +146,7 @@ def load(
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{folder / STATE} is not a checkpoint of this version of slora (format {FORMAT})")
     _check_model(folder, state["model"], identity)
-    for name in FIXED:
-        before, now = state["settings"].get(name), settings.to_dict()[name]
-        if before != now:
-            raise CheckpointError(
-                f"{folder} was written with {name}={before!r}, this run has {now!r}; resume with the former, "
-                f"or start a new run"
-            )
+    check_settings(folder, settings, state)
     layers = dict(adapted_layers(model))
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     freed = {f"{name}.{part}" for name in state["freed"] for part in ("lora_A", "lora_B", "gate")}
@@ -174,6 +179,22 @@ def load(
     return state
 
 
+def check_settings(folder: Path, settings: TrainSettings, state: dict[str, Any] | None = None) -> None:
+    """Check that a run may go on from a checkpoint with `settings`; early, before a model is built.
+
+    Raises:
+        CheckpointError: a setting differs that a run has to keep, or the checkpoint is unreadable.
+    """
+    saved = (read_json(folder / STATE) if state is None else state).get("settings", {})
+    for name in FIXED:
+        before, now = saved.get(name), settings.to_dict()[name]
+        if before != now:
+            raise CheckpointError(
+                f"{folder} was written with {name}={before!r}, this run has {now!r}; resume with the former, "
+                f"or start a new run"
+            )
+
+
 def newest(run_dir: str | os.PathLike[str]) -> Path:
     """Return the newest checkpoint of a run directory, or `run_dir` itself where it is a checkpoint.
 
@@ -185,7 +206,9 @@ def newest(run_dir: str | os.PathLike[str]) -> Path:
         return folder
     found = checkpoints(folder / "checkpoints")
     if not found:
-        raise CheckpointError(f"{folder} holds no checkpoint; give a run directory that has checkpoints/step-*")
+        raise CheckpointError(
+            f"{folder} holds no checkpoint; give a run directory that has checkpoints/step-*, or start a new run"
+        )
     return found[-1]
 
 
@@ -231,6 +254,12 @@ def _remove_old(folder: Path, keep_last: int, best_step: int | None) -> None:
             gone = path.with_name(f".{path.name}.tmp-old")
             path.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
+
+
+def _step(path: Path) -> int:
+    """The step in a checkpoint's name; -1 where it has another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
 
 
 def _check_model(folder: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:

@@ -117,10 +117,9 @@ def _leave_out_damaged(folder: Any, damage: Damage) -> None:
         return
     with ThreadPoolExecutor(8) as pool:
         reasons = list(pool.map(_header_damage, [file for file, _ in folder.samples]))
-    for (file, _), reason in zip(folder.samples, reasons, strict=True):
-        if reason is not None:
-            damage.add(DamagedImage(file, reason))
-    kept = [sample for sample, reason in zip(folder.samples, reasons, strict=True) if reason is None]
+    checked = list(zip(folder.samples, reasons, strict=True))
+    damage.add(*(DamagedImage(file, reason) for (file, _), reason in checked if reason is not None))
+    kept = [sample for sample, reason in checked if reason is None]
     folder.samples = kept
     folder.targets = [label for _, label in kept]
 

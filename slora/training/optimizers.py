@@ -68,12 +68,8 @@ class Optimizers:
                 group["penalty"] = penalty
 
     def release(self, model: nn.Module) -> int:
-        """Free what the policy "frozen" has switched off for good (`slora.release_frozen`); return the bytes.
-
-        `ProximalGates` keeps the gates of freed blocks: the penalty is a mean over all blocks, and those of blocks
-        that were not freed go on shrinking, too.
-        """
-        return release_frozen(model, self.weights)
+        """Free what the policy "frozen" has switched off for good (`slora.release_frozen`); return the bytes."""
+        return release_frozen(model, *self.all)
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return `(weights, gates)`: what is clipped together."""

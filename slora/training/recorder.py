@@ -99,11 +99,6 @@ class Recorder:
         if self._bar is not None:
             self._bar.show(record)
 
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        if self._bar is not None:
-            self._bar.progress.console.print(text, markup=False, highlight=False)
-
     def close(self) -> None:
         """Flush and close everything; the history stays."""
         if self._bar is not None:
@@ -130,9 +125,10 @@ class Bar:
             # Redrawn with each record rather than by a thread that competes with the training.
             auto_refresh=False,
             speed_estimate_period=60,
+            disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("training", total=steps, completed=first, text="")
-        self.steps = steps
+        self.steps, self.first = steps, first
         self.last: dict[str, Any] = {}
         self.started = time.monotonic()
         self.progress.start()
@@ -144,10 +140,10 @@ class Bar:
         if self.progress.console.is_terminal:
             self.progress.refresh()
         elif "eval_accuracy" in record:
-            left = (time.monotonic() - self.started) * (self.steps / max(1, record["step"]) - 1)
-            self.progress.console.print(
-                f"step {record['step']} of {self.steps}  {described(self.last)}  left {left:.0f} s", highlight=False
-            )
+            step = record["step"]
+            left = (time.monotonic() - self.started) * (self.steps - step) / max(1, step - self.first)
+            text = f"step {step} of {self.steps}  {described(self.last)}  left {left:.0f} s"
+            self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def described(record: dict[str, Any]) -> str:

@@ -12,18 +12,20 @@ report.html       written by slora.report
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from slora.adapter import load_adapter, save_adapter
+from slora.adapter import PREFIX, SELECTIVE, WEIGHTS, load_adapter, save_adapter
 from slora.errors import CheckpointError, ConfigError
-from slora.files import write_atomically, write_json, write_text
+from slora.files import read_json, write_atomically, write_json, write_text
 from slora.gate import adapted_layers
+from slora.merging import merge_and_unload
 from slora.training import checkpoint, models
 from slora.training.data import InputSpec, Source, check_name, open_data
 from slora.training.methods import prepare
@@ -57,6 +59,12 @@ def finetune(
         DataError, CheckpointError, NonFiniteLossError, TargetError: see `train`, `open_data` and `models.build`.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"WORLD_SIZE={processes}: slora finetune runs in one process; for several, call slora.training.train in a "
+            f"script of your own under accelerate launch"
+        )
     start = None
     if resume is not None:
         if config is not None:
@@ -64,6 +72,7 @@ def finetune(
         start = checkpoint.newest(resume)
         home = start.parent.parent
         settings = TrainSettings.from_yaml(home / CONFIG, **overrides)
+        checkpoint.check_settings(start, settings)
         out = home if out is None else out
     else:
         settings = TrainSettings.from_yaml(config, **overrides) if config else TrainSettings.from_dict(overrides)
@@ -74,6 +83,7 @@ def finetune(
     elif (out / CONFIG).exists() and (start is None or out != start.parent.parent):
         raise ConfigError(f"{out} holds a run already; add --resume {out} to go on with it, or choose another --out")
     model, spec, source = build(settings)
+    torch.manual_seed(settings.seed)
     prepare(model, settings=settings)
     write_text(out / CONFIG, _yaml(settings))
     result = train(
@@ -131,9 +141,7 @@ def save_result(model: nn.Module, source: Source, settings: TrainSettings, out: 
         "damaged_images": source.damage.found,
     }
     if any(True for _ in adapted_layers(model)):
-        values["active_blocks"] = [
-            [step, {name: list(active) for name, active in blocks.items()}] for step, blocks in result.active_blocks
-        ]
+        values["active_blocks"] = {name: list(layer.activity().active) for name, layer in adapted_layers(model)}
         values["blocks"] = {name: layer.blocks for name, layer in adapted_layers(model)}
     write_json(out / RESULT, values)
 
@@ -192,3 +200,60 @@ def _yaml(settings: TrainSettings) -> str:
 
     text: str = yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True)
     return text
+
+
+def merge_adapter(
+    folder: Path, out: Path, model_name: str | None, pretrained: bool, classes: int | None, scale: float = 1.0
+) -> int:
+    """Merge the adapter in `folder` into its model, write `out`, and return the number of blocks merged.
+
+    Args:
+        folder: an adapter directory, or a run directory, which knows its model.
+        out: safetensors file for the plain state dict.
+        model_name: as for `models.build`; None for that of the run.
+        pretrained: whether the adapter belongs to pretrained weights; a run knows it.
+        classes: outputs of the head; None for those of the head that the adapter holds.
+        scale: factor on the update.
+
+    Raises:
+        ConfigError: `out` exists, or the model or the number of classes is not known.
+        CheckpointError: the adapter is missing, damaged, or of another model; or the disk is full.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another file, or remove it first")
+    adapter = folder
+    if (folder / CONFIG).exists():
+        settings = read_settings(folder)
+        if settings.method not in ("selective", "lora"):
+            raise ConfigError(f"{folder} was trained with method={settings.method}, which leaves nothing to merge")
+        adapter = folder / ADAPTER
+        model_name, pretrained = model_name or settings.model, pretrained or settings.pretrained
+    else:
+        settings = TrainSettings()
+    if model_name is None:
+        raise ConfigError(f"{folder} is an adapter without its run; name its model, such as timm/vit_base_patch16_224")
+    models.check_name(model_name, pretrained)
+    if not adapter.is_dir():
+        raise CheckpointError(f"{adapter} does not exist; give an adapter directory, or a finished run")
+    classes = classes or _classes_in(adapter)
+    model = rebuild(settings.replace(model=model_name, pretrained=pretrained), classes)[0]
+    load_adapter(model, adapter)
+    count = sum(len(layer.activity().active) for _, layer in adapted_layers(model))
+    merge_and_unload(model, scale)
+    write_atomically(out, lambda path: save_model(model, str(path)))
+    return count
+
+
+def _classes_in(adapter: Path) -> int:
+    """The outputs of the head that an adapter holds."""
+    content = read_json(adapter / SELECTIVE)
+    try:
+        saved = content["config"]["modules_to_save"] or []
+        with safe_open(adapter / WEIGHTS, framework="pt") as file:
+            weights = [f"{PREFIX}{name}.weight" for name in saved]
+            shapes = [file.get_slice(key).get_shape() for key in weights if key in file.keys()]  # noqa: SIM118
+    except (KeyError, TypeError, SafetensorError, OSError) as error:
+        raise CheckpointError(f"{adapter} is incomplete or damaged ({error})") from error
+    if not shapes:
+        raise ConfigError(f"{adapter} holds no classifier head; say how many outputs the model has with --classes")
+    return int(shapes[-1][0])

@@ -133,6 +133,10 @@ class TrainSettings:
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "use a share from 0 to 1")
         for name in ("momentum", "label_smoothing"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "use a number from 0 to below 1")
+        if self.base_dtype is not None and self.precision == "fp32":
+            raise ConfigError(
+                f"base_dtype={self.base_dtype!r} needs precision='bf16'; fp32 arithmetic keeps fp32 weights"
+            )
         self.lora_config()
 
     def lora_config(self, modules_to_save: Sequence[str] | None = None) -> SelectiveLoRAConfig:

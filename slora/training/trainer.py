@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
-import threading
-import time
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +17,16 @@ from torch import Tensor, nn
 from slora.errors import ConfigError, NonFiniteLossError
 from slora.evaluation.accuracy import logits_of, tally
 from slora.flops import count_flops
-from slora.gate import adapted_layers, gate_penalty, gates, penalty_at
+from slora.gate import adapted_layers, gate_penalty, penalty_at
 from slora.training import checkpoint
 from slora.training.batches import Batches, Data, make_batches
+from slora.training.measure import Clock, Window
 from slora.training.optimizers import Optimizers, finite, lr_scale
+from slora.training.process import interruptible, make_accelerator, prepared, train_mode
 from slora.training.recorder import Recorder
 from slora.training.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from rich.console import Console
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -59,8 +58,8 @@ class TrainResult:
         steps: optimizer steps taken, those before a resume included.
         seconds: time spent in them, without evaluations, checkpoints and the counting of FLOPs.
         flops: of all training steps, forward and backward; 0 with `count_flops=False`.
-        active_blocks: `[(step, {layer: numbers of its active blocks}), ...]`, one entry for the start and one for
-            each step that changed them; empty for methods without blocks.
+        active_blocks: `[(step, {layer: numbers of its active blocks}), ...]`: at the start, and at each record that
+            found others than the one before; empty for methods without blocks.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -86,7 +85,9 @@ def train(
 ) -> TrainResult:
     """Train what requires gradients in `model` (see `slora.training.prepare`), in place.
 
-    On the CPU a run resumed from a checkpoint ends bit for bit where the uninterrupted one ends.
+    On the CPU a run resumed from a checkpoint ends bit for bit where the uninterrupted one ends. Started by
+    `accelerate launch` in several processes, each takes its part of every batch; losses in the records are then
+    those of the first process, everything else is of all.
 
     Args:
         model: takes images `[n, ...]` and returns logits `[n, classes]`, or an object with `logits`.
@@ -102,7 +103,8 @@ def train(
         ConfigError: a setting does not fit the data, or nothing is trainable.
         NonFiniteLossError: the loss became NaN or infinite; no checkpoint was written since.
         CheckpointError: the checkpoint is of another model or damaged, or the disk is full.
-        Interrupted: Ctrl-C or SIGTERM with a `run_dir`: the step was finished and a checkpoint written.
+        Interrupted: Ctrl-C or SIGTERM with a `run_dir`, in a run of one process: the step was finished and a
+            checkpoint written.
     """
     settings = TrainSettings() if settings is None else settings
     run = Trainer(model, train_data, eval_data, settings, run_dir, console, resume, criterion)
@@ -123,11 +125,13 @@ class Trainer:
         resume: str | Path | None,
         criterion: Criterion | None,
     ) -> None:
+        if run_dir is not None:
+            checkpoint.refuse_newer(Path(run_dir) / "checkpoints", resume)
         self.settings = settings
         self.model = model
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.criterion = criterion or _cross_entropy(settings.label_smoothing)
-        self.accelerator = _accelerator(settings)
+        self.accelerator = make_accelerator(settings)
         device = self.device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         workers = settings.num_workers
@@ -172,21 +176,31 @@ class Trainer:
         self.flops_of: dict[Any, int] = {}
         self.clock = Clock(self.result.seconds, self.step)
         self.stop_requested = False
-        self._blocks: tuple[tuple[int, ...], ...] | None = None
-        self._logged_blocks: Blocks | None = None
 
     def run(self) -> TrainResult:
         """Run to the end and return the result."""
-        with self._accelerated(), self._interruptible(), contextlib.closing(self.recorder):
-            _train_mode(self.model)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(self.recorder))
+            if self.run_dir is not None and self.accelerator.num_processes == 1:
+                stack.enter_context(interruptible(self._request_stop))
+            self.wrapped, self.prepared = stack.enter_context(
+                prepared(self.accelerator, self.model, self.optimizers.all)
+            )
+            train_mode(self.model)
+            self._note_blocks()
             while self.step < self.steps:
                 epoch, done = divmod(self.step, self.steps_per_epoch)
                 batches = self.train_batches.epoch(epoch, done * self.accumulation)
                 for _ in range(min(self.steps_per_epoch - done, self.steps - self.step)):
                     self._step(batches)
                     self._after_step()
-            self._finish()
+        self.result.steps = self.step
+        self.result.seconds = self.clock.seconds()
+        self.result.history = self.recorder.history
         return self.result
+
+    def _request_stop(self) -> None:
+        self.stop_requested = True
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         state = self._activity()
@@ -196,15 +210,13 @@ class Trainer:
         warm, ramp = round(settings.penalty_warmup * self.steps), round(settings.penalty_ramp * self.steps)
         self.penalty = penalty_at(self.step, settings.penalty, warm, ramp)
         self.optimizers.set(lr_scale(self.step, self.steps, self.warmup, settings.min_lr_ratio), self.penalty)
-        if not settings.count_flops:
-            self._forward_backward(batches)
-        elif state in self.flops_of:
-            self._forward_backward(batches)
-            self.result.flops += self.flops_of[state]
-        else:
+        if settings.count_flops and state not in self.flops_of:
             with self.clock.excluded():
-                self.flops_of[state] = count_flops(self._forward_backward, batches)
-            self.result.flops += self.flops_of[state]
+                flops = count_flops(self._forward_backward, batches)
+            self.flops_of[state] = flops * self.accelerator.num_processes
+        else:
+            self._forward_backward(batches)
+        self.result.flops += self.flops_of.get(state, 0)
         self.step += 1
 
     def _forward_backward(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -226,23 +238,24 @@ class Trainer:
     def _clip(self) -> None:
         if self.settings.clip_norm:
             # The gates follow a rule of their own, so their gradients neither shrink the others nor are shrunk.
-            norms = [
-                self.accelerator.clip_grad_norm_(parameters, self.settings.clip_norm)
-                for parameters in self.optimizers.parameters()
-                if parameters
-            ]
-            self.window.add_norm(norms[0])
+            # torch's own function: without loss scaling accelerate adds nothing to it but 0.2 ms a step.
+            weights, gates = self.optimizers.parameters()
+            self.window.add_norm(nn.utils.clip_grad_norm_(weights, self.settings.clip_norm))
+            nn.utils.clip_grad_norm_(gates, self.settings.clip_norm)
 
     def _activity(self) -> Any:
         """What decides the work of a step: the active blocks and whether the others are probed."""
         activity = [layer.activity() for layer in self.layers.values()]
-        blocks = tuple(entry.active for entry in activity)
-        if self.layers and blocks != self._blocks:
-            self._blocks = blocks
-            entry = (self.step, dict(zip(self.layers, blocks, strict=True)))
-            if not self.result.active_blocks or self.result.active_blocks[-1][1] != entry[1]:
-                self.result.active_blocks.append(entry)
-        return blocks, tuple(entry.probe and entry.inactive != () for entry in activity)
+        return tuple((entry.active, entry.probe and entry.inactive != ()) for entry in activity)
+
+    def _note_blocks(self) -> bool:
+        """Note the active blocks if they differ from those noted last; return whether they do."""
+        blocks = {name: layer.activity().active for name, layer in self.layers.items()}
+        noted = self.result.active_blocks
+        if not blocks or (noted and noted[-1][1] == blocks):
+            return False
+        noted.append((self.step, blocks))
+        return True
 
     def _after_step(self) -> None:
         self.clock.step()
@@ -270,13 +283,13 @@ class Trainer:
             return
         losses, accuracy, norm = self.window.read()
         lr = self.optimizers.weights.param_groups[0]["lr"]
-        bad = [i for i, loss in enumerate(losses) if loss != loss or loss in (float("inf"), float("-inf"))]
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
             step = self.step - (len(losses) - 1 - bad[0]) // self.accumulation
             self._refuse(f"the loss is {losses[bad[0]]} at step {step}", step)
-        if norm is not None and norm != norm:
+        if norm is not None and not math.isfinite(norm):
             self._refuse(f"the gradient is not finite at or shortly before step {self.step}", self.step)
-        self.clock.read(self.device)
+        self.clock.read()
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": round(self.step / self.steps_per_epoch, 4),
@@ -286,13 +299,15 @@ class Trainer:
             "grad_norm": norm,
         }
         if self.layers:
-            blocks = {name: layer.activity().active for name, layer in self.layers.items()}
+            changed = self._note_blocks() or not self.recorder.history
+            blocks = self.result.active_blocks[-1][1]
             record["penalty"] = self.penalty
             record["active"] = sum(map(len, blocks.values()))
             record["blocks"] = sum(layer.blocks for layer in self.layers.values())
-            record["mean_gate"] = torch.cat([gate.detach() for gate in gates(self.model)]).abs().mean().item()
-            if blocks != self._logged_blocks:
-                self._logged_blocks = blocks
+            record["mean_gate"] = mean_gate = gate_penalty(self.model).item()
+            if not math.isfinite(mean_gate):
+                self._refuse(f"a gate is not finite at or shortly before step {self.step}", self.step)
+            if changed:
                 record["active_blocks"] = {name: list(active) for name, active in blocks.items()}
         images = self.settings.batch_size * self.accumulation * self.accelerator.num_processes
         record |= {
@@ -317,9 +332,10 @@ class Trainer:
         self._log()
         assert self.eval_batches is not None
         with self.clock.paused(self.device):
-            counts = tally(self.wrapped, self.eval_batches.epoch(), self.device)
+            # Not the wrapped model: processes may have different numbers of batches, and need not wait for each other.
+            counts = tally(self.model, self.eval_batches.epoch(), self.device)
             correct, loss, count = self.accelerator.reduce(counts).tolist()
-            _train_mode(self.model)
+            train_mode(self.model)
         accuracy = correct / count
         self.result.accuracy = accuracy
         self.recorder.add({"step": self.step, "eval_loss": loss / count, "eval_accuracy": accuracy})
@@ -330,7 +346,6 @@ class Trainer:
 
     def _save(self) -> None:
         self._log()
-        self._activity()
         broken = finite({name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad})
         if broken is not None:
             self._refuse(f"{broken!r} is not finite after step {self.step}", self.step)
@@ -338,6 +353,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 assert self.run_dir is not None
                 result = dataclasses.asdict(self.result) | {"seconds": self.clock.seconds()}
+                result["active_blocks"] = [(step, list(blocks.values())) for step, blocks in self.result.active_blocks]
                 self.last_checkpoint = checkpoint.save(
                     self.run_dir / "checkpoints",
                     self.model,
@@ -353,167 +369,9 @@ class Trainer:
         self.step = state["step"]
         result = state["result"]
         result["active_blocks"] = [
-            (step, {name: tuple(active) for name, active in blocks.items()}) for step, blocks in result["active_blocks"]
+            (step, dict(zip(self.layers, map(tuple, blocks), strict=True))) for step, blocks in result["active_blocks"]
         ]
         self.result = TrainResult(**result)
-
-    def _finish(self) -> None:
-        if self.step == 0:
-            return
-        self._activity()
-        self.result.steps = self.step
-        self.result.seconds = self.clock.seconds()
-        self.result.history = self.recorder.history
-
-    @contextlib.contextmanager
-    def _accelerated(self) -> Iterator[None]:
-        """Wrap model and optimizers for the run, and leave the model afterwards as it came."""
-        before = set(self.model.__dict__)
-        training = self.model.training
-        self.wrapped, *self.prepared = self.accelerator.prepare(self.model, *self.optimizers.all)
-        try:
-            yield
-        finally:
-            self.model.train(training)
-            for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
-                if name not in before:
-                    self.model.__dict__.pop(name, None)
-            self.accelerator.free_memory()
-
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Turn the first Ctrl-C or SIGTERM into a checkpoint at the end of the step; the second stops at once."""
-        if self.run_dir is None or threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def request(number: int, frame: Any) -> None:
-            self.stop_requested = True
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-        for number in before:
-            signal.signal(number, request)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-class Window:
-    """Losses, hits and gradient norms of the steps since the last record, kept on the device until it is read."""
-
-    def __init__(self, size: int, device: torch.device) -> None:
-        self.losses = torch.zeros(size, device=device)
-        self.hits = torch.zeros((), dtype=torch.int64, device=device)
-        self.norm: Tensor | None = None
-        self.filled = self.seen = 0
-
-    @property
-    def full(self) -> bool:
-        """Whether it has to be read."""
-        return self.filled == len(self.losses)
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Take in a forward pass."""
-        self.losses[self.filled] = loss.detach()
-        self.filled += 1
-        if logits.dim() == 2 and labels.dim() == 1:
-            self.hits += (logits.detach().argmax(1) == labels).sum()
-            self.seen += len(labels)
-
-    def add_norm(self, norm: Tensor) -> None:
-        """Take in the norm of a step's gradient; a NaN stays."""
-        self.norm = norm if self.norm is None else torch.maximum(self.norm, norm)
-
-    def read(self) -> tuple[list[float], float | None, float | None]:
-        """Return `(losses, accuracy, largest gradient norm)` and start afresh."""
-        losses = self.losses[: self.filled].tolist()
-        accuracy = self.hits.item() / self.seen if self.seen else None
-        norm = None if self.norm is None else self.norm.item()
-        self.hits.zero_()
-        self.filled = self.seen = 0
-        self.norm = None
-        return losses, accuracy, norm
-
-
-class Clock:
-    """Time spent in training steps. Steps whose FLOPs are counted run slower, so they weigh as much as the mean."""
-
-    def __init__(self, seconds: float, steps: int) -> None:
-        self.earlier, self.earlier_steps = seconds, steps
-        self.elapsed, self.steps, self.counted = 0.0, 0, 0
-        self.since = time.perf_counter()
-
-    def step(self) -> None:
-        """Note the end of a step."""
-        self.steps += 1
-
-    def read(self, device: torch.device) -> None:
-        """Take in the time since the last reading."""
-        now = time.perf_counter()
-        self.elapsed += now - self.since
-        self.since = now
-
-    @contextlib.contextmanager
-    def excluded(self) -> Iterator[None]:
-        """Leave out the step inside."""
-        self.elapsed += time.perf_counter() - self.since
-        yield
-        self.since = time.perf_counter()
-        self.counted += 1
-
-    @contextlib.contextmanager
-    def paused(self, device: torch.device) -> Iterator[None]:
-        """Leave out what happens inside."""
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.read(device)
-        yield
-        self.since = time.perf_counter()
-
-    def rate(self) -> float:
-        """Steps per second."""
-        return (self.steps - self.counted) / self.elapsed if self.elapsed > 0 else 0.0
-
-    def seconds(self) -> float:
-        """Seconds in all steps of the run."""
-        measured = self.steps - self.counted
-        return self.earlier + (self.elapsed * self.steps / measured if measured else 0.0)
-
-
-def _accelerator(settings: TrainSettings) -> Accelerator:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    if PartialState().num_processes == 1:
-        # accelerate keeps one state per process; a second run may ask for another precision or device.
-        AcceleratorState._reset_state(reset_partial_state=True)
-    cpu = settings.device == "cpu"
-    precision = settings.precision
-    if precision == "auto":
-        native = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp32"
-    return Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        cpu=cpu,
-        # Inactive blocks get no gradient, and which those are changes.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-
-
-def _train_mode(model: nn.Module) -> None:
-    model.train()
-    for module in model.modules():
-        # A frozen batch norm keeps its statistics: they belong to the base model.
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-            parameter.requires_grad for parameter in module.parameters()
-        ):
-            module.eval()
 
 
 def _cross_entropy(label_smoothing: float) -> Criterion:

@@ -1,0 +1,310 @@
+"""The `slora` command: `demo | finetune | evaluate | merge | inspect | report | doctor`.
+
+Each command parses its arguments, calls one function of the library and prints what it returns.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from slora.errors import CheckpointError, ConfigError, MissingDependencyError, SLoRAError
+
+try:
+    import typer
+except ImportError:
+    typer = None  # type: ignore[assignment]
+
+NEEDS_TRAIN = 'the slora command needs the training extra; install it with: pip install "slora[train]"'
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line; an error of slora's is one red line on stderr and exit code 2."""
+    if typer is None:
+        print(NEEDS_TRAIN, file=sys.stderr)
+        sys.exit(2)
+    try:
+        app()(prog_name="slora")
+    except (SLoRAError, OSError, ImportError) as error:
+        if _tracebacks():
+            raise
+        _complain(_in_words(error))
+        sys.exit(2)
+    except RuntimeError as error:
+        # torch.cuda.OutOfMemoryError, without importing torch where nothing else has.
+        if type(error).__name__ != "OutOfMemoryError" or _tracebacks():
+            raise
+        _complain("the GPU is out of memory; lower --batch-size and raise --gradient-accumulation by the same factor")
+        sys.exit(2)
+
+
+def app() -> typer.Typer:
+    """Build the command line."""
+    result = typer.Typer(
+        name="slora",
+        help="Selective low-rank adaptation: fine-tune a pretrained model with few active LoRA blocks.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    result.callback()(_common)
+    from slora.training.flags import with_settings
+
+    for command in (demo, with_settings(finetune), evaluate, merge, inspect, report, doctor):
+        result.command(command.__name__)(command)
+    return result
+
+
+def _common(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where in the code an error arose. Also: SLORA_TRACEBACK=1.")
+    ] = False,
+) -> None:
+    if traceback:
+        os.environ["SLORA_TRACEBACK"] = "1"
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("slora-demo"),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with different random seeds.")] = 3,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter runs: to see that it works.")] = False,
+    open_report: Annotated[bool, typer.Option("--open", help="Open the page in a browser at the end.")] = False,
+) -> None:
+    """Adapt a small vision transformer to handwritten digits, on a CPU, offline, and write a page of results.
+
+    Compares selective adaptation with LoRA, full fine-tuning and a linear head: what each learns, and what each
+    forgets.
+
+    \b
+    Example:
+        slora demo --seeds 1 --out results
+    """
+    _needed("slora.demo.run", "demo").main(out, seeds, quick, open_report)
+
+
+def finetune(
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; flags override it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run directory. [default: runs/MODEL-DATA-METHOD]"),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Run directory, or one of its checkpoints, to go on with; flags override its settings."),
+    ] = None,
+    **settings: Any,
+) -> None:
+    """Fine-tune a pretrained model on a data set and write a run directory.
+
+    Data sets: cifar10, cifar100, dtd, eurosat, flowers102, food101, gtsrb, imagenet, mnist, pets, stl10, svhn,
+    digits and letters (both offline), and imagefolder:PATH with a subfolder per class, inside train/ and val/ or
+    split 90/10. Ctrl-C finishes the step and writes a checkpoint.
+
+    \b
+    Examples:
+        slora finetune --model timm/vit_base_patch16_224 --pretrained --data cifar100 --r 16 --penalty 1
+        slora finetune --model demo/letters_vit --pretrained --data digits --epochs 5 --batch-size 64
+        slora finetune --config run.yaml --lr 5e-4
+        slora finetune --resume runs/vit_base_patch16_224-cifar100-selective
+    """
+    from rich.console import Console
+
+    from slora.training.run import finetune as run
+    from slora.training.trainer import Interrupted
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        folder, result = run(given, config, out, resume, Console(stderr=True))
+    except Interrupted as stop:
+        home = stop.checkpoint.parent.parent
+        print(f"stopped; the checkpoint {stop.checkpoint} is complete. Go on with: slora finetune --resume {home}")
+        raise typer.Exit(INTERRUPTED) from None
+    if result.accuracy is not None:
+        print(f"accuracy {result.accuracy:.2%}, best {result.best_accuracy:.2%} at step {result.best_step}")
+    if result.active_blocks:
+        active = sum(map(len, result.active_blocks[-1][1].values()))
+        print(f"active blocks: {active}; see them with: slora inspect {folder}")
+    print(f"{result.steps} steps in {result.seconds:.1f} s; results are in {folder}")
+    try:
+        print(f"report: {_needed('slora.report', 'report').write_report(folder, None)}")
+    except SLoRAError as error:
+        print(f"no report was written: {error}")
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run directory of slora finetune.")],
+    source: Annotated[
+        str | None,
+        typer.Option(help="Data set that the model knew before, for k-NN. [default: none, accuracy only]"),
+    ] = None,
+    k: Annotated[str, typer.Option(help="Numbers of neighbours, separated by commas.")] = "10,20,100,200",
+    data_root: Annotated[str | None, typer.Option(help="Folder of data sets. [default: the run's]")] = None,
+    download: Annotated[
+        bool | None,
+        typer.Option("--download/--no-download", help="Download missing data sets. [default: as the run]"),
+    ] = None,
+    eval_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images per forward pass. [default: the run's]"),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto or cpu. [default: the run's]")] = None,
+) -> None:
+    """Measure what a fine-tuned model can do, and what it still knows of a data set from before.
+
+    Accuracy on the run's own data; with --source, weighted k-NN (temperature 0.07) on the features of that data
+    set, with the model before and after fine-tuning. Writes evaluation.json into the run directory.
+
+    \b
+    Example:
+        slora evaluate runs/letters_vit-digits-selective --source letters
+    """
+    from slora.evaluation.evaluate import evaluate as measure
+
+    try:
+        neighbours = [int(number) for number in k.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"k={k!r} is not a list of numbers; write 10,20,100,200") from error
+    given = {
+        "data_root": data_root,
+        "download": download,
+        "eval_batch_size": eval_batch_size,
+        "device": device,
+    }
+    result = measure(run, source, neighbours, **{name: value for name, value in given.items() if value is not None})
+    scores = result["accuracy"]
+    print(f"accuracy on {scores['data']} ({scores['count']} images)")
+    print(f"  top-1 {scores['top1']:.2%}   top-5 {scores['top5']:.2%}   mean over classes {scores['per_class']:.2%}")
+    if result["knn"] is not None:
+        knn = result["knn"]
+        print(f"k-NN on {knn['source']} ({knn['queries']} images, {knn['bank']} vote)")
+        print(f"  {'k':>4} {'before':>8} {'after':>8} {'change':>8}")
+        for number, before in knn["before"].items():
+            after = knn["after"][number]
+            print(f"  {number:>4} {before:8.2%} {after:8.2%} {after - before:+8.2%}")
+
+
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Adapter directory, or run directory of slora finetune.")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write; must not exist.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model the adapter belongs to, as in finetune. [default: the run's]"),
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Merge into the model's pretrained weights; a run knows this itself.")
+    ] = False,
+    classes: Annotated[
+        int | None,
+        typer.Option(help="Outputs of the classifier head. [default: those of the head in the adapter]"),
+    ] = None,
+    scale: Annotated[float, typer.Option(help="Factor on the update; between 0 and 1 it interpolates.")] = 1.0,
+) -> None:
+    """Fold the active blocks of an adapter into its model and write plain weights.
+
+    \b
+    Examples:
+        slora merge runs/letters_vit-digits-selective --out merged.safetensors
+        slora merge my-adapter --model timm/vit_base_patch16_224 --pretrained --out merged.safetensors
+    """
+    from slora.training.run import merge_adapter
+
+    count = merge_adapter(adapter, out, model, pretrained, classes, scale)
+    print(f"{count} blocks merged; {out} holds the plain model")
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Adapter directory, or run directory of slora finetune.")],
+) -> None:
+    """Show which blocks of an adapter live: '#' active, '.' inactive, with their gates.
+
+    \b
+    Example:
+        slora inspect runs/letters_vit-digits-selective
+    """
+    from slora.files import read_json
+
+    home = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    content = read_json(home / "selective.json")
+    try:
+        print(_table(content["layers"], content["base"]["shapes"]))
+        print(f"threshold {content['config']['threshold']}; base model {content['base']['class']}")
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"{home / 'selective.json'} is incomplete or damaged ({error})") from error
+    if (folder / "result.json").exists():
+        result = read_json(folder / "result.json")
+        if result.get("accuracy") is not None:
+            print(f"accuracy {result['accuracy']:.2%} after {result['steps']} steps, {result['seconds']:.1f} s")
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory of slora finetune.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file. [default: report.html in RUN]")] = None,
+) -> None:
+    """Write the HTML page of a run: curves, active blocks over time, results.
+
+    \b
+    Example:
+        slora report runs/letters_vit-digits-selective
+    """
+    if not (run / "metrics.jsonl").exists():
+        raise ConfigError(f"{run} holds no metrics.jsonl; give the folder of a run made by slora finetune")
+    print(_needed("slora.report", "report").write_report(run, out))
+
+
+def doctor() -> None:
+    """Show versions, the GPU, which parts of slora are there, and how to get what is missing.
+
+    \b
+    Example:
+        slora doctor
+    """
+    from slora.doctor import findings
+
+    print("\n".join(findings()))
+
+
+def _table(layers: dict[str, Any], shapes: dict[str, list[int]]) -> str:
+    width = max([5, *map(len, layers)])
+    lines = [f"{'layer':{width}}  {'in -> out':>14}  {'r':>3}  {'active':>8}  gates"]
+    # JSON has them by the alphabet; the tenth block comes after the ninth.
+    for name in sorted(layers, key=lambda name: [part.zfill(9) for part in name.split(".")]):
+        entry = layers[name]
+        marks = "".join("#" if i in entry["active"] else "." for i in range(entry["blocks"]))
+        shape = "{1} -> {0}".format(*shapes[name])
+        gates = " ".join(f"{gate:.3f}" for gate in entry["gate"])
+        lines.append(f"{name:{width}}  {shape:>14}  {entry['r']:>3}  {marks:>8}  {gates}")
+    active = sum(len(entry["active"]) for entry in layers.values())
+    blocks = sum(entry["blocks"] for entry in layers.values())
+    lines.append(f"{active} of {blocks} blocks active ({active / max(1, blocks):.1%})")
+    return "\n".join(lines)
+
+
+def _needed(module: str, command: str) -> Any:
+    """Import a part that other commands do without."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f'slora {command} cannot be imported ({error}); install it with: pip install "slora[train]"'
+        ) from error
+
+
+def _tracebacks() -> bool:
+    return os.environ.get("SLORA_TRACEBACK", "").strip().lower() not in ("", "0", "false", "no")
+
+
+def _in_words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _complain(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red", markup=False, highlight=False)

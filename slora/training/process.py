@@ -1,0 +1,94 @@
+"""The process that a run lives in: accelerate around it, and the signals that stop it."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from slora.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def make_accelerator(settings: TrainSettings) -> Accelerator:
+    """Return an `Accelerator` with the precision, accumulation and device that `settings` ask for."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    cpu = settings.device == "cpu"
+    if PartialState(cpu=cpu).num_processes == 1:
+        # accelerate keeps one state per process; a second run may ask for another precision or device.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    precision = settings.precision
+    if precision == "auto":
+        native = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp32"
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        cpu=cpu,
+        # Inactive blocks get no gradient, and which those are changes.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+@contextlib.contextmanager
+def prepared(
+    accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> Iterator[tuple[nn.Module, list[Any]]]:
+    """Yield model and optimizers as accelerate wraps them; afterwards the model is as it came."""
+    before = set(model.__dict__)
+    training = model.training
+    wrapped, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
+    try:
+        yield wrapped, wrapped_optimizers
+    finally:
+        model.train(training)
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            if name not in before:
+                model.__dict__.pop(name, None)
+
+
+@contextlib.contextmanager
+def interruptible(request: Callable[[], None]) -> Iterator[None]:
+    """Call `request` at the first Ctrl-C or SIGTERM inside the context; the second acts as without it.
+
+    Signals reach the main thread only; elsewhere they act as without it, too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: Any) -> None:
+        restore()
+        request()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def train_mode(model: nn.Module) -> None:
+    """Put `model` into training mode, but for frozen batch norms: their statistics belong to the base model."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
+            parameter.requires_grad for parameter in module.parameters()
+        ):
+            module.eval()

@@ -1,0 +1,302 @@
+"""Merging against `W + scale c B A` built by hand in fp64 and rounded once; unmerging bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slora
+from slora.errors import ConfigError, StateError
+from slora.gate import adapted_layers
+from slora.layers import LoRABlocks
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def by_hand(layer: LoRABlocks, scale: float) -> Tensor:
+    """`W + scale * c * B A` over the active blocks in fp64, not rounded."""
+    weight = layer.base_weight.detach().double().clone()
+    n = weight.shape[0] // layer.blocks
+    for i, gate in enumerate(layer.gate.tolist()):
+        if gate >= layer.threshold:
+            update = layer.lora_B[i].detach().double() @ layer.lora_A[i].detach().double()
+            weight[i * n : (i + 1) * n] += scale * layer.lora_alpha / layer.r * update
+    return weight
+
+
+def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance between neighbours of `dtype` around each fp64 number."""
+    info = torch.finfo(dtype)
+    exponent = torch.floor(torch.log2(x.abs().clamp(min=info.tiny)))
+    return torch.exp2(exponent) * info.eps / 2
+
+
+def some_active(model: nn.Module, randomise: Any) -> nn.Module:
+    randomise(model)
+    with torch.no_grad():
+        model.get_submodule("blocks.0.attn.qkv").gate.copy_(torch.tensor([0.2, 0.0, 0.1]))
+        model.get_submodule("blocks.0.mlp.fc1").gate.fill_(0.0)
+        for name, layer in adapted_layers(model):
+            if name.startswith("blocks.1") and not name.endswith("proj"):
+                layer.gate.fill_(0.05)
+    return model
+
+
+def adapted(vit: nn.Module, randomise: Any, dtype: torch.dtype | None = None, **config: Any) -> nn.Module:
+    settings = {"r": 3, "lora_alpha": 4, "base_dtype": dtype, **config}
+    return some_active(slora.inject(vit, slora.SelectiveLoRAConfig(**settings)), randomise)
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+    return {name: (p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+
+
+def assert_restored(model: nn.Module, before: dict[str, tuple[int, Tensor]]) -> None:
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][1]), name
+    assert not any(layer.merged or layer._kept_weight is not None for _, layer in adapted_layers(model))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, -2.0, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merged_weights_are_the_exact_sum_rounded_once(
+    dtype: torch.dtype, scale: float, vit: nn.Module, randomise: Any
+) -> None:
+    model = adapted(vit, randomise, dtype)
+    expected = {name: by_hand(layer, scale) for name, layer in adapted_layers(model)}
+    slora.merge(model, scale)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for name, layer in adapted_layers(model):
+        weight, exact = layer.base_weight, expected[name]
+        assert weight.dtype == dtype
+        # Half a unit of the final rounding, and r + 1 = 4 products and sums in the wider dtype of numbers below 4.
+        bound = half_ulp(exact, dtype) * (1 + 2 * torch.finfo(dtype).eps) + 4 * 4 * torch.finfo(wide).eps
+        assert bool(((weight.double() - exact).abs() <= bound).all()), name
+
+
+def test_a_small_update_of_bf16_weights_is_merged_by_nearest_rounding_of_the_sum(
+    vit: nn.Module, randomise: Any
+) -> None:
+    # Adding bf16(c B A) to the bf16 weight rounds twice, and rounding B A in bf16 products more often.
+    model = adapted(vit, randomise, torch.bfloat16)
+    layer = model.get_submodule("blocks.0.attn.proj")
+    with torch.no_grad():
+        layer.lora_B.mul_(0.01)
+    exact = by_hand(layer, 1.0)
+    slora.merge(model)
+    nearest = exact.float().bfloat16()
+    share = float((layer.weight == nearest).float().mean())
+    # fp32 and fp64 sums round to different bf16 numbers only within fp32 error of a tie: about 2^-15 of elements.
+    assert share > 0.99
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unmerging_restores_every_bit(dtype: torch.dtype, vit: nn.Module, randomise: Any) -> None:
+    model = adapted(vit, randomise, dtype)
+    before = snapshot(model)
+    for scale in (1.0, 0.1, -3.0):
+        slora.merge(model, scale)
+        slora.unmerge(model)
+        assert_restored(model, before)
+
+
+def test_merged_output_is_the_adapted_output_and_takes_base_flops(vit: nn.Module, randomise: Any) -> None:
+    model = adapted(vit, randomise)
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    with slora.disabled(model):
+        base = model(x)
+        flops = slora.flops.count_flops(model, x)
+    slora.merge(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(x), base, rtol=1e-4, atol=1e-5)
+    assert slora.flops.count_flops(model, x) == flops
+    assert not model(x).requires_grad, "nothing is trained while merged"
+
+
+def test_while_merged_gates_and_matrices_have_no_effect(vit: nn.Module, randomise: Any) -> None:
+    model = slora.merge(adapted(vit, randomise))
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    randomise(model, active=0.5, seed=9)
+    assert torch.equal(model(x), expected)
+
+
+def test_only_weights_that_change_are_copied(vit: nn.Module, randomise: Any) -> None:
+    model = adapted(vit, randomise)
+    before = snapshot(model)
+    active = {name for name, on in slora.active_blocks(model).items() if on.any()}
+    slora.merge(model)
+    for name, layer in adapted_layers(model):
+        touched = layer.weight.data_ptr() != before[f"{name}.weight"][0]
+        assert touched == (name in active) == (layer._kept_weight is not None)
+    slora.unmerge(model)
+    # The very memory comes back: nothing is copied on the way back either.
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == {n: at for n, (at, _) in before.items()}
+
+
+def test_parameters_stay_the_same_objects(vit: nn.Module, randomise: Any) -> None:
+    model = adapted(vit, randomise)
+    before = {name: id(p) for name, p in model.named_parameters()}
+    slora.unmerge(slora.merge(model))
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+
+
+def test_a_merge_survives_a_move_and_a_copy(vit: nn.Module, randomise: Any) -> None:
+    model = adapted(vit, randomise)
+    before = snapshot(model)
+    slora.merge(model)
+    twin = copy.deepcopy(model)
+    assert_restored(slora.unmerge(twin), before)
+    slora.unmerge(model.to(torch.float64))
+    assert all(p.dtype == torch.float64 for p in model.parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(p.float(), before[name][1]), name
+
+
+def test_merge_and_unload_leaves_plain_pytorch(vit: nn.Module, randomise: Any) -> None:
+    keys, kinds = list(vit.state_dict()), [type(module) for module in vit.modules()]
+    model = adapted(vit, randomise, modules_to_save=["head"])
+    x = torch.randn(2, 3, 16, 16)
+    y = model(x)
+    expected = {name: by_hand(layer, 1.0) for name, layer in adapted_layers(model)}
+    plain = slora.merge_and_unload(model)
+    assert plain is model
+    assert list(plain.state_dict()) == keys
+    assert [type(module) for module in plain.modules()] == kinds
+    assert not hasattr(plain, "_slora")
+    for name, weight in expected.items():
+        torch.testing.assert_close(plain.get_submodule(name).weight.double(), weight, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(plain(x), y, rtol=1e-4, atol=1e-5)
+    slora.inject(plain, slora.SelectiveLoRAConfig(r=2))
+
+
+def test_merge_and_unload_of_a_merged_model_keeps_its_weights(vit: nn.Module, randomise: Any) -> None:
+    model = slora.merge(adapted(vit, randomise), 0.5)
+    merged = {name: layer.weight.clone() for name, layer in adapted_layers(model)}
+    plain = slora.merge_and_unload(model)
+    for name, weight in merged.items():
+        assert torch.equal(plain.get_submodule(name).weight, weight)
+
+
+def test_merge_and_unload_takes_a_scale(vit: nn.Module, randomise: Any) -> None:
+    model = adapted(vit, randomise)
+    other = copy.deepcopy(model)
+    slora.merge(other, 0.25)
+    slora.merge_and_unload(model, 0.25)
+    for name, layer in adapted_layers(other):
+        assert torch.equal(model.get_submodule(name).weight, layer.weight)
+
+
+def test_rank_stabilised_scaling_is_merged(vit: nn.Module, randomise: Any) -> None:
+    model = adapted(vit, randomise, use_rslora=True)
+    layer = model.get_submodule("blocks.0.attn.proj")
+    expected = layer.weight.double() + 4 / math.sqrt(3) * (layer.lora_B[0].double() @ layer.lora_A[0].double())
+    slora.merge(model)
+    torch.testing.assert_close(layer.weight.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+# Failures
+
+
+def test_a_merge_that_runs_out_of_memory_changes_nothing(
+    vit: nn.Module, randomise: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(vit, randomise)
+    x = torch.randn(2, 3, 16, 16)
+    expected, before, kinds = model(x), snapshot(model), [type(m) for m in model.modules()]
+    real, calls = LoRABlocks.merged_weight, []
+
+    def out_of_memory(layer: LoRABlocks, scale: float = 1.0) -> Tensor:
+        calls.append(layer)
+        if len(calls) % 3 == 0:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(layer, scale)
+
+    monkeypatch.setattr(LoRABlocks, "merged_weight", out_of_memory)
+    for merge in (slora.merge, slora.merge_and_unload):
+        with pytest.raises(torch.OutOfMemoryError):
+            merge(model)
+        assert_restored(model, before)
+        assert [type(m) for m in model.modules()] == kinds
+        assert torch.equal(model(x), expected)
+
+
+def test_states_that_do_not_allow_a_call_are_refused(vit: nn.Module, randomise: Any) -> None:
+    for call in (slora.merge, slora.unmerge, slora.merge_and_unload):
+        with pytest.raises(StateError, match=r"no adapted layer; call slora.inject\(model, config\) first"):
+            call(vit)
+    model = adapted(vit, randomise)
+    with pytest.raises(StateError, match="not merged; there is nothing to undo"):
+        slora.unmerge(model)
+    slora.merge(model)
+    merged = snapshot(model)
+    with pytest.raises(StateError, match=r"is merged already; call slora.unmerge\(model\) first"):
+        slora.merge(model)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, merged[name][1])
+
+
+def test_a_model_that_is_merged_in_part_is_not_merged_again(vit: nn.Module, randomise: Any) -> None:
+    model = adapted(vit, randomise)
+    before = snapshot(model)
+    slora.merge(model.blocks[0])
+    for call in (slora.merge, slora.merge_and_unload):
+        with pytest.raises(StateError, match=r"'blocks.0.attn.qkv' is merged already"):
+            call(model)
+    slora.unmerge(model)
+    assert_restored(model, before)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_a_scale_that_is_not_finite_is_refused(scale: float, vit: nn.Module, randomise: Any) -> None:
+    model = adapted(vit, randomise)
+    before = snapshot(model)
+    for call in (slora.merge, slora.merge_and_unload):
+        with pytest.raises(ConfigError, match=f"scale={scale} is not finite; 1.0 merges the full update"):
+            call(model, scale)
+        assert_restored(model, before)
+
+
+class Tied(nn.Module):
+    """An embedding whose matrix is also a linear layer's, and two linear layers that share one."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.embed, self.one, self.two = nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        if what == "embedding":
+            self.one.weight = self.embed.weight
+        else:
+            self.two.weight = self.one.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(self.embed(ids))))
+
+
+@pytest.mark.parametrize("what", ["embedding", "linear"])
+def test_a_weight_that_another_module_shares_is_not_merged(what: str, randomise: Any) -> None:
+    # Merging would change the other module, too, and unmerging in turn would keep the wrong weight.
+    model = randomise(slora.inject(Tied(what), slora.SelectiveLoRAConfig(r=2)))
+    ids = torch.arange(8)
+    expected, before = model(ids), snapshot(model)
+    for call in (slora.merge, slora.merge_and_unload):
+        with pytest.raises(StateError, match=r"the weight of '(one|two)' is shared with '\w+', which merging"):
+            call(model)
+        assert_restored(model, before)
+        assert torch.equal(model(ids), expected)
+
+
+def test_a_shared_weight_without_an_active_block_does_not_stand_in_the_way(randomise: Any) -> None:
+    model = randomise(slora.inject(Tied("embedding"), slora.SelectiveLoRAConfig(r=2)))
+    with torch.no_grad():
+        model.one.gate.fill_(0.0)
+    before = snapshot(model)
+    slora.unmerge(slora.merge(model))
+    assert_restored(model, before)

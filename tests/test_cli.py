@@ -1,0 +1,333 @@
+"""The `slora` command: its help, its output, and how it reports what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slora import cli
+from slora.training import TrainSettings
+
+COMMANDS = ("demo", "finetune", "evaluate", "merge", "inspect", "report", "doctor")
+QUICK = (
+    "--model demo/letters_vit --data digits --r 2 --max-steps 4 --batch-size 8 --device cpu --precision fp32 "
+    "--no-tensorboard --no-count-flops --log-every 2 --save-every 2 --eval-every 0"
+).split()
+
+
+class Outcome(types.SimpleNamespace):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def slora(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Outcome]:
+    """Run the command line in an empty folder, on few digits and letters."""
+    from slora.demo import digits as digits_module
+    from slora.demo import letters as letters_module
+
+    rendered, whole = letters_module.letters, digits_module.digits
+
+    def few(seed: int) -> Any:
+        (images, labels), (more_images, more_labels) = whole(seed)
+        return (images[:80], labels[:80]), (more_images[:40], more_labels[:40])
+
+    monkeypatch.setattr(letters_module, "letters", lambda n, seed: rendered(4 if n == 100 else 1, seed))
+    monkeypatch.setattr(digits_module, "digits", few)
+    # The page of a run takes seconds to draw, and has tests of its own.
+    monkeypatch.setitem(sys.modules, "slora.report", types.SimpleNamespace(write_report=lambda run, out: run / "page"))
+    monkeypatch.delenv("SLORA_TRACEBACK", raising=False)
+    # --traceback sets it; this undoes that.
+    monkeypatch.setenv("SLORA_TRACEBACK", "")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["slora", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Outcome(code=caught.value.code or 0, out=out, err=err)
+
+    return run
+
+
+def test_the_commands_are_those_of_the_design(slora: Callable[..., Outcome]) -> None:
+    outcome = slora("--help")
+    assert outcome.code == 0
+    listed = [line.split()[0] for line in outcome.out.split("Commands:")[1].splitlines() if line.strip()]
+    assert listed == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_suffices(slora: Callable[..., Outcome], command: str) -> None:
+    import typer
+
+    outcome = slora(command, "--help")
+    assert outcome.code == 0
+    assert "Example" in outcome.out
+    assert f"slora {command}" in outcome.out.split("Example")[1]
+    group: Any = typer.main.get_command(cli.app())
+    for parameter in group.commands[command].params:
+        if parameter.name != "help":
+            assert parameter.help, parameter.name
+            assert parameter.help.split(" [")[0].rstrip(".)").count(". ") <= 1, parameter.help
+        if parameter.param_type_name == "option" and not parameter.required and not parameter.is_flag:
+            assert "[default: " in parameter.help or parameter.show_default or parameter.default is None
+
+
+def test_finetune_has_a_flag_with_its_default_for_every_setting(slora: Callable[..., Outcome]) -> None:
+    text = " ".join(slora("finetune", "--help").out.split("Options:")[1].split())
+    for field in dataclasses.fields(TrainSettings):
+        flag = "--" + field.name.replace("_", "-")
+        assert f" {flag} " in text
+        words = {"None": "unset", "True": "yes", "False": "no"}
+        default = words.get(str(field.default), str(field.default))
+        # Up to the next flag; sentences may hold hyphens, but no word starts with two.
+        own = text.split(f" {flag} ", 1)[1].removeprefix(f"/ --no-{flag[2:]}").split(" --")[0]
+        assert f"[default: {default}]" in own
+
+
+def test_finetune_trains_and_says_where_the_results_are(slora: Callable[..., Outcome]) -> None:
+    outcome = slora("finetune", *QUICK)
+    assert outcome.code == 0, outcome.err
+    assert "accuracy" in outcome.out
+    assert "active blocks: 36" in outcome.out
+    assert "results are in runs/letters_vit-digits-selective" in outcome.out
+    assert "report: runs/letters_vit-digits-selective/page" in outcome.out
+    assert "step 4 of 4" in outcome.err
+
+
+def test_flags_go_before_the_config_file(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("lr: 0.5\nr: 3\nmethod: linear\n")
+    quick = " ".join(QUICK).replace("--r 2 ", "").split()
+    outcome = slora("finetune", *quick, "--config", "run.yaml", "--lr", "1e-3", "--out", "here")
+    assert outcome.code == 0, outcome.err
+    config = (tmp_path / "here/config.yaml").read_text()
+    for line in ("lr: 0.001", "r: 3", "method: linear", "tensorboard: false"):
+        assert f"\n{line}\n" in config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["finetune", "--model", "timm/vit_bass_patch16_224", "--data", "digits"],
+            "near names are timm/vit_base_patch16",
+        ),
+        (["finetune", "--model", "demo/letters_vit", "--data", "digitz"], "near names are digits"),
+        (["finetune", *QUICK, "--method", "selectiv"], "method='selectiv' is not 'selective' or"),
+        (["finetune", *QUICK, "--lr", "-1"], "lr=-1.0 is out of range"),
+        (["finetune", *QUICK, "--config", "absent.yaml"], "absent.yaml does not exist"),
+        (["finetune", "--resume", "absent"], "absent holds no checkpoint"),
+        (["finetune", *QUICK, "--target-modules", "qvk"], "'qvk' matches no module; near names are 'qkv'"),
+        (["finetune", *QUICK, "--data", "imagefolder:absent"], "absent is not a folder"),
+        (["evaluate", "absent"], "absent holds no config.yaml"),
+        (["evaluate", "absent", "--k", "ten"], "k='ten' is not a list of numbers"),
+        (["merge", "absent", "--out", "x"], "name its model"),
+        (["inspect", "absent"], "selective.json does not exist"),
+        (["report", "absent"], "absent holds no metrics.jsonl"),
+    ],
+)
+def test_an_error_is_one_line_with_the_remedy_and_exit_code_2(
+    slora: Callable[..., Outcome], arguments: list[str], message: str
+) -> None:
+    outcome = slora(*arguments)
+    assert outcome.code == 2
+    (line,) = outcome.err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert "Traceback" not in outcome.err + outcome.out
+
+
+def test_errors_are_red_on_a_terminal(slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert slora("inspect", "absent").err.startswith("\x1b[31merror: ")
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_a_traceback_is_shown_when_asked_for(
+    slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    from slora import CheckpointError
+
+    arguments = ["inspect", "absent"]
+    if how == "option":
+        arguments.insert(0, "--traceback")
+    else:
+        monkeypatch.setenv("SLORA_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["slora", *arguments])
+    with pytest.raises(CheckpointError):
+        cli.main()
+
+
+def test_zero_is_no_wish_for_a_traceback(slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLORA_TRACEBACK", "0")
+    assert slora("inspect", "absent").code == 2
+
+
+def test_an_error_of_the_system_names_its_file(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = slora("finetune", *QUICK, "--out", "file/run")
+    assert outcome.code == 2
+    assert "file/run" in outcome.err
+
+
+def test_a_wrong_option_is_reported_by_the_parser(slora: Callable[..., Outcome]) -> None:
+    outcome = slora("finetune", "--learning-rate", "1")
+    assert outcome.code == 2
+    assert "No such option: --learning-rate" in outcome.err
+
+
+def test_without_the_training_extra_one_sentence_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "typer", None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        'the slora command needs the training extra; install it with: pip install "slora[train]"\n'
+    )
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(
+    slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch.nn.functional as F
+
+    calls = 0
+
+    def interrupting(smoothing: float) -> Any:
+        def criterion(logits: Any, labels: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                signal.raise_signal(signal.SIGINT)
+            return F.cross_entropy(logits, labels)
+
+        return criterion
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slora.training.trainer._cross_entropy", interrupting)
+        outcome = slora("finetune", *QUICK)
+    assert outcome.code == 130
+    assert "checkpoints/step-00000003 is complete" in outcome.out
+    command = outcome.out.strip().rpartition("Go on with: slora ")[2].split()
+    assert command == ["finetune", "--resume", "runs/letters_vit-digits-selective"]
+    outcome = slora(*command)
+    assert outcome.code == 0, outcome.err
+    assert "4 steps in" in outcome.out
+
+
+def test_evaluate_shows_accuracy_and_what_is_still_known(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert slora("finetune", *QUICK, "--out", "run").code == 0
+    outcome = slora("evaluate", "run", "--source", "letters", "--k", "5,10")
+    assert outcome.code == 0, outcome.err
+    assert "accuracy on digits (40 images)" in outcome.out
+    assert "k-NN on letters (52 images, 208 vote)" in outcome.out
+    rows = [line.split() for line in outcome.out.splitlines()[-2:]]
+    assert [row[0] for row in rows] == ["5", "10"]
+    assert all(len(row) == 4 for row in rows)
+    assert json.loads((tmp_path / "run/evaluation.json").read_text())["knn"]["source"] == "letters"
+
+
+def test_merge_and_inspect_read_a_run(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert slora("finetune", *QUICK, "--out", "run").code == 0
+    outcome = slora("inspect", "run")
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert lines[0].split()[:2] == ["layer", "in"]
+    assert sum(line.startswith("blocks.") for line in lines) == 24
+    assert "###  0.1" in outcome.out
+    assert "36 of 36 blocks active (100.0%)" in outcome.out
+    outcome = slora("merge", "run", "--out", "merged.safetensors")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == "36 blocks merged; merged.safetensors holds the plain model\n"
+    assert (tmp_path / "merged.safetensors").stat().st_size > 1e6
+    assert slora("merge", "run", "--out", "merged.safetensors").code == 2
+
+
+def test_layers_are_listed_in_the_order_of_their_numbers() -> None:
+    entry = {"r": 2, "blocks": 2, "active": [1], "gate": [0.0, 0.2]}
+    layers = {f"blocks.{number}.fc": entry for number in (0, 1, 10, 2)}
+    table = cli._table(layers, {name: [8, 4] for name in layers})
+    assert [line.split()[0] for line in table.splitlines()[1:-1]] == [f"blocks.{n}.fc" for n in (0, 1, 2, 10)]
+    assert "4 -> 8" in table
+    assert ".#" in table
+    assert table.splitlines()[-1] == "4 of 8 blocks active (50.0%)"
+
+
+def test_a_damaged_adapter_is_named(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "selective.json").write_text('{"layers": {}}')
+    outcome = slora("inspect", ".")
+    assert outcome.code == 2
+    assert "selective.json is incomplete or damaged" in outcome.err
+
+
+def test_demo_and_report_hand_over_their_arguments(
+    slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setitem(sys.modules, "slora.demo.run", types.SimpleNamespace(main=lambda *a: calls.append(a)))
+    assert slora("demo").code == 0
+    assert slora("demo", "--out", "there", "--seeds", "1", "--quick", "--open").code == 0
+    assert calls == [(Path("slora-demo"), 3, False, False), (Path("there"), 1, True, True)]
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert slora("report", ".").out == "page\n"
+
+
+def test_a_missing_report_does_not_cost_the_result(
+    slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "slora.report", None)
+    outcome = slora("finetune", *QUICK)
+    assert outcome.code == 0
+    assert "no report was written: slora report cannot be imported" in outcome.out
+
+
+def test_doctor_shows_versions_and_how_to_get_what_is_missing(
+    slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.metadata
+
+    import torch
+
+    real = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package == "timm":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return real(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setenv("SLORA_BACKEND", "fastest")
+    outcome = slora("doctor")
+    assert outcome.code == 0
+    rows = dict(line.split("  ", 1) for line in outcome.out.splitlines() if "  " in line.strip())
+    assert rows["torch"].strip() == torch.__version__.split("+")[0] or torch.__version__ in outcome.out
+    for name in ("python", "triton", "open_clip_torch", "peft", "transformers", "GPU", "Triton kernels", "slora._C"):
+        assert rows[name].strip()
+    assert rows["timm"].strip() == "missing"
+    assert 'timm: pip install "slora[train]"' in outcome.out
+    assert "SLORA_BACKEND='fastest' is unknown" in rows["SLORA_BACKEND"]
+
+
+def test_every_command_needs_only_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    code = (
+        "import sys, slora.cli; print([m for m in ('torchvision', 'timm', 'rich', 'accelerate') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() in ("[]", "['rich']")

@@ -1,0 +1,82 @@
+"""`import slora` needs torch, NumPy and safetensors, and nothing of its extras."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+EXTRAS = (
+    "accelerate cli csrc jinja2 kernels matplotlib open_clip peft rich sklearn tensorboard timm torchmetrics "
+    "torchvision transformers triton typer webdataset yaml"
+).split()
+
+# None in sys.modules is how Python itself says that a package cannot be imported.
+BLOCK = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS!r}))\n"
+
+
+def run(code: str) -> str:
+    """Run `code` in a new interpreter and return what it prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_core_works_where_nothing_but_torch_and_safetensors_is_installed(tmp_path: object) -> None:
+    out = run(
+        BLOCK
+        + f"""
+import torch, slora
+from torch import nn
+model = nn.Sequential(nn.Linear(6, 8), nn.MultiheadAttention(8, 2))
+slora.inject(model, slora.SelectiveLoRAConfig(r=2, target_modules=["0", "1"]))
+x = torch.randn(3, 6)
+h = model[0](x)
+loss = model[1](h, h, h)[0].sum() + slora.gate_penalty(model)
+loss.backward()
+torch.optim.AdamW(slora.parameter_groups(model)).step()
+print(slora.summary(model))
+slora.save_adapter(model, {str(tmp_path)!r})
+slora.load_adapter(model, {str(tmp_path)!r})
+slora.merge_and_unload(model)
+print("done")
+"""
+    )
+    assert out.endswith("done\n")
+
+
+def test_importing_slora_loads_no_extra_package() -> None:
+    out = run("import torch, sys; before = set(sys.modules); import slora; print(*(set(sys.modules) - before))")
+    loaded = {name.partition(".")[0] for name in out.split()}
+    assert loaded & set(EXTRAS) == set()
+
+
+def test_importing_slora_loads_only_the_core() -> None:
+    out = run("import sys, slora; print(*(name for name in sys.modules if name.startswith('slora.')))")
+    parts = {name.split(".")[1] for name in out.split()}
+    assert parts & {"cli", "training", "evaluation", "report", "demo", "kernels"} == set()
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    import slora
+
+    assert sorted(slora.__all__) == list(slora.__all__)
+    for name in slora.__all__:
+        assert getattr(slora, name).__doc__, name
+
+
+def test_every_error_is_also_the_builtin_that_one_would_expect() -> None:
+    import slora
+
+    expected = {
+        slora.ConfigError: ValueError,
+        slora.TargetError: ValueError,
+        slora.ShapeError: ValueError,
+        slora.StateError: RuntimeError,
+        slora.CheckpointError: RuntimeError,
+        slora.DataError: ValueError,
+        slora.MissingDependencyError: ImportError,
+        slora.NonFiniteLossError: FloatingPointError,
+    }
+    for error, builtin in expected.items():
+        assert issubclass(error, slora.SLoRAError)
+        assert issubclass(error, builtin)

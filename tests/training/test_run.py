@@ -1,0 +1,240 @@
+"""The run directory from `finetune`, on the demo's model and scikit-learn's digits."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import slora
+import slora.adapter
+from slora import CheckpointError, ConfigError, NonFiniteLossError, SLoRAError, TargetError
+from slora.training import checkpoint, run
+
+QUICK: dict[str, Any] = {
+    "model": "demo/letters_vit",
+    "data": "digits",
+    "r": 2,
+    "max_steps": 4,
+    "batch_size": 8,
+    "device": "cpu",
+    "precision": "fp32",
+    "log_every": 2,
+    "save_every": 2,
+    "eval_every": 0,
+    "tensorboard": False,
+    "count_flops": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def _few_digits_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 digits to train on and 40 to evaluate on, in an empty working directory."""
+    from slora.demo import digits as module
+
+    whole = module.digits
+
+    def few(seed: int) -> Any:
+        (images, labels), (more_images, more_labels) = whole(seed)
+        return (images[:80], labels[:80]), (more_images[:40], more_labels[:40])
+
+    monkeypatch.setattr(module, "digits", few)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_directory_holds_what_the_run_learned_and_what_it_takes_to_repeat_it() -> None:
+    folder, result = run.finetune(QUICK)
+    assert folder == Path("runs/letters_vit-digits-selective")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter", "checkpoints", "config.yaml", "metrics.jsonl", "result.json",
+    ]  # fmt: skip
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert {key: config[key] for key in QUICK} == QUICK
+    written = json.loads((folder / "result.json").read_text())
+    assert written["accuracy"] == result.accuracy
+    assert sum(written["blocks"].values()) == 36
+    again, repeated = run.finetune({}, config=folder / "config.yaml")
+    assert again == Path("runs/letters_vit-digits-selective-2")
+    assert repeated.history[-1] == result.history[-1]
+
+
+@pytest.mark.parametrize("method", ["selective", "lora", "full", "linear"])
+def test_what_a_run_learned_is_loaded_into_a_plain_model(method: str) -> None:
+    folder, result = run.finetune({**QUICK, "method": method, "lr": 0.05, "warmup": 0.0})
+    settings = run.read_settings(folder)
+    model, spec, source = run.build(settings)
+    run.load_result(model, settings, folder)
+    images, labels = source.data(spec, training=False)[:]  # type: ignore[misc]
+    with torch.no_grad():
+        accuracy = (model.eval()(images).argmax(1) == labels).float().mean().item()
+        start = run.rebuild(settings, 10).model.eval()(images)
+        assert not torch.allclose(model(images), start, atol=1e-2)
+    assert accuracy == pytest.approx(result.accuracy)
+    assert (folder / "adapter").exists() == (method in ("selective", "lora"))
+    assert (folder / "model/model.safetensors").exists() == (method in ("full", "linear"))
+
+
+def test_a_stopped_run_goes_on_in_its_folder_and_ends_as_the_whole_one() -> None:
+    whole, _ = run.finetune({**QUICK, "max_steps": 6})
+    first, _ = run.finetune({**QUICK, "max_steps": 6}, out=Path("stopped"))
+    # As a kill after step 2 leaves it.
+    for path in checkpoint.checkpoints(first / "checkpoints"):
+        if path.name != "step-00000004":
+            for file in path.iterdir():
+                file.unlink()
+            path.rmdir()
+    again, _ = run.finetune({}, resume=first)
+    assert again == first
+    ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (whole, first))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_resumed_run_may_change_its_learning_rate_but_not_its_batches() -> None:
+    folder, _ = run.finetune(QUICK)
+    config = (folder / "config.yaml").read_bytes()
+    with pytest.raises(CheckpointError, match="was written with batch_size=8, this run has 16"):
+        run.finetune({"batch_size": 16}, resume=folder)
+    assert (folder / "config.yaml").read_bytes() == config
+    _, result = run.finetune({"lr": 1e-4, "max_steps": 6}, resume=folder)
+    assert result.steps == 6
+
+
+def test_a_checkpoint_can_be_branched_off_into_another_folder() -> None:
+    folder, _ = run.finetune(QUICK)
+    start = folder / "checkpoints/step-00000002"
+    with pytest.raises(ConfigError, match="holds step-00000004 already"):
+        run.finetune({}, resume=start)
+    branch, result = run.finetune({}, resume=start, out=Path("branch"))
+    assert (branch, result.steps) == (Path("branch"), 4)
+
+
+def test_a_folder_with_another_run_is_not_written_into() -> None:
+    folder, _ = run.finetune(QUICK)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=f"{folder} holds a run already; add --resume {folder}"):
+        run.finetune(QUICK, out=folder)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": None}, ConfigError, "does not say where it comes from"),
+        ({"model": "timm/vit_bass"}, ConfigError, "near names are"),
+        ({"data": "digit"}, ConfigError, "near names are digits"),
+        ({"learning_rate": 1}, ConfigError, "'learning_rate' is unknown"),
+        ({"target_modules": "qvk"}, TargetError, "'qvk' matches no module; near names are 'qkv'"),
+        ({"batch_size": 9999}, ConfigError, "batch_size=9999 exceeds the 80 training images"),
+        ({"r": 97}, ConfigError, "r=97 is above"),
+    ],
+    ids=["no model", "model", "data", "setting", "target", "batch", "rank"],
+)
+def test_bad_input_is_refused_with_near_names(change: dict[str, Any], error: type[SLoRAError], message: str) -> None:
+    with pytest.raises(error, match=message):
+        run.finetune({**QUICK, **change})
+
+
+def test_several_processes_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2: .* call slora.training.train in a script"):
+        run.finetune(QUICK)
+    assert not Path("runs").exists()
+
+
+def test_an_adapter_with_freed_blocks_is_saved_and_loaded() -> None:
+    folder, _ = run.finetune(
+        {**QUICK, "inactive": "frozen", "gate_lr": 1.0, "penalty": 3.0, "penalty_warmup": 0.0, "warmup": 0.0}
+    )
+    settings = run.read_settings(folder)
+    model = run.load_result(run.rebuild(settings, 10).model, settings, folder)
+    assert not any(active.any() for active in slora.active_blocks(model).values())
+
+
+def test_a_run_that_breaks_leaves_no_adapter_and_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slora.training.trainer._cross_entropy", lambda smoothing: _Breaking())
+    with pytest.raises(NonFiniteLossError, match=r"at step 3 .*checkpoints/step-00000002"):
+        run.finetune(QUICK)
+    folder = Path("runs/letters_vit-digits-selective")
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
+
+
+class _Breaking:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        return loss / 0.0 if self.calls == 3 else loss
+
+
+def test_a_full_disk_at_the_end_leaves_the_last_checkpoint_to_go_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slora.adapter, "save_file", full)
+        with pytest.raises(CheckpointError, match=r"adapter_model.safetensors could not be written \(No space left"):
+            run.finetune(QUICK)
+    folder = Path("runs/letters_vit-digits-selective")
+    assert not (folder / "result.json").exists()
+    run.finetune({}, resume=folder)
+    assert (folder / "adapter/adapter_model.safetensors").exists()
+
+
+def test_a_run_that_is_not_finished_is_named_as_such() -> None:
+    folder, _ = run.finetune({**QUICK, "method": "linear"})
+    (folder / "model/model.safetensors").unlink()
+    settings = run.read_settings(folder)
+    with pytest.raises(CheckpointError, match=f"the run is not finished; go on with slora finetune --resume {folder}"):
+        run.load_result(run.build(settings)[0], settings, folder)
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    folder, _ = run.finetune({**QUICK, "method": "linear"})
+    settings = run.read_settings(folder)
+    other = run.rebuild(settings, 11).model
+    with pytest.raises(CheckpointError, match=r"model.safetensors does not fit this VisionTransformer"):
+        run.load_result(other, settings, folder)
+
+
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no config.yaml; give the folder of a run"):
+        run.read_settings(tmp_path)
+
+
+@pytest.mark.parametrize("from_run", [True, False], ids=["run", "adapter"])
+def test_a_merged_model_computes_what_the_adapted_one_does(from_run: bool) -> None:
+    folder, _ = run.finetune({**QUICK, "lr": 0.05})
+    settings = run.read_settings(folder)
+    model, spec, source = run.build(settings)
+    run.load_result(model, settings, folder)
+    out = Path("merged.safetensors")
+    if from_run:
+        count = run.merge_adapter(folder, out, None, False, None)
+    else:
+        count = run.merge_adapter(folder / "adapter", out, "demo/letters_vit", False, None)
+    assert count == 36
+    plain = run.rebuild(settings, 10).model
+    plain.load_state_dict(load_file(out))
+    images, _ = source.data(spec, training=False)[:20]  # type: ignore[misc]
+    with torch.no_grad():
+        expected, merged = model.eval()(images), plain.eval()(images)
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"merged.safetensors exists"):
+        run.merge_adapter(folder, out, None, False, None)
+
+
+def test_an_adapter_without_its_run_needs_the_name_of_its_model() -> None:
+    folder, _ = run.finetune(QUICK)
+    with pytest.raises(ConfigError, match="is an adapter without its run; name its model"):
+        run.merge_adapter(folder / "adapter", Path("x.safetensors"), None, False, None)
+    full, _ = run.finetune({**QUICK, "method": "linear"})
+    with pytest.raises(ConfigError, match="which leaves nothing to merge"):
+        run.merge_adapter(full, Path("x.safetensors"), None, False, None)

@@ -1,0 +1,118 @@
+"""Settings: what is refused, and what a YAML file and flags make of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slora import ConfigError
+from slora.training import TrainSettings
+
+
+def test_a_yaml_file_gives_settings_and_overrides_go_before_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("lr: 1e-3\nbatch-size: 32\nmethod: lora\ntarget_modules: [qkv, fc1]\n")
+    settings = TrainSettings.from_yaml(path, batch_size=16)
+    assert (settings.lr, settings.batch_size, settings.method) == (1e-3, 16, "lora")
+    assert settings.target_modules == ["qkv", "fc1"]
+    assert settings.epochs == TrainSettings().epochs
+
+
+def test_an_override_replaces_a_hyphenated_name_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("gate-lr: 0.5\n")
+    assert TrainSettings.from_yaml(path, gate_lr=0.25).gate_lr == 0.25
+
+
+def test_settings_survive_a_round_trip() -> None:
+    settings = TrainSettings(model="timm/x", penalty=0.3, blocks=2, max_steps=7, modules_to_save=["head"])
+    assert TrainSettings.from_dict(settings.to_dict()) == settings
+
+
+def test_an_unknown_setting_is_named_with_near_names() -> None:
+    with pytest.raises(ConfigError, match=r"'learnig_rate' is unknown|'penalti' is unknown.*'penalty'"):
+        TrainSettings.from_dict({"penalti": 1})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("lr: [1, 2]", r"run\.yaml: lr=\[1, 2\] is not a number"),
+        ("- a\n- b", r"run\.yaml holds a list; expected lines"),
+        ("a: [", r"run\.yaml is not YAML"),
+        ("epoch: 3", r"run\.yaml: setting 'epoch' is unknown; near names are 'epochs'"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        TrainSettings.from_yaml(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist"):
+        TrainSettings.from_yaml(tmp_path / "absent.yaml")
+
+
+def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("")
+    assert TrainSettings.from_yaml(path) == TrainSettings()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("epochs", 0, "epochs=0 is out of range; use 1 or more"),
+        ("max_steps", 0, "max_steps=0"),
+        ("batch_size", 2.5, "batch_size=2.5 is not an integer"),
+        ("batch_size", True, "batch_size=True is not an integer"),
+        ("lr", float("nan"), "lr=nan"),
+        ("lr", "fast", "lr='fast' is not a number"),
+        ("penalty", -1, "penalty=-1"),
+        ("penalty_warmup", 1.5, "use a share from 0 to 1"),
+        ("label_smoothing", 1.0, "label_smoothing=1.0"),
+        ("method", "selectiv", "method='selectiv' is not 'selective' or 'lora' or 'full' or 'linear'"),
+        ("inactive", "never", "inactive='never'"),
+        ("pretrained", "yes", "pretrained='yes' is not true or false"),
+        ("r", 0, "r=0 is not a rank"),
+        ("threshold", float("inf"), "threshold=inf is not"),
+        ("target_modules", "(", "not a regular expression"),
+        ("save_every", -1, "save_every=-1"),
+        ("base_dtype", "float99", "base_dtype='float99' is not the name of a torch dtype"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(") if message == "(" else message):
+        TrainSettings(**{field: value})
+
+
+def test_16_bit_base_weights_need_16_bit_arithmetic() -> None:
+    assert TrainSettings(base_dtype="bfloat16", precision="bf16").lora_config().base_dtype is torch.bfloat16
+    with pytest.raises(ConfigError, match="base_dtype='bfloat16' needs precision='bf16'"):
+        TrainSettings(base_dtype="bfloat16", precision="fp32")
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("all-linear", "all-linear"),
+        ("qkv", ["qkv"]),
+        ("qkv, attn.proj", ["qkv", "attn.proj"]),
+        (r".*\.(fc1|fc2)", r".*\.(fc1|fc2)"),
+    ],
+)
+def test_target_modules_are_name_endings_or_a_regular_expression(given: str, kept: Any) -> None:
+    assert TrainSettings(target_modules=given).target_modules == kept
+
+
+def test_plain_lora_is_the_same_adapter_with_every_block_active_for_good() -> None:
+    selective, lora = TrainSettings(r=3).lora_config(), TrainSettings(r=3, method="lora").lora_config()
+    assert (lora.gate_init, selective.gate_init) == (1.0, 0.15)
+    assert lora.threshold < -1e6
+    assert dataclasses.replace(lora, gate_init=0.15, threshold=0.1) == selective
