@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -53,7 +54,7 @@ def _by_rows(weights: Sequence[Tensor], terms: Sequence[Term]) -> list[tuple[int
             of_weight.setdefault(term.weight, []).append(term)
     for i, mine in of_weight.items():
         cuts = sorted({row for t in mine for row in (t.first_row, t.first_row + t.B.shape[0])})
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in itertools.pairwise(cuts):
             covering = [t for t in mine if t.first_row <= first < t.first_row + t.B.shape[0]]
             if covering:
                 work.append((i, first, last, covering))
