@@ -99,7 +99,8 @@ Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& term
     const auto index = static_cast<int64_t>(i);
     check_weight(w, index);
     const bool in_place = w.source == w.target;
-    if (in_place && w.source_stride != w.target_stride) refuse(item("weights", index) + " has two row strides");
+    if (in_place && w.rows > 1 && w.cols > 0 && w.source_stride != w.target_stride)
+      refuse(item("weights", index) + " has two row strides");
     add_span(written, in_place ? "weights" : "results", index, w.target, w.rows, w.cols, w.target_stride, 1, w.dtype);
     if (!in_place) add_span(read, "weights", index, w.source, w.rows, w.cols, w.source_stride, 1, w.dtype);
   }

@@ -126,7 +126,7 @@ def extension_info() -> dict[str, Any]:
     if module is None:
         return {"available": False, "reason": reason}
     info = dict(module.info())
-    return {"available": True, "reason": None, **info, "architectures": info["architectures"].split(";")}
+    return {"available": True, "reason": None, **info, "architectures": info["architectures"].replace(";", " ").split()}
 
 
 @functools.cache

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from types import ModuleType
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -51,7 +54,7 @@ def merged_in_order(W: Tensor, updates: Iterable[Update]) -> Tensor:
 
 def bound(W: Tensor, updates: Iterable[Update]) -> tuple[Tensor, Tensor]:
     """Return `W + sum c B A` in fp64, and one fp32 unit in the last place of `|W| + (R + 2) sum |c B A|`."""
-    exact, magnitude = W.double(), torch.zeros(W.shape, dtype=torch.float64)
+    exact, magnitude = W.double().clone(), torch.zeros(W.shape, dtype=torch.float64)
     R = torch.zeros(W.shape[0], 1, dtype=torch.float64)
     for A, B, scale, first in updates:
         rows = slice(first, first + B.shape[0])
@@ -66,3 +69,9 @@ def rounding_interval(exact: Tensor, error: Tensor, dtype: torch.dtype) -> tuple
     """What values within `error` of `exact` may round to in `dtype`: lowest and highest."""
     low, high = ((exact + sign * error).float().to(dtype) for sign in (-1, 1))
     return low, high
+
+
+@pytest.fixture(scope="session")
+def exact() -> ModuleType:
+    """The functions of this file, for the tests beside it."""
+    return sys.modules[__name__]
