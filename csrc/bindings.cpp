@@ -191,7 +191,7 @@ pybind11::dict info() {
   result["torch"] = TORCH_VERSION;
   result["cpu"] = name_of(best_isa());
 #ifdef SLORA_WITH_CUDA
-  result["cuda"] = std::to_string(SLORA_CUDA_VERSION / 1000) + "." + std::to_string(SLORA_CUDA_VERSION % 1000 / 10);
+  result["cuda"] = std::to_string(cuda_version() / 1000) + "." + std::to_string(cuda_version() % 1000 / 10);
   result["architectures"] = SLORA_ARCHITECTURES;
 #else
   result["cuda"] = pybind11::none();

@@ -108,15 +108,21 @@ class CpuMerge {
   std::shared_ptr<Queue> queue_;
 };
 
-// ---- CUDA (merge_cuda.cu; without nvcc these do not exist) ----
+// ---- CUDA ----
+
+constexpr int kCudaTileRows = 256, kCudaTileCols = 128;
 
 // What a launch needs in device memory: segments, pieces and tiles behind one another.
 struct CudaTable {
   std::vector<char> bytes;
   int64_t segments, pieces, tiles;  // offsets in bytes
-  int64_t tile_count, max_rank;
+  int64_t tile_count;
+  int64_t term_rank, row_rank;  // the largest rank of a term, and of all terms of a row together
 };
 CudaTable make_cuda_table(const Plan& plan, Dtype dtype);
+
+// The rest is in merge_cuda.cu, which exists only where there is nvcc.
+int cuda_version();
 
 // Launches the one kernel of `dtype` on `stream`; `device_table` holds table.bytes once the stream gets there.
 // Throws std::runtime_error with CUDA's message where the launch is refused.

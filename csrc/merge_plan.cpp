@@ -1,6 +1,7 @@
 // From weights and terms to segments and tiles, with every check.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <stdexcept>
 
@@ -82,10 +83,12 @@ void check_term(const Term& term, const std::vector<Weight>& weights, int64_t in
   if (term.rank < 0 || term.rows < 0) refuse(name + " has a negative size");
   const int64_t rows = weights[term.weight].rows;
   if (term.first_row < 0 || term.rows > rows || term.first_row > rows - term.rows)
-    refuse(name + " covers rows " + std::to_string(term.first_row) + " to " +
-           std::to_string(term.first_row + term.rows) + " of " + item("weights", term.weight) + ", which has " +
-           std::to_string(rows));
-  if (!std::isfinite(term.scale)) refuse(item("scales", index) + " is not finite");
+    refuse(name + " covers " + std::to_string(term.rows) + " rows from row " + std::to_string(term.first_row) + " on of " +
+           item("weights", term.weight) + ", which has " + std::to_string(rows));
+  const bool wide = weights[term.weight].dtype == Dtype::f64;
+  if (!std::isfinite(wide ? term.scale : static_cast<double>(static_cast<float>(term.scale))))
+    refuse(item("scales", index) + " is not finite");
+  if (term.rank > std::numeric_limits<int32_t>::max() / 2) refuse(name + " has a rank of more than 2^31");
   for (int64_t stride : {term.A_strides[0], term.A_strides[1], term.B_strides[0], term.B_strides[1]})
     if (stride < 0) refuse(name + " has a negative stride");
 }
@@ -175,6 +178,29 @@ std::vector<Tile> make_tiles(const Plan& plan, Dtype dtype, const std::function<
         tiles.push_back({static_cast<int32_t>(i), static_cast<int32_t>(row), static_cast<int32_t>(col), 0});
   }
   return tiles;
+}
+
+CudaTable make_cuda_table(const Plan& plan, Dtype dtype) {
+  const std::vector<Tile> tiles =
+      make_tiles(plan, dtype, [](const Segment&) { return TileShape{kCudaTileRows, kCudaTileCols}; });
+  CudaTable table{};
+  const auto append = [&table](const void* data, size_t bytes) {
+    const size_t offset = (table.bytes.size() + 15) / 16 * 16;
+    table.bytes.resize(offset + bytes);
+    if (bytes > 0) std::memcpy(table.bytes.data() + offset, data, bytes);
+    return static_cast<int64_t>(offset);
+  };
+  table.segments = append(plan.segments.data(), plan.segments.size() * sizeof(Segment));
+  table.pieces = append(plan.pieces.data(), plan.pieces.size() * sizeof(Piece));
+  table.tiles = append(tiles.data(), tiles.size() * sizeof(Tile));
+  table.tile_count = static_cast<int64_t>(tiles.size());
+  for (const Segment& s : plan.segments) {
+    if (s.dtype != dtype) continue;
+    table.row_rank = std::max(table.row_rank, s.rank);
+    for (int64_t p = s.first_piece; p < s.first_piece + s.pieces; ++p)
+      table.term_rank = std::max(table.term_rank, plan.pieces[p].rank);
+  }
+  return table;
 }
 
 }  // namespace slora

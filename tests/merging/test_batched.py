@@ -347,8 +347,8 @@ def test_the_operator_itself_refuses_what_would_reach_beyond_memory() -> None:
     merge_ = torch.ops.slora.batched_merge_
     W, A, B = torch.zeros(6, 4), torch.ones(2, 4), torch.ones(6, 2)
     for message, call in {
-        "covers rows 1 to 7": ([W], [A], [B], [1.0], [0], [1]),
-        "covers rows -1 to 5": ([W], [A], [B], [1.0], [0], [-1]),
+        "covers 6 rows from row 1 on of weights.0., which has 6": ([W], [A], [B], [1.0], [0], [1]),
+        "covers 6 rows from row -1 on": ([W], [A], [B], [1.0], [0], [-1]),
         "names none of the 1 weights": ([W], [A], [B], [1.0], [1], [0]),
         "expected .r, 4.": ([W], [A[:, :3]], [B], [1.0], [0], [0]),
         "each term needs one": ([W], [A], [B], [], [0], [0]),
