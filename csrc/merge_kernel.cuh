@@ -26,6 +26,7 @@
 #define SLORA_UNROLL _Pragma("unroll")
 #define SLORA_UNROLL_TWICE _Pragma("unroll 2")
 #define SLORA_KEEP_ROLLED _Pragma("unroll 1")
+#define SLORA_SHARED(name) extern __shared__ float4 name[]
 #endif
 
 namespace slora {
@@ -241,7 +242,7 @@ merge_kernel(const Segment* __restrict__ segments, const Piece* __restrict__ pie
   constexpr int64_t size = dtype == Dtype::f32 ? 4 : 2;
   constexpr int kThreads = Shape<kTensor>::kThreads, kStep = Shape<kTensor>::kStep;
   constexpr int kStrideB = Shape<kTensor>::kStrideB;
-  extern __shared__ float4 shared[];
+  SLORA_SHARED(shared);
   float* As = reinterpret_cast<float*>(shared);
   float* Bs = As + panel * kStrideA;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, g = thread % 32 / 4, q = thread % 4;
