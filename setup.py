@@ -58,7 +58,7 @@ def extension() -> tuple[dict[str, Any], str]:
     module: dict[str, Any] = {
         "name": "slora._C",
         "sources": sorted(glob("csrc/*.cpp")),
-        "depends": glob("csrc/*.h"),
+        "depends": [*glob("csrc/*.h"), *glob("csrc/*.cuh")],
         "extra_compile_args": flags,
     }
     no_cuda = why_no_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)

@@ -43,19 +43,21 @@ Dtype dtype_of(const Tensor& tensor, const char* list, size_t index) {
 void check(at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scales,
            at::IntArrayRef targets, at::IntArrayRef rows) {
   const size_t count = lora_As.size();
-  TORCH_CHECK_VALUE(lora_Bs.size() == count && scales.size() == count && targets.size() == count && rows.size() == count,
-                    "lora_As, lora_Bs, scales, targets and rows have ", count, ", ", lora_Bs.size(), ", ",
-                    scales.size(), ", ", targets.size(), " and ", rows.size(), " entries; each term needs one of each");
+  TORCH_CHECK_VALUE(
+      lora_Bs.size() == count && scales.size() == count && targets.size() == count && rows.size() == count,
+      "lora_As, lora_Bs, scales, targets and rows have ", count, ", ", lora_Bs.size(), ", ", scales.size(), ", ",
+      targets.size(), " and ", rows.size(), " entries; each term needs one of each");
   for (size_t i = 0; i < weights.size(); ++i) {
     TORCH_CHECK_VALUE(weights[i].dim() == 2, "weights[", i, "] has ", weights[i].dim(), " dimensions; expected [N, K]");
     TORCH_CHECK_VALUE(weights[i].device() == weights[0].device(), "weights[", i, "] is on ", weights[i].device(),
-                      ", but weights[0] on ", weights[0].device(), "; merge each device's weights in a call of its own");
+                      ", but weights[0] on ", weights[0].device(),
+                      "; merge each device's weights in a call of its own");
     dtype_of(weights[i], "weights", i);
   }
   for (size_t i = 0; i < count; ++i) {
     const Tensor &A = lora_As[i], &B = lora_Bs[i];
-    TORCH_CHECK_VALUE(targets[i] >= 0 && targets[i] < static_cast<int64_t>(weights.size()), "targets[", i, "]=",
-                      targets[i], " names none of the ", weights.size(), " weights");
+    TORCH_CHECK_VALUE(targets[i] >= 0 && targets[i] < static_cast<int64_t>(weights.size()), "targets[", i,
+                      "]=", targets[i], " names none of the ", weights.size(), " weights");
     const Tensor& W = weights[targets[i]];
     TORCH_CHECK_VALUE(A.dim() == 2 && B.dim() == 2 && A.size(1) == W.size(1) && A.size(0) == B.size(1), "lora_As[", i,
                       "] has shape ", A.sizes(), " and lora_Bs[", i, "] ", B.sizes(), "; expected [r, ", W.size(1),

@@ -11,13 +11,11 @@
 
 #include "merge.h"
 #include "numbers.h"
+#include "vectors.h"
 
 #if defined(__x86_64__)
 #define SLORA_X86 1
 #endif
-#define SLORA_INLINE inline __attribute__((always_inline))
-
-#pragma GCC diagnostic ignored "-Wpsabi"
 
 namespace slora {
 namespace {
@@ -27,16 +25,6 @@ constexpr int64_t kRows = 6;
 constexpr int64_t kPanelBytes = 128 * 1024;
 constexpr int64_t kTileRows = 32 * kRows;
 constexpr int64_t kWidestBlock = 256;  // bytes
-
-// kLanes numbers of type T in one register, and how many registers of columns a block has.
-template <class T, int kLanes>
-struct Vector {
-  typedef T type __attribute__((vector_size(sizeof(T) * kLanes)));
-  typedef T loose __attribute__((vector_size(sizeof(T) * kLanes), aligned(1), may_alias));
-  typedef uint32_t bits __attribute__((vector_size(4 * kLanes)));
-  typedef uint16_t half __attribute__((vector_size(2 * kLanes)));
-  typedef uint16_t loose_half __attribute__((vector_size(2 * kLanes), aligned(1), may_alias));
-};
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -52,65 +40,6 @@ SLORA_INLINE T read_number(const char* data, int64_t index, Dtype dtype) {
     default:
       return static_cast<T>(reinterpret_cast<const double*>(data)[index]);
   }
-}
-
-// ---- W in and out: vectors of T, rounded to nearest even once ----
-
-template <Dtype dtype, int kLanes>
-SLORA_INLINE void load(const char* from, typename Vector<float, kLanes>::type& value) {
-  using V = Vector<float, kLanes>;
-  if (dtype == Dtype::f32) {
-    value = *reinterpret_cast<const typename V::loose*>(from);
-    return;
-  }
-  const auto wide =
-      __builtin_convertvector(static_cast<typename V::half>(*reinterpret_cast<const typename V::loose_half*>(from)),
-                              typename V::bits);
-  if (dtype == Dtype::bf16) {
-    value = (typename V::type)(wide << 16);
-    return;
-  }
-  using Bits = typename V::bits;
-  const Bits magnitude = (wide & 0x7fffu) << 13;
-  const Bits subnormal = (Bits)((typename V::type)(magnitude + 0x38800000u) - 0x1p-14f);
-  const Bits normal = magnitude + (magnitude >= 0x0f800000u ? Bits{} + 0x70000000u : Bits{} + 0x38000000u);
-  value = (typename V::type)((magnitude < 0x00800000u ? subnormal : normal) | ((wide & 0x8000u) << 16));
-}
-
-template <Dtype dtype, int kLanes>
-SLORA_INLINE void store(char* to, const typename Vector<float, kLanes>::type& value) {
-  using V = Vector<float, kLanes>;
-  if (dtype == Dtype::f32) {
-    *reinterpret_cast<typename V::loose*>(to) = value;
-    return;
-  }
-  using Bits = typename V::bits;
-  const Bits bits = (Bits)value, quiet = Bits{} + 0x7fc0u;
-  Bits half;
-  if (dtype == Dtype::bf16) {
-    const Bits rounded = (bits + ((bits >> 16) & 1u) + 0x7fffu) >> 16;
-    half = value == value ? rounded : quiet;
-  } else {
-    // Normal results: drop 13 bits and lower the bias by 112. Subnormal ones: adding 0.5 lets the adder round.
-    const Bits magnitude = bits & 0x7fffffffu;
-    const Bits normal = (magnitude + (0xfffu - 0x38000000u + ((magnitude >> 13) & 1u))) >> 13;
-    const Bits subnormal = (Bits)((typename V::type)magnitude + 0.5f) - 0x3f000000u;
-    half = magnitude < 0x38800000u ? subnormal : normal;
-    half = magnitude >= 0x477ff000u ? Bits{} + 0x7c00u : half;
-    half = value == value ? half : quiet;
-    half |= (bits >> 16) & 0x8000u;
-  }
-  *reinterpret_cast<typename V::loose_half*>(to) = __builtin_convertvector(half, typename V::half);
-}
-
-template <Dtype, int kLanes>
-SLORA_INLINE void load(const char* from, typename Vector<double, kLanes>::type& value) {
-  value = *reinterpret_cast<const typename Vector<double, kLanes>::loose*>(from);
-}
-
-template <Dtype, int kLanes>
-SLORA_INLINE void store(char* to, const typename Vector<double, kLanes>::type& value) {
-  *reinterpret_cast<typename Vector<double, kLanes>::loose*>(to) = value;
 }
 
 // ---- the block ----
@@ -168,15 +97,15 @@ SLORA_INLINE void block(const T* A, const T* B, int64_t rank, const char* source
   }
 }
 
-#define SLORA_BLOCK(name, attributes, type, dtype, lanes, vectors, fused)                                     \
-  attributes void name(const type* A, const type* B, int64_t rank, const char* source, int64_t source_stride, \
-                       char* target, int64_t target_stride, const char* next) {                               \
+#define SLORA_BLOCK(name, attributes, type, dtype, lanes, vectors, fused)                                      \
+  attributes void name(const type* A, const type* B, int64_t rank, const char* source, int64_t source_stride,  \
+                       char* target, int64_t target_stride, const char* next) {                                \
     block<type, dtype, lanes, vectors, fused>(A, B, rank, source, source_stride, target, target_stride, next); \
   }
-#define SLORA_BLOCKS(name, attributes, lanes, vectors, fused)                       \
-  SLORA_BLOCK(name##_f32, attributes, float, Dtype::f32, lanes, vectors, fused)     \
-  SLORA_BLOCK(name##_bf16, attributes, float, Dtype::bf16, lanes, vectors, fused)   \
-  SLORA_BLOCK(name##_f16, attributes, float, Dtype::f16, lanes, vectors, fused)     \
+#define SLORA_BLOCKS(name, attributes, lanes, vectors, fused)                     \
+  SLORA_BLOCK(name##_f32, attributes, float, Dtype::f32, lanes, vectors, fused)   \
+  SLORA_BLOCK(name##_bf16, attributes, float, Dtype::bf16, lanes, vectors, fused) \
+  SLORA_BLOCK(name##_f16, attributes, float, Dtype::f16, lanes, vectors, fused)   \
   SLORA_BLOCK(name##_f64, attributes, double, Dtype::f64, lanes / 2, vectors, fused)
 
 #if defined(__FP_FAST_FMAF) && defined(__FP_FAST_FMA)
@@ -325,9 +254,7 @@ Isa best_isa() {
   return Isa::portable;
 }
 
-const char* name_of(Isa isa) {
-  return isa == Isa::avx512 ? "AVX-512" : isa == Isa::avx2 ? "AVX2 and FMA" : "portable";
-}
+const char* name_of(Isa isa) { return isa == Isa::avx512 ? "AVX-512" : isa == Isa::avx2 ? "AVX2 and FMA" : "portable"; }
 
 struct CpuMerge::Queue {
   std::atomic<int64_t> next{0};

@@ -46,8 +46,8 @@ void launch_cuda_merge(const CudaTable& table, const void* device_table, Dtype d
   int64_t tile_count = table.tile_count;
   void* arguments[] = {&segments, &pieces, &tiles, &tile_count, &panel};
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tile_count, 0x7fffffff));
-  require(cudaLaunchKernel(kernel, dim3(blocks), dim3(tensor ? Shape<true>::kThreads : Shape<false>::kThreads), arguments, shared,
-                           static_cast<cudaStream_t>(stream)),
+  require(cudaLaunchKernel(kernel, dim3(blocks), dim3(tensor ? Shape<true>::kThreads : Shape<false>::kThreads),
+                           arguments, shared, static_cast<cudaStream_t>(stream)),
           "the launch");
 }
 

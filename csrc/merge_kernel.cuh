@@ -1,8 +1,8 @@
 // The CUDA kernel: one thread block per tile of 256 x 128 weights, 32 or 64 rows at a time.
 //
 // Read and written once: W, 16 bytes at a time, straight from and to registers. A is staged in shared memory once per
-// tile and B for the rows at hand, both as fp32. A thread owns rows g, g + 8, g + 16, g + 24 of its warp's 32 x 32 part and
-// eight neighbouring columns, with g = lane / 4: the layout of the accumulators of mma.m16n8k8 once the columns are
+// tile and B for the rows at hand, both as fp32. A thread owns rows g, g + 8, g + 16, g + 24 of its warp's 32 x 32 part
+// and eight neighbouring columns, with g = lane / 4: the layout of the accumulators of mma.m16n8k8 once the columns are
 // dealt out right, so both ways to multiply share everything else.
 //
 //   rank <= 32   fused multiply-adds in the order merge.h states: the bits of the CPU path.
@@ -49,7 +49,9 @@ constexpr int kNarrowBlocks = 5;
 constexpr int kNarrowBlocks = 4;
 #endif
 template <Dtype dtype, bool kTensor>
-constexpr int kBlocks = kTensor ? 2 : dtype == Dtype::f32 ? 4 : kNarrowBlocks;
+constexpr int kBlocks = kTensor               ? 2
+                        : dtype == Dtype::f32 ? 4
+                                              : kNarrowBlocks;
 
 inline int64_t cuda_shared_bytes(int64_t panel, bool tensor) {
   return 4 * (panel * kStrideA + kChunk * (tensor ? Shape<true>::kStrideB : Shape<false>::kStrideB));
@@ -95,18 +97,19 @@ SLORA_DEVICE int place_of(int col) { return col / 8 * 8 + col % 2 * 4 + col % 8 
 
 // `count` ranks of A from `first` on, zeros beyond column `cols` and up to a multiple of eight ranks.
 template <int kThreads>
-SLORA_DEVICE void stage_A(float* As, const Piece& piece, int first, int count, int64_t first_col, int cols, int thread) {
+SLORA_DEVICE void stage_A(float* As, const Piece& piece, int first, int count, int64_t first_col, int cols,
+                          int thread) {
   const int c = thread % kCudaTileCols;
   const int64_t column = (first_col + c) * piece.A_strides[1];
   As += place_of(c);
   SLORA_UNROLL_TWICE
   for (int k = thread / kCudaTileCols; k < (count + 7) / 8 * 8; k += kThreads / kCudaTileCols)
-    As[k * kStrideA] = c < cols && k < count
-                           ? read_factor(piece.A, (first + k) * piece.A_strides[0] + column, piece.A_dtype)
-                           : 0.0f;
+    As[k * kStrideA] =
+        c < cols && k < count ? read_factor(piece.A, (first + k) * piece.A_strides[0] + column, piece.A_dtype) : 0.0f;
 }
 
-// `count` ranks of scale * B from `first` on for the rows at hand, zeros beyond `rows` and up to a multiple of eight ranks.
+// `count` ranks of scale * B from `first` on for the rows at hand, zeros beyond `rows` and up to a multiple of eight
+// ranks.
 template <int kStrideB>
 SLORA_DEVICE void stage_B(float* Bs, const Piece& piece, float scale, int first, int count, int64_t first_row, int rows,
                           int thread) {
@@ -289,8 +292,9 @@ merge_kernel(const Segment* __restrict__ segments, const Piece* __restrict__ pie
             stage_B<kStrideB>(Bs, piece, scale, first + j, chunk, first_row + row, rows - row, thread);
             __syncthreads();
             if (tensor) {
-              multiply_tensor<kStrideB>(sum, As + (j + q) * kStrideA + part_col + g * 4, Bs + q * kStrideB + part_row + g * 4,
-                              chunk, piece.A_dtype == Dtype::f32, !scale_last || piece.B_dtype == Dtype::f32);
+              multiply_tensor<kStrideB>(sum, As + (j + q) * kStrideA + part_col + g * 4,
+                                        Bs + q * kStrideB + part_row + g * 4, chunk, piece.A_dtype == Dtype::f32,
+                                        !scale_last || piece.B_dtype == Dtype::f32);
             } else {
               multiply_fused<kStrideB>(sum, As + j * kStrideA + part_col + q * 8, Bs + part_row + g * 4, chunk);
             }

@@ -28,7 +28,8 @@ void add_span(std::vector<Span>& spans, const char* list, int64_t index, const v
   if (rows == 0 || cols == 0) return;
   const auto begin = reinterpret_cast<uintptr_t>(data);
   const int64_t size = bytes_of(dtype), last = (rows - 1) * row_stride + (cols - 1) * col_stride;
-  spans.push_back({begin, begin + static_cast<uintptr_t>((last + 1) * size), row_stride * size, cols * size, list, index});
+  spans.push_back(
+      {begin, begin + static_cast<uintptr_t>((last + 1) * size), row_stride * size, cols * size, list, index});
 }
 
 // Two matrices whose bytes interleave are disjoint where both are column windows of one row stride.
@@ -83,8 +84,8 @@ void check_term(const Term& term, const std::vector<Weight>& weights, int64_t in
   if (term.rank < 0 || term.rows < 0) refuse(name + " has a negative size");
   const int64_t rows = weights[term.weight].rows;
   if (term.first_row < 0 || term.rows > rows || term.first_row > rows - term.rows)
-    refuse(name + " covers " + std::to_string(term.rows) + " rows from row " + std::to_string(term.first_row) + " on of " +
-           item("weights", term.weight) + ", which has " + std::to_string(rows));
+    refuse(name + " covers " + std::to_string(term.rows) + " rows from row " + std::to_string(term.first_row) +
+           " on of " + item("weights", term.weight) + ", which has " + std::to_string(rows));
   const bool wide = weights[term.weight].dtype == Dtype::f64;
   if (!std::isfinite(wide ? term.scale : static_cast<double>(static_cast<float>(term.scale))))
     refuse(item("scales", index) + " is not finite");

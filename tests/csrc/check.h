@@ -17,14 +17,14 @@ namespace check {
 
 using slora::Dtype;
 
-#define CHECK(condition, ...)                                        \
-  do {                                                               \
-    if (!(condition)) {                                              \
+#define CHECK(condition, ...)                                              \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
       std::fprintf(stderr, "%s:%d: %s: ", __FILE__, __LINE__, #condition); \
-      std::fprintf(stderr, __VA_ARGS__);                             \
-      std::fprintf(stderr, "\n");                                    \
-      std::exit(1);                                                  \
-    }                                                                \
+      std::fprintf(stderr, __VA_ARGS__);                                   \
+      std::fprintf(stderr, "\n");                                          \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (0)
 
 // Rounding by comparing neighbours in double, apart from the bit tricks of the executors.
@@ -121,7 +121,8 @@ inline Case random_case(std::mt19937_64& random, const std::vector<Dtype>& dtype
     const Matrix& target = in_place ? W : c.results.back();
     c.plan_weights.push_back({W.data, target.data, rows, cols, W.row_stride, target.row_stride, dtype});
     for (int64_t t = below(4); t > 0; --t) {
-      const int64_t rank = 1 + (below(3) == 0 ? below(most_rank) : below(9)), first = below(2) == 0 ? 0 : below(rows + 1);
+      const int64_t rank = 1 + (below(3) == 0 ? below(most_rank) : below(9)),
+                    first = below(2) == 0 ? 0 : below(rows + 1);
       const int64_t n = first == 0 ? rows : below(rows - first + 1);
       const bool transposed_A = below(4) == 0, transposed_B = below(4) == 0;
       c.As.emplace_back(rank, cols, transposed_A ? 1 : cols + below(4), transposed_A ? rank : 1,

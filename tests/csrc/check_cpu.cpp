@@ -45,7 +45,8 @@ void compare(uint64_t seed, Isa isa, bool in_place) {
               static_cast<unsigned long long>(seed), name_of(isa), w, static_cast<long long>(i),
               static_cast<long long>(j), static_cast<int>(W.dtype), check::get(found, 0, W.dtype), e.value);
         // What lies between the elements is compared below: put the old element back.
-        if (in_place) check::set(c.weights[w].data, W.at(i, j), W.dtype, before[w][static_cast<size_t>(i * W.cols + j)]);
+        if (in_place)
+          check::set(c.weights[w].data, W.at(i, j), W.dtype, before[w][static_cast<size_t>(i * W.cols + j)]);
       }
     }
     CHECK(std::memcmp(W.memory.get(), memory[w].data(), memory[w].size()) == 0, "seed %llu wrote outside weight %zu",
@@ -63,7 +64,8 @@ void refused(const char* message, Change change) {
   try {
     make_plan(weights, terms);
   } catch (const std::invalid_argument& error) {
-    CHECK(std::string(error.what()).find(message) != std::string::npos, "'%s' does not say '%s'", error.what(), message);
+    CHECK(std::string(error.what()).find(message) != std::string::npos, "'%s' does not say '%s'", error.what(),
+          message);
     return;
   }
   CHECK(false, "not refused: %s", message);
@@ -99,7 +101,8 @@ void check_refusals() {
 
 void check_that_column_windows_are_no_overlap() {
   float data[24] = {};
-  const std::vector<Weight> weights = {{data, data, 6, 2, 4, 4, Dtype::f32}, {data + 2, data + 2, 6, 2, 4, 4, Dtype::f32}};
+  const std::vector<Weight> weights = {{data, data, 6, 2, 4, 4, Dtype::f32},
+                                       {data + 2, data + 2, 6, 2, 4, 4, Dtype::f32}};
   CHECK(make_plan(weights, {}).segments.empty(), "a weight without a term has a segment");
 }
 

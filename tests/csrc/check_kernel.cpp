@@ -36,9 +36,9 @@ void launch(const CudaTable& table, int panel, uint64_t seed) {
     emulate::Block block(Shape<kTensor>::kThreads, seed + b);
     const char* base = table.bytes.data();
     const bool finished = block.run([&] {
-      merge_kernel<dtype, kTensor>(
-          reinterpret_cast<const Segment*>(base + table.segments), reinterpret_cast<const Piece*>(base + table.pieces),
-          reinterpret_cast<const Tile*>(base + table.tiles), table.tile_count, panel);
+      merge_kernel<dtype, kTensor>(reinterpret_cast<const Segment*>(base + table.segments),
+                                   reinterpret_cast<const Piece*>(base + table.pieces),
+                                   reinterpret_cast<const Tile*>(base + table.tiles), table.tile_count, panel);
     });
     CHECK(finished, "seed %llu: a barrier that not all threads reach", static_cast<unsigned long long>(seed));
   }
@@ -48,7 +48,8 @@ template <Dtype dtype>
 int64_t launch(const Plan& plan, int most_panel, uint64_t seed) {
   const CudaTable table = make_cuda_table(plan, dtype);
   if (table.tile_count == 0) return 0;
-  const int panel = static_cast<int>(std::min<int64_t>((std::max<int64_t>(table.term_rank, 1) + 7) / 8 * 8, most_panel));
+  const int panel =
+      static_cast<int>(std::min<int64_t>((std::max<int64_t>(table.term_rank, 1) + 7) / 8 * 8, most_panel));
   if (table.row_rank > kTensorRank) {
     launch<dtype, true>(table, panel, seed);
   } else {
@@ -77,10 +78,12 @@ void compare(uint64_t seed, bool in_place) {
     for (int64_t i = 0; i < W.rows; ++i) {
       for (int64_t j = 0; j < W.cols; ++j) {
         const check::Expected e = check::expected(c, before[w], static_cast<int64_t>(w), i, j);
-        const double old = before[w][static_cast<size_t>(i * W.cols + j)], found = check::get(result.data, result.at(i, j), W.dtype);
+        const double old = before[w][static_cast<size_t>(i * W.cols + j)],
+                     found = check::get(result.data, result.at(i, j), W.dtype);
         char low[8] = {}, high[8] = {};
         // One fp32 unit of |W| + (R + 2) sum |c B A| each for the reference and for the tensor cores.
-        const double slack = e.rank > kTensorRank ? std::ldexp(std::fabs(old) + (e.rank + 2.0) * e.magnitude, -22) : 0.0;
+        const double slack =
+            e.rank > kTensorRank ? std::ldexp(std::fabs(old) + (e.rank + 2.0) * e.magnitude, -22) : 0.0;
         check::set(low, 0, W.dtype, e.touched ? e.value - slack : old);
         check::set(high, 0, W.dtype, e.touched ? e.value + slack : old);
         CHECK(check::get(low, 0, W.dtype) <= found && found <= check::get(high, 0, W.dtype),

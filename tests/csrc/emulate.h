@@ -156,7 +156,7 @@ inline float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); 
 inline void mma(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   emulate::Block& block = *emulate::Block::current;
   const unsigned lane = block.thread() % 32;
-  uint32_t(*all)[8] = block.exchange();
+  uint32_t (*all)[8] = block.exchange();
   for (int i = 0; i < 4; ++i) all[lane][i] = a[i];
   all[lane][4] = b0, all[lane][5] = b1;
   block.warp_barrier();
