@@ -156,6 +156,11 @@ def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
+def matches_pattern(pattern: str, name: str) -> bool:
+    """Whether an entry of `rank_pattern` or `alpha_pattern` is about the module `name`: its end, as in PEFT."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -182,7 +187,4 @@ def _check_pattern(name: str, pattern: str) -> None:
 
 
 def _first_match(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return value
-    return default
+    return next((value for pattern, value in (patterns or {}).items() if matches_pattern(pattern, name)), default)

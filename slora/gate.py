@@ -224,6 +224,8 @@ class ProximalGates(torch.optim.Optimizer):
         for group in self.param_groups:
             shrink = float(group["lr"]) * float(group["penalty"]) / blocks
             for gate in group["params"]:
+                if not gate.requires_grad:
+                    continue
                 if gate.grad is not None:
                     gate.add_(gate.grad, alpha=-float(group["lr"]))
                 if shrink:

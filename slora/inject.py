@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
-from slora.config import SelectiveLoRAConfig
+from slora.config import SelectiveLoRAConfig, matches_pattern
 from slora.errors import StateError, TargetError
 from slora.gate import GateMirror, adapted_layers
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear
@@ -55,12 +55,16 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
         raise TargetError(f"{lazy[0]!r} of a lazy module has no shape yet; run the model once, then inject")
     saved = saved_modules(model, config)
     found = {name: kind for name, kind in targets(model, config).items() if not _inside(name, saved)}
-    for name, kind in found.items():
-        kind.choose_blocks(config, model.get_submodule(name), name)
     if not found:
         raise TargetError(
             "exclude_modules and modules_to_save leave no layer to adapt; remove entries, or name more target_modules"
         )
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field) or ():
+            if not any(matches_pattern(pattern, name) for name in found):
+                raise _nothing(field, pattern, list(found), "layer that is adapted")
+    for name, kind in found.items():
+        kind.choose_blocks(config, model.get_submodule(name), name)
     mirror = GateMirror()
     with unchanged_on_error(model):
         for parameter in model.parameters():
@@ -131,7 +135,7 @@ def targets(model: nn.Module, config: SelectiveLoRAConfig) -> dict[str, type[LoR
     candidates = {n: kind for n, kind in kinds.items() if not _is_out_proj(model, n) or n.rpartition(".")[0] in kinds}
     excluded = _matching(config.exclude_modules, candidates, model, "exclude_modules")
     if config.target_modules == "all-linear":
-        heads = _heads(model)
+        heads = head_names(model)
         chosen = {name for name in candidates if not _inside(name, heads)}
         if not chosen:
             raise TargetError(f"{type(model).__name__} has no linear layer below its head to adapt")
@@ -208,7 +212,7 @@ def _adapted(
     return ProjectionAttention.from_attention(module, config, name=name, mirror=mirror)
 
 
-def _heads(model: nn.Module) -> tuple[str, ...]:
+def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the output heads: by the model's own word (timm, transformers), else by the usual names."""
     heads = [name for name, _ in model.named_children() if name in HEAD_NAMES]
     names = {module: name for name, module in model.named_modules()}
@@ -256,10 +260,10 @@ def _inside(name: str, parents: Sequence[str]) -> bool:
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 
-def _nothing(field: str, entry: str, names: Sequence[str]) -> TargetError:
+def _nothing(field: str, entry: str, names: Sequence[str], what: str = "module") -> TargetError:
     endings = dict.fromkeys([*names, *(".".join(n.split(".")[-k:]) for n in names for k in (1, 2))])
     near = difflib.get_close_matches(entry, endings, n=5, cutoff=0.4) or list(endings)[:5]
-    return TargetError(f"{field} entry {entry!r} matches no module; near names are {', '.join(map(repr, near))}")
+    return TargetError(f"{field} entry {entry!r} matches no {what}; near names are {', '.join(map(repr, near))}")
 
 
 def _set_fused_encoders(model: nn.Module) -> None:

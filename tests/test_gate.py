@@ -622,6 +622,12 @@ def test_proximal_gates_come_to_rest_at_zero_where_a_subgradient_step_oscillates
     assert gate.item() == 0.0
 
 
+def test_a_gate_that_needs_no_gradient_keeps_its_value() -> None:
+    gate = nn.Parameter(torch.tensor([0.05, -0.5]), requires_grad=False)
+    slora.ProximalGates([gate], lr=0.1, penalty=0.3).step()
+    assert gate.tolist() == [pytest.approx(0.05), -0.5]
+
+
 def test_proximal_step_runs_a_closure_with_gradients_on() -> None:
     gate = nn.Parameter(torch.tensor([0.5]))
     optimizer = slora.ProximalGates([gate], lr=0.1)

@@ -290,7 +290,7 @@ def test_rank_and_alpha_patterns_override_by_name(vit: nn.Module) -> None:
         vit,
         small(
             r=2, lora_alpha=4,
-            rank_pattern={"qkv": 5, r"blocks\.0\.mlp\.fc1": 7}, alpha_pattern={"fc[12]": 10, "kv": 99},
+            rank_pattern={"qkv": 5, r"blocks\.0\.mlp\.fc1": 7}, alpha_pattern={"fc[12]": 10},
         ),
     )  # fmt: skip
     layers = dict(adapted_layers(model))
@@ -302,6 +302,16 @@ def test_rank_and_alpha_patterns_override_by_name(vit: nn.Module) -> None:
     }
     assert layers["blocks.1.mlp.fc1"].r == 2
     assert layers["blocks.0.attn.qkv"].lora_A.shape == (3, 5, 24)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_is_about_no_adapted_layer_is_refused_with_near_names(vit: nn.Module, field: str) -> None:
+    before = {name: type(module) for name, module in vit.named_modules()}
+    with pytest.raises(TargetError, match=rf"{field} entry 'qvk' matches no layer that is adapted; .*'qkv'"):
+        slora.inject(vit, small(**{field: {"fc1": 3, "qvk": 2}}))
+    with pytest.raises(TargetError, match=rf"{field} entry 'kv' matches no"):
+        slora.inject(vit, small(**{field: {"kv": 3}}))
+    assert {name: type(module) for name, module in vit.named_modules()} == before
 
 
 def test_modules_to_save_are_trained_in_full_and_not_adapted(vit: nn.Module) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from slora.errors import ConfigError
 from slora.gate import adapted_layers
-from slora.inject import _heads, inject, saved_modules
+from slora.inject import head_names, inject, saved_modules
 from slora.training.settings import Method, TrainSettings
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -52,7 +52,7 @@ def prepare(model: Model, method: Method | None = None, settings: TrainSettings 
 
 def heads_of(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the output heads of `model` that have parameters, none inside another."""
-    names = dict.fromkeys(_heads(model))
+    names = dict.fromkeys(head_names(model))
     owned = [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
     return tuple(name for name in owned if not any(name.startswith(other + ".") for other in owned))
 

@@ -62,6 +62,10 @@ class TrainSettings:
     modules_to_save: Annotated[
         list[str] | None, "Modules trained in full and saved with the adapter; unset: the classifier head."
     ] = None
+    rank_pattern: Annotated[
+        dict[str, int] | None, "Ranks of some layers: name endings or regular expressions with a rank, as qkv=8,fc2=32."
+    ] = None
+    alpha_pattern: Annotated[dict[str, float] | None, "lora_alpha of some layers, given like rank_pattern."] = None
     use_rslora: Annotated[bool, "Scale by lora_alpha / sqrt(r) instead."] = False
     blocks: Annotated[
         int | Literal["auto"], "LoRA blocks per layer; auto: three on a fused qkv projection, else one."
@@ -239,6 +243,8 @@ def _converted(value: Any, option: Any) -> Any:
     if get_origin(option) is list:
         names = isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
         return list(value) if names else None
+    if get_origin(option) is dict:
+        return _converted_mapping(value, get_args(option)[1])
     if option is str:
         return value if isinstance(value, str) else None
     if option is bool:
@@ -254,9 +260,23 @@ def _converted(value: Any, option: Any) -> Any:
     return None
 
 
+def _converted_mapping(value: Any, kind: Any) -> dict[str, Any] | None:
+    """A mapping, or its form as a flag, "name=number,name=number", with `kind` values; None where it is neither."""
+    if isinstance(value, str):
+        pairs = [entry.rpartition("=")[::2] for entry in value.split(",")]
+    elif isinstance(value, Mapping):
+        pairs = list(value.items())
+    else:
+        return None
+    entries = {str(name).strip(): _converted(number, kind) for name, number in pairs}
+    return None if "" in entries or None in entries.values() else entries
+
+
 def _described(option: Any) -> str:
     if get_origin(option) is Literal:
         return " or ".join(repr(choice) for choice in get_args(option))
     if get_origin(option) is list:
         return "a list of names"
+    if get_origin(option) is dict:
+        return "a mapping such as qkv=8,fc2=32"
     return {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "unset"}[option]

@@ -111,6 +111,27 @@ def test_target_modules_are_name_endings_or_a_regular_expression(given: str, kep
     assert TrainSettings(target_modules=given).target_modules == kept
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("qkv=8", {"qkv": 8}),
+        (r"qkv=8, blocks\.[0-3]\.mlp\.fc2 = 32", {"qkv": 8, r"blocks\.[0-3]\.mlp\.fc2": 32}),
+        ({"qkv": 8.0}, {"qkv": 8}),
+        (None, None),
+    ],
+)
+def test_ranks_of_some_layers_come_from_a_flag_or_a_mapping(given: Any, kept: Any) -> None:
+    settings = TrainSettings(rank_pattern=given, alpha_pattern=given)
+    assert settings.rank_pattern == settings.lora_config().rank_pattern == kept
+    assert settings.lora_config().alpha_pattern == kept
+
+
+@pytest.mark.parametrize("given", ["qkv", "qkv=high", "=8", {"qkv": 1.5}, ["qkv"], 8])
+def test_ranks_of_some_layers_in_another_form_are_refused(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"rank_pattern=.* is not a mapping such as qkv=8,fc2=32 or unset"):
+        TrainSettings(rank_pattern=given)
+
+
 def test_plain_lora_is_the_same_adapter_with_every_block_active_for_good() -> None:
     selective, lora = TrainSettings(r=3).lora_config(), TrainSettings(r=3, method="lora").lora_config()
     assert (lora.gate_init, selective.gate_init) == (1.0, 0.15)
