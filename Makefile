@@ -6,6 +6,7 @@
 #   PYTEST_ARGS    more arguments for pytest, such as PYTEST_ARGS="-k merge"
 #   WORKERS        processes that pytest uses (default 2); 0 runs the tests in one
 #   DEMO_ARGS      arguments for `slora demo`
+#   CASES          random calls that `make sanitize` tries (default 1000)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -18,6 +19,7 @@ SLORA_TORCH ?= 2.11
 WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+CASES ?= 1000
 
 ifeq ($(SLORA_TORCH),2.11)
 VENV := .venv
@@ -48,7 +50,8 @@ BUILD_LOG := $(VENV)/build.log
 # which environment it was built; building for one removes the stamp of the other.
 SKIPPED := $(if $(filter-out 0 false no off,$(SLORA_SKIP_EXT)),-skipped)
 BUILT := build/extension-for-$(VENV:.%=%)$(SKIPPED)
-NATIVE := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu)
+NATIVE := $(wildcard csrc/*.h csrc/*.cuh csrc/*.cpp csrc/*.cu)
+NATIVE_CHECKS := $(wildcard tests/csrc/*.h tests/csrc/*.cpp)
 
 TRAIN_STAMP := $(VENV)/.installed-train
 TEST_STAMP := $(VENV)/.installed-test
@@ -87,7 +90,14 @@ lint: say-lint $(TEST_STAMP) run-lint ## ruff, format and mypy, without the test
 format: say-format $(TEST_STAMP) ## rewrite the sources in the project's format
 	@$(RUN)ruff check --fix-only --quiet .
 	@$(RUN)ruff format .
-	$(if $(NATIVE),@$(RUN)clang-format -i $(NATIVE))
+	$(if $(NATIVE),@$(RUN)clang-format -i $(NATIVE) $(NATIVE_CHECKS))
+
+.PHONY: sanitize
+sanitize: say-sanitize ## the native checks with AddressSanitizer and UndefinedBehaviorSanitizer, CASES=1000 (no torch)
+	@mkdir -p build
+	@for check in cpu kernel; do $(CXX) -std=c++17 -g -O2 -pthread -w -fsanitize=address,undefined \
+		-fno-sanitize-recover=all tests/csrc/check_$$check.cpp $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) \
+		-o build/check_$$check && echo "slora: check_$$check $(CASES)" && build/check_$$check $(CASES) || exit 1; done
 
 .PHONY: bench
 bench: say-bench $(TEST_STAMP) $(BUILT) ## time a training step beside PEFT and fill the table of the README
@@ -105,7 +115,7 @@ clean: ## remove build outputs and caches; environments stay
 
 # The first line of every target that does something: what it is about to do.
 INSTALL := install $(TORCH) and slora into $(VENV) where that is not done yet
-.PHONY: say-demo say-test say-test-only say-lint say-format say-bench say-environment
+.PHONY: say-demo say-test say-test-only say-lint say-format say-bench say-sanitize say-environment
 say-demo:
 	@echo "demo: $(INSTALL) (2 to 3 GB to fetch), build what can be built, then run 'slora demo'"
 say-test:
@@ -118,6 +128,8 @@ say-format:
 	@echo "format: $(INSTALL), then rewrite the sources in the project's format"
 say-bench:
 	@echo "bench: $(INSTALL), then time a training step beside PEFT (about ten minutes)"
+say-sanitize:
+	@echo "sanitize: build the checks in tests/csrc with sanitizers and run them; needs only a C++ compiler"
 say-environment:
 	@echo "environment: $(INSTALL), with what the tests need"
 
@@ -126,7 +138,7 @@ run-lint:
 	@echo "slora: ruff check";  $(RUN)ruff check .
 	@echo "slora: ruff format --check"; $(RUN)ruff format --check .
 	@echo "slora: mypy"; $(RUN)mypy
-	$(if $(NATIVE),@echo "slora: clang-format"; $(RUN)clang-format --dry-run --Werror $(NATIVE))
+	$(if $(NATIVE),@echo "slora: clang-format"; $(RUN)clang-format --dry-run --Werror $(NATIVE) $(NATIVE_CHECKS))
 
 # One thread per process: several processes that each use all cores slow each other down.
 .PHONY: run-tests

@@ -53,16 +53,26 @@ def extension() -> tuple[dict[str, Any], str]:
         from torch.utils import cpp_extension
     except ImportError as error:
         return {}, f"not built: {error}; install torch first and give pip --no-build-isolation"
-    module = {"name": "slora._C", "sources": sorted(glob("csrc/*.cpp")), "depends": glob("csrc/*.h")}
+    # OpenMP's symbols come from the copy that torch has loaded: linking another would bring threads of its own.
+    flags = {"cxx": ["-O3", *(["-fopenmp"] if sys.platform == "linux" else [])], "nvcc": ["-O3"]}
+    module: dict[str, Any] = {
+        "name": "slora._C",
+        "sources": sorted(glob("csrc/*.cpp")),
+        "depends": [*glob("csrc/*.h"), *glob("csrc/*.cuh")],
+        "extra_compile_args": flags,
+    }
     no_cuda = why_no_cuda(torch.version.cuda, cpp_extension.CUDA_HOME)
     if no_cuda:
         built = cpp_extension.CppExtension(**module)
         line = f"C++ only: {no_cuda}"
     else:
         # Stated, because torch would otherwise ask a GPU, and the build must be the same without one.
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        release = tuple(int(part) for part in str(torch.version.cuda).split(".")[:2])
+        newest = "9.0;10.0+PTX" if release >= (12, 8) else "9.0+PTX"
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;{newest}")
         module["sources"] += sorted(glob("csrc/*.cu"))
-        built = cpp_extension.CUDAExtension(**module, define_macros=[("SLORA_WITH_CUDA", None)])
+        macros = [("SLORA_WITH_CUDA", None), ("SLORA_ARCHITECTURES", f'"{architectures}"')]
+        built = cpp_extension.CUDAExtension(**module, define_macros=macros)
         line = f"C++ and CUDA for {architectures}"
     return {"ext_modules": [built], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}, line
 

@@ -16,8 +16,8 @@ from slora.gate import Activity, GateMirror, ProbeGates, sampled_rows, version
 
 _SETTINGS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
-    "enabled", "merged", "released", "_kept_weight", "_mirror", "_activity", "_gate_key", "_seed", "_cast",
-    "_base_class",
+    "enabled", "merged", "released", "_kept_weight", "_kept_update", "_mirror", "_activity", "_gate_key", "_seed",
+    "_cast", "_base_class",
 )  # fmt: skip
 
 
@@ -120,7 +120,9 @@ class LoRABlocks(nn.Module):
         for A in self.lora_A.data:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         flops.register()
+        # What `slora.unmerge` needs: the base weight itself, or the update that was added to it.
         self._kept_weight: Tensor | None = None
+        self._kept_update: list[tuple[Tensor, Tensor, float, int]] = []
         self._mirror = GateMirror() if mirror is None else mirror
         self._activity: Activity | None = None
         self._gate_key: tuple[Tensor, int, float] | None = None

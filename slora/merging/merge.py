@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +13,32 @@ from slora.errors import ConfigError, StateError
 from slora.gate import adapted_layers
 from slora.inject import unload
 from slora.layers import LoRABlocks
+from slora.merging import batched
+from slora.merging.terms import check, grouped
 
 Model = TypeVar("Model", bound=nn.Module)
+Keep = Literal["device", "cpu"]
 
 
 @torch.no_grad()
-def merge(model: Model, scale: float = 1.0) -> Model:
+def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> Model:
     """Fold `scale` times the update of every active block into its base weight, in place; return `model`.
 
-    The sum is formed in fp32 and rounded once to the dtype of the weight. A copy of each weight that changes
-    is kept, so `unmerge` restores it bit for bit; layers without an active block are left untouched. While
-    merged, gates and LoRA parameters have no effect on the output.
+    All weights of a device are merged in one call (`slora.merging.batched_merge_`): the sum is formed in fp32 and
+    rounded once to the dtype of the weight. Parameters keep their addresses, layers without an active
+    block are left untouched, and so is the whole model when anything fails. While merged, gates and LoRA parameters
+    have no effect on the output.
+
+    Args:
+        model: an adapted model.
+        scale: factor in front of all updates.
+        keep: what `unmerge` restores from: a copy of each weight that changes, beside it ("device") or in CPU memory
+            ("cpu"), or None: no copy, only the update, which unmerging then subtracts, see there.
 
     Raises:
         StateError: the model has no adapted layer, is merged already, or shares a weight that would change.
-        ConfigError: `scale` is not finite.
+        ShapeError: two weights that would change share memory.
+        ConfigError: `scale` is not finite, or `keep` is unknown.
     """
     layers = _adapted(model)
     merged = [name for name, layer in layers.items() if layer.merged]
@@ -34,13 +46,31 @@ def merge(model: Model, scale: float = 1.0) -> Model:
         raise StateError(f"{merged[0]!r} is merged already; call slora.unmerge(model) first")
     if not math.isfinite(scale):
         raise ConfigError(f"scale={scale} is not finite; 1.0 merges the full update")
+    if keep not in ("device", "cpu", None):
+        raise ConfigError(f'keep={keep!r} is unknown; use "device", "cpu" or None')
     _refuse_shared(model, layers)
-    # Everything that can fail, memory above all, happens before the first weight changes.
-    new = {layer: layer.merged_weight(scale) for layer in layers.values() if layer.activity().active}
+    updates = {name: _updates(layer, scale) for name, layer in layers.items() if layer.activity().active}
+    calls = _calls(layers, updates)
+    for call in calls:
+        check(call.weights, grouped(*call), call.names, in_place=True, whole=False)
+    kept: dict[str, Tensor] = {}
+    if keep is not None:
+        for name in updates:
+            weight = layers[name].base_weight.detach()
+            kept[name] = weight.to("cpu" if keep == "cpu" else weight.device, copy=True)
+    try:
+        _run(calls)
+    except BaseException:
+        for name, weight in kept.items():
+            layers[name].base_weight.copy_(weight)
+        raise
+    for name in updates:
+        layers[name]._cast.clear()
+        layers[name]._kept_weight = kept.get(name)
+        if keep is None:
+            # Copies: the parameters may be trained or loaded over before the model is unmerged.
+            layers[name]._kept_update = [(A.clone(), B.clone(), c, row) for A, B, c, row in updates[name]]
     for layer in layers.values():
-        if layer in new:
-            layer._kept_weight = layer.base_weight.data
-            layer.replace_base_weight(new[layer])
         layer.merged = True
     return model
 
@@ -49,18 +79,27 @@ def merge(model: Model, scale: float = 1.0) -> Model:
 def unmerge(model: Model) -> Model:
     """Put the base weights back as they were before `merge`, bit for bit, in place; return `model`.
 
+    After `merge(model, keep=None)` the update is subtracted instead. Two roundings then separate a weight from its
+    base: at most one unit in the last place of the larger of the base and the merged weight, in their dtype, and
+    for fp32 twice the error of the sums (`slora.merging.batched`) more. What overflowed does not come back.
+
     Raises:
         StateError: the model has no adapted layer, or is not merged.
     """
     layers = _adapted(model)
     if not any(layer.merged for layer in layers.values()):
         raise StateError("the model is not merged; there is nothing to undo")
+    subtracted = {
+        name: [_moved(update, layer.base_weight.device) for update in layer._kept_update]
+        for name, layer in layers.items()
+        if layer._kept_update
+    }
+    _run(_calls(layers, subtracted))
     for layer in layers.values():
-        kept: Tensor | None = layer._kept_weight
-        if kept is not None:
-            layer.replace_base_weight(kept.to(layer.base_weight.device, layer.base_weight.dtype))
-            layer._kept_weight = None
-        layer.merged = False
+        if layer._kept_weight is not None:
+            layer.base_weight.copy_(layer._kept_weight)
+        layer._cast.clear()
+        layer._kept_weight, layer._kept_update, layer.merged = None, [], False
     return model
 
 
@@ -68,19 +107,75 @@ def unmerge(model: Model) -> Model:
 def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
     """Merge and remove every trace of slora, in place; return `model` with plain layers and plain keys.
 
-    A model that is merged already keeps its weights as they are. Until the last weight is merged the old ones
-    are kept, so a failure leaves the model as it was; the peak memory is that of the weights that change.
+    The weights are written in place, without a copy: whatever can fail does so before the first of them changes.
+    A model that is merged already keeps its weights as they are.
 
     Raises:
         StateError: the model has no adapted layer, is merged in part, or shares a weight that would change.
+        ShapeError: two weights that would change share memory.
         ConfigError: `scale` is not finite.
     """
     layers = _adapted(model)
     if not all(layer.merged for layer in layers.values()):
-        merge(model, scale)
+        merge(model, scale, keep=None)
     for layer in layers.values():
-        layer.merged, layer._kept_weight = False, None
+        layer.merged, layer._kept_weight, layer._kept_update = False, None, []
     return unload(model)
+
+
+Update = tuple[Tensor, Tensor, float, int]
+"""`A [r, K]`, `B [n, r]`, the factor, and the first row."""
+
+
+class _Call(NamedTuple):
+    """Arguments of `batched_merge_` for the weights of one device."""
+
+    weights: list[Tensor]
+    lora_As: list[list[Tensor]]
+    lora_Bs: list[list[Tensor]]
+    scales: list[list[float]]
+    rows: list[list[int]]
+    names: list[str]
+
+
+def _updates(layer: LoRABlocks, scale: float) -> list[Update]:
+    n = layer.base_weight.shape[0] // layer.blocks
+    active = layer.activity().active
+    return [(layer.lora_A[i].detach(), layer.lora_B[i].detach(), scale * layer.scaling, i * n) for i in active]
+
+
+def _moved(update: Update, device: torch.device) -> Update:
+    """The update that takes `update` back, on `device`."""
+    A, B, scale, row = update
+    return A.to(device), B.to(device), -scale, row
+
+
+def _calls(layers: Mapping[str, LoRABlocks], updates: Mapping[str, Sequence[Update]]) -> list[_Call]:
+    calls: dict[torch.device, _Call] = {}
+    for name, mine in updates.items():
+        weight = layers[name].base_weight
+        call = calls.setdefault(weight.device, _Call([], [], [], [], [], []))
+        call.weights.append(weight)
+        call.names.append(name)
+        call.lora_As.append([A for A, _, _, _ in mine])
+        call.lora_Bs.append([B for _, B, _, _ in mine])
+        call.scales.append([c for _, _, c, _ in mine])
+        call.rows.append([row for _, _, _, row in mine])
+    return list(calls.values())
+
+
+def _run(calls: Sequence[_Call]) -> None:
+    """Merge device after device; a failure on a later one takes back the earlier ones."""
+    before: list[tuple[Tensor, Tensor]] = []
+    try:
+        for i, (weights, lora_As, lora_Bs, scales, rows, names) in enumerate(calls):
+            if i + 1 < len(calls):
+                before += [(weight, weight.clone()) for weight in weights]
+            batched.batched_merge_(weights, lora_As, lora_Bs, scales, rows=rows, names=names)
+    except BaseException:
+        for weight, copy in before:
+            weight.copy_(copy)
+        raise
 
 
 def _adapted(model: nn.Module) -> dict[str, LoRABlocks]:

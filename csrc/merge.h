@@ -1,0 +1,131 @@
+// The plan of a batched merge: what the CPU and the CUDA executor both run. No torch in here.
+//
+//   W[n, k] += delta[n, k],   delta = sum over the terms t that cover row n, in the order given, and over
+//                             j = 0 .. rank_t - 1, of   (scale_t * B_t[n - first_t, j]) * A_t[j, k]
+//
+// All of it in fp32 (fp64 for fp64 weights): scale * B is rounded once, every product is added by a fused
+// multiply-add to a running sum that starts at 0, the sum is added to W, and the result is rounded to nearest even.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace slora {
+
+enum class Dtype : int32_t { f32, bf16, f16, f64 };
+
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+// A weight [rows, cols] with unit column stride; strides count elements. In place: target == source.
+struct Weight {
+  const void* source;
+  void* target;
+  int64_t rows, cols;
+  int64_t source_stride, target_stride;
+  Dtype dtype;
+};
+
+// A is [rank, cols], B is [rows, rank], both with any strides; they change rows first_row .. first_row + rows - 1.
+struct Term {
+  const void* A;
+  const void* B;
+  int64_t A_strides[2], B_strides[2];
+  int64_t rank, rows;
+  int64_t weight, first_row;
+  double scale;
+  Dtype A_dtype, B_dtype;
+};
+
+// One term as one segment sees it: B points at the segment's first row.
+struct Piece {
+  const char* A;
+  const char* B;
+  int64_t A_strides[2], B_strides[2];
+  int64_t rank;
+  double scale;
+  Dtype A_dtype, B_dtype;
+};
+
+// Consecutive rows of one weight to which the same terms apply.
+struct Segment {
+  const char* source;
+  char* target;
+  int64_t rows, cols;
+  int64_t source_stride, target_stride;
+  int64_t first_piece, pieces;
+  int64_t rank, padded_rank;  // of all pieces together; each rounded up to a multiple of eight
+  Dtype dtype;
+};
+
+struct Plan {
+  std::vector<Segment> segments;
+  std::vector<Piece> pieces;
+};
+
+// Checks everything and throws std::invalid_argument, naming the index, before anything is written. Rows without a
+// term are left out of a merge in place; out of place they are copied. A scale of 0 drops its term.
+Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& terms);
+
+// A part of a segment that one thread (CPU) or one thread block (CUDA) works on, in units of the tile's shape.
+struct Tile {
+  int32_t segment, row, col, unused;
+};
+
+struct TileShape {
+  int64_t rows, cols;
+};
+
+// All tiles of the segments of one dtype, row by row; `shape` says how large those of a segment are.
+std::vector<Tile> make_tiles(const Plan& plan, Dtype dtype, const std::function<TileShape(const Segment&)>& shape);
+
+// ---- CPU ----
+
+// Instructions the executor can use; `best_isa` asks the processor. All give the same bits.
+enum class Isa { portable, avx2, avx512 };
+Isa best_isa();
+const char* name_of(Isa isa);
+
+// A merge on the CPU, ready to run: everything that can fail has happened once the constructor returns.
+class CpuMerge {
+ public:
+  CpuMerge(Plan plan, int64_t threads, Isa isa);
+  int64_t workers() const { return workers_; }  // 0 where there is nothing to do
+  int64_t scratch_bytes() const;
+  // Called once with each worker number, from any threads; workers share the tiles. Allocates nothing, never throws.
+  void run(int64_t worker) noexcept;
+
+ private:
+  struct Queue;
+  Plan plan_;
+  Isa isa_;
+  int64_t workers_, scratch_per_worker_;
+  std::vector<TileShape> shapes_;
+  std::vector<Tile> tiles_;
+  std::unique_ptr<char[]> scratch_;
+  std::shared_ptr<Queue> queue_;
+};
+
+// ---- CUDA ----
+
+constexpr int kCudaTileRows = 256, kCudaTileCols = 128;
+
+// What a launch needs in device memory: segments, pieces and tiles behind one another.
+struct CudaTable {
+  std::vector<char> bytes;
+  int64_t segments, pieces, tiles;  // offsets in bytes
+  int64_t tile_count;
+  int64_t rank, padded_rank;  // the largest of a segment
+};
+CudaTable make_cuda_table(const Plan& plan, Dtype dtype);
+
+// The rest is in merge_cuda.cu, which exists only where there is nvcc.
+int cuda_version();
+
+// Launches the one kernel of `dtype` on `stream`; `device_table` holds table.bytes once the stream gets there.
+// Throws std::runtime_error with CUDA's message where the launch is refused.
+void launch_cuda_merge(const CudaTable& table, const void* device_table, Dtype dtype, void* stream);
+
+}  // namespace slora

@@ -1,0 +1,201 @@
+"""What a batched merge is asked to do: terms grouped by weight, and every check, before a byte is written."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slora.errors import ConfigError, ShapeError, StateError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Term(NamedTuple):
+    """`scale * B @ A`, added to the rows `first_row, ..., first_row + len(B) - 1` of `weights[weight]`."""
+
+    weight: int
+    A: Tensor
+    B: Tensor
+    scale: float
+    first_row: int
+
+
+def grouped(
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Any],
+    lora_Bs: Sequence[Any],
+    scales: Sequence[Any],
+    rows: Sequence[Any] | None,
+    names: Sequence[str] | None,
+) -> list[Term]:
+    """Return the terms in order; an entry per weight is one value, or a sequence with one value per term.
+
+    Raises:
+        ShapeError: the lists differ in length.
+    """
+    for name, entries in (("lora_As", lora_As), ("lora_Bs", lora_Bs), ("scales", scales), ("rows", rows)):
+        if entries is not None and len(entries) != len(weights):
+            raise ShapeError(f"{name} has {len(entries)} entries for {len(weights)} weights; give each weight one")
+    terms: list[Term] = []
+    for i in range(len(weights)):
+        As, Bs = _several(lora_As[i]), _several(lora_Bs[i])
+        factors = _several(scales[i]) if isinstance(scales[i], Sequence) else [scales[i]] * len(As)
+        first = [0] * len(As) if rows is None else _several(rows[i])
+        if not len(As) == len(Bs) == len(factors) == len(first):
+            raise ShapeError(
+                f"{_item('weights', i, names)} has {len(As)} lora_As, {len(Bs)} lora_Bs, {len(factors)} scales and "
+                f"{len(first)} rows; each term needs one of each"
+            )
+        terms += [Term(i, A, B, float(c), int(row)) for A, B, c, row in zip(As, Bs, factors, first, strict=True)]
+    return terms
+
+
+def check(
+    weights: Sequence[Tensor], terms: Sequence[Term], names: Sequence[str] | None, *, in_place: bool, whole: bool
+) -> None:
+    """Refuse what a merge could not do in full; with `whole`, terms that cover a part of the rows as well.
+
+    Raises:
+        ShapeError: sizes, dtypes or devices disagree, or tensors share memory that is written.
+        StateError: a weight is an inference tensor, or requires grad while autograd records.
+        ConfigError: a scale is not finite.
+    """
+    for i, W in enumerate(weights):
+        name = _item("weights", i, names)
+        if not isinstance(W, Tensor) or W.dim() != 2:
+            raise ShapeError(f"{name} is {_described(W)}; expected a tensor [N, K]")
+        _check_dtype(W, name)
+        if W.device != weights[0].device:
+            raise ShapeError(
+                f"{name} is on {W.device}, but {_item('weights', 0, names)} on {weights[0].device}; "
+                f"merge the weights of each device in a call of its own"
+            )
+        if in_place and W.is_inference():
+            raise StateError(f"{name} is an inference tensor; clone it outside torch.inference_mode()")
+        if in_place and W.requires_grad and torch.is_grad_enabled():
+            raise StateError(f"{name} requires grad while autograd records; merge under torch.no_grad()")
+        if in_place and _overlaps_itself(W):
+            raise ShapeError(f"{name} has strides {W.stride()}, so its elements share memory; clone it first")
+    for i, term in enumerate(terms):
+        _check_term(weights[term.weight], term, i, names, whole)
+    if in_place:
+        _check_overlaps(weights, terms, names)
+
+
+def _check_term(W: Tensor, term: Term, index: int, names: Sequence[str] | None, whole: bool) -> None:
+    _, A, B, scale, first = term
+    weight = _item("weights", term.weight, names)
+    for name, matrix in ((f"lora_A of {weight}", A), (f"lora_B of {weight}", B)):
+        if not isinstance(matrix, Tensor) or matrix.dim() != 2:
+            raise ShapeError(f"the {name} (term {index}) is {_described(matrix)}; expected a matrix")
+        _check_dtype(matrix, f"the {name} (term {index})")
+        if matrix.device != W.device:
+            raise ShapeError(f"the {name} (term {index}) is on {matrix.device}, its weight on {W.device}; move one")
+    N, K = W.shape
+    if A.shape[1] != K or A.shape[0] != B.shape[1]:
+        raise ShapeError(
+            f"{weight} has shape {[N, K]}, but lora_A of term {index} {list(A.shape)} and its lora_B {list(B.shape)}; "
+            f"expected [r, {K}] and [rows, r]"
+        )
+    if first < 0 or first + B.shape[0] > N:
+        raise ShapeError(
+            f"term {index} covers the rows {first} to {first + B.shape[0]} of {weight}, which has {N}; "
+            f"give its first row in rows="
+        )
+    if whole and B.shape[0] != N:
+        raise ShapeError(
+            f"lora_B of term {index} has {B.shape[0]} rows, {weight} {N}; where a term covers a part of the rows, "
+            f"give the first of them in rows="
+        )
+    largest = torch.finfo(torch.float64 if W.dtype == torch.float64 else torch.float32).max
+    if not math.isfinite(scale) or abs(scale) > largest:
+        raise ConfigError(f"the scale of term {index}, of {weight}, is {scale}; use a finite number")
+
+
+def _check_dtype(tensor: Tensor, name: str) -> None:
+    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+        raise ShapeError(
+            f"{name} is {tensor.dtype}, {tensor.layout}; merging takes strided float32, bfloat16, float16 and "
+            f"float64: dequantise or convert it first"
+        )
+
+
+class _Span(NamedTuple):
+    begin: int
+    end: int
+    stride: int
+    """Bytes from row to row where columns are adjacent, else 0."""
+    width: int
+    name: str
+
+
+def _span(tensor: Tensor, name: str) -> _Span:
+    size = tensor.element_size()
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    stride = tensor.stride(0) * size if tensor.stride(1) == 1 else 0
+    return _Span(tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * size, stride, tensor.shape[1] * size, name)
+
+
+def _disjoint_columns(a: _Span, b: _Span) -> bool:
+    """Whether both are column windows of one matrix that do not meet."""
+    if a.stride != b.stride or not a.stride:
+        return False
+    offset = (b.begin - a.begin) % a.stride
+    return offset >= a.width and offset + b.width <= a.stride
+
+
+def _check_overlaps(weights: Sequence[Tensor], terms: Sequence[Term], names: Sequence[str] | None) -> None:
+    if any(W.device.type == "meta" for W in weights):
+        return
+    written = sorted(_span(W, _item("weights", i, names)) for i, W in enumerate(weights) if W.numel())
+    reach: list[int] = []
+    for i, span in enumerate(written):
+        for other in written[i + 1 :]:
+            if other.begin >= span.end:
+                break
+            if not _disjoint_columns(span, other):
+                raise _shared(span.name, other.name)
+        reach.append(max(span.end, reach[-1] if reach else 0))
+    begins = [span.begin for span in written]
+    for index, term in enumerate(terms):
+        for matrix, letter in ((term.A, "A"), (term.B, "B")):
+            if not matrix.numel():
+                continue
+            span = _span(matrix, f"lora_{letter} of {_item('weights', term.weight, names)} (term {index})")
+            i = bisect.bisect_left(begins, span.end)
+            if i and reach[i - 1] > span.begin:
+                meeting = next(other for other in reversed(written[:i]) if other.end > span.begin)
+                raise _shared(meeting.name, span.name)
+
+
+def _shared(first: str, second: str) -> ShapeError:
+    return ShapeError(
+        f"{first} and {second} share memory; pass each weight once, with all its terms in its entry of lora_As, "
+        f"lora_Bs and scales, and clone what is tied"
+    )
+
+
+def _overlaps_itself(W: Tensor) -> bool:
+    reach = 0
+    for stride, n in sorted((stride, n) for n, stride in zip(W.shape, W.stride(), strict=True) if n > 1):
+        if stride <= reach:
+            return W.numel() > 0
+        reach += stride * (n - 1)
+    return False
+
+
+def _several(entry: Any) -> list[Any]:
+    return list(entry) if isinstance(entry, Sequence) else [entry]
+
+
+def _item(argument: str, index: int, names: Sequence[str] | None) -> str:
+    return f"{argument}[{index}]" if names is None else f"{argument}[{index}] ({names[index]!r})"
+
+
+def _described(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"{type(value).__name__}"

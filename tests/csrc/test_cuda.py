@@ -1,0 +1,70 @@
+"""The compiled CUDA kernel: no spills, shared memory that fits, tensor cores and 16-byte accesses."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import merge_kernel
+
+ROOT = Path(__file__).parents[2]
+NVCC = merge_kernel.nvcc()
+
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="there is no nvcc; set CUDA_HOME"),
+    pytest.mark.slow,
+]
+
+
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+def test_every_kernel_compiles_without_spills_and_fits(architecture: str, tmp_path: Path) -> None:
+    if not merge_kernel.knows(NVCC, architecture):
+        pytest.skip(f"this nvcc does not know sm_{architecture}")
+    kernels = merge_kernel.resources(NVCC, architecture, tmp_path)
+    assert len(kernels) == 6
+    for kernel in kernels:
+        name = f"{kernel['dtype']}, tensor cores: {kernel['tensor_cores']}"
+        assert kernel["stack_bytes"] == kernel["spill_bytes"] == 0, name
+        assert kernel["registers"] * kernel["threads"] * kernel["blocks_per_multiprocessor"] <= 65536, name
+        assert kernel["blocks_per_multiprocessor"] >= (2 if kernel["tensor_cores"] else 4), name
+
+
+def test_cuobjdump_agrees_with_ptxas_about_registers(tmp_path: Path) -> None:
+    cuobjdump = merge_kernel.cuobjdump(NVCC)
+    if cuobjdump is None:
+        pytest.skip("neither CUDA nor Triton brings cuobjdump")
+    kernels = merge_kernel.resources(NVCC, "90", tmp_path)
+    text = subprocess.run([cuobjdump, "-res-usage", tmp_path / "sm_90.cubin"], capture_output=True, text=True).stdout
+    found = sorted(int(number) for number in re.findall(r"REG:(\d+)", text))
+    assert found == sorted(kernel["registers"] for kernel in kernels)
+    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", text)) == {"0"}
+
+
+def test_kernels_access_weights_by_16_bytes_and_use_tensor_cores_where_they_should(tmp_path: Path) -> None:
+    ptx = tmp_path / "merge.ptx"
+    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_90", "-ptx", ROOT / "csrc/merge_cuda.cu", "-o", ptx]
+    subprocess.run(command, check=True, capture_output=True)
+    kernels = ptx.read_text().split(".entry ")[1:]
+    assert len(kernels) == 6
+    for kernel in kernels:
+        tensor = "ELb1" in kernel.split("(")[0]
+        assert ("mma.sync.aligned.m16n8k8" in kernel) == tensor
+        # W: 16 bytes at a time, read and written once.
+        assert "ld.global.cs.v4.u32" in kernel
+        assert "st.global.cs.v4.u32" in kernel
+        # No access leaves it to the hardware to find out which memory is meant.
+        assert not re.findall(r"\b(?:ld|st)\.(?!global|shared|param)\S+", kernel)
+        # Staged A and B are read by 16 bytes.
+        assert "ld.shared.v4.f32" in kernel
+
+
+def test_the_kernel_needs_no_torch_headers() -> None:
+    assert shutil.which(str(NVCC)) or os.access(str(NVCC), os.X_OK)
+    for source in ("merge.h", "merge_kernel.cuh", "merge_cuda.cu", "merge_plan.cpp", "merge_cpu.cpp", "vectors.h"):
+        includes = re.findall(r"#include [<\"]([^>\"]+)", (ROOT / "csrc" / source).read_text())
+        assert not [name for name in includes if name.startswith(("torch", "ATen", "c10", "pybind11"))]
