@@ -58,4 +58,4 @@ def keep(a, b, key2, first, drop, BK: tl.constexpr):
     z = (z ^ (z >> 15) ^ b[:, None]) * tl.full((), _D1, tl.uint32)
     odd = ((columns & 1) != 0)[None, :]
     # 16 bits for each of the pair: the upper half of z, and the upper half of z ^ z << 16.
-    return tl.where(odd, z ^ (z << 16), z) >= (drop.to(tl.uint32) << 16)
+    return tl.where(odd, z ^ (z << 16), z) >= (tl.cast(drop, tl.uint32) << 16)

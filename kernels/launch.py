@@ -1,0 +1,67 @@
+"""What every launcher asks: the properties of the device, and how a tensor is handed to a kernel."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# What the interpreter pretends to have: few enough that small tensors fill it, so that tests see several programs.
+_INTERPRETED_MULTIPROCESSORS = 3
+
+
+def interpreted() -> bool:
+    """Return whether kernels run in Triton's interpreter; it decides when they are defined."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors `device` has."""
+    if device.type != "cuda":
+        return _INTERPRETED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Return the compute capability of `device` as `10 * major + minor`; the interpreter counts as 90."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make `device` the one that kernels are launched on; Triton launches on the current device, not the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def describable(rows: Tensor) -> bool:
+    """Return whether the GPU's copy engine can read `rows [M, columns]`: from compute capability 9.0 on, aligned to 16
+    bytes, unit column stride, not empty."""
+    return (
+        capability(rows.device) >= 90
+        and rows.numel() > 0
+        and rows.stride(1) == 1
+        and rows.data_ptr() % 16 == 0
+        and rows.stride(0) * rows.element_size() % 16 == 0
+        # A row stride below the width (expanded rows) is no matrix that the engine knows.
+        and rows.stride(0) >= rows.shape[1]
+    )
+
+
+def descriptor(rows: Tensor, block: Sequence[int]) -> Any:
+    """Return the descriptor through which a kernel copies tiles of shape `block` of `rows`."""
+    return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), list(block))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return how a product of two tiles of `dtype` is computed: in TF32 where PyTorch's own fp32 products are."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
