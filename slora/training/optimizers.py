@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Optimizers:
         weights: rule of LoRA matrices, heads and, under method "full", everything; with `gate_rule="sgd"` it has
             a group of its own for the gates.
         gates: `slora.ProximalGates` under `gate_rule="proximal"`, else None.
+        moving_gates: the gates that either rule trains.
         penalty_in_loss: whether the penalty has to be added to the loss.
     """
 
@@ -50,6 +52,7 @@ class Optimizers:
             groups = [{"momentum": settings.momentum, **group} for group in groups]
             self.weights = SGD(groups, lr=settings.lr)
         self.gates = ProximalGates(trainable_gates, lr=settings.gate_lr) if proximal else None
+        self.moving_gates = trainable_gates
         self.penalty_in_loss = bool(trainable_gates) and not proximal
         self._highest = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in self.all]
 
@@ -104,6 +107,19 @@ class Optimizers:
                         state[index] = entries
                     index += 1
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+@contextlib.contextmanager
+def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Keep `parameters` as they are: inside, those that require gradients get none, and no optimizer moves them."""
+    held = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_(True)
 
 
 def finite(tensors: Mapping[str, Tensor]) -> str | None:

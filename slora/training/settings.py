@@ -82,6 +82,9 @@ class TrainSettings:
     penalty: Annotated[float, "Weight of the mean |gate| that is added to the loss."] = 1.0
     penalty_warmup: Annotated[float, "Share of the steps without penalty."] = 0.1
     penalty_ramp: Annotated[float, "Share of the steps over which the penalty then rises to its full weight."] = 0.0
+    selection: Annotated[
+        float, "Share of the steps in which the gates move; then the choice of blocks stands and nothing is probed."
+    ] = 1.0
     gate_rule: Annotated[
         Literal["proximal", "sgd"],
         "Gates' own update: proximal (gradient step, then soft threshold) or sgd (penalty in the loss).",
@@ -133,7 +136,7 @@ class TrainSettings:
         for name in ("penalty", "gate_lr", "lr", "weight_decay", "clip_norm"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value >= 0, "use a finite number from 0 up")
-        for name in ("penalty_warmup", "penalty_ramp", "warmup", "min_lr_ratio"):
+        for name in ("penalty_warmup", "penalty_ramp", "selection", "warmup", "min_lr_ratio"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "use a share from 0 to 1")
         for name in ("momentum", "label_smoothing"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "use a number from 0 to below 1")

@@ -21,7 +21,7 @@ from slora.gate import adapted_layers, gate_penalty, penalty_at
 from slora.training import checkpoint
 from slora.training.batches import Batches, Data, make_batches
 from slora.training.measure import Clock, Window
-from slora.training.optimizers import Optimizers, finite, lr_scale
+from slora.training.optimizers import Optimizers, finite, held, lr_scale
 from slora.training.process import interruptible, make_accelerator, prepared, train_mode
 from slora.training.recorder import Recorder
 from slora.training.settings import TrainSettings
@@ -208,15 +208,17 @@ class Trainer:
             state = self._activity()
         settings = self.settings
         warm, ramp = round(settings.penalty_warmup * self.steps), round(settings.penalty_ramp * self.steps)
-        self.penalty = penalty_at(self.step, settings.penalty, warm, ramp)
+        selecting = self.step < round(settings.selection * self.steps)
+        self.penalty = penalty_at(self.step, settings.penalty, warm, ramp) if selecting else 0.0
         self.optimizers.set(lr_scale(self.step, self.steps, self.warmup, settings.min_lr_ratio), self.penalty)
-        if settings.count_flops and state not in self.flops_of:
-            with self.clock.excluded():
-                flops = count_flops(self._forward_backward, batches)
-            self.flops_of[state] = flops * self.accelerator.num_processes
-        else:
-            self._forward_backward(batches)
-        self.result.flops += self.flops_of.get(state, 0)
+        with contextlib.nullcontext() if selecting else held(self.optimizers.moving_gates):
+            if settings.count_flops and (state, selecting) not in self.flops_of:
+                with self.clock.excluded():
+                    flops = count_flops(self._forward_backward, batches)
+                self.flops_of[state, selecting] = flops * self.accelerator.num_processes
+            else:
+                self._forward_backward(batches)
+        self.result.flops += self.flops_of.get((state, selecting), 0)
         self.step += 1
 
     def _forward_backward(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:

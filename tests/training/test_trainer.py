@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import subprocess
@@ -127,6 +128,28 @@ def test_the_penalty_starts_after_its_warm_up_and_ramps(
     settings = settings.replace(max_steps=10, penalty=2.0, penalty_warmup=0.4, penalty_ramp=0.4, log_every=1)
     result = train(ready(make_model, settings), data, None, settings)
     assert [record["penalty"] for record in result.history] == [0, 0, 0, 0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("gate_rule", ["proximal", "sgd"])
+def test_after_the_selection_gates_stand_still_and_inactive_blocks_cost_nothing(
+    make_model: Factory, data: Pair, settings: TrainSettings, gate_rule: str, optimizer: str
+) -> None:
+    settings = settings.replace(
+        gate_rule=gate_rule, optimizer=optimizer, max_steps=10, selection=0.4, penalty=2.0, penalty_warmup=0.0,
+        gate_lr=0.05, inactive="exact", log_every=1, count_flops=True,
+    )  # fmt: skip
+    model = ready(make_model, settings)
+    with torch.no_grad():
+        gates(model)[0].fill_(0.05)
+    result = train(model, data, None, settings)
+    moving = [record["mean_gate"] for record in result.history]
+    assert len(set(moving[:4])) == 4
+    assert set(moving[4:]) == {moving[3]}
+    assert [record["penalty"] for record in result.history] == [2.0] * 4 + [0.0] * 6
+    assert all(gate.requires_grad for gate in gates(model))
+    steps = [later["flops"] - earlier["flops"] for earlier, later in itertools.pairwise(result.history)]
+    assert steps[-1] < steps[0]
 
 
 @pytest.mark.parametrize("gate_rule", ["proximal", "sgd"])
