@@ -1,6 +1,6 @@
 // The CPU executor: threads take tiles from one queue; a tile's A and B are packed once as the accumulator's type, and
 // a block of kRows x kVectors vectors of the delta then stays in registers over the whole rank, so that W is read once
-// and written once and no dense delta exists.
+// and written once and no dense delta exists. Blocks follow one another along the rows, as W lies in memory.
 //
 // The inner loop is written with the compiler's vector extensions and compiled three times, for AVX-512, for AVX2 with
 // FMA, and for whatever the build targets; the processor chooses at run time. So one binary runs on any x86-64.
@@ -23,8 +23,9 @@ namespace {
 constexpr int64_t kRows = 6;
 // Packed A of one tile: half of a small L2, which W streams through as well.
 constexpr int64_t kPanelBytes = 128 * 1024;
-constexpr int64_t kTileRows = 32 * kRows;
+constexpr int64_t kTileRows = 64 * kRows;
 constexpr int64_t kWidestBlock = 256;  // bytes
+constexpr int64_t kAhead = 2;          // blocks between the one at hand and the one that is fetched into the cache
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -88,11 +89,12 @@ SLORA_INLINE void block(const T* A, const T* B, int64_t rank, const char* source
     // Without this the compiler computes all addresses up front and spills them.
     asm("" : "+r"(source), "+r"(target));
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors; ++i) {
-      V w;
-      load<dtype, kLanes>(source + i * width, w);
-      w += sum[row][i];
-      store<dtype, kLanes>(target + i * width, w);
+    for (int i = 0; i < kVectors; i += 2) {
+      V a, b;
+      load<dtype, kLanes>(source + i * width, a, b);
+      a += sum[row][i];
+      b += sum[row][i + 1];
+      store<dtype, kLanes>(target + i * width, a, b);
     }
   }
 }
@@ -118,11 +120,12 @@ SLORA_BLOCKS(avx2, __attribute__((target("avx2,fma"))), 8, 2, true)
 SLORA_BLOCKS(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), 16, 4, true)
 #endif
 
-// What one instruction set offers; `width` is that of a block in bytes of the accumulator's type.
+// What one instruction set offers: `width` is that of a block in bytes of the accumulator's type, `lanes` the fp32
+// numbers of a register.
 struct Code {
   Block<float> f32, bf16, f16;
   Block<double> f64;
-  int64_t width;
+  int64_t width, lanes;
 
   Block<float> of(Dtype dtype, float) const { return dtype == Dtype::f32 ? f32 : dtype == Dtype::bf16 ? bf16 : f16; }
   Block<double> of(Dtype, double) const { return f64; }
@@ -130,42 +133,54 @@ struct Code {
 
 Code code_of(Isa isa) {
 #ifdef SLORA_X86
-  if (isa == Isa::avx512) return {avx512_f32, avx512_bf16, avx512_f16, avx512_f64, 256};
-  if (isa == Isa::avx2) return {avx2_f32, avx2_bf16, avx2_f16, avx2_f64, 64};
+  if (isa == Isa::avx512) return {avx512_f32, avx512_bf16, avx512_f16, avx512_f64, 256, 16};
+  if (isa == Isa::avx2) return {avx2_f32, avx2_bf16, avx2_f16, avx2_f64, 64, 8};
 #endif
-  return {portable_f32, portable_bf16, portable_f16, portable_f64, 32};
+  return {portable_f32, portable_bf16, portable_f16, portable_f64, 32, 4};
 }
 
 // ---- the tile ----
 
+// One rank of A, in strips of `width` columns that lie `step` apart. A strip is padded with zeros, and in groups of
+// 2 * lanes columns the even ones precede the odd ones where `lanes` is not 0: what load() makes of 16-bit weights.
 template <class T>
-void pack_row(const char* A, int64_t stride, Dtype dtype, int64_t cols, int64_t width, int64_t rank, T* panel) {
-  for (int64_t col = 0; col < cols; col += width, panel += rank * width) {
+SLORA_INLINE void pack_row(const char* A, int64_t stride, Dtype dtype, int64_t cols, int64_t width, int64_t lanes,
+                           int64_t step, T* strip) {
+  for (int64_t col = 0; col < cols; col += width, strip += step) {
     const int64_t count = std::min(width, cols - col);
-    if (stride == 1) {
-      for (int64_t i = 0; i < count; ++i) panel[i] = read_number<T>(A, col + i, dtype);
-    } else {
-      for (int64_t i = 0; i < count; ++i) panel[i] = read_number<T>(A, (col + i) * stride, dtype);
+    if (lanes == 0) {
+      for (int64_t i = 0; i < count; ++i) strip[i] = read_number<T>(A, (col + i) * stride, dtype);
+      for (int64_t i = count; i < width; ++i) strip[i] = 0;
+      continue;
     }
-    for (int64_t i = count; i < width; ++i) panel[i] = 0;
+    for (int64_t i = 0; i < width; i += 2 * lanes) {
+      const int64_t even = std::clamp<int64_t>((count - i + 1) / 2, 0, lanes);
+      const int64_t odd = std::clamp<int64_t>((count - i) / 2, 0, lanes);
+      T *evens = strip + i, *odds = evens + lanes;
+      for (int64_t j = 0; j < even; ++j) evens[j] = read_number<T>(A, (col + i + 2 * j) * stride, dtype);
+      for (int64_t j = 0; j < odd; ++j) odds[j] = read_number<T>(A, (col + i + 2 * j + 1) * stride, dtype);
+      for (int64_t j = even; j < lanes; ++j) evens[j] = 0;
+      for (int64_t j = odd; j < lanes; ++j) odds[j] = 0;
+    }
   }
 }
 
-// A as [strip][rank][width], zeros beyond the last column.
+// A as [strip][rank][width].
 template <class T>
-void pack_A(const Plan& plan, const Segment& s, int64_t col, int64_t cols, int64_t width, T* panel) {
+void pack_A(const Plan& plan, const Segment& s, int64_t col, int64_t cols, const Code& code, T* panel) {
+  const int64_t width = code.width / static_cast<int64_t>(sizeof(T)), lanes = bytes_of(s.dtype) == 2 ? code.lanes : 0;
   for (int64_t p = s.first_piece; p < s.first_piece + s.pieces; ++p) {
     const Piece& piece = plan.pieces[p];
-    const int64_t stride = piece.A_strides[1];
+    const int64_t stride = piece.A_strides[1], step = s.rank * width;
     for (int64_t j = 0; j < piece.rank; ++j, panel += width) {
       const char* A = piece.A + (j * piece.A_strides[0] + col * stride) * bytes_of(piece.A_dtype);
-      // A constant dtype makes the loop one conversion per element, which the compiler vectorises.
-      if (piece.A_dtype == Dtype::f32) {
-        pack_row<T>(A, stride, Dtype::f32, cols, width, s.rank, panel);
-      } else if (piece.A_dtype == Dtype::bf16) {
-        pack_row<T>(A, stride, Dtype::bf16, cols, width, s.rank, panel);
+      // Constants make the loop one conversion per element, which the compiler vectorises.
+      if (piece.A_dtype == Dtype::f32 && stride == 1) {
+        pack_row<T>(A, 1, Dtype::f32, cols, width, lanes, step, panel);
+      } else if (piece.A_dtype == Dtype::bf16 && stride == 1) {
+        pack_row<T>(A, 1, Dtype::bf16, cols, width, lanes, step, panel);
       } else {
-        pack_row<T>(A, stride, piece.A_dtype, cols, width, s.rank, panel);
+        pack_row<T>(A, stride, piece.A_dtype, cols, width, lanes, step, panel);
       }
     }
   }
@@ -208,20 +223,21 @@ void run_tile(const Plan& plan, const Segment& s, int64_t first, int64_t rows, i
   const int64_t source_stride = s.source_stride * size, target_stride = s.target_stride * size;
   T* panel = reinterpret_cast<T*>(scratch);
   T* packed = panel + s.rank * round_up(cols, width);
-  pack_A<T>(plan, s, col, cols, width, panel);
+  pack_A<T>(plan, s, col, cols, code, panel);
   pack_B<T>(plan, s, first, rows, packed);
   // A block at an edge of the matrix runs on a copy that is large enough.
   alignas(64) char edge[kRows * kWidestBlock] = {};
-  for (int64_t i = 0; i < cols; i += width) {
-    const T* A = panel + i * s.rank;
-    const char* strip = s.source + first * source_stride + (col + i) * size;
-    for (int64_t row = 0; row < rows; row += kRows) {
-      const T* B = packed + row * s.rank;
-      const int64_t count = std::min(kRows, rows - row);
-      const char* source = strip + row * source_stride;
-      char* target = s.target + (first + row) * target_stride + (col + i) * size;
+  for (int64_t row = 0; row < rows; row += kRows) {
+    const T* B = packed + row * s.rank;
+    const int64_t count = std::min(kRows, rows - row);
+    const char* source = s.source + (first + row) * source_stride + col * size;
+    char* target = s.target + (first + row) * target_stride + col * size;
+    for (int64_t i = 0; i < cols; i += width, source += width * size, target += width * size) {
+      const T* A = panel + i * s.rank;
       if (count == kRows && cols - i >= width) {
-        const char* next = row + kRows < rows ? source + kRows * source_stride : strip + width * size;
+        // At the end of these rows the blocks ahead are the first of the next ones.
+        const int64_t ahead = i + kAhead * width < cols ? 0 : kRows * source_stride - cols / width * width * size;
+        const char* next = source + kAhead * width * size + ahead;
         block(A, B, s.rank, source, source_stride, target, target_stride, next);
         continue;
       }
