@@ -28,6 +28,21 @@ def block_of(slot, gate, threshold, blocks, slots):
 
 
 @triton.jit
+def blocks_of(slots_wanted, valid, gate, threshold, blocks, slots):
+    """Return `(block, active)` of each slot in `slots_wanted [n]`; False where `valid [n]` is."""
+    block = slots_wanted
+    active = valid
+    if slots == blocks:
+        active &= tl.load(gate + slots_wanted, mask=valid, other=float("-inf")) >= threshold
+    else:
+        i = tl.arange(0, _MAX_BLOCKS)
+        on = (tl.load(gate + i, mask=i < blocks, other=float("-inf")) >= threshold) & (i < blocks)
+        place = tl.where(on, tl.cumsum(on.to(tl.int32), 0) - 1, -1)
+        block = tl.sum(tl.where(place[None, :] == slots_wanted[:, None], i[None, :], 0), 1)
+    return block, active
+
+
+@triton.jit
 def slot_of(block, gate, threshold, blocks, slots):
     """Return `(slot, active)` of `block`, scalars; `slot` means nothing where the block is inactive."""
     active = tl.load(gate + block) >= threshold
@@ -37,3 +52,37 @@ def slot_of(block, gate, threshold, blocks, slots):
         on = (tl.load(gate + i, mask=i < blocks, other=float("-inf")) >= threshold) & (i < block)
         slot = tl.sum(on.to(tl.int32), 0)
     return slot, active
+
+
+@triton.jit
+def in_order(gate, threshold, blocks):
+    """Return `(order, count)`: the place of each block when the `count` active ones come first, [64], both rising."""
+    i = tl.arange(0, _MAX_BLOCKS)
+    score = tl.load(gate + i, mask=i < blocks, other=float("-inf"))
+    on = ((score >= threshold) & (i < blocks)).to(tl.int32)
+    count = tl.sum(on, 0)
+    return tl.where(on > 0, tl.cumsum(on, 0) - 1, count + tl.cumsum(1 - on, 0) - 1), count
+
+
+@triton.jit
+def at_place(order, place):
+    """Return the block at `place` of `order`."""
+    return tl.sum(tl.where(order == place, tl.arange(0, _MAX_BLOCKS), 0), 0)
+
+
+@triton.jit
+def as_bits(gate, threshold, blocks):
+    """Return `(bits, count)`: the active blocks as bits of a uint64, and how many they are."""
+    i = tl.arange(0, _MAX_BLOCKS)
+    score = tl.load(gate + i, mask=i < blocks, other=float("-inf"))
+    on = ((score >= threshold) & (i < blocks)).to(tl.uint64)
+    return tl.sum(on << i.to(tl.uint64), 0), tl.sum(on.to(tl.int32), 0)
+
+
+@triton.jit
+def first_from(bits, block):
+    """Return the first block from `block` on whose bit is set; what it returns where there is none means nothing."""
+    rest = bits >> tl.cast(block, tl.uint64)
+    lowest = rest & (~rest + 1)
+    # A power of two is exact in fp64, where its logarithm is the exponent: bits 52 to 62, from 1023 up.
+    return block + ((lowest.to(tl.float64).to(tl.uint64, bitcast=True) >> 52).to(tl.int32) & 0x7FF) - 1023

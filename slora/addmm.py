@@ -7,11 +7,99 @@ The update is added in place to the base product, so nothing of size M x N is al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from slora import dropout as counter
+
+
+def gated_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate: Tensor,
+    threshold: float,
+    scaling: float,
+    active: Sequence[int] | None,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return `(y [..., N], S [M, slots * r])` as `torch.ops.slora.selective_linear` states them.
+
+    Where nobody on the host knows the active blocks (`active` None on a GPU), all are computed, with B = 0 for the
+    inactive ones.
+    """
+    blocks, r, in_features = lora_A.shape
+    M = math.prod(x.shape[:-1])
+    keep = _mask(M, in_features, dropout, seed, x.dtype)
+    scaling = scaling * counter.rescaling(dropout)
+    present = known_active(gate, threshold, active)
+    if present is None:
+        gated_B = lora_B * (gate >= threshold).to(lora_B.dtype)[:, None, None]
+        return forward(x, weight, bias, lora_A, gated_B, range(blocks), scaling, keep)
+    y, S = forward(x, weight, bias, lora_A, lora_B, present, scaling, keep)
+    if active is None and len(present) < blocks:
+        S = scattered(S.view(M, len(present), r).transpose(0, 1), blocks, present)
+        S = S.transpose(0, 1).reshape(M, blocks * r)
+    return y, S
+
+
+def gated_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate: Tensor,
+    S: Tensor,
+    threshold: float,
+    scaling: float,
+    active: Sequence[int] | None,
+    dropout: float,
+    seed: Tensor | None,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return `(dx [M, K], dA, dB, dgate)` for `dy [M, N]`, `x [M, K]` and the S of `gated_forward`."""
+    blocks, r, in_features = lora_A.shape
+    M = dy.shape[0]
+    keep = _mask(M, in_features, dropout, seed, dy.dtype)
+    scaling = scaling * counter.rescaling(dropout)
+    present = known_active(gate, threshold, active)
+    if present is None:
+        on = (gate >= threshold).to(lora_B.dtype)[:, None, None]
+        need_B = [needs[0], needs[1], needs[2] or needs[3], False]
+        dx, dA, dB, dgate = backward(
+            dy, x, weight, lora_A, lora_B * on, S, range(blocks), scaling, need_B, keep
+        )  # fmt: skip
+        if dB is not None:
+            dB = dB * on
+            dgate = (dB * lora_B).sum((1, 2)) if needs[3] else None
+        return dx, dA, dB if needs[2] else None, dgate
+    if active is None and len(present) < blocks and S.dim() == 2:
+        S = S.view(M, blocks, r)[:, present].reshape(M, len(present) * r)
+    return backward(dy, x, weight, lora_A, lora_B, S, present, scaling, needs, keep)
+
+
+def known_active(gate: Tensor, threshold: float, active: Sequence[int] | None) -> list[int] | None:
+    """Return the active blocks if the host can know them for free, else None."""
+    if active is not None:
+        return list(active)
+    if gate.device.type == "cpu":
+        return [i for i, on in enumerate((gate >= threshold).tolist()) if on]
+    return None
+
+
+def _mask(M: int, K: int, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if dropout == 0.0:
+        return None
+    assert seed is not None
+    return counter.kept(M, K, dropout, seed, dtype)
 
 
 def forward(
@@ -24,7 +112,8 @@ def forward(
     scaling: float,
     keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `(y [..., N], S)`; `x [..., K]`. `keep [M, K]` is the dropout mask, already divided by `1 - p`."""
+    """Return `(y [..., N], S)`; `x [..., K]`. `keep [M, K]` is the dropout mask of zeros and ones; what makes up
+    for the dropped elements is part of `scaling`."""
     y = base(x, weight, bias)
     x_rows = rows(x) if keep is None else rows(x) * keep
     S = x_rows @ stacked(lora_A, active, x.dtype).T
@@ -51,34 +140,56 @@ def backward(
     `x [M, K]` may be None where dA is not needed. Gradients of inactive blocks are 0. dA, dB and dgate have
     the dtype of `lora_A` and `lora_B`; dgate uses `dgate_i = <dB_i, B_i>`, exact for active blocks.
     """
-    need_dx, need_dA, need_dB, need_dgate = needs
-    dx = dA = dB = dgate = None
-    dy_blocks = active_columns(dy, lora_B, active)
+    need_dx, need_dA = needs[:2]
+    dx = T = None
     if need_dx or need_dA:
+        dy_blocks = active_columns(dy, lora_B, active)
         parts = [dy_i @ lora_B[i].to(dy.dtype) for dy_i, i in zip(dy_blocks, active, strict=True)]
         T = parts[0] if len(parts) == 1 else torch.cat(parts, 1) if parts else dy.new_empty(dy.shape[0], 0)
     if need_dx:
+        assert T is not None
         dx = dy @ weight
         A = stacked(lora_A, active, dy.dtype)
         if keep is None:
             dx.addmm_(T, A, alpha=scaling)
         else:
             dx.addcmul_(T @ A, keep, value=scaling)
+    x_kept = x if keep is None or x is None or not need_dA else x * keep
+    dA, dB, dgate = weight_gradients(x_kept, dy, S, T, lora_A, lora_B, active, scaling, needs[1:])
+    return dx, dA, dB, dgate
+
+
+def weight_gradients(
+    x: Tensor | None,
+    dy: Tensor,
+    S: Tensor,
+    T: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    active: Sequence[int],
+    scaling: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return `(dA, dB, dgate)` of `x [M, K]` (masked where dropout is on), `dy [M, N]` and the S and T of the active
+    blocks; None for each that `needs` does not ask for."""
+    need_dA, need_dB, need_dgate = needs
+    dA = dB = dgate = None
     if need_dA:
         assert x is not None
-        x_rows = x if keep is None else x * keep
-        dA = (T.T @ x_rows).mul_(scaling).view(len(active), *lora_A.shape[1:])
+        assert T is not None
+        dA = (T.T @ x).mul_(scaling).view(len(active), *lora_A.shape[1:])
         dA = scattered(dA.to(lora_A.dtype), lora_A.shape[0], active)
     if need_dB or need_dgate:
+        dy_blocks = active_columns(dy, lora_B, active)
         parts = [_dB(dy_i, S_i) for dy_i, S_i in zip(dy_blocks, blocks_of(S, len(active)), strict=True)]
         if parts:
             dB = torch.stack(parts).to(lora_B.dtype).mul_(scaling)
         else:
             dB = lora_B.new_empty(0, *lora_B.shape[1:])
         if need_dgate:
-            dgate = scattered((dB * lora_B[list(active)]).sum((1, 2)), lora_B.shape[0], active)
+            dgate = scattered((dB * chosen(lora_B, active)).sum((1, 2)), lora_B.shape[0], active)
         dB = scattered(dB, lora_B.shape[0], active) if need_dB else None
-    return dx, dA, dB, dgate
+    return dA, dB, dgate
 
 
 def gate_probe(dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, blocks: Sequence[int], scaling: float) -> Tensor:
@@ -116,8 +227,15 @@ def rows(x: Tensor) -> Tensor:
 
 def stacked(lora_A: Tensor, active: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return the A matrices of the active blocks on top of each other, `[len(active) * r, K]`."""
-    chosen = lora_A if len(active) == lora_A.shape[0] else lora_A[list(active)]
-    return chosen.to(dtype).reshape(-1, lora_A.shape[-1])
+    return chosen(lora_A, active).to(dtype).reshape(-1, lora_A.shape[-1])
+
+
+def chosen(matrices: Tensor, active: Sequence[int]) -> Tensor:
+    """Return the matrices of the active blocks, `[len(active), ...]`."""
+    if len(active) == matrices.shape[0]:
+        return matrices
+    # Indexing with a list would upload it, which a CUDA graph being captured does not allow.
+    return torch.stack([matrices[i] for i in active]) if active else matrices[:0]
 
 
 def scattered(values: Tensor, blocks: int, active: Sequence[int]) -> Tensor:
@@ -125,7 +243,8 @@ def scattered(values: Tensor, blocks: int, active: Sequence[int]) -> Tensor:
     if len(active) == blocks:
         return values
     result = values.new_zeros(blocks, *values.shape[1:])
-    result[list(active)] = values
+    for value, i in zip(values, active, strict=True):
+        result[i] = value
     return result
 
 

@@ -27,7 +27,7 @@ def findings() -> list[str]:
     import torch
 
     import slora
-    from slora.ops import backend
+    from slora.backends import backend
 
     rows = [("slora", slora.__version__), ("python", platform.python_version())]
     missing = []

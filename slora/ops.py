@@ -6,25 +6,23 @@ computes `slora.reference.selective_lora_linear`; `S` is what the backward keeps
 active blocks where the host knows them, so that nothing has to be read from the device; None means "read the
 gates" and is what `torch.compile` sees, so that a moving gate never changes the graph.
 
-Backends are chosen by `SLORA_BACKEND`: "auto" (the fastest there is), "torch" (`slora.addmm`) or "reference".
+Who computes it is said in `slora.backends`.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from slora import addmm, reference
-from slora.errors import ConfigError, ShapeError, StateError
-
-BACKENDS = ("auto", "torch", "reference")
-MAX_RANK = 256
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from slora import addmm, forms, reference
+from slora.arguments import check_inputs
+from slora.backends import backend, check_device, kernels_serve
+from slora.dropout import kept, rescaling
+from slora.errors import StateError
 
 _library: Any = torch.library.Library("slora", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
@@ -64,16 +62,19 @@ def selective_linear(
         scaling: factor in front of every update.
         active: the active blocks in rising order if the host knows them; must agree with `gate`.
         dropout: probability of dropping an element of `x` on the LoRA path; needs `seed`.
-        seed: int64 scalar on the CPU; the backward draws the same mask from it, so none is stored.
+        seed: int64 scalar on the device of `x`, where a CUDA graph can draw a new one per replay. The backward draws
+            the same mask from it, so none is stored; every backend draws the same one (`slora.dropout`).
 
     The gate gradient of active blocks is straight-through; that of inactive ones is 0 here (`slora.gate`
     supplies it). In the backward only what `requires_grad` asks for is computed.
 
     Raises:
         ShapeError: shapes, dtypes or devices disagree; names the tensor, what it is and what it should be.
+        ConfigError: `SLORA_BACKEND` is unknown, or asks for kernels that cannot run on the device of `x`.
     """
     if backend() == "reference":
         return _reference(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, dropout, seed)
+    check_device(x)
     y: Tensor = torch.ops.slora.selective_linear(
         x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed
     )[0]
@@ -92,91 +93,16 @@ def _reference(
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    check_inputs(x, weight, bias, lora_A, lora_B, gate)
-    keep = _dropout_mask((math.prod(x.shape[:-1]), x.shape[-1]), x, dropout, seed)
-    x_lora = None if keep is None else x * keep.view(x.shape)
+    check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed)
+    x_lora = None
+    if dropout:
+        assert seed is not None
+        keep = kept(math.prod(x.shape[:-1]), x.shape[-1], dropout, seed, x.dtype)
+        x_lora = x * keep.view(x.shape) * rescaling(dropout)
     # The gate keeps its dtype: rounded to that of x, a score next to the threshold would change sides.
     gate = torch.where(gate >= threshold, gate, gate.detach())
     A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
     return reference.selective_lora_linear(x, weight, bias, A, B, gate, threshold, scaling, x_lora).to(x.dtype)
-
-
-def backend() -> str:
-    """Return the backend that `SLORA_BACKEND` asks for.
-
-    Raises:
-        ConfigError: the variable holds an unknown name.
-    """
-    name = os.environ.get("SLORA_BACKEND", "auto").strip().lower() or "auto"
-    if name not in BACKENDS:
-        raise ConfigError(f"SLORA_BACKEND={name!r} is unknown; use one of {', '.join(BACKENDS)}")
-    return name
-
-
-def check_inputs(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
-    """Raise `ShapeError` unless the tensors fit together; the same text on every backend and under tracing."""
-    if x.dtype not in _DTYPES:
-        raise ShapeError(f"x has dtype {x.dtype}; expected one of {', '.join(map(str, _DTYPES))}")
-    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        raise ShapeError(
-            f"x has shape {_shape(x)} and weight {_shape(weight)}; expected x [..., K] and weight [N, K] of one K"
-        )
-    out_features, in_features = weight.shape
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_features):
-        raise ShapeError(f"bias has shape {_shape(bias)}; expected [{out_features}], the rows of weight")
-    if gate.dim() != 1 or gate.shape[0] < 1:
-        raise ShapeError(f"gate has shape {_shape(gate)}; expected [blocks] with at least one block")
-    blocks = gate.shape[0]
-    if out_features % blocks:
-        raise ShapeError(f"gate has {blocks} blocks, which does not divide the {out_features} rows of weight")
-    if lora_A.dim() != 3 or lora_A.shape[0] != blocks or lora_A.shape[2] != in_features:
-        raise ShapeError(f"lora_A has shape {_shape(lora_A)}; expected [{blocks}, r, {in_features}]")
-    r = lora_A.shape[1]
-    if not 1 <= r <= MAX_RANK:
-        raise ShapeError(f"lora_A has shape {_shape(lora_A)}, rank {r}; expected a rank from 1 to {MAX_RANK}")
-    if tuple(lora_B.shape) != (blocks, out_features // blocks, r):
-        raise ShapeError(f"lora_B has shape {_shape(lora_B)}; expected [{blocks}, {out_features // blocks}, {r}]")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise ShapeError(
-                f"{name} has dtype {tensor.dtype} but x has {x.dtype}; run under torch.autocast or cast one of them"
-            )
-    if lora_A.dtype not in (x.dtype, torch.float32) or lora_B.dtype != lora_A.dtype:
-        raise ShapeError(
-            f"lora_A has dtype {lora_A.dtype} and lora_B {lora_B.dtype}; expected both {x.dtype} or torch.float32"
-        )
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("lora_A", lora_A),
-        ("lora_B", lora_B),
-        ("gate", gate),
-    ):
-        if tensor is not None and tensor.device != x.device:
-            raise ShapeError(f"{name} is on {tensor.device} but x is on {x.device}; move the module or the input")
-
-
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
-
-
-def _dropout_mask(shape: tuple[int, int], like: Tensor, dropout: float, seed: Tensor | None) -> Tensor | None:
-    if dropout == 0.0:
-        return None
-    if seed is None:
-        raise ShapeError(f"seed is None with dropout={dropout}; expected an int64 scalar tensor on the CPU")
-    generator = torch.Generator(like.device).manual_seed(int(seed.item()))
-    kept = torch.rand(shape, device=like.device, generator=generator) >= dropout
-    return kept.to(like.dtype) / (1.0 - dropout)
-
-
-def _known_active(gate: Tensor, threshold: float, active: Sequence[int] | None) -> list[int] | None:
-    """The active blocks if the host can know them for free, else None."""
-    if active is not None:
-        return list(active)
-    if gate.device.type == "cpu":
-        return [i for i, on in enumerate((gate >= threshold).tolist()) if on]
-    return None
 
 
 def _forward(
@@ -192,19 +118,9 @@ def _forward(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_inputs(x, weight, bias, lora_A, lora_B, gate)
-    blocks, r, in_features = lora_A.shape
-    M = math.prod(x.shape[:-1])
-    keep = _dropout_mask((M, in_features), x, dropout, seed)
-    chosen = _known_active(gate, threshold, active)
-    if chosen is None:
-        gated_B = lora_B * (gate >= threshold).to(lora_B.dtype)[:, None, None]
-        return addmm.forward(x, weight, bias, lora_A, gated_B, range(blocks), scaling, keep)
-    y, S = addmm.forward(x, weight, bias, lora_A, lora_B, chosen, scaling, keep)
-    if active is None and len(chosen) < blocks:
-        S = addmm.scattered(S.view(M, len(chosen), r).transpose(0, 1), blocks, chosen)
-        S = S.transpose(0, 1).reshape(M, blocks * r)
-    return y, S
+    check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed)
+    compute = forms.forward if x.numel() and kernels_serve(x, gate) else addmm.gated_forward
+    return compute(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
 
 
 def _backward(
@@ -222,31 +138,17 @@ def _backward(
     seed: Tensor | None,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    blocks, r, in_features = lora_A.shape
     dy_rows = addmm.rows(dy)
-    M = dy_rows.shape[0]
     x_rows = None if x is None else addmm.rows(x)
-    keep = _dropout_mask((M, in_features), dy, dropout, seed)
-    chosen = _known_active(gate, threshold, active)
-    if chosen is None:
-        on = (gate >= threshold).to(lora_B.dtype)
-        all_blocks = range(blocks)
-        need_B = [needs[0], needs[1], needs[2] or needs[3], False]
-        gated_B = lora_B * on[:, None, None]
-        dx, dA, dB, _ = addmm.backward(dy_rows, x_rows, weight, lora_A, gated_B, S, all_blocks, scaling, need_B, keep)
-        dgate = None
-        if dB is not None:
-            dB = dB * on[:, None, None]
-            dgate = (dB * lora_B).sum((1, 2)) if needs[3] else None
-    else:
-        if active is None and len(chosen) < blocks:
-            S = S.view(M, blocks, r)[:, chosen].reshape(M, len(chosen) * r)
-        dx, dA, dB, dgate = addmm.backward(dy_rows, x_rows, weight, lora_A, lora_B, S, chosen, scaling, needs, keep)
-    empty = dy.new_empty(0)
+    compute = forms.backward if dy.numel() and kernels_serve(dy, gate) else addmm.gated_backward
+    dx, dA, dB, dgate = compute(
+        dy_rows, x_rows, weight, lora_A, lora_B, gate, S, threshold, scaling, active, dropout, seed, needs
+    )
+    # An operator returns tensors; what is not needed is an empty one.
     return (
-        empty if dx is None else dx.view(*dy.shape[:-1], in_features),
+        dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], weight.shape[1]),
         dy.new_empty(0) if dA is None else dA,
-        dy.new_empty(0) if dB is None or not needs[2] else dB,
+        dy.new_empty(0) if dB is None else dB,
         dy.new_empty(0) if dgate is None else dgate.to(gate.dtype),
     )
 
@@ -264,7 +166,7 @@ def _forward_fake(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_inputs(x, weight, bias, lora_A, lora_B, gate)
+    check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed)
     count = gate.shape[0] if active is None else len(active)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty(math.prod(x.shape[:-1]), count * lora_A.shape[1])

@@ -207,7 +207,7 @@ class LoRABlocks(nn.Module):
                 )
         if active is None or active:
             dropout = self.lora_dropout if self.training else 0.0
-            seed = torch.randint(2**62, ()) if dropout else None
+            seed = torch.randint(2**62, (), device=x.device) if dropout else None
             y = ops.selective_linear(
                 x, weight, bias, lora_A, lora_B, gate, self.threshold, self.scaling, active, dropout, seed
             )

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slora import ops
+from slora.backends import backend
 from slora.merging import fallback
 from slora.merging.terms import Term, check, grouped
 
@@ -153,7 +153,7 @@ def _warn_once(reason: str) -> None:
 def _use_extension(weights: Sequence[Tensor], terms: Sequence[Term]) -> bool:
     tensors = [*weights, *(matrix for term in terms for matrix in (term.A, term.B))]
     device = weights[0].device.type
-    if ops.backend() in ("torch", "reference") or device not in ("cpu", "cuda"):
+    if backend() in ("torch", "reference") or device not in ("cpu", "cuda"):
         return False
     if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_neg() for tensor in tensors):
         return False

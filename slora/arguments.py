@@ -1,0 +1,83 @@
+"""What the operator accepts, checked once for every backend and for fake tensors, so that the message is one text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slora.errors import ShapeError
+
+MAX_RANK = 256
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_inputs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate: Tensor,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> None:
+    """Raise `ShapeError` unless the tensors fit together; the same text on every backend and under tracing."""
+    if x.dtype not in DTYPES:
+        raise ShapeError(f"x has dtype {x.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ShapeError(
+            f"x has shape {_shape(x)} and weight {_shape(weight)}; expected x [..., K] and weight [N, K] of one K"
+        )
+    out_features, in_features = weight.shape
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_features):
+        raise ShapeError(f"bias has shape {_shape(bias)}; expected [{out_features}], the rows of weight")
+    if gate.dim() != 1 or gate.shape[0] < 1:
+        raise ShapeError(f"gate has shape {_shape(gate)}; expected [blocks] with at least one block")
+    if not gate.dtype.is_floating_point:
+        raise ShapeError(f"gate has dtype {gate.dtype}; expected a floating one, normally torch.float32")
+    blocks = gate.shape[0]
+    if out_features % blocks:
+        raise ShapeError(f"gate has {blocks} blocks, which does not divide the {out_features} rows of weight")
+    if lora_A.dim() != 3 or lora_A.shape[0] != blocks or lora_A.shape[2] != in_features:
+        raise ShapeError(f"lora_A has shape {_shape(lora_A)}; expected [{blocks}, r, {in_features}]")
+    r = lora_A.shape[1]
+    if not 1 <= r <= MAX_RANK:
+        raise ShapeError(f"lora_A has shape {_shape(lora_A)}, rank {r}; expected a rank from 1 to {MAX_RANK}")
+    if tuple(lora_B.shape) != (blocks, out_features // blocks, r):
+        raise ShapeError(f"lora_B has shape {_shape(lora_B)}; expected [{blocks}, {out_features // blocks}, {r}]")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ShapeError(
+                f"{name} has dtype {tensor.dtype} but x has {x.dtype}; run under torch.autocast or cast one of them"
+            )
+    if lora_A.dtype not in (x.dtype, torch.float32) or lora_B.dtype != lora_A.dtype:
+        raise ShapeError(
+            f"lora_A has dtype {lora_A.dtype} and lora_B {lora_B.dtype}; expected both {x.dtype} or torch.float32"
+        )
+    for name, tensor in (
+        ("weight", weight),
+        ("bias", bias),
+        ("lora_A", lora_A),
+        ("lora_B", lora_B),
+        ("gate", gate),
+    ):
+        if tensor is not None and tensor.device != x.device:
+            raise ShapeError(f"{name} is on {tensor.device} but x is on {x.device}; move the module or the input")
+    if dropout != 0.0:
+        _check_dropout(x, dropout, seed)
+
+
+def _check_dropout(x: Tensor, dropout: float, seed: Tensor | None) -> None:
+    if not 0.0 <= dropout < 1.0:
+        raise ShapeError(f"dropout={dropout} is not a probability below 1; use 0.0 for none")
+    remedy = f"draw one with torch.randint(2**62, (), device={str(x.device)!r})"
+    if seed is None:
+        raise ShapeError(f"seed is None with dropout={dropout}; {remedy}")
+    if seed.dim() != 0 or seed.dtype != torch.int64:
+        raise ShapeError(f"seed has shape {_shape(seed)} and dtype {seed.dtype}; expected an int64 scalar: {remedy}")
+    if seed.device != x.device:
+        raise ShapeError(f"seed is on {seed.device} but x is on {x.device}; {remedy}")
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)

@@ -1,0 +1,82 @@
+"""Who computes the operator: `SLORA_BACKEND` and what this machine has.
+
+| `SLORA_BACKEND` | on CUDA | on the CPU |
+|---|---|---|
+| `auto` (default) | the fastest form measured for the shape: Triton kernels or PyTorch calls | PyTorch calls |
+| `triton` | Triton kernels, never a measurement | an error, unless `TRITON_INTERPRET=1` |
+| `torch` | PyTorch calls (`slora.addmm`) | the same |
+| `reference` | `slora.reference`, differentiable any number of times | the same |
+
+fp64 and layers of more than 64 blocks are computed by PyTorch calls under `auto` and `triton` as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from slora.errors import ConfigError, MissingDependencyError
+
+BACKENDS = ("auto", "triton", "torch", "reference")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# As `kernels/slots.py` has it, which imports Triton.
+_MAX_BLOCKS = 64
+
+
+def backend() -> str:
+    """Return the backend that `SLORA_BACKEND` asks for.
+
+    Raises:
+        ConfigError: the variable holds an unknown name.
+    """
+    name = os.environ.get("SLORA_BACKEND", "auto").strip().lower() or "auto"
+    if name not in BACKENDS:
+        raise ConfigError(f"SLORA_BACKEND={name!r} is unknown; use one of {', '.join(BACKENDS)}")
+    return name
+
+
+def check_device(x: Tensor) -> None:
+    """Raise where `SLORA_BACKEND=triton` cannot be obeyed for `x`.
+
+    Raises:
+        ConfigError: x is not on a CUDA device and Triton's interpreter is off.
+        MissingDependencyError: Triton is not installed.
+    """
+    if backend() != "triton":
+        return
+    if not has_triton():
+        raise MissingDependencyError(
+            'SLORA_BACKEND=triton needs Triton; pip install "slora[triton]" (Linux), or use SLORA_BACKEND=auto'
+        )
+    if x.device.type != "cuda" and not interpreting():
+        raise ConfigError(
+            f"SLORA_BACKEND=triton needs a CUDA device but x is on {x.device}; move the model to the GPU, use "
+            f"SLORA_BACKEND=auto, or set TRITON_INTERPRET=1 before the first import of slora.kernels to try the "
+            f"kernels on the CPU, slowly"
+        )
+
+
+def kernels_serve(x: Tensor, gate: Tensor) -> bool:
+    """Return whether the Triton kernels compute for `x` and the blocks of `gate`, by the table above."""
+    wanted = backend()
+    if x.dtype not in _KERNEL_DTYPES or gate.shape[0] > _MAX_BLOCKS or wanted in ("torch", "reference"):
+        return False
+    if wanted == "triton":
+        check_device(x)
+        return True
+    return x.device.type == "cuda" and has_triton()
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton is installed, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Return whether Triton's interpreter is asked for."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
