@@ -162,17 +162,24 @@ def gate_penalty(model: nn.Module) -> Tensor:
     """Return `mean_i |gate_i|` over all blocks of `model`, a differentiable fp32 scalar.
 
     Add `penalty * gate_penalty(model)` to the task loss, after a warm-up: at the start `B = 0`, so the gates
-    get no gradient from the task and the penalty alone would move them. Blocks that are inactive under the
-    policy "frozen" count in the mean.
+    get no gradient from the task and the penalty alone would move them. Inactive blocks of the policy "frozen"
+    count in the mean but get no gradient: a plain optimizer moves every gate by the same step whatever its
+    value, so a step longer than about the threshold would carry one over zero and back above the threshold.
+    Blocks of the other policies may revive that way; `ProximalGates` stops at zero.
 
     Raises:
         ConfigError: the model has no adapted layer.
     """
-    parameters = gates(model)
-    if not parameters:
+    scores = []
+    for _, layer in adapted_layers(model):
+        gate: Tensor = layer.gate
+        if layer.inactive == "frozen":
+            gate = torch.where(gate >= layer.threshold, gate, gate.detach())
+        scores.append(gate.float())
+    if not scores:
         raise ConfigError("the model has no gates; call slora.inject(model, config) first")
-    device = parameters[0].device
-    return torch.cat([gate.float().to(device) for gate in parameters]).abs().mean()
+    device = scores[0].device
+    return torch.cat([score.to(device) for score in scores]).abs().mean()
 
 
 def penalty_at(step: int, penalty: float, warmup_steps: int, ramp_steps: int = 0) -> float:

@@ -535,8 +535,9 @@ def test_rows_of_different_strata_and_seeds_are_uncorrelated() -> None:
 # The penalty and the optimizers
 
 
-def test_penalty_is_the_mean_absolute_score_over_all_blocks(vit: nn.Module) -> None:
-    model = slora.inject(vit, slora.SelectiveLoRAConfig(r=2, inactive="frozen"))
+@pytest.mark.parametrize("policy", POLICIES)
+def test_penalty_is_the_mean_absolute_score_over_all_blocks(policy: str, vit: nn.Module) -> None:
+    model = slora.inject(vit, slora.SelectiveLoRAConfig(r=2, inactive=policy))
     scores = iter([0.3, -0.2, 0.05, 0.1, 0.0, -0.7, 1.0, 0.2, 0.15, 0.15, 0.12, -0.01])
     with torch.no_grad():
         for gate in gates(model):
@@ -547,7 +548,40 @@ def test_penalty_is_the_mean_absolute_score_over_all_blocks(vit: nn.Module) -> N
     torch.testing.assert_close(penalty, torch.tensor(2.98 / 12))
     penalty.backward()
     for gate in gates(model):
-        torch.testing.assert_close(gate.grad, gate.detach().sign() / 12)
+        moves = gate.detach() >= 0.1 if policy == "frozen" else torch.ones_like(gate, dtype=torch.bool)
+        torch.testing.assert_close(gate.grad, torch.where(moves, gate.detach().sign() / 12, 0.0))
+
+
+MOVERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "AdamW with the groups of parameter_groups": lambda model: torch.optim.AdamW(
+        slora.parameter_groups(model, gate_lr=0.5)
+    ),
+    "AdamW on everything alike": lambda model: torch.optim.AdamW(gates(model), lr=0.5),
+    "SGD with momentum": lambda model: torch.optim.SGD(gates(model), lr=0.5, momentum=0.9),
+    "ProximalGates": lambda model: slora.ProximalGates(gates(model), lr=0.5, penalty=1.0),
+}
+
+
+@pytest.mark.parametrize("name", MOVERS)
+def test_a_block_that_frozen_switched_off_never_comes_back(name: str, make_mlp: Any, randomise: Any) -> None:
+    # Two blocks and gate_lr=0.5: every subgradient step of the penalty is longer than the threshold.
+    model = randomise(adapted(make_mlp, 6, 6, 6, inactive="frozen"))
+    optimizer = MOVERS[name](model)
+    seen = [open_blocks(model)]
+    for _ in range(40):
+        loss = model(torch.randn(4, 6)).square().mean()
+        if name != "ProximalGates":
+            loss = loss + slora.gate_penalty(model)
+        optimizer.zero_grad()
+        # Nothing is left to train once the penalty is not in the loss and every block is off.
+        if loss.requires_grad:
+            loss.backward()
+        optimizer.step()
+        seen.append(open_blocks(model))
+    assert seen[0] == [True, True]
+    assert seen[-1] == [False, False], "every block has to be switched off, or the test shows nothing"
+    for block in zip(*seen, strict=True):
+        assert list(block) == sorted(block, reverse=True)
 
 
 def test_penalty_of_a_plain_model_is_refused(vit: nn.Module) -> None:
