@@ -115,6 +115,7 @@ void run_on_cpu(Plan plan) {
 void run_on_cuda(const Plan& plan, at::Device device) {
   const c10::cuda::CUDAGuard guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream();
+  TORCH_CHECK(!is_capturing(stream.stream()), "a batched merge cannot be captured in a CUDA graph; merge outside it");
   struct Launch {
     Dtype dtype;
     CudaTable table;

@@ -124,6 +124,9 @@ CudaTable make_cuda_table(const Plan& plan, Dtype dtype);
 // The rest is in merge_cuda.cu, which exists only where there is nvcc.
 int cuda_version();
 
+// Whether `stream` records a graph, which would replay a merge from a table that is gone by then.
+bool is_capturing(void* stream);
+
 // Launches the one kernel of `dtype` on `stream`; `device_table` holds table.bytes once the stream gets there.
 // Throws std::runtime_error with CUDA's message where the launch is refused.
 void launch_cuda_merge(const CudaTable& table, const void* device_table, Dtype dtype, void* stream);

@@ -25,6 +25,12 @@ const void* kernel_of(Dtype dtype) {
 
 int cuda_version() { return CUDART_VERSION; }
 
+bool is_capturing(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  require(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 void launch_cuda_merge(const CudaTable& table, const void* device_table, Dtype dtype, void* stream) {
   if (table.tile_count == 0) return;
   int device = 0, limit = 0;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -28,6 +27,7 @@ def findings() -> list[str]:
 
     import slora
     from slora.backends import backend
+    from slora.merging import extension_info
 
     rows = [("slora", slora.__version__), ("python", platform.python_version())]
     missing = []
@@ -47,11 +47,14 @@ def findings() -> list[str]:
         rows.append(("GPU", f"none is visible ({built}); everything runs on the CPU"))
     kernels = importlib.util.find_spec("slora.kernels.linear_forward") is not None
     rows.append(("Triton kernels", "installed" if kernels else "not in this installation; PyTorch computes instead"))
-    try:
-        importlib.import_module("slora._C")
-        rows.append(("slora._C", "importable"))
-    except ImportError as error:
-        rows.append(("slora._C", f"not importable ({error})"))
+    extension = extension_info()
+    if extension["available"]:
+        architectures = ", ".join(extension["architectures"])
+        cuda = f"CUDA {extension['cuda']} for {architectures}" if extension["cuda"] else "no CUDA"
+        built = f"built by {extension['compiler']} for torch {extension['torch']}"
+        rows.append(("slora._C", f"{built}; {cuda}; on this processor {extension['cpu']}"))
+    else:
+        rows.append(("slora._C", f"{extension['reason']}; merging runs in plain PyTorch"))
         missing.append("slora._C: build it with a C++ compiler: pip install --no-build-isolation -e .")
     try:
         rows.append(("SLORA_BACKEND", backend()))

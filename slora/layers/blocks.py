@@ -12,7 +12,8 @@ from slora import addmm, flops, ops
 from slora.config import Inactive, SelectiveLoRAConfig
 from slora.config import scaling as scaling_of
 from slora.errors import ConfigError, StateError
-from slora.gate import Activity, GateMirror, ProbeGates, sampled_rows, version
+from slora.gate import Activity, GateMirror, version
+from slora.probe import ProbeGates
 
 _SETTINGS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
@@ -81,13 +82,13 @@ class LoRABlocks(nn.Module):
         r, limit = config.rank_of(name), min(weight.shape)
         if r > limit:
             raise ConfigError(
-                f"r={r} is above min(in_features, out_features)={limit} of {name!r}; "
-                f"lower r, give this layer a rank_pattern entry or list it in exclude_modules"
+                f"r={r} is above min(in_features, out_features)={limit}{of_layer(name)}; lower r"
+                + (", give this layer a rank_pattern entry or list it in exclude_modules" if name else "")
             )
         blocks = cls._automatic_blocks(module, name) if config.blocks == "auto" else config.blocks
         if out_features % blocks:
             raise ConfigError(
-                f"blocks={blocks} does not divide out_features={out_features} of {name!r}; "
+                f"blocks={blocks} does not divide out_features={out_features}{of_layer(name)}; "
                 f'use a divisor or blocks="auto"'
             )
         return blocks
@@ -120,7 +121,7 @@ class LoRABlocks(nn.Module):
         for A in self.lora_A.data:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         flops.register()
-        # What `slora.unmerge` needs: the base weight itself, or the update that was added to it.
+        # What `slora.unmerge` needs: the base weight itself, or the update that takes the merged one off.
         self._kept_weight: Tensor | None = None
         self._kept_update: list[tuple[Tensor, Tensor, float, int]] = []
         self._mirror = GateMirror() if mirror is None else mirror
@@ -228,7 +229,7 @@ class LoRABlocks(nn.Module):
         first: int,
     ) -> Tensor:
         M = math.prod(x.shape[:-1])
-        rows, scale = None, 1.0
+        m, seed, scale = None, 0, 1.0
         # A compiled graph is the same at every step, so there the probe is, too.
         activity = None if inactive is None else self.activity()
         if activity is not None:
@@ -239,10 +240,10 @@ class LoRABlocks(nn.Module):
             return y
         if self.inactive == "probe" and self.probe_rows < M:
             step = 0 if activity is None else activity.step
-            rows = sampled_rows(M, self.probe_rows, self._seed + step * 0x10001 + first, x.device)
-            scale *= M / self.probe_rows
+            m, seed = self.probe_rows, self._seed + step * 0x10001 + first
+            scale *= M / m
         result: Tensor = ProbeGates.apply(  # type: ignore[no-untyped-call]
-            y, gate, x, lora_A, lora_B, self.threshold, self.scaling, inactive, rows, scale
+            y, gate, x, lora_A, lora_B, self.threshold, self.scaling, inactive, m, seed, scale
         )
         return result
 
@@ -313,6 +314,11 @@ class LoRABlocks(nn.Module):
 
     def _describe(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, blocks={self.blocks}, inactive={self.inactive!r}"
+
+
+def of_layer(name: str) -> str:
+    """Return `name` as the end of a sentence; a layer made by hand has none."""
+    return f" of {name!r}" if name else ""
 
 
 def _seed_of(name: str) -> int:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -167,8 +168,25 @@ def _use_extension(weights: Sequence[Tensor], terms: Sequence[Term]) -> bool:
     if device == "cuda" and info["cuda"] is None:
         _warn_once("it was built without CUDA")
         return False
+    if device == "cuda" and not serves(torch.cuda.get_device_capability(weights[0].device), info["architectures"]):
+        _warn_once(f"it has no code for this GPU, only for {info['architectures']}")
+        return False
     # Without fused multiply-adds in the processor the extension is right, but slower than PyTorch.
     return device == "cuda" or info["cpu"] != "portable" or not _is_x86()
+
+
+@functools.cache
+def serves(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether code for `architectures`, such as "8.0;9.0;10.0+PTX", runs on a GPU of `capability`."""
+    for name in architectures.replace(";", " ").split():
+        known = re.fullmatch(r"(\d+)\.(\d+)(\+PTX)?", name)
+        # Other names, such as "Hopper", are torch's to understand.
+        if known is None:
+            return True
+        major, minor = int(known[1]), int(known[2])
+        if (major, minor) <= capability and (known[3] or major == capability[0]):
+            return True
+    return False
 
 
 @functools.cache

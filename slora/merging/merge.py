@@ -14,7 +14,7 @@ from slora.gate import adapted_layers
 from slora.inject import unload
 from slora.layers import LoRABlocks
 from slora.merging import batched
-from slora.merging.terms import check, grouped
+from slora.merging.terms import Span, check, disjoint, grouped, span
 
 Model = TypeVar("Model", bound=nn.Module)
 Keep = Literal["device", "cpu"]
@@ -41,35 +41,24 @@ def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> 
         ConfigError: `scale` is not finite, or `keep` is unknown.
     """
     layers = _adapted(model)
-    merged = [name for name, layer in layers.items() if layer.merged]
-    if merged:
-        raise StateError(f"{merged[0]!r} is merged already; call slora.unmerge(model) first")
-    if not math.isfinite(scale):
-        raise ConfigError(f"scale={scale} is not finite; 1.0 merges the full update")
     if keep not in ("device", "cpu", None):
         raise ConfigError(f'keep={keep!r} is unknown; use "device", "cpu" or None')
-    _refuse_shared(model, layers)
-    updates = {name: _updates(layer, scale) for name, layer in layers.items() if layer.activity().active}
-    calls = _calls(layers, updates)
-    for call in calls:
-        check(call.weights, grouped(*call), call.names, in_place=True, whole=False)
-    kept: dict[str, Tensor] = {}
-    if keep is not None:
-        for name in updates:
-            weight = layers[name].base_weight.detach()
-            kept[name] = weight.to("cpu" if keep == "cpu" else weight.device, copy=True)
-    try:
-        _run(calls)
-    except BaseException:
-        for name, weight in kept.items():
-            layers[name].base_weight.copy_(weight)
-        raise
-    for name in updates:
-        layers[name]._cast.clear()
-        layers[name]._kept_weight = kept.get(name)
+    updates = _checked_updates(model, layers, scale)
+    # Everything that needs memory comes before the first weight changes.
+    weights: dict[str, Tensor] = {}
+    taken_off: dict[str, list[Update]] = {}
+    for name, update in updates.items():
+        weight = layers[name].base_weight.detach()
         if keep is None:
             # Copies: the parameters may be trained or loaded over before the model is unmerged.
-            layers[name]._kept_update = [(A.clone(), B.clone(), c, row) for A, B, c, row in updates[name]]
+            taken_off[name] = [(A.clone(), B.clone(), -c, row) for A, B, c, row in update]
+        else:
+            weights[name] = weight.to("cpu" if keep == "cpu" else weight.device, copy=True)
+    _run(_calls(layers, updates))
+    for name in updates:
+        layers[name]._cast.clear()
+        layers[name]._kept_weight = weights.get(name)
+        layers[name]._kept_update = taken_off.get(name, [])
     for layer in layers.values():
         layer.merged = True
     return model
@@ -89,12 +78,12 @@ def unmerge(model: Model) -> Model:
     layers = _adapted(model)
     if not any(layer.merged for layer in layers.values()):
         raise StateError("the model is not merged; there is nothing to undo")
-    subtracted = {
-        name: [_moved(update, layer.base_weight.device) for update in layer._kept_update]
-        for name, layer in layers.items()
-        if layer._kept_update
-    }
-    _run(_calls(layers, subtracted))
+    taken_off: dict[str, list[Update]] = {}
+    for name, layer in layers.items():
+        device = layer.base_weight.device
+        if layer._kept_update:
+            taken_off[name] = [(A.to(device), B.to(device), c, row) for A, B, c, row in layer._kept_update]
+    _run(_calls(layers, taken_off))
     for layer in layers.values():
         if layer._kept_weight is not None:
             layer.base_weight.copy_(layer._kept_weight)
@@ -117,7 +106,7 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
     """
     layers = _adapted(model)
     if not all(layer.merged for layer in layers.values()):
-        merge(model, scale, keep=None)
+        _run(_calls(layers, _checked_updates(model, layers, scale)))
     for layer in layers.values():
         layer.merged, layer._kept_weight, layer._kept_update = False, None, []
     return unload(model)
@@ -138,16 +127,26 @@ class _Call(NamedTuple):
     names: list[str]
 
 
+def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: float) -> dict[str, list[Update]]:
+    """The updates of all layers with an active block, once it is clear that they can be merged."""
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise StateError(f"{merged[0]!r} is merged already; call slora.unmerge(model) first")
+    if not math.isfinite(scale):
+        raise ConfigError(f"scale={scale} is not finite; 1.0 merges the full update")
+    _refuse_shared(model, layers)
+    updates = {name: _updates(layer, scale) for name, layer in layers.items() if layer.activity().active}
+    calls = _calls(layers, updates)
+    # A call checks its own weights; where there are several devices, the last is checked before the first is merged.
+    for weights, lora_As, lora_Bs, scales, rows, names in calls if len(calls) > 1 else []:
+        check(weights, grouped(weights, lora_As, lora_Bs, scales, rows, names), names, in_place=True, whole=False)
+    return updates
+
+
 def _updates(layer: LoRABlocks, scale: float) -> list[Update]:
     n = layer.base_weight.shape[0] // layer.blocks
     active = layer.activity().active
     return [(layer.lora_A[i].detach(), layer.lora_B[i].detach(), scale * layer.scaling, i * n) for i in active]
-
-
-def _moved(update: Update, device: torch.device) -> Update:
-    """The update that takes `update` back, on `device`."""
-    A, B, scale, row = update
-    return A.to(device), B.to(device), -scale, row
 
 
 def _calls(layers: Mapping[str, LoRABlocks], updates: Mapping[str, Sequence[Update]]) -> list[_Call]:
@@ -185,12 +184,23 @@ def _adapted(model: nn.Module) -> dict[str, LoRABlocks]:
     return layers
 
 
-def _refuse_shared(model: nn.Module, layers: dict[str, LoRABlocks]) -> None:
-    changing = {id(layer.base_weight): name for name, layer in layers.items() if layer.activity().active}
+def _refuse_shared(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
+    """Raise where writing a weight in place would change what another module, or another name, holds."""
+    changing = {name for name, layer in layers.items() if layer.activity().active}
+    held: list[tuple[Span, bool]] = []
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            adapted = changing.get(id(parameter))
-            if adapted is not None and module is not layers[adapted]:
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            # A tensor of another kind (quantised, distributed) has no bytes of its own to compare.
+            plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+            if plain and tensor.numel() and tensor.device.type != "meta":
+                held.append((span(tensor, name), name in changing and tensor is layers[name].base_weight))
+    held.sort(key=lambda entry: entry[0])
+    for i, (one, changes) in enumerate(held):
+        for other, too in held[i + 1 :]:
+            if other.begin >= one.end:
+                break
+            if (changes or too) and not disjoint(one, other):
+                adapted, name = (one.name, other.name) if changes else (other.name, one.name)
                 raise StateError(
                     f"the weight of {adapted!r} is shared with {name!r}, which merging would change, too; "
                     f"give one of them a copy of its own, or exclude {adapted!r} from the adapter"

@@ -125,7 +125,9 @@ def _check_dtype(tensor: Tensor, name: str) -> None:
         )
 
 
-class _Span(NamedTuple):
+class Span(NamedTuple):
+    """The bytes `begin, ..., end - 1`, in which a tensor lies, and its name."""
+
     begin: int
     end: int
     stride: int
@@ -134,15 +136,19 @@ class _Span(NamedTuple):
     name: str
 
 
-def _span(tensor: Tensor, name: str) -> _Span:
-    size = tensor.element_size()
+def span(tensor: Tensor, name: str) -> Span:
+    """Where the elements of `tensor` lie; it has at least one."""
+    size, begin = tensor.element_size(), tensor.data_ptr()
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    stride = tensor.stride(0) * size if tensor.stride(1) == 1 else 0
-    return _Span(tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * size, stride, tensor.shape[1] * size, name)
+    if tensor.dim() == 2 and tensor.stride(1) == 1:
+        return Span(begin, begin + (reach + 1) * size, tensor.stride(0) * size, tensor.shape[1] * size, name)
+    return Span(begin, begin + (reach + 1) * size, 0, 0, name)
 
 
-def _disjoint_columns(a: _Span, b: _Span) -> bool:
-    """Whether both are column windows of one matrix that do not meet."""
+def disjoint(a: Span, b: Span) -> bool:
+    """Whether no byte belongs to both: neither reaches the other, or they are column windows that do not meet."""
+    if a.end <= b.begin or b.end <= a.begin:
+        return True
     if a.stride != b.stride or not a.stride:
         return False
     offset = (b.begin - a.begin) % a.stride
@@ -152,25 +158,25 @@ def _disjoint_columns(a: _Span, b: _Span) -> bool:
 def _check_overlaps(weights: Sequence[Tensor], terms: Sequence[Term], names: Sequence[str] | None) -> None:
     if any(W.device.type == "meta" for W in weights):
         return
-    written = sorted(_span(W, _item("weights", i, names)) for i, W in enumerate(weights) if W.numel())
+    written = sorted(span(W, _item("weights", i, names)) for i, W in enumerate(weights) if W.numel())
     reach: list[int] = []
-    for i, span in enumerate(written):
+    for i, one in enumerate(written):
         for other in written[i + 1 :]:
-            if other.begin >= span.end:
+            if other.begin >= one.end:
                 break
-            if not _disjoint_columns(span, other):
-                raise _shared(span.name, other.name)
-        reach.append(max(span.end, reach[-1] if reach else 0))
-    begins = [span.begin for span in written]
+            if not disjoint(one, other):
+                raise _shared(one.name, other.name)
+        reach.append(max(one.end, reach[-1] if reach else 0))
+    begins = [one.begin for one in written]
     for index, term in enumerate(terms):
         for matrix, letter in ((term.A, "A"), (term.B, "B")):
             if not matrix.numel():
                 continue
-            span = _span(matrix, f"lora_{letter} of {_item('weights', term.weight, names)} (term {index})")
-            i = bisect.bisect_left(begins, span.end)
-            if i and reach[i - 1] > span.begin:
-                meeting = next(other for other in reversed(written[:i]) if other.end > span.begin)
-                raise _shared(meeting.name, span.name)
+            read = span(matrix, f"lora_{letter} of {_item('weights', term.weight, names)} (term {index})")
+            i = bisect.bisect_left(begins, read.end)
+            if i and reach[i - 1] > read.begin:
+                meeting = next(other for other in reversed(written[:i]) if other.end > read.begin)
+                raise _shared(meeting.name, read.name)
 
 
 def _shared(first: str, second: str) -> ShapeError:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import warnings
 from typing import Any
 
@@ -391,6 +393,33 @@ def test_asking_for_pytorch_warns_of_nothing(monkeypatch: pytest.MonkeyPatch) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batched_merge([W0], [A0], [B0], [1.0])
+
+
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++")) is None or bool(os.environ.get("SLORA_SKIP_EXT")),
+    reason="there is no compiler, or SLORA_SKIP_EXT is set",
+)
+def test_where_there_is_a_compiler_the_extension_is_built_and_loads() -> None:
+    # Otherwise every test that needs it would be skipped without a word.
+    assert extension_info()["reason"] is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "expected"),
+    [
+        ((8, 6), "8.0;9.0", True),
+        ((9, 0), "8.0;9.0;10.0+PTX", True),
+        ((12, 0), "8.0;9.0;10.0+PTX", True),
+        ((12, 0), "8.0;9.0", False),
+        ((7, 5), "8.0;9.0+PTX", False),
+        ((8, 0), "8.6", False),
+        ((8, 0), "Ampere", True),
+    ],
+)
+def test_a_gpu_for_which_nothing_was_built_is_recognised(
+    capability: tuple[int, int], architectures: str, expected: bool
+) -> None:
+    assert batched.serves(capability, architectures) == expected
 
 
 @needs_extension

@@ -110,6 +110,49 @@ def test_unmerging_restores_every_bit(dtype: torch.dtype, vit: nn.Module, random
         assert_restored(model, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_family_of_models_gets_all_its_bits_back(dtype: torch.dtype, family: Any, randomise: Any) -> None:
+    model = family.build().to(dtype).eval()
+    randomise(slora.inject(model, slora.SelectiveLoRAConfig(r=2)), active=0.6)
+    before = snapshot(model)
+    slora.merge(model, 0.7)
+    assert any(not torch.equal(p, before[name][1]) for name, p in model.named_parameters())
+    slora.unmerge(model)
+    assert_restored(model, before)
+
+
+@pytest.mark.slow
+def test_in_a_large_clip_only_weights_with_an_active_block_change(randomise: Any) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    with torch.device("meta"):
+        model = open_clip.CLIP(**open_clip.get_model_config("ViT-L-14")).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.linspace(-0.05, 0.05, p.numel(), dtype=torch.bfloat16).view_as(p))
+    slora.inject(model, slora.SelectiveLoRAConfig(r=4))
+    randomise(model, active=0.06)
+    active = slora.active_blocks(model)
+    share = float(torch.cat(list(active.values())).float().mean())
+    assert 0.03 < share < 0.09
+    before = {name: layer.base_weight.detach().clone() for name, layer in adapted_layers(model)}
+    versions = {name: p._version for name, p in model.named_parameters()}
+    slora.merge(model)
+    kept = 0
+    for name, layer in adapted_layers(model):
+        W, old, n = layer.base_weight, before[name], layer.base_weight.shape[0] // layer.blocks
+        for i, on in enumerate(active[name].tolist()):
+            rows = slice(i * n, (i + 1) * n)
+            assert torch.equal(W[rows], old[rows]) != on, f"block {i} of {name}"
+        assert (layer._kept_weight is not None) == bool(active[name].any())
+        kept += layer._kept_weight is not None
+    written = [name for name, p in model.named_parameters() if p._version != versions[name]]
+    assert len(written) == kept, "nothing but these weights was written"
+    slora.unmerge(model)
+    for name, layer in adapted_layers(model):
+        assert torch.equal(layer.base_weight, before[name]), name
+
+
 def test_merged_output_is_the_adapted_output_and_takes_base_flops(vit: nn.Module, randomise: Any) -> None:
     model = adapted(vit, randomise)
     x = torch.randn(2, 3, 16, 16)
@@ -335,21 +378,23 @@ def test_a_scale_that_is_not_finite_is_refused(scale: float, vit: nn.Module, ran
 
 
 class Tied(nn.Module):
-    """An embedding whose matrix is also a linear layer's, and two linear layers that share one."""
+    """An embedding whose matrix is also a linear layer's, or two linear layers that share one, or its memory."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
         self.embed, self.one, self.two = nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
         if what == "embedding":
             self.one.weight = self.embed.weight
-        else:
+        elif what == "linear":
             self.two.weight = self.one.weight
+        else:
+            self.two.weight = nn.Parameter(self.one.weight.data)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.two(torch.tanh(self.one(self.embed(ids))))
 
 
-@pytest.mark.parametrize("what", ["embedding", "linear"])
+@pytest.mark.parametrize("what", ["embedding", "linear", "memory"])
 def test_a_weight_that_another_module_shares_is_not_merged(what: str, randomise: Any) -> None:
     # Merging would change the other module, too, and unmerging in turn would keep the wrong weight.
     model = randomise(slora.inject(Tied(what), slora.SelectiveLoRAConfig(r=2)))
