@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from slora.kernels import configs
+
 # What the interpreter pretends to have: few enough that small tensors fill it, so that tests see several programs.
 _INTERPRETED_MULTIPROCESSORS = 3
 
@@ -38,6 +40,11 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def part(device: torch.device) -> int:
+    """Return the entry of `configs.PARTS` whose tile sizes `device` uses."""
+    return configs.part_of(capability(device))
+
+
 def on(device: torch.device) -> AbstractContextManager[Any]:
     """Make `device` the one that kernels are launched on; Triton launches on the current device, not the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
@@ -57,6 +64,13 @@ def describable(rows: Tensor) -> bool:
     )
 
 
+def path(*matrices: Tensor | None) -> configs.Path:
+    """Return how tiles of the matrices given are read: by the copy engine where it can read them all."""
+    if part(next(t for t in matrices if t is not None).device) < 90:
+        return "pointers"
+    return "bulk" if all(describable(t) for t in matrices if t is not None) else "pointers"
+
+
 def descriptor(rows: Tensor, block: Sequence[int]) -> Any:
     """Return the descriptor through which a kernel copies tiles of shape `block` of `rows`."""
     return TensorDescriptor(rows, list(rows.shape), list(rows.stride()), list(block))
@@ -65,3 +79,10 @@ def descriptor(rows: Tensor, block: Sequence[int]) -> Any:
 def precision(dtype: torch.dtype) -> str:
     """Return how a product of two tiles of `dtype` is computed: in TF32 where PyTorch's own fp32 products are."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def kind(dtype: torch.dtype) -> configs.Precision:
+    """Return what a product of two tiles of `dtype` multiplies."""
+    if dtype != torch.float32:
+        return "16-bit"
+    return "tf32" if precision(dtype) == "tf32" else "ieee"

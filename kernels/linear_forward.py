@@ -1,85 +1,130 @@
-"""The forward of an adapted linear layer in one kernel."""
+"""The forward of an adapted linear layer in one kernel: base product, S and the low-rank update in one pass.
+
+    S_i = (x . mask) A_i^T                                       [M, r]
+    y   = x W^T + bias;   y[:, block i] += S_i (c B_i)^T         for the active blocks
+
+A program computes one tile of y after the other. Each tile belongs to one block. In one loop over K the tile of x on
+chip is multiplied with a tile of W into `acc [BM, BN]` and with one of A_i into `s [BM, R]`, both fp32. Then s is
+rounded to the dtype of x, which is what the backward will read, `s (c B_i)^T` is added to acc, and acc is rounded once.
+The program that has the first tile of columns of a block stores s; S is never read here.
+
+Read: x once per group of row tiles, W once per program wave from L2; A and B, a few columns wide, from L2.
+Written: y and S once. Beyond a frozen layer that is `2 M r` bytes and no launch.
+
+Tiles of active blocks come first, then those of inactive ones, in a second loop that neither loads nor multiplies
+anything of LoRA; which is which is read from the gates on the device, so that one CUDA graph serves while they move.
+Each of the two loops is one pipeline over all its tiles (`flatten`): the loads of the next tile run during the
+epilogue of this one.
+"""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from slora.dropout import drop_units, rescaling
+from slora.kernels import configs, launch, tiles
 from slora.kernels import dropout as counter
-from slora.kernels import launch
 from slora.kernels import slots as activity
 
 
 @triton.jit
-def _kernel(
-    x, W, bias, A, B, S, y, gate, seed, threshold, scaling, drop,
-    M, N, K, n, r, blocks, slots, stride_x, stride_w, m_tiles, n_tiles,
-    DROPOUT: tl.constexpr, GIVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
+def _low_rank_update(
+    acc, s, S, B, row, column, slot, M, stop, r, slots, scaling,
+    GIVEN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    m, j = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
-    per_block = n_tiles // blocks
-    block = j // per_block
-    first = (j % per_block) * BN
-    slot, active = activity.slot_of(block, gate, threshold, blocks, slots)
-    rows = m * BM + tl.arange(0, BM)
-    columns = block * n + first + tl.arange(0, BN)
-    inside = (first + tl.arange(0, BN)) < n
+    """Return `acc + s (c B[column:column + BN])^T`; where GIVEN, s is read from S, R columns at a time."""
+    dtype: tl.constexpr = S.dtype.element_ty
+    low = s.to(dtype)
+    for start in tl.range(0, r if GIVEN else 1, R, num_stages=1):
+        if GIVEN:
+            low = tiles.load(S + slot * r, row, start, M, r, slots * r, BM, R, False)
+        b = tiles.load(B, column, start, stop, r, r, BN, R, False)
+        acc = tl.dot(low, (b.to(tl.float32) * scaling).to(dtype).T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc, bias, y, dtype: tl.constexpr, row, column, M, stop, N,
+    BM: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, STORE_DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Add the bias, round and store."""
+    if bias is not None:
+        columns = column + tl.arange(0, BN)
+        acc += tl.load(bias + columns, mask=columns < stop, other=0.0).to(tl.float32)[None, :]
+    tiles.store(y, acc.to(dtype), row, column, M, stop, N, BM, BN, HALVES, STORE_DESCRIBED)
+
+
+@triton.jit(do_not_specialize=["drop", "M", "blocks", "slots"])
+def linear_forward(
+    x, W, bias, A, B, S, y, gate, seed, threshold, scaling, drop,
+    M, N, K, n, r, blocks, slots, stride_x, stride_w,
+    GIVEN: tl.constexpr, DROPOUT: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    DESCRIBED: tl.constexpr, STORE_DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """See the head of this file. x [M, K], W [N, K], A [blocks * r, K] and y [M, N] are descriptors or pointers."""
+    tl.assume(K > 0)
+    dtype: tl.constexpr = S.dtype.element_ty
+    if ONE_BLOCK:
+        order, count = 0, (tl.load(gate) >= threshold).to(tl.int32)
+    else:
+        order, count = activity.in_order(gate, threshold, blocks)
+    row_tiles, per_block = tl.cdiv(M, BM), tl.cdiv(n, BN)
     low = tl.arange(0, R)
     if DROPOUT:
         key0, key1, key2 = counter.keys(tl.load(seed))
-        a, b = counter.row_keys(key0, key1, rows)
-    acc = tl.zeros((BM, BN), tl.float32)
-    s = tl.zeros((BM, R), tl.float32)
-    for k in range(0, K, BK):
-        at = k + tl.arange(0, BK)
-        x_tile = tl.load(
-            x + rows[:, None].to(tl.int64) * stride_x + at[None, :],
-            mask=(rows < M)[:, None] & (at < K)[None, :],
-            other=0.0,
-        )
-        w_tile = tl.load(
-            W + columns[:, None].to(tl.int64) * stride_w + at[None, :],
-            mask=inside[:, None] & (at < K)[None, :],
-            other=0.0,
-        )
-        acc = tl.dot(x_tile, w_tile.T, acc, input_precision=PRECISION)
-        if active and not GIVEN:
-            a_tile = tl.load(
-                A + (block * r + low)[:, None].to(tl.int64) * K + at[None, :],
-                mask=(low < r)[:, None] & (at < K)[None, :],
-                other=0.0,
-            )
-            if DROPOUT:
-                x_tile = tl.where(counter.keep(a, b, key2, k, drop, BK), x_tile, 0.0)
-            s = tl.dot(x_tile, a_tile.T, s, input_precision=PRECISION)
-    kept = (rows < M)[:, None] & (low < r)[None, :]
-    place = S + rows[:, None].to(tl.int64) * (slots * r) + slot * r + low[None, :]
-    narrow = s.to(y.dtype.element_ty)
-    if active:
-        for start in range(0, r, R):
-            valid = (start + low) < r
-            if GIVEN:
-                narrow = tl.load(place + start, mask=(rows < M)[:, None] & valid[None, :], other=0.0)
-            b_tile = tl.load(
-                B + columns[:, None].to(tl.int64) * r + start + low[None, :],
-                mask=inside[:, None] & valid[None, :],
-                other=0.0,
-            )
-            b_tile = (b_tile.to(tl.float32) * scaling).to(narrow.dtype)
-            acc = tl.dot(narrow, b_tile.T, acc, input_precision=PRECISION)
-    if not GIVEN and first == 0 and (active or slots == blocks):
-        tl.store(place, narrow, mask=kept)
-    if bias is not None:
-        acc += tl.load(bias + columns, mask=inside, other=0.0)[None, :].to(tl.float32)
-    tl.store(
-        y + rows[:, None].to(tl.int64) * N + columns[None, :],
-        acc.to(y.dtype.element_ty),
-        mask=(rows < M)[:, None] & inside[None, :],
-    )
+
+    with_update = row_tiles * per_block * count
+    for tile in tl.range(tl.program_id(0), with_update, tl.num_programs(0), flatten=FLATTEN and not GIVEN):
+        m, j = tiles.grouped(tile, row_tiles, per_block * count, GROUP)
+        place = j // per_block
+        block = 0 if ONE_BLOCK else activity.at_place(order, place)
+        row, column, stop = m * BM, block * n + j % per_block * BN, block * n + n
+        slot = block if slots == blocks else place
+        rows = row + tl.arange(0, BM)
+        if DROPOUT:
+            a_key, b_key = counter.row_keys(key0, key1, rows)
+        acc = tl.zeros((BM, BN), tl.float32)
+        s = tl.zeros((BM, R), tl.float32)
+        for k in range(0, K, BK):
+            x_tile = tiles.load(x, row, k, M, K, stride_x, BM, BK, DESCRIBED)
+            w_tile = tiles.load(W, column, k, N, K, stride_w, BN, BK, DESCRIBED)
+            acc = tl.dot(x_tile, w_tile.T, acc, input_precision=PRECISION)
+            if not GIVEN:
+                # Rows of the next block may come along; the columns that they make of s are dropped below.
+                a_tile = tiles.load(A, block * r, k, blocks * r, K, K, R, BK, DESCRIBED)
+                if DROPOUT:
+                    x_tile = tl.where(counter.keep(a_key, b_key, key2, k, drop, BK), x_tile, 0.0)
+                s = tl.dot(x_tile, a_tile.T, s, input_precision=PRECISION)
+        if not GIVEN:
+            s = tl.where((low < r)[None, :], s, 0.0)
+            if j % per_block == 0:
+                tiles.store(S + slot * r, s.to(dtype), row, 0, M, r, slots * r, BM, R, False, False)
+        acc = _low_rank_update(acc, s, S, B, row, column, slot, M, stop, r, slots, scaling, GIVEN, PRECISION, BM, BN, R)
+        _finish(acc, bias, y, dtype, row, column, M, stop, N, BM, BN, HALVES, STORE_DESCRIBED)
+
+    # The program whose turn it is goes on.
+    turns = tl.cdiv(max(with_update - tl.program_id(0), 0), tl.num_programs(0))
+    for tile in tl.range(
+        tl.program_id(0) + turns * tl.num_programs(0), row_tiles * per_block * blocks, tl.num_programs(0),
+        flatten=FLATTEN and not GIVEN,
+    ):  # fmt: skip
+        m, j = tiles.grouped(tile - with_update, row_tiles, per_block * (blocks - count), GROUP)
+        block = 0 if ONE_BLOCK else activity.at_place(order, count + j // per_block)
+        row, column, stop = m * BM, block * n + j % per_block * BN, block * n + n
+        acc = tl.zeros((BM, BN), tl.float32)
+        for k in range(0, K, BK):
+            x_tile = tiles.load(x, row, k, M, K, stride_x, BM, BK, DESCRIBED)
+            w_tile = tiles.load(W, column, k, N, K, stride_w, BN, BK, DESCRIBED)
+            acc = tl.dot(x_tile, w_tile.T, acc, input_precision=PRECISION)
+        if not GIVEN and slots == blocks and j % per_block == 0:
+            zero = tl.zeros((BM, R), dtype)
+            tiles.store(S + block * r, zero, row, 0, M, r, slots * r, BM, R, False, False)
+        _finish(acc, bias, y, dtype, row, column, M, stop, N, BM, BN, HALVES, STORE_DESCRIBED)
 
 
 def forward(
@@ -95,24 +140,58 @@ def forward(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     S: Tensor | None = None,
+    config: configs.Gemm | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return `(y [M, N], S [M, slots * r])`."""
+    """Return `(y [M, N], S [M, slots * r])`.
+
+    Args:
+        x: `[M, K]` with unit column stride; bf16, fp16 or fp32.
+        W: `[N, K]` with unit column stride, in the dtype of x.
+        bias: `[N]` in the dtype of x, contiguous, or None.
+        A: `[blocks, r, K]` contiguous, in the dtype of x or fp32 (then cast here: 2 r K bytes per block).
+        B: `[blocks, N / blocks, r]` contiguous, in the dtype of A; read by the epilogue, which casts and scales it.
+        gate: `[blocks]` fp32, at most 64 blocks. Block i is active while `gate[i] >= threshold`.
+        scaling: the factor c.
+        slots: blocks of columns of S: `blocks`, where those of inactive blocks are written as zeros, or the number of
+            active blocks if the host knows it.
+        dropout, seed: probability of dropping an element of x on the LoRA path, and the int64 scalar on the device of
+            x that the mask is drawn from.
+        S: the products of an earlier pass over x, `[M, slots * r]` contiguous in the dtype of x. They are then read
+            once per tile of y instead of computed, and returned as they are. A rank above 64 needs this form.
+        config: tile sizes; by default the first that `configs.gemm` names.
+
+    S holds products of the masked x that are not divided by `1 - dropout`.
+    """
     M, K = x.shape
     N = W.shape[0]
     blocks, r, _ = A.shape
     n = N // blocks
-    y = x.new_empty(M, N)
     given = S is not None
+    y = x.new_empty(M, N)
     if S is None:
         S = x.new_empty(M, slots * r)
     if M == 0:
         return y, S
-    BM, BN, BK, R = 32, 32, 32, min(64, max(16, triton.next_power_of_2(r)))
-    m_tiles, n_tiles = triton.cdiv(M, BM), blocks * triton.cdiv(n, BN)
-    with torch.cuda.device_of(x):
-        _kernel[(m_tiles * n_tiles,)](
-            x, W, bias, A.to(x.dtype), B, S, y, gate, seed, threshold, scaling * rescaling(dropout),
-            drop_units(dropout), M, N, K, n, r, blocks, slots, x.stride(0), W.stride(0), m_tiles, n_tiles,
-            DROPOUT=dropout > 0.0, GIVEN=given, PRECISION=launch.precision(x.dtype), BM=BM, BN=BN, BK=BK, R=R,
+    low = None if given else A.to(x.dtype).view(blocks * r, K)
+    path = launch.path(x, W, low)
+    kind = launch.kind(x.dtype)
+    tile = config or configs.gemm("forward", launch.part(x.device), path, kind, r, given, dropout > 0.0)[0]
+    bulk = path == "bulk"
+    # A box of the copy engine would overwrite the next block.
+    bulk_store = bulk and launch.describable(y) and (blocks == 1 or n % tile.BN == 0)
+    R = configs.padded_rank(r)
+    tiles_of_y = triton.cdiv(M, tile.BM) * triton.cdiv(n, tile.BN) * blocks
+    with launch.on(x.device):
+        linear_forward[(min(tiles_of_y, tile.programs * launch.multiprocessors(x.device)),)](
+            launch.descriptor(x, [tile.BM, tile.BK]) if bulk else x,
+            launch.descriptor(W, [tile.BN, tile.BK]) if bulk else W,
+            bias,
+            launch.descriptor(low, [R, tile.BK]) if bulk and low is not None else low,
+            B, S,
+            launch.descriptor(y, [tile.BM, tile.store_width]) if bulk_store else y,
+            gate, seed, threshold, scaling * rescaling(dropout), drop_units(dropout),
+            M, N, K, n, r, blocks, slots, x.stride(0), W.stride(0),
+            GIVEN=given, DROPOUT=dropout > 0.0 and not given, ONE_BLOCK=blocks == 1,
+            DESCRIBED=bulk, STORE_DESCRIBED=bulk_store, PRECISION=launch.precision(x.dtype), R=R, **tile.meta(),
         )  # fmt: skip
     return y, S

@@ -72,17 +72,19 @@ def at_place(order, place):
 
 @triton.jit
 def as_bits(gate, threshold, blocks):
-    """Return `(bits, count)`: the active blocks as bits of a uint64, and how many they are."""
+    """Return `(on, off, count)`: the active and the inactive blocks as bits of a uint64, and how many are active."""
     i = tl.arange(0, _MAX_BLOCKS)
     score = tl.load(gate + i, mask=i < blocks, other=float("-inf"))
-    on = ((score >= threshold) & (i < blocks)).to(tl.uint64)
-    return tl.sum(on << i.to(tl.uint64), 0), tl.sum(on.to(tl.int32), 0)
+    active = ((score >= threshold) & (i < blocks)).to(tl.uint64)
+    bit = i.to(tl.uint64)
+    on = tl.sum(active << bit, 0)
+    return on, tl.sum((i < blocks).to(tl.uint64) << bit, 0) - on, tl.sum(active.to(tl.int32), 0)
 
 
 @triton.jit
 def first_from(bits, block):
     """Return the first block from `block` on whose bit is set; what it returns where there is none means nothing."""
     rest = bits >> tl.cast(block, tl.uint64)
-    lowest = rest & (~rest + 1)
+    lowest = rest & (0 - rest)
     # A power of two is exact in fp64, where its logarithm is the exponent: bits 52 to 62, from 1023 up.
     return block + ((lowest.to(tl.float64).to(tl.uint64, bitcast=True) >> 52).to(tl.int32) & 0x7FF) - 1023

@@ -1,0 +1,61 @@
+"""How the GEMM kernels find, read and write a tile of a matrix with unit column stride.
+
+A matrix comes either as a tensor descriptor, through which the GPU's copy engine moves whole tiles and clips them to
+the matrix, or as a pointer with a stride; then addresses are int64 and masks clip.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def grouped(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Return `(row tile, column tile)` of the tile with this number.
+
+    Tiles are counted down GROUP row tiles before the next column of tiles: programs that run side by side then read
+    few distinct rows of both factors, which the L2 cache holds.
+    """
+    group = tile // (GROUP * column_tiles)
+    height = min(row_tiles - group * GROUP, GROUP)
+    within = tile % (GROUP * column_tiles)
+    return group * GROUP + within % height, within // height
+
+
+@triton.jit
+def load(
+    source, row, column, rows, columns, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DESCRIBED: tl.constexpr
+):
+    """Return `source[row:row + HEIGHT, column:column + WIDTH]`, 0 from `rows` and `columns` on.
+
+    Through a descriptor the limits are those of the whole matrix, whatever `rows` and `columns` say.
+    """
+    if DESCRIBED:
+        result = source.load([row, column])
+    else:
+        i, j = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
+        place = source + i[:, None].to(tl.int64) * stride + j[None, :]
+        result = tl.load(place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
+    return result
+
+
+@triton.jit
+def store(
+    target, tile, row, column, rows, columns, stride,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Write `tile [HEIGHT, WIDTH]` to `target[row:, column:]`, clipped to `rows` and `columns`.
+
+    With HALVES a descriptor's box is half as wide, and the left half of the tile leaves before the right one: the
+    copy engine's buffer in shared memory is half as large.
+    """
+    if DESCRIBED:
+        if HALVES:
+            left, right = tl.split(tl.permute(tl.reshape(tile, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
+            target.store([row, column], left)
+            target.store([row, column + WIDTH // 2], right)
+        else:
+            target.store([row, column], tile)
+    else:
+        i, j = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
+        place = target + i[:, None].to(tl.int64) * stride + j[None, :]
+        tl.store(place, tile, mask=(i < rows)[:, None] & (j < columns)[None, :])
