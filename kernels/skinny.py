@@ -4,9 +4,9 @@ asked for.
     S_i = (x . mask) A_i^T              x [M, K],  A [blocks, r, K]
     T_i = dy[:, block i] B_i            dy [M, N], B [blocks, n, r]
 
-in the slots of `kernels/slots.py`, side by side: [M, slots * r]. x and dy are read once (S: once per 128 columns of S),
-A and B, small, come from the L2 cache and are rounded to the dtype of x as they are loaded. Sums are fp32, rounded once.
-The columns of an inactive block that has a slot are written as 0 without reading its A, B or columns of dy.
+in the slots of `kernels/slots.py`, side by side: [M, slots * r]. x and dy are read once (x once per 128 columns of S);
+A and B, small, come from the L2 cache and are rounded to the dtype of x as they are loaded. Sums are fp32, rounded
+once. The columns of an inactive block that has a slot are written as 0 without reading its A, B or columns of dy.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ def _S(
     block, active = slots.blocks_of(column // r, valid, gate, threshold, blocks, n_slots)
     acc = tl.zeros((BM, LOW), tl.float32)
     if tl.max(active.to(tl.int32), 0) > 0:
-        A += (block * r + column % r)[None, :].to(tl.int64) * K
-        x += rows[:, None].to(tl.int64) * stride_x
+        A_columns = A + (block * r + column % r)[None, :].to(tl.int64) * K
+        x_rows = x + rows[:, None].to(tl.int64) * stride_x
         if DROPOUT:
             key0, key1, key2 = counter.keys(tl.load(seed))
             a, b = counter.row_keys(key0, key1, rows)
         for first in range(0, K, BK):
             k = first + tl.arange(0, BK)
-            tile = tl.load(x + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
+            tile = tl.load(x_rows + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0.0)
             if DROPOUT:
                 tile = tl.where(counter.keep(a, b, key2, first, drop, BK), tile, 0.0)
-            low = tl.load(A + k[:, None], mask=(k < K)[:, None] & active[None, :], other=0.0)
+            low = tl.load(A_columns + k[:, None], mask=(k < K)[:, None] & active[None, :], other=0.0)
             acc = tl.dot(tile, low.to(tile.dtype), acc, input_precision=PRECISION)
     place = S + rows[:, None].to(tl.int64) * (n_slots * r) + column[None, :]
     tl.store(place, acc.to(S.dtype.element_ty), mask=inside[:, None] & valid[None, :])
@@ -67,12 +67,12 @@ def _T(
     block, active = slots.block_of(slot, gate, threshold, blocks, n_slots)
     acc = tl.zeros((BM, LOW), tl.float32)
     if active:
-        dy += rows[:, None].to(tl.int64) * stride_dy + block * n
-        B += block.to(tl.int64) * n * r + j[None, :]
+        dy_rows = dy + rows[:, None].to(tl.int64) * stride_dy + block * n
+        B_columns = B + block.to(tl.int64) * n * r + j[None, :]
         for first in range(0, n, BK):
             k = first + tl.arange(0, BK)
-            tile = tl.load(dy + k[None, :], mask=inside[:, None] & (k < n)[None, :], other=0.0)
-            low = tl.load(B + k[:, None] * r, mask=(k < n)[:, None] & valid[None, :], other=0.0)
+            tile = tl.load(dy_rows + k[None, :], mask=inside[:, None] & (k < n)[None, :], other=0.0)
+            low = tl.load(B_columns + k[:, None] * r, mask=(k < n)[:, None] & valid[None, :], other=0.0)
             acc = tl.dot(tile, low.to(tile.dtype), acc, input_precision=PRECISION)
     place = T + rows[:, None].to(tl.int64) * (n_slots * r) + (slot * r + j)[None, :]
     tl.store(place, acc.to(T.dtype.element_ty), mask=inside[:, None] & valid[None, :])
@@ -129,7 +129,9 @@ def products_T(dy: Tensor, lora_B: Tensor, gate: Tensor, threshold: float, n_slo
 
 def _row_tile(M: int, multiprocessors: int) -> tuple[int, int]:
     """Rows per program and warps: fewer where large tiles would leave multiprocessors idle."""
-    return (128, 4) if M >= 128 * multiprocessors else (64, 4) if M >= 64 * multiprocessors else (16, 1)
+    if M // multiprocessors >= 128:
+        return 128, 4
+    return (64, 4) if M // multiprocessors >= 64 else (16, 1)
 
 
 def _depth(x: Tensor) -> int:

@@ -225,6 +225,19 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def unit_stride(x_rows: Tensor) -> Tensor:
+    """Return `x_rows [M, C]`, copied only where neighbouring columns are not neighbours in memory."""
+    return x_rows if x_rows.stride(1) == 1 else x_rows.contiguous()
+
+
+def fp32_gate(gate: Tensor, threshold: float) -> tuple[Tensor, float]:
+    """Return gates in fp32 with their threshold. Those of another dtype become ones and zeros: rounded, a score next
+    to the threshold could change sides."""
+    if gate.dtype == torch.float32:
+        return gate.contiguous(), threshold
+    return (gate >= threshold).float(), 0.5
+
+
 def stacked(lora_A: Tensor, active: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return the A matrices of the active blocks on top of each other, `[len(active) * r, K]`."""
     return chosen(lora_A, active).to(dtype).reshape(-1, lora_A.shape[-1])

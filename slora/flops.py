@@ -32,6 +32,11 @@ def backward_flops(M: int, N: int, K: int, r: int, blocks: int, active: int, nee
     return linear_flops(M, N, K) * need_dx + active * per_block
 
 
+def probe_flops(m: int, N: int, K: int, r: int, blocks: int, probed: int) -> int:
+    """FLOPs of the probe of `probed` of `blocks` gates from `m` rows: S and T of each."""
+    return probed * (linear_flops(m, r, K) + linear_flops(m, N // blocks, r))
+
+
 def count_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Run `call(*args, **kwargs)` once and return the FLOPs of its matrix products, backward included if run."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -72,6 +77,14 @@ def register() -> None:
         blocks, r, K = lora_A
         count = blocks if active is None else len(active)
         return backward_flops(math.prod(dy[:-1]), weight[0], K, r, blocks, count, needs)
+
+    @register_flop_formula(torch.ops.slora.gate_probe)
+    def probe(
+        dy: Any, x: Any, lora_A: Any, lora_B: Any, gate: Any, threshold: float, scaling: float,
+        present: Sequence[int] | None, *args: Any, **kwargs: Any,
+    ) -> int:  # fmt: skip
+        blocks, r, K = lora_A
+        return probe_flops(x[0], lora_B[1] * blocks, K, r, blocks, blocks if present is None else len(present))
 
     # PyTorch counts attention on GPUs only; on the CPU a vision transformer's would be missing from every figure.
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

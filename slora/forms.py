@@ -43,10 +43,10 @@ def forward(
     """Return `(y [..., N], S [M, slots * r])` as `torch.ops.slora.selective_linear` states them."""
     from slora.kernels import linear_forward, skinny
 
-    x_rows = _rows(x)
+    x_rows = addmm.unit_stride(addmm.rows(x))
     blocks, r, _ = lora_A.shape
     slots = blocks if active is None else len(active)
-    gate, threshold = _fp32(gate, threshold)
+    gate, threshold = addmm.fp32_gate(gate, threshold)
     A, B, W = lora_A.contiguous(), lora_B.contiguous(), weight.contiguous()
 
     def S() -> Tensor:
@@ -95,11 +95,11 @@ def backward(
     from slora.kernels import skinny
 
     need_dx, *needs_weights = needs
-    dy = _rows(dy)
-    x = None if x is None else _rows(x)
+    dy = addmm.unit_stride(dy)
+    x = None if x is None else addmm.unit_stride(x)
     blocks = lora_A.shape[0]
     slots = blocks if active is None else len(active)
-    gate, threshold = _fp32(gate, threshold)
+    gate, threshold = addmm.fp32_gate(gate, threshold)
     A, B = lora_A.contiguous(), lora_B.contiguous()
     dx = T = None
     if need_dx:
@@ -195,16 +195,3 @@ def _present(
     if active is not None:
         return addmm.chosen(matrices, active).to(dtype)
     return torch.where((gate >= threshold)[:, None, None], matrices, 0).to(dtype)
-
-
-def _fp32(gate: Tensor, threshold: float) -> tuple[Tensor, float]:
-    """Gates of another dtype as ones and zeros: rounded to fp32, a score next to the threshold could change sides."""
-    if gate.dtype == torch.float32:
-        return gate.contiguous(), threshold
-    return (gate >= threshold).float(), 0.5
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`x [..., C]` as `[M, C]` with unit column stride, copied only where it has another."""
-    rows = addmm.rows(x)
-    return rows if rows.stride(1) == 1 else rows.contiguous()

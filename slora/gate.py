@@ -1,4 +1,4 @@
-"""Gates: which blocks are active, what moves their scores, and what inactive blocks still learn.
+"""Gates: which blocks are active, and what moves their scores.
 
 `GateMirror` is the host's copy of every block's activity. It notices an optimizer step or an edit by the
 version counter that PyTorch keeps for each parameter, and then refreshes all layers of the model with a single
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from slora import addmm
 from slora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -259,70 +258,3 @@ def release_frozen(model: nn.Module, *optimizers: torch.optim.Optimizer) -> int:
             state = optimizer.state.pop(parameter, {})
             freed += sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
     return freed
-
-
-def sampled_rows(M: int, m: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return `min(m, M)` row numbers below `M`, int64, rising: one random row from each of as many equal strata.
-
-    Row j is expected exactly `m / M` times, so a sum over the sampled rows times `M / m` is an unbiased
-    estimate of the sum over all. The numbers come from an integer hash of `(seed, k)`: the same on any device
-    and without any generator's state.
-    """
-    if m >= M:
-        return torch.arange(M, device=device)
-    k = torch.arange(m, dtype=torch.int64, device=device)
-    # 24 bits of position within a stratum: exact in int64 while m * M < 2^39 (a billion rows at m = 512).
-    u = _hash24(k, seed)
-    return (((k << 24) + u) * M // m) >> 24
-
-
-def _hash24(k: Tensor, seed: int) -> Tensor:
-    """24 uniform bits per element of `k` (Wellons' lowbias32 on `k + seed * odd`, top bits kept)."""
-    z = (k + (seed * 0x9E3779B1 & 0xFFFFFFFF)) & 0xFFFFFFFF
-    z = ((z ^ (z >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
-    z = ((z ^ (z >> 15)) * 0x735A2D97) & 0xFFFFFFFF
-    return (z ^ (z >> 15)) >> 8
-
-
-class ProbeGates(torch.autograd.Function):
-    """The identity on `y` whose backward gives inactive gates their straight-through gradient.
-
-    `apply(y [..., N], gate, x [..., K], lora_A, lora_B, scaling, blocks, rows, scale)`: from the rows `rows` of
-    x and dy (all rows where None), `dgate_i = scale * c * <S_i, T_i>` for each i in `blocks`; where `blocks` is
-    None the inactive ones are found on the device. Only the sampled rows of x are kept.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        gate: Tensor,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        threshold: float,
-        scaling: float,
-        blocks: tuple[int, ...] | None,
-        rows: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        x_rows = addmm.rows(x)
-        ctx.save_for_backward(x_rows if rows is None else x_rows[rows], rows, lora_A, lora_B, gate)
-        ctx.threshold, ctx.scaling, ctx.blocks, ctx.scale = threshold, scaling, blocks, scale
-        return y.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        dgate = None
-        if ctx.needs_input_grad[1]:
-            x_rows, rows, lora_A, lora_B, gate = ctx.saved_tensors
-            dy_rows = addmm.rows(dy)
-            if rows is not None:
-                dy_rows = dy_rows[rows]
-            blocks = range(gate.shape[0]) if ctx.blocks is None else ctx.blocks
-            dgate = addmm.gate_probe(dy_rows, x_rows, lora_A, lora_B, blocks, ctx.scaling * ctx.scale)
-            if ctx.blocks is None:
-                dgate = dgate * (gate < ctx.threshold)
-            dgate = addmm.scattered(dgate, gate.shape[0], blocks).to(gate.dtype)
-        return dy, dgate, None, None, None, None, None, None, None, None

@@ -147,6 +147,7 @@ def test_settings_that_do_not_fit_are_refused_at_construction(settings: dict[str
     with pytest.raises(ConfigError) as raised:
         layer_of(**settings)
     assert message in str(raised.value)
+    assert "''" not in str(raised.value), "a layer made by hand has no name to print"
 
 
 def test_a_refused_layer_leaves_the_linear_as_it_was() -> None:
@@ -490,7 +491,7 @@ def test_a_compiled_probe_is_an_estimate_from_rows_of_its_own(fresh_dynamo: Any)
     layer = layer_of(inactive="probe", probe_rows=4, gate_init=0.0)
     x = torch.randn(7, 10)
     compiled_of(layer)(x).sum().backward()
-    rows = slora.gate.sampled_rows(7, 4, layer._seed)
+    rows = slora.probe.sampled_rows(7, 4, layer._seed)
     *_, expected = slora.reference.selective_lora_linear_backward(
         torch.ones(4, 12), x[rows], layer.weight, layer.lora_A, layer.lora_B, layer.gate, 0.1, layer.scaling
     )

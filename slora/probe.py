@@ -1,0 +1,141 @@
+"""What inactive gates learn from: their straight-through gradient, exact or estimated from a few rows.
+
+`torch.ops.slora.sample_rows` and `torch.ops.slora.gate_probe` do the work, in Triton kernels on a GPU
+(`slora.kernels.gate_probe`) and in PyTorch calls elsewhere; `ProbeGates` puts them into the graph.
+
+Each layer probes all its blocks in one launch. The layers of a model do not share one, although the kernel could serve
+them: autograd expects the gradient of a layer's gate when it reaches that layer, and DDP, hooks and
+`torch.autograd.grad` act on it there, while a shared launch could start only after the last layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slora import addmm
+from slora.backends import kernels_serve
+
+_library: Any = torch.library.Library("slora", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("sample_rows(Tensor x, int m, int seed) -> Tensor")
+_library.define(
+    "gate_probe(Tensor dy, Tensor x, Tensor lora_A, Tensor lora_B, Tensor gate, float threshold, float scaling, "
+    "int[]? blocks, int seed) -> Tensor"
+)
+
+
+def sampled_rows(M: int, m: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return `min(m, M)` row numbers below `M`, int64, rising: one random row from each of as many equal strata.
+
+    Row j is expected exactly `m / M` times, so a sum over the sampled rows times `M / m` is an unbiased
+    estimate of the sum over all. The numbers come from an integer hash of `(seed, k)`: the same on any device
+    and without any generator's state.
+    """
+    if m >= M:
+        return torch.arange(M, device=device)
+    k = torch.arange(m, dtype=torch.int64, device=device)
+    # 24 bits of position within a stratum: exact in int64 while m * M < 2^39 (a billion rows at m = 512).
+    u = _hash24(k, seed)
+    return (((k << 24) + u) * M // m) >> 24
+
+
+def _hash24(k: Tensor, seed: int) -> Tensor:
+    """24 uniform bits per element of `k` (Wellons' lowbias32 on `k + seed * odd`, top bits kept)."""
+    z = (k + (seed * 0x9E3779B1 & 0xFFFFFFFF)) & 0xFFFFFFFF
+    z = ((z ^ (z >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
+    z = ((z ^ (z >> 15)) * 0x735A2D97) & 0xFFFFFFFF
+    return (z ^ (z >> 15)) >> 8
+
+
+class ProbeGates(torch.autograd.Function):
+    """The identity on `y` whose backward gives inactive gates their straight-through gradient.
+
+    `apply(y [..., N], gate, x [..., K], lora_A, lora_B, threshold, scaling, blocks, m, seed, scale)`: from the rows
+    `sampled_rows(M, m, seed)` of x and dy (all M rows where `m` is None), `dgate_i = scale * c * <S_i, T_i>` for each i
+    in `blocks`; where `blocks` is None the inactive ones are found on the device. Only those rows of x are kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        gate: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        threshold: float,
+        scaling: float,
+        blocks: tuple[int, ...] | None,
+        m: int | None,
+        seed: int,
+        scale: float,
+    ) -> Tensor:
+        x_rows = addmm.rows(x)
+        kept = x_rows if m is None else torch.ops.slora.sample_rows(x_rows, m, seed)
+        ctx.save_for_backward(kept, lora_A, lora_B, gate)
+        ctx.threshold, ctx.scaling, ctx.blocks, ctx.seed = threshold, scaling * scale, blocks, seed
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        dgate = None
+        if ctx.needs_input_grad[1]:
+            x_rows, lora_A, lora_B, gate = ctx.saved_tensors
+            dgate = torch.ops.slora.gate_probe(
+                addmm.rows(dy), x_rows, lora_A, lora_B, gate, ctx.threshold, ctx.scaling, ctx.blocks, ctx.seed
+            ).to(gate.dtype)
+        return dy, dgate, None, None, None, None, None, None, None, None, None
+
+
+def _sample_rows(x: Tensor, m: int, seed: int) -> Tensor:
+    if x.is_cuda and x.dtype != torch.float64 and x.stride(1) == 1:
+        # The kernel is PyTorch's indexing without its dozen small launches; it depends on no choice of backend.
+        from slora.backends import has_triton
+
+        if has_triton():
+            from slora.kernels import gate_probe
+
+            return gate_probe.sample_rows(x, m, seed)
+    return x[sampled_rows(x.shape[0], m, seed, x.device)]
+
+
+def _gate_probe(
+    dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Tensor, threshold: float, scaling: float,
+    blocks: Sequence[int] | None, seed: int,
+) -> Tensor:  # fmt: skip
+    if kernels_serve(dy, gate):
+        from slora.kernels import gate_probe
+
+        layer = gate_probe.Layer(
+            addmm.unit_stride(dy), addmm.unit_stride(x), lora_A.contiguous(), lora_B.contiguous(),
+            *addmm.fp32_gate(gate, threshold), scaling, seed,
+        )  # fmt: skip
+        return gate_probe.gate_probe([layer])[0]
+    if x.shape[0] < dy.shape[0]:
+        dy = dy[sampled_rows(dy.shape[0], x.shape[0], seed, dy.device)]
+    present = range(gate.shape[0]) if blocks is None else blocks
+    dgate = addmm.gate_probe(dy, x, lora_A, lora_B, present, scaling)
+    if blocks is None:
+        dgate = dgate * (gate < threshold)
+    return addmm.scattered(dgate, gate.shape[0], present)
+
+
+def _sample_rows_fake(x: Tensor, m: int, seed: int) -> Tensor:
+    return x.new_empty(m, x.shape[1])
+
+
+def _gate_probe_fake(
+    dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Tensor, threshold: float, scaling: float,
+    blocks: Sequence[int] | None, seed: int,
+) -> Tensor:  # fmt: skip
+    return dy.new_empty(gate.shape, dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+torch.library.impl(_library, "sample_rows", "CompositeExplicitAutograd")(_sample_rows)
+torch.library.impl(_library, "gate_probe", "CompositeExplicitAutograd")(_gate_probe)
+torch.library.register_fake("slora::sample_rows", _sample_rows_fake, lib=_library)
+torch.library.register_fake("slora::gate_probe", _gate_probe_fake, lib=_library)
