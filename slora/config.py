@@ -36,7 +36,8 @@ class SelectiveLoRAConfig:
         use_rslora: scale by `lora_alpha / sqrt(r)` (arXiv 2312.03732).
         threshold: a block is active while `gate >= threshold`. 0.1 is TAPS' published value; the value
             used in arXiv 2501.15377 is not known to us.
-        gate_init: initial score of every block; 0.15 is TAPS' published value, with the same caveat.
+        gate_init: initial score of every block; 0.15 is TAPS' published value, with the same caveat. Under
+            `inactive="frozen"` at least `threshold`.
         blocks: "auto" (a fused qkv projection gets three blocks, everything else one) or a number that
             divides `out_features` of every adapted layer.
         inactive: what happens to the gate of an inactive block. "exact": its straight-through gradient
@@ -70,6 +71,10 @@ class SelectiveLoRAConfig:
 
     def __post_init__(self) -> None:
         _check_rank("r", self.r)
+        for name, example in (("rank_pattern", '{"qkv": 8}'), ("alpha_pattern", '{"qkv": 16.0}')):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Mapping):
+                raise ConfigError(f"{name}={value!r} is not a mapping from patterns to numbers, such as {example}")
         for pattern, rank in (self.rank_pattern or {}).items():
             _check_pattern("rank_pattern", pattern)
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
@@ -87,6 +92,12 @@ class SelectiveLoRAConfig:
             raise ConfigError(f'blocks={self.blocks!r} is neither a positive integer nor "auto"')
         if self.inactive not in get_args(Inactive):
             raise ConfigError(f"inactive={self.inactive!r} is unknown; use one of {', '.join(get_args(Inactive))}")
+        if self.inactive == "frozen" and self.gate_init < self.threshold:
+            raise ConfigError(
+                f"gate_init={self.gate_init!r} is below threshold={self.threshold!r}, so that under inactive='frozen' "
+                f"every block would be off from the start and for good; raise gate_init to {self.threshold!r} or "
+                f"more, or use inactive='probe'"
+            )
         for name in ("probe_every", "probe_rows"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive integer")
@@ -179,7 +190,9 @@ def _check_alpha(name: str, value: float) -> None:
         raise ConfigError(f"{name}={value!r} is not a positive finite number")
 
 
-def _check_pattern(name: str, pattern: str) -> None:
+def _check_pattern(name: str, pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise ConfigError(f"{name} holds {pattern!r}, which is not a regular expression; use a string")
     try:
         re.compile(pattern)
     except re.error as error:

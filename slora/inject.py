@@ -133,12 +133,14 @@ def targets(model: nn.Module, config: SelectiveLoRAConfig) -> dict[str, type[LoR
     kinds = {name: kind for name, module in model.named_modules() if name and (kind := _kind(module))}
     # Attention that cannot be adapted reads the weight of its output projection past any blocks.
     candidates = {n: kind for n, kind in kinds.items() if not _is_out_proj(model, n) or n.rpartition(".")[0] in kinds}
+    if not candidates:
+        raise _no_linear(model)
     excluded = _matching(config.exclude_modules, candidates, model, "exclude_modules")
     if config.target_modules == "all-linear":
         heads = head_names(model)
         chosen = {name for name in candidates if not _inside(name, heads)}
         if not chosen:
-            raise TargetError(f"{type(model).__name__} has no linear layer below its head to adapt")
+            raise _no_linear(model, list(candidates))
     else:
         chosen = _matching(config.target_modules, candidates, model, "target_modules")
     for name in chosen - excluded:
@@ -247,9 +249,30 @@ def _matching(
                     f"{field} entry {entry!r} matches only modules that cannot be adapted, such as "
                     f"{others[0][0]!r} ({others[0][1]}); linear layers and attention with in_proj_weight can be"
                 )
+            if whole:
+                raise _no_whole_name(field, entry, list(candidates))
             raise _nothing(field, entry, list(candidates))
         chosen |= hits
     return chosen
+
+
+def _no_linear(model: nn.Module, heads: Sequence[str] = ()) -> TargetError:
+    kind = type(model).__name__
+    if _kind(model) is not None:
+        return TargetError(
+            f"the model is itself a {kind}, and cannot be replaced in place; wrap it first, as in "
+            f"nn.Sequential(layer), or use slora.SelectiveLoRALinear.from_linear"
+        )
+    remedies = []
+    if any(isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) for module in model.modules()):
+        remedies.append(
+            "build it with linear layers for its convolutions of size 1 where it can have them, as timm's ConvNeXt "
+            "with conv_mlp=False"
+        )
+    if heads:
+        remedies.append(f"adapt the head itself with target_modules={list(heads)}")
+    remedy = ", or ".join(remedies) or "convolutions, embeddings and norms are not adapted: choose another model"
+    return TargetError(f"{kind} has no linear layer {'below its head ' if heads else ''}to adapt; {remedy}")
 
 
 def _ends_with(name: str, ending: str) -> bool:
@@ -260,10 +283,22 @@ def _inside(name: str, parents: Sequence[str]) -> bool:
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 
+def _no_whole_name(field: str, expression: str, names: Sequence[str]) -> TargetError:
+    text = f"{field}={expression!r} is a string, so a regular expression for whole names of modules, and matches none"
+    endings = [entry.strip() for entry in expression.split(",")]
+    if all(any(_ends_with(name, ending) for name in names) for ending in endings):
+        return TargetError(f"{text}; for the modules whose names end so, use a list: {field}={endings}")
+    return TargetError(f"{text}; near names are {', '.join(map(repr, _near(expression, names)))}")
+
+
 def _nothing(field: str, entry: str, names: Sequence[str], what: str = "module") -> TargetError:
+    near = ", ".join(map(repr, _near(entry, names)))
+    return TargetError(f"{field} entry {entry!r} matches no {what}; near names are {near}")
+
+
+def _near(entry: str, names: Sequence[str]) -> list[str]:
     endings = dict.fromkeys([*names, *(".".join(n.split(".")[-k:]) for n in names for k in (1, 2))])
-    near = difflib.get_close_matches(entry, endings, n=5, cutoff=0.4) or list(endings)[:5]
-    return TargetError(f"{field} entry {entry!r} matches no {what}; near names are {', '.join(map(repr, near))}")
+    return difflib.get_close_matches(entry, endings, n=5, cutoff=0.4) or list(endings)[:5]
 
 
 def _set_fused_encoders(model: nn.Module) -> None:

@@ -106,6 +106,19 @@ def parameter_groups(
     return groups
 
 
+def trainable_parameters(model: nn.Module) -> int:
+    """Return how many elements of the parameters of `model` training can still change.
+
+    Those that require gradients, but for the blocks that the policy "frozen" has switched off for good.
+    """
+    count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    for _, layer in adapted_layers(model):
+        if layer.inactive == "frozen":
+            parts = [part for part in (layer.lora_A, layer.lora_B, layer.gate) if part.requires_grad]
+            count -= len(layer.activity().inactive) * sum(part[0].numel() for part in parts)
+    return count
+
+
 @dataclass(frozen=True)
 class LayerSummary:
     """One adapted layer: FLOPs are those of a forward pass for one input row."""
@@ -123,7 +136,13 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """Blocks, parameters and FLOPs of an adapted model; `print` shows it as a table."""
+    """Blocks, parameters and FLOPs of an adapted model; `print` shows it as a table.
+
+    Attributes:
+        layers: the adapted layers in the order of the model.
+        parameters: elements of all parameters, those of inactive blocks included.
+        trainable: those that training can still change: `trainable_parameters`.
+    """
 
     layers: tuple[LayerSummary, ...]
     parameters: int
@@ -177,7 +196,4 @@ def summary(model: nn.Module) -> Summary:
         rows.append(LayerSummary(name, in_features, out_features, layer.r, layer.blocks, active, count, base, added))
     if not rows:
         raise StateError("the model has no adapted layer; call slora.inject(model, config) first")
-    parameters = list(model.parameters())
-    return Summary(
-        tuple(rows), sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
-    )
+    return Summary(tuple(rows), sum(p.numel() for p in model.parameters()), trainable_parameters(model))

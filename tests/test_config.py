@@ -58,6 +58,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "threshold nan": ({"threshold": math.nan}, "threshold=nan is not a finite number"),
     "threshold text": ({"threshold": "0.1"}, "threshold='0.1' is not"),
     "gate_init inf": ({"gate_init": math.inf}, "gate_init=inf is not a finite number"),
+    "nothing to train": (
+        {"inactive": "frozen", "gate_init": 0.05},
+        "gate_init=0.05 is below threshold=0.1, so that under inactive='frozen' every block would be off from the "
+        "start and for good; raise gate_init to 0.1 or more, or use inactive='probe'",
+    ),
     "blocks 0": ({"blocks": 0}, 'blocks=0 is neither a positive integer nor "auto"'),
     "blocks text": ({"blocks": "many"}, "blocks='many' is neither"),
     "blocks True": ({"blocks": True}, "blocks=True is neither"),
@@ -69,6 +74,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "regex": ({"target_modules": "blocks.(0"}, "target_modules: 'blocks.(0' is not a regular expression"),
     "exclude regex": ({"exclude_modules": "*"}, "exclude_modules: '*' is not a regular expression"),
     "pattern regex": ({"rank_pattern": {"(": 4}}, "rank_pattern: '(' is not a regular expression"),
+    "ranks in a list": ({"rank_pattern": [1]}, "rank_pattern=[1] is not a mapping from patterns to numbers, such as"),
+    "alphas in text": ({"alpha_pattern": "qkv=8"}, "alpha_pattern='qkv=8' is not a mapping"),
+    "a number as pattern": ({"rank_pattern": {1: 4}}, "rank_pattern holds 1, which is not a regular expression"),
     "no target": ({"target_modules": []}, "target_modules is empty"),
     "a list of numbers": ({"target_modules": [1]}, "target_modules holds 1, which is not a name"),
     "one module to save": ({"modules_to_save": "head"}, """modules_to_save='head' is a string; use a list: ["head"]"""),
@@ -84,9 +92,20 @@ def test_a_value_that_cannot_work_is_refused_with_its_name_and_what_is_allowed(c
     assert isinstance(raised.value, ValueError)
 
 
+@pytest.mark.parametrize("policy", ["exact", "probe"])
+def test_blocks_may_start_inactive_where_they_can_come_back(policy: Any) -> None:
+    assert Config(inactive=policy, gate_init=0.05).gate_init == 0.05
+    assert Config(inactive="frozen", gate_init=0.1).gate_init == 0.1
+
+
+def _config(threshold: float, gate_init: float, inactive: Any, **fields: Any) -> slora.SelectiveLoRAConfig:
+    gate_init = max(gate_init, threshold) if inactive == "frozen" else gate_init
+    return Config(threshold=threshold, gate_init=gate_init, inactive=inactive, **fields)
+
+
 names = st.text("abcxyz.019", min_size=1, max_size=8).filter(lambda s: not s.startswith("."))
 configs = st.builds(
-    Config,
+    _config,
     r=st.integers(1, 256),
     lora_alpha=st.floats(1e-3, 1e3),
     lora_dropout=st.floats(0, 0.99),

@@ -366,8 +366,17 @@ FAILURES: dict[str, tuple[Config, type[Exception], list[str]]] = {
     "no match, regex": (
         small(target_modules=r"blocks\.0\.atn\.qkv"),
         TargetError,
-        ["matches no module", "'blocks.0.attn.qkv'"],
+        [
+            r"target_modules='blocks\\.0\\.atn\\.qkv' is a string, so a regular expression for whole names of modules",
+            "near names are 'blocks.0.attn.qkv'",
+        ],
     ),
+    "a name for a regex": (
+        small(target_modules="qkv"),
+        TargetError,
+        ["'qkv' is a string, so a regular expression for whole names", "use a list: target_modules=['qkv']"],
+    ),
+    "names for a regex": (small(exclude_modules="fc1,fc2"), TargetError, ["a list: exclude_modules=['fc1', 'fc2']"]),
     "one entry of several": (small(target_modules=["qkv", "fc3"]), TargetError, ["'fc3' matches no module", "'fc1'"]),
     "only a convolution": (
         small(target_modules=["patch_embed.proj"]),
@@ -438,9 +447,38 @@ def test_a_part_of_a_model_can_be_adapted_alone(vit: nn.Module) -> None:
         injection(vit)
 
 
-def test_a_model_without_linear_layers_is_refused() -> None:
-    with pytest.raises(TargetError, match="Sequential has no linear layer below its head to adapt"):
-        slora.inject(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()))
+HEAD_ONLY = nn.Sequential()
+HEAD_ONLY.add_module("body", nn.Conv2d(3, 4, 3))
+HEAD_ONLY.add_module("head", nn.Linear(4, 2))
+
+UNFIT: dict[str, tuple[nn.Module, str]] = {
+    "convolutions of size 1": (nn.Sequential(nn.Conv2d(3, 4, 1)), "timm's ConvNeXt with conv_mlp=False"),
+    "convolutions": (nn.Sequential(nn.Conv2d(3, 4, 3)), "Sequential has no linear layer to adapt; convolutions"),
+    "a lone linear": (nn.Linear(3, 4), "wrap it first, as in nn.Sequential(layer), or use slora.SelectiveLoRALinear"),
+    "a head": (
+        HEAD_ONLY,
+        "no linear layer below its head to adapt; adapt the head itself with target_modules=['head']",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_model_with_nothing_to_adapt_is_refused_with_what_to_do(case: str) -> None:
+    model, message = UNFIT[case]
+    with pytest.raises(TargetError) as raised:
+        slora.inject(model, small())
+    assert message in str(raised.value)
+
+
+def test_what_the_refusals_advise_works() -> None:
+    timm = pytest.importorskip("timm")
+    tiny = {"pretrained": False, "depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "num_classes": 5}
+    model = timm.create_model("convnext_tiny", conv_mlp=True, **tiny)
+    with pytest.raises(TargetError, match="conv_mlp=False"):
+        slora.inject(model, small())
+    assert len(names_of(slora.inject(timm.create_model("convnext_tiny", conv_mlp=False, **tiny), small()))) == 8
+    assert names_of(slora.inject(nn.Sequential(nn.Linear(3, 4)), small(r=1))) == ["0"]
+    assert names_of(slora.inject(copy.deepcopy(HEAD_ONLY), small(r=1, target_modules=["head"]))) == ["head"]
 
 
 def test_unloading_a_merged_model_is_refused(vit: nn.Module, randomise: Any) -> None:

@@ -92,7 +92,10 @@ def test_disabled_of_a_merged_model_is_refused(model: nn.Module) -> None:
 
 
 def test_disabled_runs_the_base_of_released_layers_too(vit: nn.Module) -> None:
-    model = slora.inject(vit, slora.SelectiveLoRAConfig(r=2, inactive="frozen", gate_init=0.0))
+    model = slora.inject(vit, slora.SelectiveLoRAConfig(r=2, inactive="frozen"))
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.zero_()
     x = torch.randn(2, 3, 16, 16)
     expected = model(x)
     assert slora.release_frozen(model) > 0
@@ -215,6 +218,22 @@ def test_summary_counts_blocks_parameters_and_flops(model: nn.Module) -> None:
     assert qkv.base_flops == 2 * 24 * 72
     assert qkv.added_flops == 2 * (2 * 24 * 2 + 2 * 2 * 24)
     assert rows["blocks.1.mlp.fc1"].added_flops == 0
+
+
+@pytest.mark.parametrize("policy", ["exact", "probe", "frozen"])
+@pytest.mark.parametrize("released", [False, True])
+def test_blocks_that_are_off_for_good_are_not_counted_as_trainable(policy: Any, released: bool, vit: nn.Module) -> None:
+    model = slora.inject(vit, slora.SelectiveLoRAConfig(r=2, modules_to_save=["head"], inactive=policy))
+    before = slora.summary(model).trainable
+    assert before == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with torch.no_grad():
+        model.get_submodule("blocks.0.attn.qkv").gate.copy_(torch.tensor([0.2, 0.0, 0.1]))
+        model.get_submodule("blocks.1.mlp.fc1").gate.fill_(0.0)
+    if released:
+        slora.release_frozen(model)
+    # One of three blocks of a layer 24 -> 72, and the only block of one 24 -> 96, each with its gate.
+    off = (2 * 24 + 24 * 2 + 1) + (2 * 24 + 96 * 2 + 1)
+    assert slora.summary(model).trainable == before - (off if policy == "frozen" else 0)
 
 
 def test_flops_of_the_summary_are_those_that_a_counter_finds(model: nn.Module) -> None:

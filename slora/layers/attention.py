@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from slora.config import SelectiveLoRAConfig
 from slora.errors import ConfigError, ShapeError, TargetError
 from slora.gate import GateMirror
-from slora.layers.blocks import LoRABlocks
+from slora.layers.blocks import LoRABlocks, of_layer
 
 
 class _InProjection(LoRABlocks):
@@ -35,7 +35,7 @@ class _InProjection(LoRABlocks):
         blocks = super().choose_blocks(config, module, name)
         if blocks % 3:
             raise ConfigError(
-                f"blocks={blocks} does not split query, key and value of {name!r} evenly; "
+                f"blocks={blocks} does not split query, key and value{of_layer(name)} evenly; "
                 f'use a multiple of 3 or blocks="auto"'
             )
         return blocks
