@@ -12,8 +12,9 @@ gradients are one pass over x and dy (`slora.kernels.weight_gradients`), or cuBL
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ from slora import addmm, tuning
 from slora.backends import backend
 from slora.dropout import rescaling
 
-# Above this rank S and T do not fit into the registers beside the accumulator of the base product.
-FUSED_RANK = 64
+if TYPE_CHECKING:
+    from slora.kernels import configs
 
 
 def forward(
@@ -52,8 +53,11 @@ def forward(
     def S() -> Tensor:
         return skinny.products_S(x_rows, A, gate, threshold, slots, dropout, seed)
 
-    def one_kernel(S: Tensor | None) -> tuple[Tensor, Tensor]:
-        return linear_forward.forward(x_rows, W, bias, A, B, gate, threshold, scaling, slots, dropout, seed, S)
+    def one_kernel(config: configs.Gemm, given: bool) -> tuple[Tensor, Tensor]:
+        products = S() if given else None
+        return linear_forward.forward(
+            x_rows, W, bias, A, B, gate, threshold, scaling, slots, dropout, seed, products, config
+        )
 
     def vendor() -> tuple[Tensor, Tensor]:
         products, c = S(), scaling * rescaling(dropout)
@@ -66,10 +70,7 @@ def forward(
             y_i.addmm_(S_i, B_i.T, alpha=c)
         return y, products
 
-    candidates: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
-    if r <= FUSED_RANK:
-        candidates["fused"] = lambda: one_kernel(None)
-    candidates["accumulate"] = lambda: one_kernel(S())
+    candidates = _one_kernel_candidates("forward", x_rows, W, r, dropout, one_kernel)
     candidates["addmm"] = vendor
     shape = _shape("forward", x_rows, lora_A, lora_B, slots, dropout, bias is not None)
     y, products = _run(shape, x_rows, candidates)
@@ -125,18 +126,18 @@ def _input_gradient(
     def T() -> Tensor:
         return skinny.products_T(dy, B, gate, threshold, slots)
 
-    def one_kernel(T: Tensor | None) -> tuple[Tensor, Tensor]:
-        return linear_backward.input_gradient(dy, W, A, B, gate, threshold, scaling, slots, dropout, seed, T)
+    def one_kernel(config: configs.Gemm, given: bool) -> tuple[Tensor, Tensor]:
+        products = T() if given else None
+        return linear_backward.input_gradient(
+            dy, W, A, B, gate, threshold, scaling, slots, dropout, seed, products, config
+        )
 
     def vendor() -> tuple[Tensor, Tensor]:
         products = T()
         low = _present(A, gate, threshold, active, dy.dtype).reshape(-1, A.shape[2])
         return (dy @ weight).addmm_(products, low, alpha=scaling), products
 
-    candidates: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
-    if A.shape[1] <= FUSED_RANK:
-        candidates["fused"] = lambda: one_kernel(None)
-    candidates["accumulate"] = lambda: one_kernel(T())
+    candidates = _one_kernel_candidates("backward", dy, W, A.shape[1], dropout, one_kernel)
     if not dropout:
         # cuBLAS would need the update in memory, to mask it.
         candidates["addmm"] = vendor
@@ -167,6 +168,27 @@ def _weight_gradients(
     shape = _shape(f"weight gradients {''.join('01'[need] for need in needs)}", dy, A, B, slots, dropout)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = _run(shape, dy, candidates)
     return gradients
+
+
+def _one_kernel_candidates(
+    kernel: configs.Kernel,
+    rows: Tensor,
+    weight: Tensor,
+    r: int,
+    dropout: float,
+    call: Callable[[configs.Gemm, bool], tuple[Tensor, Tensor]],
+) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+    """`fused` and `accumulate` with each of their tile sizes, the default ones first."""
+    from slora.kernels import configs, launch
+
+    where = launch.part(rows.device), launch.path(rows, weight), launch.kind(rows.dtype)
+    candidates: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
+    for form, given in (("fused", False), ("accumulate", True)):
+        # Above this rank S and T do not fit into the registers beside the accumulator of the base product.
+        if given or r <= configs.MAX_FUSED_RANK:
+            for i, config in enumerate(configs.gemm(kernel, *where, r, given, dropout > 0.0)):
+                candidates[f"{form} {i}" if i else form] = functools.partial(call, config, given)
+    return candidates
 
 
 def _run(shape: str, rows: Tensor, candidates: Mapping[str, Callable[[], Any]]) -> Any:
