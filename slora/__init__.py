@@ -17,6 +17,7 @@ from slora.errors import (
     SLoRAError,
     StateError,
     TargetError,
+    WriteError,
 )
 from slora.gate import ProximalGates, gate_penalty, penalty_at, release_frozen
 from slora.inject import inject, unload
@@ -40,6 +41,7 @@ __all__ = [
     "ShapeError",
     "StateError",
     "TargetError",
+    "WriteError",
     "active_blocks",
     "disabled",
     "gate_penalty",

@@ -39,7 +39,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         StateError: the model is not adapted, or is merged.
-        CheckpointError: the folder cannot be written, or the disk is full; an earlier adapter is left as it was.
+        WriteError: the folder cannot be written, or the disk is full; an earlier adapter is left as it was.
     """
     record = injection(model)
     layers = dict(adapted_layers(model))

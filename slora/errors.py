@@ -31,6 +31,10 @@ class CheckpointError(SLoRAError, RuntimeError):
     """A file is missing, damaged, or belongs to another model."""
 
 
+class WriteError(CheckpointError):
+    """A file could not be written: the disk is full, or the folder does not take it."""
+
+
 class BaseModelWarning(UserWarning):
     """An adapter was loaded into a model of the right shapes with other values than it was trained on."""
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slora.errors import CheckpointError
+from slora.errors import CheckpointError, WriteError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
@@ -18,7 +23,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
     A kill at any instant leaves the previous file. The temporary file is removed when `write` fails.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; names the file and the cause.
+        WriteError: the disk is full or the folder cannot be written; names the file, the cause and the remedy.
     """
     write_together({path: write})
 
@@ -27,7 +32,7 @@ def write_together(writes: Mapping[str | os.PathLike[str], Callable[[Path], None
     """Do the same for several files that belong together: none is renamed before all of them are on disk.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; all files are what they were.
+        WriteError: the disk is full or the folder cannot be written; all files are what they were.
     """
     staged: list[tuple[Path, Path]] = []
     target = Path()
@@ -42,17 +47,17 @@ def write_together(writes: Mapping[str | os.PathLike[str], Callable[[Path], None
             write(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
+            os.chmod(temporary, 0o666 & ~umask())
         for temporary, target in staged:
             os.replace(temporary, target)
         for folder in {target.parent for _, target in staged}:
             _sync_folder(folder)
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise cannot_write(target, error) from error
     except Exception as error:
         # safetensors reports a full disk with an exception of its own.
         if type(error).__module__.startswith("safetensors"):
-            raise _cannot_write(target, error) from error
+            raise cannot_write(target, error) from error
         raise
     finally:
         for temporary, _ in staged:
@@ -97,14 +102,46 @@ def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _cannot_write(path: Path, error: Exception) -> CheckpointError:
+def cannot_write(
+    path: str | os.PathLike[str],
+    error: Exception,
+    then: str = "",
+    note: str = "What stood there is unchanged.",
+) -> WriteError:
+    """Return the error to raise where `error` kept `path` from being written: cause, remedy `then`, `note`.
+
+    Args:
+        error: what the system said, or safetensors on its behalf.
+        then: what to do after the remedy, such as ", then resume the run".
+        note: a sentence about what is still there.
+    """
     reason = getattr(error, "strerror", None) or error
-    return CheckpointError(
-        f"{path} could not be written ({reason}); free space or choose another folder. What stood there is unchanged."
-    )
+    number = _errno(error)
+    remedy = "choose another folder"
+    if number in _FULL:
+        remedy = "free space or choose another folder"
+    elif number in _NOT_ALLOWED:
+        remedy = "choose a folder that you may write to"
+    elif number in (errno.ENOTDIR, errno.EEXIST):
+        reason = next((f"{parent} is not a folder" for parent in _parents(path) if not parent.is_dir()), reason)
+    return WriteError(f"{path} could not be written ({reason}); {remedy}{then}. {note}")
 
 
-def _umask() -> int:
+def _errno(error: Exception) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    # safetensors has the number in its text only.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
+def _parents(path: str | os.PathLike[str]) -> list[Path]:
+    """The folders above `path` that exist, or should be ones, the outermost first."""
+    return [parent for parent in reversed(Path(path).parents) if parent.exists()]
+
+
+def umask() -> int:
+    """Return the permissions that new files of this process do not get."""
     # Reading the umask is only possible by setting it.
     mask = os.umask(0)
     os.umask(mask)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from slora.errors import CheckpointError
+from slora.errors import CheckpointError, WriteError
 from slora.files import read_json, write_atomically, write_json, write_text, write_together
 
 
@@ -66,11 +68,21 @@ def test_the_content_is_on_disk_before_the_name_changes(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "error",
-    [OSError(errno.ENOSPC, "No space left on device"), PermissionError(errno.EACCES, "Permission denied")],
-    ids=["disk full", "not allowed"],
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free space or choose another folder"),
+        (errno.EDQUOT, "free space or choose another folder"),
+        (errno.EFBIG, "free space or choose another folder"),
+        (errno.EACCES, "choose a folder that you may write to"),
+        (errno.EROFS, "choose a folder that you may write to"),
+        (errno.EIO, "choose another folder"),
+    ],
+    ids=errno.errorcode.get,
 )
-def test_what_the_system_refuses_becomes_an_error_that_names_the_file(error: OSError, tmp_path: Path) -> None:
+def test_what_the_system_refuses_becomes_an_error_that_names_the_file_and_the_remedy(
+    number: int, remedy: str, tmp_path: Path
+) -> None:
+    error = OSError(number, os.strerror(number))
     path = tmp_path / "a.txt"
     write_text(path, "old")
 
@@ -78,10 +90,35 @@ def test_what_the_system_refuses_becomes_an_error_that_names_the_file(error: OSE
         temporary.write_text("ha")
         raise error
 
-    with pytest.raises(CheckpointError, match=rf"a\.txt could not be written \({error.strerror}\); free space"):
+    message = rf"a\.txt could not be written \({error.strerror}\); {remedy}\. What stood there is unchanged\."
+    with pytest.raises(WriteError, match=message):
         write_atomically(path, write)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "afile").write_text("")
+    for path in (tmp_path / "afile" / "a.txt", tmp_path / "afile" / "deeper" / "a.txt"):
+        with pytest.raises(WriteError) as raised:
+            write_text(path, "x")
+        assert str(raised.value).startswith(
+            f"{path} could not be written ({tmp_path / 'afile'} is not a folder); choose another folder."
+        )
+    with pytest.raises(WriteError, match=r"\(/dev/full is not a folder\); choose another folder\."):
+        write_text("/dev/full/a.txt", "x")
+
+
+def test_the_cause_is_found_in_the_text_of_safetensors(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(WriteError, match="; free space or choose another folder"):
+            write_atomically(tmp_path / "a", lambda path: save_file({"x": torch.zeros(1000)}, path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_an_error_of_the_writer_passes_through_and_leaves_nothing(tmp_path: Path) -> None:

@@ -38,7 +38,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         out: the HTML file to write; None for `report.html` in `run_dir`.
 
     Raises:
-        CheckpointError: `metrics.jsonl` is missing or empty, a file is damaged, or `out` cannot be written.
+        CheckpointError: `metrics.jsonl` is missing or empty, or a file is damaged.
+        WriteError: `out` cannot be written.
         ConfigError: `config.yaml` is not a mapping of settings.
     """
     run_dir = Path(run_dir)

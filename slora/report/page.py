@@ -76,7 +76,7 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section], f
     """Write what `render` returns to `path`, atomically, and return `path`.
 
     Raises:
-        CheckpointError: the file cannot be written; names it and the cause.
+        WriteError: the file cannot be written; names it, the cause and the remedy.
     """
     write_text(path, render(title, lead, sections, footer))
     return path

@@ -246,7 +246,7 @@ def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write `figure` as a PNG on white, atomically.
 
     Raises:
-        CheckpointError: the file cannot be written; names it and the cause.
+        WriteError: the file cannot be written; names it, the cause and the remedy.
     """
     with _style():
         write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=180))

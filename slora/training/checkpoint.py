@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slora.errors import CheckpointError, ConfigError
-from slora.files import read_json
+from slora.files import cannot_write, read_json, umask
 from slora.gate import adapted_layers
 from slora.training.optimizers import Optimizers
 from slora.training.settings import TrainSettings
@@ -96,7 +96,7 @@ def save(
         progress: `step` and `result` (with `best_step`) of the run so far; JSON values.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+        WriteError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
     target = folder / f"step-{progress['step']:08d}"
     if target.exists():
@@ -222,18 +222,19 @@ def _write(target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> N
         save_file(tensors, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
         for path in (temporary / TENSORS, temporary / STATE, temporary):
+            # safetensors and mkdtemp make them for the owner alone.
+            path.chmod((0o777 if path == temporary else 0o666) & ~umask())
             _flush(path)
-        temporary.chmod(0o755)
         os.replace(temporary, target)
         temporary = None
         _flush(target.parent)
     except (OSError, SafetensorError) as error:
         older = checkpoints(target.parent)
-        kept = f"the last good checkpoint is {older[-1]}" if older else "no checkpoint was written before it"
-        raise CheckpointError(
-            f"{target} could not be written ({getattr(error, 'strerror', None) or error}); {kept}. "
-            f"Free space, then resume the run."
-        ) from error
+        if older:
+            then, note = ", then resume the run", f"The last good checkpoint is {older[-1]}."
+        else:
+            then, note = ", then start the run again", "No checkpoint was written before it."
+        raise cannot_write(target, error, then, note) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

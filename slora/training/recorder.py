@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slora.errors import CheckpointError
-from slora.files import write_text
+from slora.errors import CheckpointError, WriteError
+from slora.files import cannot_write, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +50,7 @@ class Recorder:
         tensorboard: whether to write TensorBoard events.
 
     Raises:
-        CheckpointError: the folder cannot be written.
+        WriteError: the folder cannot be written.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Recorder:
             try:
                 self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1 if first else None)
             except OSError as error:
-                raise _cannot_write(run_dir / "tensorboard", error) from error
+                raise _not_recorded(run_dir / "tensorboard", error) from error
 
     def add(self, record: dict[str, Any]) -> None:
         """Append `record` to the history, the file, TensorBoard and the progress bar."""
@@ -87,7 +87,7 @@ class Recorder:
                 with open(self.path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(record, allow_nan=False) + "\n")
             except OSError as error:
-                raise _cannot_write(self.path, error) from error
+                raise _not_recorded(self.path, error) from error
         if self._writer is not None:
             try:
                 for key, value in record.items():
@@ -95,7 +95,7 @@ class Recorder:
                         group = "evaluation" if key.startswith("eval_") else "training"
                         self._writer.add_scalar(f"{group}/{key}", value, record["step"])
             except OSError as error:
-                raise _cannot_write(self.path.parent if self.path else "TensorBoard events", error) from error
+                raise _not_recorded(self.path.parent if self.path else "TensorBoard events", error) from error
         if self._bar is not None:
             self._bar.show(record)
 
@@ -166,8 +166,6 @@ def _is_nan(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _cannot_write(path: str | Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{path} could not be written ({error.strerror or error}); free space or choose another folder, then resume "
-        f"the run. The checkpoints are unchanged."
-    )
+def _not_recorded(path: str | Path, error: OSError) -> WriteError:
+    then = ", then go on from the last checkpoint, or start again where there is none"
+    return cannot_write(path, error, then, "The checkpoints are unchanged.")

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import resource
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from slora import CheckpointError, ConfigError
+from slora import CheckpointError, ConfigError, WriteError
 from slora.gate import adapted_layers
 from slora.training import TrainResult, TrainSettings, checkpoint, prepare, train
 from slora.training.optimizers import Optimizers
@@ -201,10 +202,41 @@ def test_a_full_disk_is_named_with_the_remedy_and_the_last_good_checkpoint_stays
     with pytest.raises(CheckpointError) as caught:
         save(13)
     monkeypatch.undo()
-    for text in ("step-00000013 could not be written", "No space left on device", str(good), "Free space, then resume"):
+    for text in (
+        "step-00000013 could not be written",
+        "No space left on device",
+        str(good),
+        "free space or choose another",
+    ):
         assert text in str(caught.value)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000008", good.name]
     assert save(13).name == "step-00000013"
+
+
+def test_the_first_checkpoint_that_does_not_fit_says_to_start_again(
+    make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(WriteError, match=r"then start the run again\. No checkpoint was written before it\."):
+        train(prepare(make_model(), settings=settings), data, None, settings, tmp_path)
+
+
+@pytest.mark.parametrize(("mask", "file", "folder"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_a_checkpoint_has_the_permissions_that_the_umask_asks_for(
+    make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path, mask: int, file: int, folder: int
+) -> None:
+    before = os.umask(mask)
+    try:
+        train(prepare(make_model(), settings=settings), data, None, settings.replace(max_steps=1), tmp_path / "run")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").rglob("*")}
+    assert set(modes) >= {"tensors.safetensors", "state.json", "metrics.jsonl"}
+    for name, mode in modes.items():
+        assert mode == (file if "." in name else folder), name
 
 
 def test_a_real_limit_on_the_size_of_files_is_reported_as_a_full_disk_is(
@@ -214,7 +246,7 @@ def test_a_real_limit_on_the_size_of_files_is_reported_as_a_full_disk_is(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        with pytest.raises(CheckpointError, match="step-00000013 could not be written"):
+        with pytest.raises(WriteError, match=r"step-00000013 could not be written .*; free space or choose another"):
             save(13)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
