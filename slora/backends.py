@@ -12,7 +12,6 @@ fp64 and layers of more than 64 blocks are computed by PyTorch calls under `auto
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 
@@ -25,6 +24,8 @@ BACKENDS = ("auto", "triton", "torch", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # As `kernels/slots.py` has it, which imports Triton.
 _MAX_BLOCKS = 64
+# Looked up once here, because torch.compile cannot trace the look-up.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def backend() -> str:
@@ -71,10 +72,9 @@ def kernels_serve(x: Tensor, gate: Tensor) -> bool:
     return x.device.type == "cuda" and has_triton()
 
 
-@functools.cache
 def has_triton() -> bool:
     """Return whether Triton is installed, without importing it."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def interpreting() -> bool:

@@ -1,0 +1,107 @@
+"""Which backend computes: the variable `SLORA_BACKEND`, the device, what is installed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from slora import backends
+from slora.errors import ConfigError, MissingDependencyError
+
+GATES = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, "auto"), ("", "auto"), (" Torch ", "torch"), ("TRITON", "triton")]
+)
+def test_the_variable_is_read_at_every_call(value: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is not None:
+        monkeypatch.setenv("SLORA_BACKEND", value)
+    assert backends.backend() == expected
+
+
+def test_an_unknown_backend_is_refused_with_the_list_of_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLORA_BACKEND", "cuda")
+    with pytest.raises(ConfigError, match="'cuda' is unknown; use one of auto, triton, torch, reference"):
+        backends.backend()
+
+
+def test_auto_computes_on_a_cpu_in_pytorch_even_where_the_interpreter_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert not backends.kernels_serve(torch.zeros(2, 3), GATES)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_other_backends_never_use_the_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLORA_BACKEND", backend)
+    assert not backends.kernels_serve(torch.zeros(2, 3), GATES)
+
+
+CALLS = {
+    "the operator": "f(x, W, None, A, B, g, 0.1, 1.0)",
+    "a layer": "slora.SelectiveLoRALinear(3, 4, r=2)(x)",
+    "a compiled operator": "torch.compile(lambda: f(x, W, None, A, B, g, 0.1, 1.0), backend='eager', fullgraph=True)()",
+    "fake tensors": "f(fake(x), fake(W), None, fake(A), fake(B), fake(g), 0.1, 1.0)",
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_triton_on_a_cpu_is_refused_with_a_remedy_everywhere(call: str) -> None:
+    code = f"""
+import torch, slora
+from slora.ops import selective_linear as f
+from torch._subclasses.fake_tensor import FakeTensorMode
+fake = FakeTensorMode().from_tensor
+x, W, A, B, g = torch.zeros(5, 3), torch.zeros(4, 3), torch.zeros(1, 2, 3), torch.zeros(1, 4, 2), torch.ones(1)
+try:
+    {CALLS[call]}
+except Exception as error:
+    print(type(error).__name__, str(error))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["SLORA_BACKEND"] = "triton"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "SLORA_BACKEND=triton needs a CUDA device but x is on cpu; move the model to the GPU" in run.stdout
+    assert "TRITON_INTERPRET=1" in run.stdout
+
+
+def test_triton_without_triton_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLORA_BACKEND", "triton")
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
+    with pytest.raises(MissingDependencyError, match=r'needs Triton; pip install "slora\[triton\]"'):
+        backends.kernels_serve(torch.zeros(2, 3), GATES)
+
+
+def test_auto_without_triton_computes_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnCuda:
+        dtype, device = torch.float32, torch.device("cuda")
+
+    x: Any = OnCuda()
+    assert backends.kernels_serve(x, GATES) == backends.has_triton()
+    monkeypatch.setattr(backends, "has_triton", lambda: False)
+    assert not backends.kernels_serve(x, GATES)
+
+
+def test_the_limit_of_blocks_is_that_of_the_kernels() -> None:
+    slots = pytest.importorskip("slora.kernels.slots")
+    assert backends._MAX_BLOCKS == slots.MAX_BLOCKS
+
+
+def test_importing_slora_and_computing_on_a_cpu_imports_no_triton() -> None:
+    code = """
+import sys, torch
+before = "triton" in sys.modules
+import slora, slora.ops, slora.forms, slora.tuning, slora.probe
+slora.ops.selective_linear(torch.zeros(5, 3), torch.zeros(4, 3), None, torch.zeros(1, 2, 3), torch.zeros(1, 4, 2),
+                           torch.ones(1), 0.1, 1.0)
+assert before or "triton" not in sys.modules, "triton was imported"
+assert not any(name.startswith("slora.kernels.") for name in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,227 @@
+"""The choice of a form by measurement: what is measured, when, and what is remembered where."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slora import tuning
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Stands in for the GPU's events: every candidate takes the time that it returns."""
+
+    def __init__(self) -> None:
+        self.measured: list[str] = []
+
+    def __call__(self, call: Callable[[], Any], device: torch.device) -> float:
+        name, milliseconds = call()
+        self.measured.append(name)
+        if milliseconds is None:
+            raise torch.cuda.OutOfMemoryError("no room")
+        return milliseconds
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(tuning, "_milliseconds", clock)
+    monkeypatch.setattr(tuning, "_known", {})
+    monkeypatch.setenv("SLORA_CACHE", str(tmp_path / "cache"))
+    tuning._warn.cache_clear()
+    return clock
+
+
+def candidates(**milliseconds: float | None) -> dict[str, Callable[[], Any]]:
+    return {name: (lambda name=name, t=t: (name, t)) for name, t in milliseconds.items()}
+
+
+SLOW_FIRST = candidates(fused=2.0, accumulate=3.0, addmm=1.0)
+
+
+def forget_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a new process starts with."""
+    monkeypatch.setattr(tuning, "_known", {})
+
+
+def test_the_fastest_candidate_is_chosen_and_not_measured_again(clock: Clock) -> None:
+    assert [tuning.choose("shape", 100, CPU, SLOW_FIRST) for _ in range(3)] == ["addmm"] * 3
+    assert clock.measured == ["fused", "accumulate", "addmm"]
+
+
+def test_a_single_candidate_is_not_measured(clock: Clock) -> None:
+    assert tuning.choose("shape", 100, CPU, candidates(fused=1.0)) == "fused"
+    assert clock.measured == []
+
+
+def test_a_new_process_reads_the_choice_from_the_file(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning.choose("shape", 100, CPU, SLOW_FIRST)
+    forget_process(monkeypatch)
+    assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
+    assert len(clock.measured) == 3
+    content = json.loads(tuning.cache_file().read_text())
+    (entries,) = content["environments"].values()
+    assert entries == {
+        "shape M<=128": {"choice": "addmm", "milliseconds": {"fused": 2.0, "accumulate": 3.0, "addmm": 1.0}}
+    }
+
+
+def test_a_ragged_last_batch_takes_the_choice_of_the_next_larger_one(clock: Clock) -> None:
+    tuning.choose("shape", 50432, CPU, SLOW_FIRST)
+    for M in (50432, 40000, 32769, 32768, 197, 1):
+        assert tuning.choose("shape", M, CPU, SLOW_FIRST) == "addmm"
+    assert len(clock.measured) == 3
+    # More rows than were measured, or another shape: measured.
+    tuning.choose("shape", 70000, CPU, SLOW_FIRST)
+    tuning.choose("other", 100, CPU, SLOW_FIRST)
+    assert len(clock.measured) == 9
+
+
+def test_the_choice_for_the_exact_number_of_rows_wins(clock: Clock) -> None:
+    tuning.choose("shape", 100, CPU, candidates(fused=1.0, addmm=2.0))
+    tuning.choose("shape", 5000, CPU, candidates(fused=2.0, addmm=1.0))
+    assert tuning.choose("shape", 90, CPU, candidates(fused=9.0, addmm=9.0)) == "fused"
+    assert tuning.choose("shape", 4500, CPU, candidates(fused=9.0, addmm=9.0)) == "addmm"
+    assert len(clock.measured) == 4
+
+
+def test_a_candidate_that_the_device_has_no_room_for_is_left_out() -> None:
+    assert tuning.choose("shape", 100, CPU, candidates(fused=None, addmm=2.0)) == "addmm"
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="no room"):
+        tuning.choose("another", 100, CPU, candidates(fused=None, addmm=None))
+
+
+def test_a_choice_that_is_no_candidate_any_more_is_measured_anew(clock: Clock) -> None:
+    tuning.choose("shape", 100, CPU, SLOW_FIRST)
+    assert tuning.choose("shape", 100, CPU, candidates(fused=1.0, accumulate=2.0)) == "fused"
+    assert len(clock.measured) == 5
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "fused"
+    assert clock.measured == []
+    assert not tuning.cache_file().exists()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
+
+
+def test_deterministic_algorithms_take_the_default_whatever_was_measured(clock: Clock, poisoned: None) -> None:
+    torch.use_deterministic_algorithms(False)
+    assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
+    torch.use_deterministic_algorithms(True)
+    assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "fused"
+
+
+DAMAGED = {
+    "not JSON": "{",
+    "a list": "[]",
+    "another format": '{"format": 99, "environments": {}}',
+    "no environments": '{"format": 1}',
+    "entries without a choice": '{"format": 1, "environments": {"a": {"b": {}}}}',
+    "text for entries": '{"format": 1, "environments": {"a": "b"}}',
+    "binary": "\0\1\2",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_or_foreign_file_is_ignored_with_a_warning_and_replaced(damage: str, clock: Clock) -> None:
+    path = tuning.cache_file()
+    path.parent.mkdir()
+    path.write_text(DAMAGED[damage])
+    with pytest.warns(UserWarning, match=r"forms.json is ignored .* not a cache of slora"):
+        assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
+    assert len(clock.measured) == 3
+    assert json.loads(path.read_text())["format"] == tuning.FORMAT
+
+
+def test_choices_of_other_devices_and_versions_stay_and_do_not_count(clock: Clock) -> None:
+    path = tuning.cache_file()
+    path.parent.mkdir()
+    foreign = {"Another GPU, torch 1, triton 1, kernels 0": {"shape M<=128": {"choice": "fused"}}}
+    path.write_text(json.dumps({"format": 1, "environments": foreign}))
+    assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
+    environments = json.loads(path.read_text())["environments"]
+    assert set(environments) == {*foreign, tuning.environment(CPU)}
+    assert {"torch", "triton", "kernels"} <= set(tuning.environment(CPU).replace(",", "").split())
+
+
+def test_what_another_process_wrote_meanwhile_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuning.choose("mine", 100, CPU, SLOW_FIRST)
+    mine = tuning._known
+    forget_process(monkeypatch)
+    tuning.choose("theirs", 100, CPU, SLOW_FIRST)
+    monkeypatch.setattr(tuning, "_known", mine)
+    tuning.choose("mine too", 100, CPU, SLOW_FIRST)
+    (entries,) = json.loads(tuning.cache_file().read_text())["environments"].values()
+    assert set(entries) == {"mine M<=128", "theirs M<=128", "mine too M<=128"}
+
+
+def test_processes_that_write_at_once_leave_a_whole_file(tmp_path: Path) -> None:
+    code = textwrap.dedent("""
+        import sys, torch
+        from slora import tuning
+        tuning._milliseconds = lambda call, device: call()
+        for i in range(20):
+            tuning.choose(f"{sys.argv[1]}-{i}", 100, torch.device("cpu"), {"fused": lambda: 1.0, "addmm": lambda: 2.0})
+    """)
+    processes = [subprocess.Popen([sys.executable, "-W", "error", "-c", code, str(i)]) for i in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    (entries,) = json.loads(tuning.cache_file().read_text())["environments"].values()
+    # Each process keeps what it read; at worst those that wrote at the same instant lost entries to one another.
+    assert len(entries) >= 20
+    assert all(entry["choice"] == "fused" for entry in entries.values())
+    assert [path.name for path in tuning.cache_file().parent.iterdir()] == ["forms.json"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SLORA_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="is not remembered: .* Set SLORA_CACHE to a folder"):
+        assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
+    assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"SLORA_CACHE": "/a/b"}, "/a/b/forms.json"),
+        ({"SLORA_CACHE": "", "XDG_CACHE_HOME": "/x"}, "/x/slora/forms.json"),
+        ({"SLORA_CACHE": "", "XDG_CACHE_HOME": "", "HOME": "/h"}, "/h/.cache/slora/forms.json"),
+        ({"SLORA_CACHE": "~/c", "HOME": "/h"}, "/h/c/forms.json"),
+    ],
+)
+def test_the_cache_is_where_the_environment_says(
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(tuning.cache_file()) == expected
+
+
+def test_the_cache_is_described_for_the_doctor() -> None:
+    assert tuning.describe_cache().endswith("forms.json (not written yet)")
+    tuning.choose("shape", 100, CPU, SLOW_FIRST)
+    assert tuning.describe_cache().endswith("forms.json (1 choices)")
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_timed_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    small, large = torch.randn(64, 64, device="cuda"), torch.randn(8192, 8192, device="cuda")
+    fast = tuning._milliseconds(lambda: small @ small, torch.device("cuda"))
+    slow = tuning._milliseconds(lambda: large @ large, torch.device("cuda"))
+    assert 0 < fast < slow
