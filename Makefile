@@ -100,9 +100,13 @@ sanitize: say-sanitize ## the native checks with AddressSanitizer and UndefinedB
 		-o build/check_$$check && echo "slora: check_$$check $(CASES)" && build/check_$$check $(CASES) || exit 1; done
 
 .PHONY: bench
-bench: say-bench $(TEST_STAMP) $(BUILT) ## time a training step beside PEFT and fill the table of the README
-	@$(RUN) python -m benchmarks.train_step
-	@$(RUN) python -m benchmarks.readme
+bench: say-bench $(TEST_STAMP) $(BUILT) ## time one layer and the operators by themselves with pytest-benchmark
+	@$(RUN)pytest tests/benchmarks/bench_micro.py -q --benchmark-only --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
+
+.PHONY: measure
+measure: say-measure $(TEST_STAMP) $(BUILT) ## run all benchmark cases on the CPU, beside their peers, and write the tables
+	@$(RUN)python -m benchmarks run --case all --device cpu
+	@$(RUN)python -m benchmarks report
 
 .PHONY: environment
 environment: say-environment $(TEST_STAMP) $(BUILT) ## only install, with the test extra
@@ -115,7 +119,7 @@ clean: ## remove build outputs and caches; environments stay
 
 # The first line of every target that does something: what it is about to do.
 INSTALL := install $(TORCH) and slora into $(VENV) where that is not done yet
-.PHONY: say-demo say-test say-test-only say-lint say-format say-bench say-sanitize say-environment
+.PHONY: say-demo say-test say-test-only say-lint say-format say-bench say-measure say-sanitize say-environment
 say-demo:
 	@echo "demo: $(INSTALL) (2 to 3 GB to fetch), build what can be built, then run 'slora demo'"
 say-test:
@@ -127,7 +131,9 @@ say-lint:
 say-format:
 	@echo "format: $(INSTALL), then rewrite the sources in the project's format"
 say-bench:
-	@echo "bench: $(INSTALL), then time a training step beside PEFT (about ten minutes)"
+	@echo "bench: $(INSTALL), then time the micro cases with pytest-benchmark (about a minute)"
+say-measure:
+	@echo "measure: $(INSTALL), then run all benchmark cases on the CPU (about 15 minutes) and write their tables"
 say-sanitize:
 	@echo "sanitize: build the checks in tests/csrc with sanitizers and run them; needs only a C++ compiler"
 say-environment:

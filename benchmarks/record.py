@@ -1,12 +1,24 @@
-"""One result file: what was measured, on what, from which state of the source."""
+"""One result file: what was measured, on what, from which state of the source.
+
+    {"schema": 2, "case": ..., "device": ..., "complete": true, "environment": {...}, "settings": {...},
+     "ceilings": {...}, "rows": [{"point": {...}, "contender": ..., <measures>}, ...]}
+
+A row is one contender at one point of the case's grid. A measure is a number, or the spread of repetitions:
+{"median", "p20", "p80", "n"}. A contender that could not run has "skipped" and the reason, one that raised "failed",
+one whose result was wrong "refused"; none of these has times. `complete` is false where a run met the end of its time
+before the end of its grid.
+"""
 
 from __future__ import annotations
 
 import datetime
+import json
+import os
 import platform
+import re
 import statistics
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,37 +28,56 @@ import torch
 from slora.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
-SCHEMA = 1
+SCHEMA = 2
+PACKAGES = ("torch", "triton", "timm", "peft", "transformers", "open_clip_torch")
+
+
+class BenchmarkError(Exception):
+    """What the user can mend: printed as one sentence, exit code 2."""
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Median and 20th and 80th percentile of `values`, with their number."""
+    if len(values) < 2:
+        return {"median": values[0], "p20": values[0], "p80": values[0], "n": len(values)}
     cuts = statistics.quantiles(values, n=5, method="inclusive")
     return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3], "n": len(values)}
 
 
-def environment() -> dict[str, Any]:
-    """Commit, versions, processor and threads of this run."""
+def median(measure: Any) -> float | None:
+    """The number of a measure, whether it is one or a spread; None of None."""
+    if isinstance(measure, Mapping):
+        return float(measure["median"])
+    return None if measure is None else float(measure)
+
+
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Commit, versions, device and threads of this run. `device`: "cpu" or "cuda"; default: a GPU where there is one.
+
+    Where the source is no git repository the commit is what SLORA_COMMIT says, with "-dirty" behind it if it was.
+    """
     packages = {}
-    for name in ("torch", "triton", "timm", "peft", "transformers", "open_clip_torch"):
+    for name in PACKAGES:
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             packages[name] = None
+    commit, dirty = _commit()
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
+        "dirty": dirty,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "packages": packages,
-        "device": device_name(),
+        "cuda": torch.version.cuda,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
 
 
-def device_name() -> str:
-    """The GPU's name, or the processor's."""
-    if torch.cuda.is_available():
+def device_name(device: str | None = None) -> str:
+    """The GPU's name, or the processor's. `device`: "cpu" or "cuda"; default: a GPU where there is one."""
+    if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
@@ -54,18 +85,75 @@ def device_name() -> str:
     return f"{platform.processor() or platform.machine()} ({torch.get_num_threads()} threads)"
 
 
-def write_result(case: str, device: str, payload: dict[str, Any]) -> Path:
-    """Write `results/<device>/<case>.json`, atomically, and return its path."""
-    path = RESULTS / device / f"{case}.json"
-    write_json(path, {"schema": SCHEMA, "case": case, "environment": environment(), **payload})
+def folder_name(device: str) -> str:
+    """The folder of results for `device`: "cpu", or the GPU's name in lower case, such as "nvidia-h200"."""
+    if device == "cpu":
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def write_result(case: str, device: str, payload: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write `<case>.json` into `folder`, by default `results/<device>`, atomically, and return its path."""
+    path = (RESULTS / device if folder is None else folder) / f"{case}.json"
+    header = {"schema": SCHEMA, "case": case, "device": device}
+    given = {} if "environment" in payload else {"environment": environment("cpu" if device == "cpu" else None)}
+    write_json(path, {**header, **given, **payload})
     return path
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result file.
+
+    Raises:
+        BenchmarkError: it is missing, no JSON, or of another schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BenchmarkError(f"{path} does not exist; `python -m benchmarks run` writes result files") from None
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"{path} is not readable JSON ({error}); run the case again") from error
+    if not isinstance(content, dict) or not {"schema", "case"} <= content.keys():
+        raise BenchmarkError(f"{path} is no result file: it has no schema number; run the case again")
+    if content["schema"] != SCHEMA:
+        raise BenchmarkError(
+            f"{path} has schema {content['schema']}, this version reads {SCHEMA}; "
+            f"run the case {content['case']!r} again"
+        )
+    return content
+
+
+def results_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """The cases that `folder` holds, by name. Files without rows are another program's, such as the static audit's.
+
+    Raises:
+        BenchmarkError: a file is of another schema.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        result = read_result(path)
+        if "rows" in result:
+            found[str(result["case"])] = result
+    return found
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    told = os.environ.get("SLORA_COMMIT", "").strip()
+    if told:
+        return told.removesuffix("-dirty"), told.endswith("-dirty")
+    commit = _git("rev-parse", "HEAD")
+    if commit is None:
+        return None, None
+    # Results that this very run has written do not change what was measured.
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)benchmarks/results")
+    return commit, bool(changed)
 
 
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            ["git", *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=20
         )
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip()
+    return done.stdout.strip() if done.returncode == 0 else None

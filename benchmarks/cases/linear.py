@@ -1,0 +1,168 @@
+"""One linear layer: forward, and forward with backward, in every way that there is, per shape.
+
+`forward` is that of inference, without a graph. `forward_backward` asks for dx and the gradients of everything the
+contender trains. On a GPU both are replays of a CUDA graph; `eager` is forward and backward launched from Python.
+`peak_over_outputs` is the memory that one forward and backward adds at its peak, over y, S, T and the gradients.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import counting
+from benchmarks.contenders.layer import CONTENDERS, Layer, Problem, Shape, mistake
+from benchmarks.contenders.peers import Missing
+from benchmarks.record import spread
+from benchmarks.settings import Settings
+from benchmarks.timing import interleaved, sets_past_the_cache
+
+SHAPES = [(768, 768), (768, 2304), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (1280, 5120), (4096, 4096)]
+TOKENS = (3152, 12608, 50432)
+RANKS = (4, 16, 64, 128)
+# Blocks of the layer, and how many of them are active: 0, 1/16, 1/4 and all.
+ACTIVE = {"0": (0, 1), "1/16": (1, 16), "1/4": (4, 16), "1": (1, 1)}
+ALL, NONE = ACTIVE["1"], ACTIVE["0"]
+BAR_SHAPES = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (1280, 5120)]
+
+
+def shape(K: int, N: int, M: int, r: int = 16, active: tuple[int, int] = ALL, dtype: str = "bf16") -> Shape:
+    """A shape by what differs from the usual."""
+    return Shape(K, N, M, r, *active, dtype)
+
+
+def grid(settings: Settings) -> list[Shape]:
+    """The points in the order in which they matter: a run that is cut short has the bars."""
+    if settings.grid == "tiny":
+        return [shape(32, 48, 24, 4, active, dtype) for active in ACTIVE.values() for dtype in ("fp32", "bf16")]
+    if settings.grid == "full":
+        return [
+            shape(K, N, M, r, active, dtype)
+            for (K, N), M, r, active, dtype in itertools.product(
+                SHAPES, TOKENS, RANKS, ACTIVE.values(), ("bf16", "fp32")
+            )
+        ]
+    if settings.on_gpu:
+        bars = [shape(K, N, 50432, active=active) for active in (ALL, NONE) for K, N in BAR_SHAPES]
+        if settings.grid == "quick":
+            return [bars[1], bars[len(BAR_SHAPES) + 1]]
+        rest = [shape(768, 3072, 50432, active=ACTIVE[share]) for share in ("1/16", "1/4")]
+        rest += [shape(K, N, 50432) for K, N in SHAPES if (K, N) not in BAR_SHAPES]
+        rest += [shape(768, 3072, M) for M in TOKENS[:2]]
+        rest += [shape(768, 3072, 50432, r) for r in RANKS if r != 16]
+        return bars + rest + [shape(768, 3072, 12608, dtype="fp32")]
+    if settings.grid == "quick":
+        return [shape(768, 768, 788, active=active, dtype="fp32") for active in (ALL, NONE)]
+    shapes = SHAPES[:1] + SHAPES[2:4]
+    points = [shape(K, N, 3152, dtype=dtype) for dtype in ("fp32", "bf16") for K, N in shapes]
+    points += [shape(768, 3072, 3152, active=ACTIVE[share], dtype="fp32") for share in ("0", "1/16", "1/4")]
+    return points + [shape(768, 3072, 3152, r, dtype="fp32") for r in (4, 64, 128)]
+
+
+def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of every point; stops between two points when the time is up."""
+    for point in grid(settings):
+        if settings.over():
+            return
+        rows = measure(point, settings, ceilings)
+        yield from rows
+        gc.collect()
+        if settings.on_gpu:
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()
+
+
+def measure(
+    point: Shape, settings: Settings, ceilings: dict[str, Any], names: set[str] | None = None
+) -> list[dict[str, Any]]:
+    """Check every contender, then time those that are right; `names`: those wanted, default all."""
+    device = settings.device
+    element = 4 if point.dtype == "fp32" else 2
+    per_set = point.M * (point.K + point.N) * element
+    problem = Problem(point, device, sets_past_the_cache(per_set, device, 2 if settings.grid == "tiny" else 16))
+    rows: dict[str, dict[str, Any]] = {}
+    layers: dict[str, Layer] = {}
+    for name, build in CONTENDERS.items():
+        if not settings.wanted(name) or (names is not None and name not in names):
+            continue
+        rows[name] = {"point": point.point, "contender": name}
+        try:
+            layer = build(problem)
+            rows[name].update(checked(layer, problem))
+        except Missing as reason:
+            rows[name]["skipped"] = str(reason)
+            continue
+        except Exception as error:
+            # One contender's failure, such as a compiler that is missing, must not cost the others their times.
+            rows[name]["failed"] = first_line(error)
+            continue
+        if "refused" not in rows[name]:
+            layers[name] = layer
+    rounds = settings.repetitions(31 if settings.on_gpu else 9)
+    kinds = [("forward", False, True), ("forward_backward", True, True)] + [("eager", True, False)] * settings.on_gpu
+    for kind, backward, graphs in kinds:
+        calls = {name: layer.calls(problem, backward) for name, layer in layers.items()}
+        for name, (seconds, contestant) in interleaved(calls, device, rounds, graphs, seconds=30.0).items():
+            rows[name][kind] = spread(seconds)
+            if kind == "forward_backward":
+                rows[name]["clock"] = contestant.clock
+                if contestant.reason:
+                    rows[name]["not_captured"] = contestant.reason
+    for name, layer in layers.items():
+        share = point.share if layer.updates else 1.0
+        moved = counting.bytes_moved(layer.form, point.M, point.N, point.K, element, share)
+        seconds = rows[name]["forward_backward"]["median"]
+        rows[name].update(form=layer.form, bytes=moved)
+        rows[name].update(counting.percent(ceilings, point.dtype, seconds, rows[name]["flops"], moved))
+    print(f"  linear {' '.join(f'{k}={v}' for k, v in point.point.items())}", file=sys.stderr, flush=True)
+    return list(rows.values())
+
+
+def checked(layer: Layer, problem: Problem) -> dict[str, Any]:
+    """What one forward and backward says before any is timed: whether it is right, its FLOPs and its memory."""
+    found = layer.trained(problem.xs[0], problem.dys[0])
+    wrong = mistake(found, problem.exact(layer.updates))
+    if wrong:
+        return {"refused": wrong}
+    # Inference takes paths of its own.
+    wrong = mistake({"y": layer.inferred(problem.xs[0])}, problem.exact(layer.updates))
+    if wrong:
+        return {"refused": f"without gradients {wrong}"}
+    again = layer.trained(problem.xs[0], problem.dys[0])
+    same = all(torch.equal(found[name], again[name]) for name in found)
+    result: dict[str, Any] = {"deterministic": int(same)}
+    outputs = sum(t.nbytes for t in found.values())
+    del found, again
+    x, dy = problem.xs[0], problem.dys[0]
+    compiled = hasattr(layer.forward, "_torchdynamo_orig_callable")
+    result["flops"] = counting.flops(lambda: layer.counted(x, dy)) if not compiled else plain_flops(problem)
+    if problem.device == "cuda":
+        kept = 2 * problem.shape.M * problem.shape.active * problem.shape.r * problem.dtype.itemsize
+        result["peak_over_outputs"] = added_peak(layer, problem) / (outputs + kept * layer.updates)
+    return result
+
+
+def plain_flops(problem: Problem) -> int:
+    """FLOPs of the eager PEFT layer, for the compiled one, whose products the counter does not see."""
+    layer = CONTENDERS["PEFT"](problem)
+    return counting.flops(lambda: layer.counted(problem.xs[0], problem.dys[0]))
+
+
+def first_line(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def added_peak(layer: Layer, problem: Problem) -> int:
+    """Bytes that one forward and backward adds to what is allocated, at the peak."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    layer.trained(problem.xs[0], problem.dys[0])
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,110 @@
+"""Folding LoRA into all linear layers of a ViT-L/16: slora, PEFT, and what copying those weights once costs.
+
+`benchmarks/merge.py` has the contenders and their check against sums in fp64; this gives them the suite's grid and
+file. Putting the adapters on is not timed. `device_seconds` is the time between two events on a GPU's stream,
+`added_memory_mib` what one call adds at its peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import slora
+from benchmarks import merge
+from benchmarks.record import BenchmarkError, spread
+from benchmarks.settings import DTYPES, FEWEST_ROUNDS, Settings
+
+
+def grid(settings: Settings) -> list[tuple[str, str, int]]:
+    """`(model, dtype, rank)` in the order in which they matter."""
+    if settings.grid == "tiny":
+        return [("vit_tiny_patch16_224", "fp32", 4)]
+    model = "vit_large_patch16_224"
+    if settings.grid == "quick":
+        return [(model, "bf16", 16)]
+    points = [(model, "bf16", 16), (model, "fp32", 16)]
+    if settings.on_gpu or settings.grid == "full":
+        points.insert(1, (model, "bf16", 128))
+    if settings.grid == "full":
+        points += [(model, dtype, rank) for dtype in ("bf16", "fp32", "fp16") for rank in (4, 64)]
+    return points
+
+
+def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of every point; stops between two points when the time is up.
+
+    Raises:
+        BenchmarkError: the extension is not there, or a merge is wrong; nothing was timed.
+    """
+    extension = slora.merging.extension_info()
+    if not extension["available"]:
+        raise BenchmarkError(f"slora._C cannot be used: {extension['reason']}; nothing was timed")
+    if settings.on_gpu and extension["cuda"] is None:
+        raise BenchmarkError("slora._C was built without CUDA; nothing was timed")
+    for model, dtype, rank in grid(settings):
+        if settings.over():
+            return
+        yield from measure(settings, model, dtype, rank)
+
+
+def measure(settings: Settings, model: str, dtype: str, rank: int) -> list[dict[str, Any]]:
+    """Check, then time all contenders in turns."""
+    case = merge.Case(model, DTYPES[dtype], rank, settings.device)
+    try:
+        merge.check(case)
+    except SystemExit as wrong:
+        raise BenchmarkError(str(wrong)) from wrong
+    wanted = [name for name in case.contenders if settings.wanted(name)]
+    taken: dict[str, dict[str, list[float]]] = {name: {} for name in wanted}
+    start = time.monotonic()
+    for done in range(settings.repetitions(15) + 1):
+        # A round puts PEFT on a whole model, which takes far longer than the merge.
+        if done > FEWEST_ROUNDS and (settings.over() or time.monotonic() - start > 90):
+            break
+        for name in wanted:
+            for kind, value in case.run(name).items():
+                if done:  # the first round warms up
+                    taken[name].setdefault(kind, []).append(value)
+    rows = []
+    for name in wanted:
+        row: dict[str, Any] = {
+            "point": {"model": model, "dtype": dtype, "r": rank},
+            "contender": name,
+            **{kind: spread(values) for kind, values in taken[name].items()},
+        }
+        if name in ("copy", "slora batched_merge_"):
+            row["bytes"] = 2 * sum(W.nbytes for W in case.weights)
+        if settings.on_gpu:
+            row["added_memory_mib"] = added_memory(case, name)
+            if name == "slora batched_merge_":
+                row["launches"] = merge.launches(case)
+        rows.append(row)
+    del case
+    gc.collect()
+    if settings.on_gpu:
+        torch.cuda.empty_cache()
+    else:
+        args = argparse.Namespace(model=model, device=settings.device, threads=torch.get_num_threads())
+        for row in rows:
+            row["added_memory_mib"] = merge.added_memory(row["contender"], args, dtype, rank)
+    print(f"  merge {model} {dtype} r={rank}", file=sys.stderr, flush=True)
+    return rows
+
+
+def added_memory(case: merge.Case, name: str) -> float:
+    """MiB of a GPU that one call adds at its peak."""
+    prepare, call = case.contenders[name]
+    with torch.no_grad(), prepare():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20

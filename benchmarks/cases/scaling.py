@@ -1,0 +1,63 @@
+"""Cost of one layer against rank, active share and tokens, beside what the model of costs predicts.
+
+The prediction is the frozen layer's measured time, plus the bytes that the form moves beyond it at the measured copy
+ceiling, plus the update's FLOPs at the measured GEMM ceiling (`counting.predicted_seconds`). `deviation` is the
+measured time over the predicted one, less 1. `curve` names the axis that a point lies on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import counting
+from benchmarks.cases import linear
+from benchmarks.contenders.layer import FROZEN, Shape
+from benchmarks.settings import Settings
+
+K, N = 768, 3072
+BLOCKS = 16
+
+
+def grid(settings: Settings) -> list[tuple[str, Shape]]:
+    """`(curve, point)`; the middle of the curves is shared but measured on each, so that every curve is one run."""
+    if settings.grid == "tiny":
+        shapes = [("rank", Shape(32, 48, 24, r, 1, 1, "fp32")) for r in (2, 4)]
+        shapes += [("active", Shape(32, 48, 24, 4, active, BLOCKS, "fp32")) for active in (0, 4)]
+        return shapes + [("tokens", Shape(32, 48, M, 4, 1, 1, "fp32")) for M in (8, 24)]
+    M, dtype = (50432, "bf16") if settings.on_gpu else (3152, "fp32")
+    ranks: tuple[int, ...] = (4, 16, 64, 128)
+    shares: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
+    tokens = (3152, 12608, 25216, 50432) if settings.on_gpu else (788, 1576, 3152, 6304)
+    if settings.grid == "quick":
+        ranks, shares, tokens = (16,), (0, 4, 16), tokens[:1]
+    if settings.grid == "full":
+        ranks, shares = (*ranks[:2], 32, *ranks[2:], 256), (*shares[:4], 6, 8, 12, 16)
+    points = [("active", Shape(K, N, M, 16, active, BLOCKS, dtype)) for active in shares]
+    points += [("rank", Shape(K, N, M, r, 1, 1, dtype)) for r in ranks]
+    return points + [("tokens", Shape(K, N, tokens_, 16, 1, 1, dtype)) for tokens_ in tokens]
+
+
+def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of every point, with the prediction and the deviation from it."""
+    names = {FROZEN, "slora, torch", "slora, triton", "slora, auto"}
+    if not settings.on_gpu:
+        names -= {"slora, auto", "slora, triton"}  # "auto" is "torch" there
+    for curve, shape in grid(settings):
+        if settings.over():
+            return
+        rows = linear.measure(shape, settings, ceilings, names)
+        limit = next((row for row in rows if row["contender"] == FROZEN and "forward_backward" in row), None)
+        for row in rows:
+            row["point"] = {"curve": curve, **row["point"]}
+            if limit is not None and row is not limit and "forward_backward" in row:
+                element = 4 if shape.dtype == "fp32" else 2
+                predicted = counting.predicted_seconds(
+                    limit["forward_backward"]["median"], row["form"], shape.M, shape.N, shape.K, shape.r,
+                    shape.active, shape.share, shape.dtype, element, ceilings,
+                )  # fmt: skip
+                row["predicted"] = predicted
+                row["deviation"] = row["forward_backward"]["median"] / predicted - 1
+                print(f"  {row['contender']}: {row['deviation']:+.1%} from the prediction", file=sys.stderr)
+        yield from rows

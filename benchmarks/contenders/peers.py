@@ -1,0 +1,26 @@
+"""Packages that a case compares with: imported when asked for, with a reason where they are missing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from benchmarks.record import BenchmarkError
+
+
+class Missing(BenchmarkError):
+    """A contender cannot run here. A case that can do without it records the reason; one that cannot ends."""
+
+
+def need(package: str) -> Any:
+    """Import `package`.
+
+    Raises:
+        Missing: it is not installed, or does not import.
+    """
+    try:
+        return importlib.import_module(package)
+    except Exception as error:
+        # Not only ImportError: a package that does not fit this torch fails in many ways.
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Missing(f"{package} cannot be imported ({first}); install it, or leave its contenders out") from error

@@ -1,0 +1,184 @@
+"""The models that steps and inference are measured on, each with its inputs, its loss and its few chosen layers.
+
+All start from random weights: nothing is downloaded, and the time does not depend on the values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.contenders.peers import need
+from benchmarks.record import BenchmarkError
+
+Inputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model.
+
+    Attributes:
+        build: makes it, in fp32 on the CPU.
+        inputs: `(batch, device, dtype)` to what `loss` and `forward` take.
+        forward, loss: `(net, inputs)` to an output, or to a scalar.
+        items: what is counted per second, and how many an element of the batch is.
+        peft_targets: names that PEFT adapts for "all linears", None where it cannot.
+        peft_excludes: what those names would hit besides.
+        few: the names of the layers that stay active where few do.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[int, str, torch.dtype], Inputs]
+    forward: Callable[[nn.Module, Inputs], Tensor]
+    loss: Callable[[nn.Module, Inputs], Tensor]
+    few: Callable[[nn.Module], list[str]]
+    items: tuple[str, int] = ("images", 1)
+    head: str | None = None
+    peft_targets: tuple[str, ...] | None = None
+    peft_excludes: tuple[str, ...] = ()
+
+    def with_trainable_head(self, net: nn.Module) -> nn.Module:
+        """`net` with its new head trained in full, where it has one."""
+        if self.head is not None:
+            net.get_submodule(self.head).requires_grad_(True)
+        else:
+            # Something has to be trained for a step without blocks to have a backward.
+            for name, parameter in net.named_parameters():
+                if name.endswith(("logit_scale", "norm.weight", "ln_final.weight")):
+                    parameter.requires_grad_(True)
+        return net
+
+
+def _images(batch: int, device: str, dtype: torch.dtype, edge: int = 224, classes: int = 100) -> Inputs:
+    x = torch.randn(batch, 3, edge, edge, device=device).to(dtype)
+    return x, torch.randint(0, classes, (batch,), device=device)
+
+
+def _classify(net: nn.Module, inputs: Inputs) -> Tensor:
+    return F.cross_entropy(net(inputs[0]).float(), inputs[1])
+
+
+def _last_two(net: nn.Module) -> list[str]:
+    depth = len(net.blocks)  # type: ignore[arg-type]
+    return [f"blocks.{i}.{part}" for i in range(depth - 2, depth) for part in ("attn.proj", "mlp.fc2")]
+
+
+def vit(name: str, **arguments: int) -> Model:
+    """A vision transformer of timm with 100 classes."""
+
+    def build() -> nn.Module:
+        net: nn.Module = need("timm").create_model(name, num_classes=100, **arguments)
+        return net
+
+    edge = arguments.get("img_size", 224)
+    return Model(
+        name, build, lambda batch, device, dtype: _images(batch, device, dtype, edge),
+        lambda net, inputs: net(inputs[0]), _classify, _last_two, head="head",
+        peft_targets=("qkv", "proj", "fc1", "fc2"), peft_excludes=("patch_embed.proj",),
+    )  # fmt: skip
+
+
+def clip() -> Model:
+    """open_clip's ViT-B/16, both towers, with the contrastive loss over the batch."""
+
+    def build() -> nn.Module:
+        net: nn.Module = need("open_clip").create_model("ViT-B-16")
+        return net
+
+    def inputs(batch: int, device: str, dtype: torch.dtype) -> Inputs:
+        text = torch.randint(1, 49405, (batch, 77), device=device)
+        text[:, -1] = 49407  # the end of the text, where its feature is read
+        return torch.randn(batch, 3, 224, 224, device=device).to(dtype), text
+
+    def forward(net: nn.Module, inputs: Inputs) -> Tensor:
+        return torch.cat(net(*inputs)[:2])
+
+    def loss(net: nn.Module, inputs: Inputs) -> Tensor:
+        image, text, scale = net(*inputs)[:3]
+        logits = scale.float() * image.float() @ text.float().T
+        target = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+    def few(net: nn.Module) -> list[str]:
+        return [
+            f"{tower}transformer.resblocks.{i}.{part}"
+            for tower in ("visual.", "")
+            for i in (10, 11)
+            for part in ("mlp.c_fc", "mlp.c_proj")
+        ]
+
+    return Model("open_clip ViT-B-16", build, inputs, forward, loss, few, ("pairs", 1))
+
+
+def llama(
+    width: int = 2048, layers: int = 16, hidden: int = 8192, heads: int = 32, groups: int = 8, vocabulary: int = 32000,
+    length: int = 1024,
+) -> Model:  # fmt: skip
+    """A causal language model in Llama's shape, by default of about 1 B parameters."""
+
+    def build() -> nn.Module:
+        transformers = need("transformers")
+        config = transformers.LlamaConfig(
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=length, use_cache=False,
+            tie_word_embeddings=True,
+        )  # fmt: skip
+        net: nn.Module = transformers.LlamaForCausalLM(config)
+        return net
+
+    def inputs(batch: int, device: str, dtype: torch.dtype) -> Inputs:
+        return (torch.randint(0, vocabulary, (batch, length), device=device),)
+
+    def forward(net: nn.Module, inputs: Inputs) -> Tensor:
+        logits: Tensor = net(inputs[0]).logits
+        return logits
+
+    def loss(net: nn.Module, inputs: Inputs) -> Tensor:
+        logits = forward(net, inputs)[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1).float(), inputs[0][:, 1:].flatten())
+
+    def few(net: nn.Module) -> list[str]:
+        return [
+            f"model.layers.{i}.{part}"
+            for i in range(layers - 2, layers)
+            for part in ("self_attn.o_proj", "mlp.down_proj")
+        ]
+
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return Model(f"llama {width}x{layers}", build, inputs, forward, loss, few, ("tokens", length), peft_targets=targets)
+
+
+TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
+MODELS: dict[str, Callable[[], Model]] = {
+    "tiny": lambda: vit("vit_tiny_patch16_224", **TINY_VIT),
+    "tiny-llama": lambda: llama(64, 3, 96, 4, 2, 40, 8),
+    "vit-s": lambda: vit("vit_small_patch16_224"),
+    "vit-b": lambda: vit("vit_base_patch16_224"),
+    "vit-l": lambda: vit("vit_large_patch16_224"),
+    "clip": clip,
+    "llama-1b": llama,
+}
+
+
+def find(name: str) -> Model:
+    """Return the model called `name`."""
+    if name not in MODELS:
+        raise BenchmarkError(f"model {name!r} is unknown; there are {', '.join(MODELS)}")
+    return MODELS[name]()
+
+
+def randomise_updates(net: nn.Module, seed: int = 0) -> None:
+    """Give every B of slora or PEFT small random values, so that an update that is left out shows in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "lora_B" in name:
+                values = torch.randn(parameter.shape, generator=generator) * 0.02 / math.sqrt(parameter.shape[-1])
+                parameter.copy_(values)

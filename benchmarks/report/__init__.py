@@ -1,0 +1,1 @@
+"""From result files to what people read: tables (`tables.py`), figures (`figures.py`), pages (`page.py`)."""

@@ -1,0 +1,155 @@
+"""`benchmarks/README.md`, and the marked tables of the project's README, from result files alone.
+
+    <!-- demo-table -->        docs/demo.json, written by `slora demo`
+    <!-- train-step-table -->  results/cpu/train_step.json and train_memory.json
+
+What has no result file says "not measured".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import BenchmarkError, results_in
+from benchmarks.registry import CASES
+from benchmarks.report import tables
+from slora.files import write_text
+
+ROOT = Path(__file__).parents[2]
+NOT_MEASURED = "Not measured."
+# Devices that the bars are set for come first, whether they were measured or not.
+DEVICES = ("cpu", "nvidia-h200")
+
+
+def all_results(root: Path = ROOT) -> dict[str, dict[str, dict[str, Any]]]:
+    """Results by device and case; a device without any is an empty entry."""
+    folder = root / "benchmarks" / "results"
+    found: dict[str, dict[str, dict[str, Any]]] = {device: {} for device in DEVICES}
+    for path in sorted(folder.iterdir()) if folder.exists() else ():
+        if path.is_dir() and (results := results_in(path)):
+            found[path.name] = results
+    return found
+
+
+def filled(readme: str, root: Path = ROOT) -> str:
+    """Return the text of the README with every marked table made anew from the files under `root`.
+
+    Raises:
+        BenchmarkError: a mark is missing or there twice, or a result file is of another schema.
+    """
+    cpu = all_results(root)["cpu"]
+    demo_file = root / "docs" / "demo.json"
+    demo = json.loads(demo_file.read_text(encoding="utf-8")) if demo_file.exists() else None
+    texts = {
+        "demo-table": NOT_MEASURED if demo is None else tables.demo_table(demo),
+        "train-step-table": NOT_MEASURED
+        if "train_step" not in cpu
+        else tables.train_step_table(cpu["train_step"], cpu.get("train_memory")),
+    }
+    for name, text in texts.items():
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        readme, count = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme, flags=re.S)
+        if count != 1:
+            raise BenchmarkError(f"README.md has {count} tables marked {name}; expected one")
+    return readme
+
+
+def page(root: Path = ROOT) -> str:
+    """The text of `benchmarks/README.md`."""
+    from benchmarks.report import figures
+
+    results = all_results(root)
+    parts = [INTRODUCTION, "## The bars", tables.bars_table(list(results))]
+    for device, cases in results.items():
+        parts.append(f"## {device}")
+        if not cases:
+            parts.append(f"Not measured: {', '.join(name for name, case in CASES.items() if 'cuda' in case.devices)}.")
+            continue
+        kind = "cpu" if device == "cpu" else "cuda"
+        for name, case in CASES.items():
+            if kind not in case.devices:
+                continue
+            parts.append(f"### {name}: {case.summary}")
+            if name not in cases:
+                parts.append(NOT_MEASURED)
+                continue
+            parts.append(tables.origin(cases[name]))
+            parts += [f"![{title}](figures/{file})" for file, title in figures.of_case(device, name, cases)]
+            parts.append(tables.case_table(cases[name]))
+    return "\n\n".join([*parts, predicted(root)]) + "\n"
+
+
+def predicted(root: Path = ROOT) -> str:
+    """Links to what was computed from compiled kernels without running them."""
+    folder = root / "benchmarks" / "results" / "cuda-static"
+    lines = ["## Predicted, not measured"]
+    files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".md")) if folder.exists() else []
+    if not files:
+        return "\n\n".join([*lines, "No static audit of the kernels is here."])
+    lines.append(
+        "What the compiler says of the GPU kernels without a GPU: registers, shared memory, occupancy, bytes and "
+        "FLOPs. Times in these files are predictions from ceilings; nothing in them was run."
+    )
+    lines.append("\n".join(f"* [{path.name}](results/cuda-static/{path.name})" for path in files))
+    return "\n\n".join(lines)
+
+
+INTRODUCTION = """\
+# Benchmarks
+
+Written by `python -m benchmarks report` from the files under `results/`; nothing here is typed by hand. Medians of
+interleaved repetitions; the files have the 20th and 80th percentiles as well. A result that is wrong is not timed.
+
+```bash
+python -m benchmarks list                                      # the cases
+python -m benchmarks run --case linear --device cpu            # one case; --full for the whole grid
+python -m benchmarks run --case all --device cuda
+python -m benchmarks report                                    # this page, the figures, README's tables
+python -m benchmarks compare BEFORE.json AFTER.json            # what moved beyond noise
+python -m benchmarks bars                                      # the bars of bars.toml, met or missed
+python -m benchmarks gpu                                       # the proof on a GPU, in at most nine minutes
+```
+
+| to find | look in |
+|---|---|
+| the cases and their grids | `cases/`, listed in `registry.py` |
+| what is compared | `contenders/layer.py` (one layer), `contenders/model.py` (a model), `models.py` |
+| how a time is taken | `timing.py`, `ceilings.py` |
+| FLOPs, bytes and the model of costs | `counting.py` |
+| the result files | `record.py` (their form), `results/<device>/<case>.json` |
+| this page and the figures | `report/` |
+| the bars | `bars.toml` |
+| the proof on a GPU | `gpu.py` |
+
+"% GEMM" and "% copy" are parts of the ceilings that the same run measured. "MB" is the least that the form of the
+computation moves (`counting.py`)."""
+
+
+def texts(root: Path = ROOT) -> dict[Path, str]:
+    """The files that `report` writes, figures left out."""
+    readme = root / "README.md"
+    return {
+        root / "benchmarks" / "README.md": page(root),
+        readme: filled(readme.read_text(encoding="utf-8"), root),
+    }
+
+
+def stale(root: Path = ROOT) -> list[Path]:
+    """Which of these files are not what the result files give."""
+    return [path for path, text in texts(root).items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+
+
+def write(root: Path = ROOT, say: Callable[[str], None] = print) -> None:
+    """Write them, and the figures. Every text is made before the first is written."""
+    from benchmarks.report import figures
+
+    made = texts(root)
+    drawn = figures.draw_all(all_results(root), root / "benchmarks" / "figures")
+    for path, text in made.items():
+        write_text(path, text)
+    for path in [*made, *drawn]:
+        say(str(path))

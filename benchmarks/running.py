@@ -1,0 +1,68 @@
+"""Running one case into one result file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ceilings
+from benchmarks.contenders.peers import need
+from benchmarks.record import BenchmarkError, environment, folder_name, write_result
+from benchmarks.registry import Case
+from benchmarks.settings import Settings
+
+
+def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_partial: bool = False) -> Path:
+    """Run `case` and write `<case>.json` into `folder`, by default the device's under `results/`; return its path.
+
+    An interrupted run leaves the file that was there. With `keep_partial` what exists is written after every row,
+    marked incomplete until the end.
+
+    Raises:
+        BenchmarkError: the device or a package is missing, nothing was measured, or a result was wrong.
+    """
+    if settings.device not in case.devices:
+        raise BenchmarkError(
+            f"case {case.name!r} is measured on {', '.join(case.devices)} only, not on {settings.device}"
+        )
+    for package in case.packages:
+        need(package)
+    run = case.load()
+    # fp32 means fp32: a GPU's TF32 would be another precision under the same name.
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    limits = ceilings.measure(settings)
+    device = folder_name(settings.device)
+    payload: dict[str, Any] = {
+        "environment": environment(settings.device),
+        "settings": {"grid": settings.grid, "rounds": settings.rounds, "only": list(settings.only)},
+        "ceilings": limits,
+        "complete": False,
+        "rows": [],
+    }
+    path: Path | None = None
+    for row in run(settings, limits):
+        payload["rows"].append(row)
+        if keep_partial:
+            path = write_result(case.name, device, payload, folder)
+    if not payload["rows"]:
+        raise BenchmarkError(
+            f"case {case.name!r} measured nothing: the time or --only left no point; nothing was written"
+        )
+    payload["complete"] = not settings.over()
+    path = write_result(case.name, device, payload, folder)
+    refused = [f"{row['contender']} at {row['point']}: {row['refused']}" for row in payload["rows"] if "refused" in row]
+    if refused:
+        raise BenchmarkError(f"{path}: a wrong result was not timed: {'; '.join(refused)}")
+    return path
+
+
+def show(rows: list[dict[str, Any]], stream: Any = None) -> None:
+    """Print the main time of every row."""
+    from benchmarks.report.tables import headline
+
+    for row in rows:
+        point = " ".join(f"{key}={value}" for key, value in row["point"].items())
+        print(f"{point:58} {row['contender']:38} {headline(row)}", file=stream or sys.stdout)

@@ -1,0 +1,72 @@
+"""How a case is to be run: device, size of the grid, repetitions, and how much time is left."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+
+from benchmarks.record import BenchmarkError
+
+Grid = Literal["tiny", "quick", "default", "full"]
+GRIDS: tuple[Grid, ...] = get_args(Grid)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The least number of repetitions that has a spread.
+FEWEST_ROUNDS = 3
+
+
+@dataclass
+class Settings:
+    """What the command line asks for.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        grid: "tiny" only shows that the code runs, "quick" touches every kind of point, "default" covers the bars,
+            "full" is the whole grid.
+        rounds: repetitions of every contender; None: what suits the grid.
+        only: parts of contender names; empty: all.
+        seconds: the time that the case may take, None without limit. A case asks `over` between two points.
+    """
+
+    device: str = "cpu"
+    grid: Grid = "default"
+    rounds: int | None = None
+    only: tuple[str, ...] = ()
+    seconds: float | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise BenchmarkError(f"device {self.device!r} is unknown; use cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BenchmarkError("no CUDA GPU is visible (torch.cuda.is_available() is False); use --device cpu")
+        if self.rounds is not None and self.rounds < FEWEST_ROUNDS:
+            raise BenchmarkError(f"--rounds {self.rounds} is below {FEWEST_ROUNDS}, too few for percentiles")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is measured."""
+        return self.device == "cuda"
+
+    def repetitions(self, usual: int) -> int:
+        """How many rounds to take where `usual` would do."""
+        if self.rounds is not None:
+            return self.rounds
+        return (
+            FEWEST_ROUNDS if self.grid == "tiny" else max(FEWEST_ROUNDS, usual // 2 if self.grid == "quick" else usual)
+        )
+
+    def wanted(self, contender: str) -> bool:
+        """Whether this contender takes part."""
+        return not self.only or any(part in contender for part in self.only)
+
+    def left(self) -> float | None:
+        """Seconds left, None without limit."""
+        return None if self.seconds is None else self.seconds - (time.monotonic() - self.started)
+
+    def over(self) -> bool:
+        """Whether the time is up."""
+        left = self.left()
+        return left is not None and left <= 0

@@ -1,0 +1,131 @@
+"""Times of contenders that take turns, so that a slow moment of the machine hits them all.
+
+Every contender is a list of calls that do the same on inputs of their own: together the inputs are larger than the
+last cache, so that no repetition finds its input there. On a GPU a contender's calls are captured in one CUDA graph
+and a replay is timed between two events, so that the launch cost of Python is left out; where a contender cannot be
+captured, or `graphs` is off, its calls are launched one by one between the events.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.settings import FEWEST_ROUNDS
+
+Call = Callable[[], Any]
+WARM_UP = 3
+
+
+class Contestant:
+    """The calls of one contender, ready to be timed.
+
+    Attributes:
+        clock: "wall" on the CPU, "graph" for replays of a CUDA graph, "events" for single launches on a GPU.
+        reason: why nothing could be captured, where that was wanted.
+    """
+
+    def __init__(self, calls: Sequence[Call], device: str, graphs: bool) -> None:
+        self.calls = list(calls)
+        self.clock = "wall" if device == "cpu" else "events"
+        self.reason: str | None = None
+        self.turn = 0
+        for call in self.calls if device == "cpu" else self.calls * WARM_UP:
+            call()
+        if device == "cpu":
+            return
+        torch.cuda.synchronize()
+        self.first, self.last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if graphs:
+            try:
+                self.graph = captured(self.calls)
+                self.clock = "graph"
+            except Exception as error:
+                # Only the first line: what follows is a stack of the C++ side.
+                self.reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                torch.cuda.synchronize()
+
+    def __call__(self) -> float:
+        """Seconds per call."""
+        if self.clock == "wall":
+            call = self.calls[self.turn % len(self.calls)]
+            self.turn += 1
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        torch.cuda.synchronize()
+        self.first.record()
+        if self.clock == "graph":
+            self.graph.replay()
+        else:
+            for call in self.calls:
+                call()
+        self.last.record()
+        torch.cuda.synchronize()
+        return self.first.elapsed_time(self.last) / 1e3 / len(self.calls)
+
+
+def captured(calls: Sequence[Call]) -> Any:
+    """Return a CUDA graph of `calls`, run a few times on a side stream first, as capturing asks for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            for call in calls:
+                call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def interleaved(
+    contenders: Mapping[str, Sequence[Call]],
+    device: str,
+    rounds: int,
+    graphs: bool = True,
+    seconds: float | None = None,
+) -> dict[str, tuple[list[float], Contestant]]:
+    """Time `contenders` in turns and return the seconds per call of every round, with how they were taken.
+
+    After `seconds` no new round begins, provided that the fewest needed for percentiles are there.
+    """
+    ready = {name: Contestant(calls, device, graphs) for name, calls in contenders.items()}
+    taken: dict[str, list[float]] = {name: [] for name in ready}
+    # One round that counts for nothing: clocks rise, caches and allocators settle.
+    for contestant in ready.values():
+        contestant()
+    start = time.monotonic()
+    for done in range(rounds):
+        if seconds is not None and done >= FEWEST_ROUNDS and time.monotonic() - start > seconds:
+            break
+        for name, contestant in ready.items():
+            taken[name].append(contestant())
+    return {name: (taken[name], ready[name]) for name in ready}
+
+
+def sets_past_the_cache(bytes_per_set: int, device: str, most: int = 16) -> int:
+    """How many sets of inputs make twice the last cache, at least 2."""
+    return max(2, min(most, -(-2 * last_cache(device) // max(1, bytes_per_set))))
+
+
+def last_cache(device: str) -> int:
+    """Bytes of the GPU's L2, or of the processor's last cache (32 MiB where the system does not say)."""
+    if device != "cpu":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    units = {"K": 2**10, "M": 2**20}
+    sizes = [32 * 2**20]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = file.read_text().strip()
+        if text[-1:] in units and text[:-1].isdigit():
+            sizes.append(int(text[:-1]) * units[text[-1]])
+    return max(sizes)

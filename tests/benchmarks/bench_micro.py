@@ -1,0 +1,71 @@
+"""The micro cases under pytest-benchmark: `make bench`. One layer forward and backward, and the merge of its weight.
+
+`make test` runs each once, untimed. The case `linear` of `python -m benchmarks` has the grid, the peers' ratios and the
+result file; this is for a quick look while working on the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import slora
+from benchmarks.contenders.layer import CONTENDERS, Problem, Shape, mistake
+from benchmarks.contenders.peers import Missing
+
+pytest.importorskip("pytest_benchmark")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MEASURED = [name for name in CONTENDERS if name != "PEFT, compiled"]
+
+
+@pytest.fixture
+def problem(request: pytest.FixtureRequest) -> Problem:
+    """A small layer, of which `request.param` of four blocks are active; "1" is one block, active."""
+    active, blocks = request.param
+    return Problem(Shape(192, 384, 788, 16, active, blocks, "fp32"), DEVICE, sets=2)
+
+
+def _id(value: object) -> str | None:
+    return f"{value[0]} of {value[1]} active" if isinstance(value, tuple) else None
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Wait for a GPU before and after."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    yield
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("problem", [(1, 1), (1, 4), (0, 1)], indirect=True, ids=_id)
+@pytest.mark.parametrize("name", MEASURED)
+def test_a_layer_forward_and_backward(name: str, problem: Problem, benchmark: Any, quiet: None) -> None:
+    benchmark.group = f"layer, {problem.shape.active} of {problem.shape.blocks} active"
+    try:
+        layer = CONTENDERS[name](problem)
+    except Missing as reason:
+        pytest.skip(str(reason))
+    (x, dy), wait = (problem.xs[0], problem.dys[0]), torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
+    assert mistake(layer.trained(x, dy), problem.exact(layer.updates)) is None
+
+    def call() -> None:
+        layer.trained(x, dy)
+        wait()
+
+    benchmark(call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merging_one_weight(dtype: torch.dtype, benchmark: Any, quiet: None) -> None:
+    benchmark.group = "merge"
+    W = torch.randn(1024, 1024, device=DEVICE).to(dtype)
+    A, B = torch.randn(16, 1024, device=DEVICE), torch.randn(1024, 16, device=DEVICE)
+    merged = slora.merging.batched_merge([W], [A], [B], [0.5])[0]
+    exact = W.double() + 0.5 * (B.double() @ A.double())
+    torch.testing.assert_close(merged.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
+    benchmark(lambda: slora.merging.batched_merge_([W], [A], [B], [1e-6]))
