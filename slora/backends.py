@@ -72,6 +72,22 @@ def kernels_serve(x: Tensor, gate: Tensor) -> bool:
     return x.device.type == "cuda" and has_triton()
 
 
+def computed_by(gpu: bool) -> str:
+    """Return in words who computes adapted layers with the backend asked for, on a GPU or on the CPU."""
+    wanted = backend()
+    if wanted == "reference":
+        return "slora.reference"
+    if wanted == "torch" or (wanted == "auto" and not (gpu and has_triton())):
+        return "PyTorch calls"
+    if not has_triton():
+        return "Triton kernels, but Triton is missing"
+    if wanted == "auto":
+        return "Triton kernels or PyTorch calls, whichever was measured to be faster"
+    if not gpu:
+        return "Triton kernels in its interpreter" if interpreting() else "Triton kernels, which need a GPU"
+    return "Triton kernels"
+
+
 def has_triton() -> bool:
     """Return whether Triton is installed, without importing it."""
     return _HAS_TRITON

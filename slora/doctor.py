@@ -26,8 +26,9 @@ def findings() -> list[str]:
     import torch
 
     import slora
-    from slora.backends import backend
+    from slora.backends import backend, computed_by
     from slora.merging import extension_info
+    from slora.tuning import describe_cache
 
     rows = [("slora", slora.__version__), ("python", platform.python_version())]
     missing = []
@@ -46,7 +47,7 @@ def findings() -> list[str]:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
         rows.append(("GPU", f"none is visible ({built}); everything runs on the CPU"))
     kernels = importlib.util.find_spec("slora.kernels.linear_forward") is not None
-    rows.append(("Triton kernels", "installed" if kernels else "not in this installation; PyTorch computes instead"))
+    rows.append(("Triton kernels", "installed" if kernels else "not in this installation; use SLORA_BACKEND=torch"))
     extension = extension_info()
     if extension["available"]:
         architectures = ", ".join(extension["architectures"])
@@ -57,9 +58,10 @@ def findings() -> list[str]:
         rows.append(("slora._C", f"{extension['reason']}; merging runs in plain PyTorch"))
         missing.append("slora._C: build it with a C++ compiler: pip install --no-build-isolation -e .")
     try:
-        rows.append(("SLORA_BACKEND", backend()))
+        rows.append(("SLORA_BACKEND", f"{backend()}: {computed_by(torch.cuda.is_available())}"))
     except ConfigError as error:
         rows.append(("SLORA_BACKEND", str(error)))
+    rows.append(("measured choices", describe_cache()))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
     return lines + (["", "missing:", *(f"  {entry}" for entry in missing)] if missing else ["", "nothing is missing"])

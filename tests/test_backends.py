@@ -88,6 +88,28 @@ def test_auto_without_triton_computes_in_pytorch(monkeypatch: pytest.MonkeyPatch
     assert not backends.kernels_serve(x, GATES)
 
 
+@pytest.mark.parametrize(
+    ("value", "gpu", "triton", "expected"),
+    [
+        ("auto", False, True, "PyTorch calls"),
+        ("auto", True, False, "PyTorch calls"),
+        ("auto", True, True, "whichever was measured to be faster"),
+        ("torch", True, True, "PyTorch calls"),
+        ("reference", True, True, "slora.reference"),
+        ("triton", True, True, "Triton kernels"),
+        ("triton", True, False, "Triton is missing"),
+        ("triton", False, True, "which need a GPU"),
+    ],
+)
+def test_the_doctor_is_told_who_computes(
+    value: str, gpu: bool, triton: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_BACKEND", value)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "has_triton", lambda: triton)
+    assert expected in backends.computed_by(gpu)
+
+
 def test_the_limit_of_blocks_is_that_of_the_kernels() -> None:
     slots = pytest.importorskip("slora.kernels.slots")
     assert backends._MAX_BLOCKS == slots.MAX_BLOCKS

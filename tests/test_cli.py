@@ -318,6 +318,7 @@ def test_doctor_shows_versions_and_how_to_get_what_is_missing(
     assert rows["torch"].strip() == torch.__version__.split("+")[0] or torch.__version__ in outcome.out
     for name in ("python", "triton", "open_clip_torch", "peft", "transformers", "GPU", "Triton kernels", "slora._C"):
         assert rows[name].strip()
+    assert "forms.json" in rows["measured choices"]
     assert rows["timm"].strip() == "missing"
     assert 'timm: pip install "slora[train]"' in outcome.out
     assert "SLORA_BACKEND='fastest' is unknown" in rows["SLORA_BACKEND"]

@@ -369,11 +369,6 @@ def test_dropout_keeps_elements_with_the_probability_asked_for_and_scales_them_u
     assert abs(float((kept == other).float().mean()) - agreement) < 5 * math.sqrt(0.25 / kept.numel())
 
 
-def test_dropout_without_a_seed_is_refused() -> None:
-    with pytest.raises(ShapeError, match=r"seed is None with dropout=0.5"):
-        ops.selective_linear(**make(), threshold=THRESHOLD, scaling=SCALING, dropout=0.5)
-
-
 # What is computed and kept
 
 
@@ -605,15 +600,41 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"lora_A": torch.randn(3, 4, 37).bfloat16()},
         r"lora_A has dtype torch.bfloat16 and lora_B torch.float32; expected both torch.float32",
     ),
+    "dtype of gate": ({"gate": torch.ones(3, dtype=torch.int64)}, r"gate has dtype torch.int64; expected a floating"),
     "device": (
         {"gate": torch.empty(3, device="meta")},
         r"gate is on meta but x is on cpu; move the module",
     ),
+    "no seed": (
+        {"dropout": 0.5},
+        r"seed is None with dropout=0.5; draw one with torch.randint(2**62, (), device='cpu')",
+    ),
+    "dtype of seed": (
+        {"dropout": 0.5, "seed": torch.tensor(1.0)},
+        r"seed has shape [] and dtype torch.float32; expected an int64 scalar",
+    ),
+    "seeds": (
+        {"dropout": 0.5, "seed": torch.tensor([1, 2])},
+        r"seed has shape [2] and dtype torch.int64; expected an int64 scalar",
+    ),
+    "device of seed": (
+        {"dropout": 0.5, "seed": torch.empty((), dtype=torch.int64, device="meta")},
+        r"seed is on meta but x is on cpu; draw one with torch.randint",
+    ),
+    "certain dropout": ({"dropout": 1.0, "seed": torch.tensor(1)}, r"dropout=1.0 is not a probability below 1"),
+    "negative dropout": ({"dropout": -0.1, "seed": torch.tensor(1)}, r"dropout=-0.1 is not a probability below 1"),
 }
+DEVICE_CASES = ("device", "device of seed")
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch", "reference"])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_arguments_name_the_tensor_what_it_is_and_what_it_should_be(case: str) -> None:
+def test_bad_arguments_name_the_tensor_what_it_is_and_what_it_should_be(
+    case: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_BACKEND", backend)
+    # Lets the triton backend pass for a CPU; no kernel is reached.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     changed, message = BAD[case]
     arguments = {**make(), **changed}
     with pytest.raises(ShapeError) as raised:
@@ -622,13 +643,15 @@ def test_bad_arguments_name_the_tensor_what_it_is_and_what_it_should_be(case: st
     assert isinstance(raised.value, ValueError)
 
 
-@pytest.mark.parametrize("case", [case for case in BAD if case != "device"])
+@pytest.mark.parametrize("case", [case for case in BAD if case not in DEVICE_CASES])
 def test_bad_arguments_read_the_same_under_fake_tensors(case: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     changed, message = BAD[case]
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
-        fakes = {name: None if t is None else mode.from_tensor(t) for name, t in {**make_real(), **changed}.items()}
+        fakes = {
+            name: mode.from_tensor(t) if isinstance(t, Tensor) else t for name, t in {**make_real(), **changed}.items()
+        }
         with pytest.raises(ShapeError) as raised:
             ops.selective_linear(**fakes, threshold=THRESHOLD, scaling=SCALING)
     assert message in str(raised.value)
@@ -641,7 +664,7 @@ def make_real() -> dict[str, Tensor | None]:
         return make()
 
 
-@pytest.mark.parametrize("case", ["K of x", "B", "rank 257", "dtype of weight"])
+@pytest.mark.parametrize("case", ["K of x", "B", "rank 257", "dtype of weight", "no seed", "seeds"])
 def test_bad_arguments_read_the_same_under_torch_compile(case: str) -> None:
     changed, message = BAD[case]
     torch._dynamo.reset()
