@@ -88,11 +88,14 @@ struct Matrix {
     data = memory.get() + offset * size;
   }
   int64_t at(int64_t row, int64_t col) const { return row * row_stride + col * col_stride; }
+  // Normal numbers, or with a `grid` some of its multiples: sums of those often lie half way between two numbers of
+  // 16 bits, which others hardly ever do.
   template <class Random>
-  void fill(Random& random, double scale) {
+  void fill(Random& random, double scale, double grid) {
     std::normal_distribution<double> normal(0.0, scale);
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < cols; ++j) set(data, at(i, j), dtype, normal(random));
+      for (int64_t j = 0; j < cols; ++j)
+        set(data, at(i, j), dtype, grid == 0.0 ? normal(random) : grid * (static_cast<double>(random() % 65) - 32.0));
   }
 };
 
@@ -109,13 +112,14 @@ inline Case random_case(std::mt19937_64& random, const std::vector<Dtype>& dtype
   const std::vector<Dtype> factors = {Dtype::f32, Dtype::bf16, Dtype::f16};
   Case c;
   const int64_t count = 1 + below(3);
+  const bool ties = below(3) == 0;
   for (int64_t w = 0; w < count; ++w) {
     const Dtype dtype = dtypes[static_cast<size_t>(below(static_cast<int64_t>(dtypes.size())))];
     const int64_t rows = below(8) == 0 ? 0 : 1 + below(most_rows), cols = below(8) == 0 ? 0 : 1 + below(most_rows);
     const int64_t aligned = (cols + 7) / 8 * 8;
     const int64_t stride = below(2) == 0 ? aligned : cols + below(9);
     c.weights.emplace_back(rows, cols, stride, 1, dtype, below(2) == 0 ? 0 : below(5));
-    c.weights.back().fill(random, 0.1);
+    c.weights.back().fill(random, 0.1, ties ? 0.25 : 0.0);
     if (!in_place) c.results.emplace_back(rows, cols, below(2) == 0 ? aligned : cols, 1, dtype);
     const Matrix& W = c.weights.back();
     const Matrix& target = in_place ? W : c.results.back();
@@ -129,8 +133,8 @@ inline Case random_case(std::mt19937_64& random, const std::vector<Dtype>& dtype
                         factors[static_cast<size_t>(below(3))]);
       c.Bs.emplace_back(n, rank, transposed_B ? 1 : rank + below(4), transposed_B ? n : 1,
                         factors[static_cast<size_t>(below(3))]);
-      c.As.back().fill(random, 1.0);
-      c.Bs.back().fill(random, 0.1);
+      c.As.back().fill(random, 1.0, ties ? 0x1p-5 : 0.0);
+      c.Bs.back().fill(random, 0.1, ties ? 0x1p-5 : 0.0);
       const Matrix &A = c.As.back(), &B = c.Bs.back();
       const double scales[] = {1.0, 0.3, -2.0, 1e-3, 0.0};
       c.terms.push_back({A.data,

@@ -137,6 +137,22 @@ def test_fp64_weights_are_summed_in_fp64(
     assert bool(((batched_merge([W], [A], [B], [0.3])[0] - by_hand).abs() <= 2 * error * 2.0**-29).all())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_sum_half_way_between_two_numbers_goes_to_the_even_one(
+    dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_BACKEND", backend)
+    unit = torch.finfo(dtype).eps
+    W = torch.arange(1.0, 2.0, unit, dtype=torch.float64)
+    halves = torch.tensor([0.5, 1.5, -0.5, -1.5, 2.5], dtype=torch.float64) * unit
+    found = batched_merge([W.to(dtype).repeat(5, 1)], [torch.ones(1, len(W))], [halves.float()[:, None]], [1.0])[0]
+    steps = (W[None, :] + halves[:, None]) / unit
+    # Below 1 the units are half as large, so there the sum is a number itself.
+    expected = torch.where(steps * unit < 1, steps, steps.round()) * unit
+    assert torch.equal(found.double()[:, :-3], expected[:, :-3])
+
+
 @needs_extension
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_rounding_at_the_edges_of_the_number_range(dtype: torch.dtype, exact: Any) -> None:
