@@ -24,7 +24,7 @@ class Model:
     """One model.
 
     Attributes:
-        build: makes it, in fp32 on the CPU.
+        build: makes it in fp32 on a device; random weights of a billion parameters take long on a CPU.
         inputs: `(batch, device, dtype)` to what `loss` and `forward` take.
         forward, loss: `(net, inputs)` to an output, or to a scalar.
         items: what is counted per second, and how many an element of the batch is.
@@ -34,7 +34,7 @@ class Model:
     """
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[[str], nn.Module]
     inputs: Callable[[int, str, torch.dtype], Inputs]
     forward: Callable[[nn.Module, Inputs], Tensor]
     loss: Callable[[nn.Module, Inputs], Tensor]
@@ -73,9 +73,10 @@ def _last_two(net: nn.Module) -> list[str]:
 def vit(name: str, **arguments: int) -> Model:
     """A vision transformer of timm with 100 classes."""
 
-    def build() -> nn.Module:
-        net: nn.Module = need("timm").create_model(name, num_classes=100, **arguments)
-        return net
+    def build(device: str) -> nn.Module:
+        with torch.device(device):
+            net: nn.Module = need("timm").create_model(name, num_classes=100, **arguments)
+        return net.to(device)
 
     edge = arguments.get("img_size", 224)
     return Model(
@@ -88,8 +89,8 @@ def vit(name: str, **arguments: int) -> Model:
 def clip() -> Model:
     """open_clip's ViT-B/16, both towers, with the contrastive loss over the batch."""
 
-    def build() -> nn.Module:
-        net: nn.Module = need("open_clip").create_model("ViT-B-16")
+    def build(device: str) -> nn.Module:
+        net: nn.Module = need("open_clip").create_model("ViT-B-16", device=device)
         return net
 
     def inputs(batch: int, device: str, dtype: torch.dtype) -> Inputs:
@@ -123,15 +124,16 @@ def llama(
 ) -> Model:  # fmt: skip
     """A causal language model in Llama's shape, by default of about 1 B parameters."""
 
-    def build() -> nn.Module:
+    def build(device: str) -> nn.Module:
         transformers = need("transformers")
         config = transformers.LlamaConfig(
             vocab_size=vocabulary, hidden_size=width, intermediate_size=hidden, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=groups, max_position_embeddings=length, use_cache=False,
             tie_word_embeddings=True,
         )  # fmt: skip
-        net: nn.Module = transformers.LlamaForCausalLM(config)
-        return net
+        with torch.device(device):
+            net: nn.Module = transformers.LlamaForCausalLM(config)
+        return net.to(device)
 
     def inputs(batch: int, device: str, dtype: torch.dtype) -> Inputs:
         return (torch.randint(0, vocabulary, (batch, length), device=device),)

@@ -29,7 +29,7 @@ class Contestant:
         reason: why nothing could be captured, where that was wanted.
     """
 
-    def __init__(self, calls: Sequence[Call], device: str, graphs: bool) -> None:
+    def __init__(self, calls: Sequence[Call], device: str, graphs: bool, pool: Any = None) -> None:
         self.calls = list(calls)
         self.clock = "wall" if device == "cpu" else "events"
         self.reason: str | None = None
@@ -42,7 +42,7 @@ class Contestant:
         self.first, self.last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if graphs:
             try:
-                self.graph = captured(self.calls)
+                self.graph = captured(self.calls, pool)
                 self.clock = "graph"
             except Exception as error:
                 # Only the first line: what follows is a stack of the C++ side.
@@ -69,8 +69,12 @@ class Contestant:
         return self.first.elapsed_time(self.last) / 1e3 / len(self.calls)
 
 
-def captured(calls: Sequence[Call]) -> Any:
-    """Return a CUDA graph of `calls`, run a few times on a side stream first, as capturing asks for."""
+def captured(calls: Sequence[Call], pool: Any = None) -> Any:
+    """Return a CUDA graph of `calls`, run a few times on a side stream first, as capturing asks for.
+
+    Graphs that share a `pool` share their memory: none of them may need what it computed in an earlier replay. A call
+    with a method `settle` gets it called right before the capture, to read what it may not read inside.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -79,8 +83,12 @@ def captured(calls: Sequence[Call]) -> Any:
                 call()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
+    for call in calls:
+        getattr(call, "settle", lambda: None)()
+    # What eager runs have left with the allocator is of no use to the graph's own pool.
+    torch.cuda.empty_cache()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         for call in calls:
             call()
     graph.replay()
@@ -99,7 +107,8 @@ def interleaved(
 
     After `seconds` no new round begins, provided that the fewest needed for percentiles are there.
     """
-    ready = {name: Contestant(calls, device, graphs) for name, calls in contenders.items()}
+    pool = torch.cuda.graph_pool_handle() if graphs and device != "cpu" else None
+    ready = {name: Contestant(calls, device, graphs, pool) for name, calls in contenders.items()}
     taken: dict[str, list[float]] = {name: [] for name in ready}
     # One round that counts for nothing: clocks rise, caches and allocators settle.
     for contestant in ready.values():

@@ -77,7 +77,7 @@ def measure(settings: Settings, model: Model, batch: int, dtype: str) -> list[di
     for name, (prepare, finish) in wanted.items():
         torch.manual_seed(0)
         try:
-            net = prepare(model, model.build().to(settings.device, DTYPES[dtype]), dtype != "fp32")
+            net = prepare(model, model.build(settings.device).to(DTYPES[dtype]), dtype != "fp32")
             randomise_updates(net)
             nets[name] = finish(net).eval()
         except Missing as reason:

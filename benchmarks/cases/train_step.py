@@ -141,22 +141,21 @@ def bytes_held(step: Step) -> int:
 
 
 def check_outputs(model: Model, device: str) -> None:
-    """Refuse to time a model whose adapted output is wrong: at first the base model's bit for bit, and after random
-    updates that of the base with `W + c B A` in place of `W`, all in fp32.
+    """Refuse to time a model whose adapted output is wrong, in fp32.
+
+    At first it has to be the base model's (on the CPU bit for bit), and after random updates that of the base with
+    `W + c B A` in place of `W`.
 
     Raises:
         BenchmarkError: it is not; nothing was timed.
     """
     torch.manual_seed(0)
-    net = model.build().to(device).eval()
+    net = model.build(device).eval()
     inputs = model.inputs(2, device, torch.float32)
     with torch.no_grad():
         expected = model.forward(net, inputs)
         slora.inject(net, slora.SelectiveLoRAConfig(r=min(RANK, 4)))
-        if not torch.equal(expected, model.forward(net, inputs)):
-            raise BenchmarkError(
-                f"{model.name}: the adapted model does not compute what its base does; nothing was timed"
-            )
+        first = model.forward(net, inputs)
         randomise_updates(net)
         found = model.forward(net, inputs)
         weights = {layer: layer.merged_weight() for _, layer in slora.gate.adapted_layers(net)}
@@ -165,6 +164,9 @@ def check_outputs(model: Model, device: str) -> None:
                 layer.replace_base_weight(weight)
             exact = model.forward(net, inputs)
     error, moved = float((found - exact).norm()), float((exact - expected).norm())
+    same = torch.equal(expected, first) if device == "cpu" else float((expected - first).norm()) <= 1e-3 * moved
+    if not same:
+        raise BenchmarkError(f"{model.name}: the adapted model does not compute what its base does; nothing was timed")
     # Both sum in fp32, in another order: their difference is far below what the updates change.
     if not error <= 1e-3 * moved:
         raise BenchmarkError(

@@ -108,8 +108,8 @@ CONTENDERS = {
 class Step:
     """One contender, ready to take training steps: forward, loss, backward, optimizer.
 
-    `precision`: "fp32", "bf16" (the base in bf16) or "amp" (fp32 parameters under bf16 autocast). `fixed` makes every
-    step the same work, for a CUDA graph: gates stay where they are and are known before.
+    `precision`: "fp32", "bf16" (the base in bf16) or "amp" (fp32 parameters under bf16 autocast). `fixed`: the step is
+    to be captured in a CUDA graph.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Step:
         torch.manual_seed(0)
         pure = precision == "bf16"
         dtype = torch.bfloat16 if pure else torch.float32
-        net = model.build().to(device, dtype)
+        net = model.build(device).to(device, dtype)
         self.net = contender.prepare(model, net, pure).train()
         self.device, self.amp, self.count, self.model = device, precision == "amp", contender.steps, model
         gates = {id(gate) for gate in slora.gate.gates(self.net)}
@@ -134,7 +134,7 @@ class Step:
         self.inputs = model.inputs(batch, device, dtype)
         if contender.input_gradient:
             self.embedding = _gradient_from_the_start(self.net, self.inputs)
-        self.gated, self.fixed = bool(gates), fixed
+        self.gated = bool(gates)
         self.forward: Callable[..., Tensor] = model.loss
         if compiled:
             self.forward = torch.compile(model.loss, dynamic=False)
@@ -151,9 +151,11 @@ class Step:
             self.optimizer.zero_grad(set_to_none=True)
             for tensor in self.inputs:
                 tensor.grad = None
-            if self.fixed and self.gated:
-                # Read the gates now, so that the next forward, which may be a captured one, does not have to.
-                slora.active_blocks(self.net)
+
+    def settle(self) -> None:
+        """Read the gates now: a forward inside a CUDA graph could not, and they stay where they are."""
+        if self.gated:
+            slora.active_blocks(self.net)
 
 
 def _gradient_from_the_start(net: nn.Module, inputs: tuple[Tensor, ...]) -> Any:

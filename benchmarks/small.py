@@ -1,0 +1,91 @@
+"""Small runs of the kernels by themselves, for compute-sanitizer and the profiler: `python -m benchmarks.small WHAT`.
+
+kernels   one layer forward and backward over odd shapes and all patterns of activity, checked
+merge     the batched merge over ragged weights, checked
+profile   one large layer and one large merge, once each
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+import slora
+from benchmarks.contenders.layer import CONTENDERS, Problem, Shape, mistake
+from benchmarks.record import BenchmarkError
+
+KERNELS = "slora, triton"
+
+
+def kernels(device: str) -> None:
+    """Forward and backward by the kernels."""
+    dtypes = ("bf16", "fp32") if device == "cuda" else ("fp32",)
+    for dtype in dtypes:
+        for shape in (
+            Shape(64, 96, 37, 16, 1, 1, dtype),
+            Shape(72, 48, 5, 4, 2, 3, dtype),
+            Shape(40, 64, 130, 20, 4, 4, dtype),
+        ):
+            problem = Problem(shape, device, sets=1)
+            layer = CONTENDERS[KERNELS](problem)
+            wrong = mistake(layer.trained(problem.xs[0], problem.dys[0]), problem.exact(updates=True))
+            if wrong:
+                raise BenchmarkError(f"{KERNELS} at {shape.point}: {wrong}")
+
+
+def merge(device: str) -> None:
+    """The batched merge."""
+    for dtype in (torch.bfloat16, torch.float32):
+        shapes, rank = ((96, 64), (33, 47), (130, 300), (7, 5)), (16, 4, 40, 3)
+        Ws = [torch.randn(n, k, device=device).to(dtype) for n, k in shapes]
+        As = [torch.randn(r, k, device=device) for (_, k), r in zip(shapes, rank, strict=True)]
+        Bs = [torch.randn(n, r, device=device) for (n, _), r in zip(shapes, rank, strict=True)]
+        exact = [W.double() + 0.5 * (B.double() @ A.double()) for W, A, B in zip(Ws, As, Bs, strict=True)]
+        slora.merging.batched_merge_(Ws, As, Bs, [0.5] * len(Ws))
+        for i, (W, wide) in enumerate(zip(Ws, exact, strict=True)):
+            error = float((W.double() - wide).abs().max() / wide.abs().max())
+            if not error <= torch.finfo(dtype).eps:
+                raise BenchmarkError(
+                    f"batched_merge_ of weight {i} in {dtype} is off by {error:.2g} of its largest element"
+                )
+
+
+def profile(device: str) -> None:
+    """What the profiler looks at: every kernel of a layer, and the merge."""
+    large = device == "cuda"
+    shape = Shape(768, 3072, 50432, 16, 1, 1, "bf16") if large else Shape(32, 48, 24, 4, 1, 1, "fp32")
+    problem = Problem(shape, device, sets=1)
+    CONTENDERS[KERNELS](problem).trained(problem.xs[0], problem.dys[0])
+    edge, count = (1024, 96) if large else (16, 2)
+    for rank in (16, 128) if large else (4,):
+        Ws = [torch.randn(edge, edge, device=device).to(problem.dtype) for _ in range(count)]
+        As = [torch.randn(rank, edge, device=device) for _ in Ws]
+        Bs = [torch.randn(edge, rank, device=device) for _ in Ws]
+        slora.merging.batched_merge_(Ws, As, Bs, [1.0] * count)
+
+
+RUNS: dict[str, Callable[[str], None]] = {"kernels": kernels, "merge": merge, "profile": profile}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run what is named on the GPU, or on the CPU where there is none."""
+    if len(arguments) != 1 or arguments[0] not in RUNS:
+        print(f"name one of {', '.join(RUNS)}", file=sys.stderr)
+        return 2
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    try:
+        RUNS[arguments[0]](device)
+    except BenchmarkError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{arguments[0]}: right")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

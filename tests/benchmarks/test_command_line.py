@@ -1,0 +1,182 @@
+"""`python -m benchmarks`: bad input is one clear sentence and exit code 2, and nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command_line
+from benchmarks import ceilings, registry
+from benchmarks.contenders import layer as layers
+from benchmarks.record import SCHEMA, read_result
+
+TINY = ["--grid", "tiny", "--rounds", "3"]
+
+
+def run(*arguments: object) -> int:
+    return command_line.main([str(word) for word in arguments])
+
+
+@pytest.fixture
+def case(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Put a case of one's own in the registry: `case(rows)`; rows are yielded, an exception among them is raised."""
+
+    def put(*rows: Any) -> None:
+        def steps(settings: Any, limits: Any) -> Iterator[dict[str, Any]]:
+            for row in rows:
+                if isinstance(row, BaseException):
+                    raise row
+                yield row
+
+        own = registry.Case("own", "of the test")
+        monkeypatch.setitem(registry.CASES, "own", own)
+        monkeypatch.setattr(registry.Case, "load", lambda self: steps)
+        monkeypatch.setattr(ceilings, "measure", lambda settings: {"copy_bytes_per_s": 1.0, "gemm_flops_per_s": {}})
+
+    return put
+
+
+def _row(contender: str = "a", **measures: Any) -> dict[str, Any]:
+    return {"point": {"M": 1}, "contender": contender, **measures}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--case", "liner"], "case 'liner' is unknown; there are linear,"),
+        (["run", "--case", "linear", "--device", "tpu"], "device 'tpu' is unknown; use cpu or cuda"),
+        (["run", "--case", "linear", "--rounds", "1"], "--rounds 1 is below 3"),
+        (["run", "--case", "linear", "--threads", "0"], "--threads 0 is not a positive number"),
+        (["run", "--case", "linear", "--quick"], "needs --out"),
+        (["run", "--case", "linear", "--only", "PEFT"], "needs --out"),
+        (["compare", "no.json", "other.json"], "no.json does not exist"),
+        (["gpu", "--dry-run"], "name a folder with --out"),
+        (["gpu", "--dry-run", "--out", "x", "--parts", "bild"], "part 'bild' is unknown; there are build,"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [["run", "--case", "linear", "--device", "cuda"], ["gpu"]])
+def test_without_a_gpu_a_gpu_is_not_measured(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments, "--out", tmp_path / "out") == 2
+    assert "no CUDA GPU is visible" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_case_whose_package_is_missing_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert run("run", "--case", "train_step", *TINY, "--out", tmp_path) == 2
+    assert "timm cannot be imported" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_peer_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    problem = layers.Problem(layers.Shape(8, 8, 4, 2, 1, 1, "fp32"), "cpu", sets=1)
+    with pytest.raises(layers.Missing, match="peft cannot be imported"):
+        layers.CONTENDERS["PEFT"](problem)
+
+
+def test_an_interrupted_run_leaves_the_file_that_was_there(
+    tmp_path: Path, case: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.json").write_text("what was there")
+    case(_row(seconds=1.0), KeyboardInterrupt())
+    assert run("run", "--case", "own", "--out", tmp_path) == 2
+    assert "interrupted; nothing was written" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["own.json"]
+    assert (tmp_path / "own.json").read_text() == "what was there"
+
+
+def test_a_run_whose_time_is_up_is_marked_incomplete(tmp_path: Path, case: Any) -> None:
+    case(_row("a"))
+    assert run("run", "--case", "own", "--out", tmp_path, "--seconds", "0") == 0
+    assert read_result(tmp_path / "own.json")["complete"] is False
+
+
+def test_partial_results_are_kept_where_that_is_asked_for(tmp_path: Path, case: Any) -> None:
+    case(_row("a"), _row("b"), KeyboardInterrupt())
+    assert run("run", "--case", "own", "--out", tmp_path, "--keep-partial") == 2
+    result = read_result(tmp_path / "own.json")
+    assert [row["contender"] for row in result["rows"]] == ["a", "b"]
+    assert result["complete"] is False
+
+
+def test_a_run_without_time_measures_nothing_and_writes_nothing(tmp_path: Path) -> None:
+    assert run("run", "--case", "linear", *TINY, "--out", tmp_path, "--seconds", "0") == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_result_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = layers.CONTENDERS["addmm function"]
+
+    def wrong(problem: layers.Problem) -> layers.Layer:
+        layer = right(problem)
+        forward = layer.forward
+        layer.forward = lambda x: forward(x) * 1.001
+        return layer
+
+    monkeypatch.setitem(layers.CONTENDERS, "addmm function", wrong)
+    code = run("run", "--case", "linear", *TINY, "--only", "addmm", "frozen", "--out", tmp_path)
+    assert code == 2
+    assert "a wrong result was not timed: addmm function" in capsys.readouterr().err
+    rows = [row for row in read_result(tmp_path / "linear.json")["rows"] if row["contender"] == "addmm function"]
+    refused = [row for row in rows if "refused" in row]
+    assert refused
+    assert not any("forward_backward" in row for row in refused)
+
+
+def test_a_file_of_another_schema_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = tmp_path / "linear.json"
+    old.write_text(json.dumps({"schema": 1, "case": "linear", "results": {}}))
+    assert run("compare", old, old) == 2
+    assert f"has schema 1, this version reads {SCHEMA}" in capsys.readouterr().err
+    assert run("bars", "--results", tmp_path) == 2
+    old.write_text("{half")
+    assert run("compare", old, old) == 2
+    assert "is not readable JSON" in capsys.readouterr().err
+
+
+def test_a_result_says_what_was_measured_on_what_and_from_which_source(
+    tmp_path: Path, case: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLORA_COMMIT", "")
+    case(_row("a", seconds={"median": 0.5, "p20": 0.4, "p80": 0.6, "n": 3}), _row("b", skipped="no reason"))
+    assert run("run", "--case", "own", "--out", tmp_path, "--commit", "abc-dirty") == 0
+    result = read_result(tmp_path / "own.json")
+    assert (result["schema"], result["device"], result["complete"]) == (SCHEMA, "cpu", True)
+    about = result["environment"]
+    assert (about["commit"], about["dirty"]) == ("abc", True)
+    assert torch.__version__.startswith(about["packages"]["torch"])
+    assert {"date", "device", "threads", "python"} <= about.keys()
+    said = capsys.readouterr().out
+    assert "500 ms" in said
+    assert "skipped: no reason" in said
+
+
+def test_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("list") == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in registry.CASES)
