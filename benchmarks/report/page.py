@@ -85,7 +85,7 @@ def page(root: Path = ROOT) -> str:
 
 def predicted(root: Path = ROOT) -> str:
     """Links to what was computed from compiled kernels without running them."""
-    folder = root / "benchmarks" / "results" / "cuda-static"
+    folder = root / "benchmarks" / "results" / "audit"
     lines = ["## Predicted, not measured"]
     files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".md")) if folder.exists() else []
     if not files:
@@ -94,7 +94,7 @@ def predicted(root: Path = ROOT) -> str:
         "What the compiler says of the GPU kernels without a GPU: registers, shared memory, occupancy, bytes and "
         "FLOPs. Times in these files are predictions from ceilings; nothing in them was run."
     )
-    lines.append("\n".join(f"* [{path.name}](results/cuda-static/{path.name})" for path in files))
+    lines.append("\n".join(f"* [{path.name}](results/audit/{path.name})" for path in files))
     return "\n\n".join(lines)
 
 

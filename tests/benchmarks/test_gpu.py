@@ -1,0 +1,132 @@
+"""The proof on a GPU, as far as it runs without one: every part by itself, and all of them in a dry run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bars, gpu
+from benchmarks.record import BenchmarkError, read_result
+
+# Each of these tools is replaced by a program that finds the Python in its arguments and runs that.
+FAKE = """#!/bin/sh
+while [ "${1##*python*}" ]; do shift; done
+"$@" || exit
+"""
+NCU_SAYS = '''"ID","Kernel Name","Grid Size","Block Size","gpu__time_duration.sum","launch__registers_per_thread"
+"","","","","us","register/thread"
+"0","_kernel","(132, 1, 1)","(256, 1, 1)","212.50","168"'''
+
+
+@pytest.fixture
+def proof(tmp_path: Path) -> gpu.Proof:
+    environ = {**gpu.environ_of(True, tmp_path / "scratch"), "SLORA_COMMIT": "0123456789ab"}
+    return gpu.Proof(tmp_path, True, False, time.monotonic() + 100, environ)
+
+
+def test_a_command_is_cut_at_its_limit_with_all_it_has_started(proof: gpu.Proof) -> None:
+    child = "import subprocess, sys; print('here', flush=True); subprocess.run(['sleep', '60'])"
+    start = time.monotonic()
+    code, text = proof.call([sys.executable, "-c", child], 2.0)
+    assert code is None
+    assert time.monotonic() - start < 20
+    assert "here" in text
+    assert gpu.state_of(code, text) == {"state": "cut", "exit_code": None, "last_lines": ["here"]}
+    assert "here" in (proof.out / "gpu.log").read_text()
+
+
+def test_a_failing_part_is_recorded_and_the_next_one_runs(proof: gpu.Proof, capsys: pytest.CaptureFixture[str]) -> None:
+    def raises(proof: gpu.Proof, limit: float) -> dict[str, Any]:
+        raise ValueError("of all things")
+
+    gpu.run_part(proof, gpu.Part("first", raises, 1, 1), 10.0)
+    gpu.run_part(proof, gpu.Part("second", lambda proof, limit: {"state": "ok"}, 1, 1), 10.0)
+    gpu.run_part(proof, gpu.Part("third", raises, 1, 1), 0.0)
+    written = json.loads((proof.out / "proof.json").read_text())["parts"]
+    assert {name: part["state"] for name, part in written.items()} == {
+        "first": "failed", "second": "ok", "third": "skipped",
+    }  # fmt: skip
+    assert written["first"]["reason"] == "ValueError: of all things"
+
+
+def test_tests_are_counted_whether_they_ran_in_one_process_or_in_several() -> None:
+    one = (
+        "tests/a.py::test_x PASSED [ 10%]\ntests/a.py::test_y[1-a b] FAILED [ 20%]\n"
+        "tests/a.py::test_z SKIPPED (no GPU)\n"
+    )
+    several = "[gw0] [ 10%] PASSED tests/a.py::test_x \n[gw1] [ 20%] FAILED tests/a.py::test_y[1-a b] \n"
+    for text in (one, several):
+        assert gpu.outcomes(text, "PASSED") == ["tests/a.py::test_x"]
+        assert gpu.outcomes(text, "FAILED") == ["tests/a.py::test_y[1-a b]"]
+    assert gpu.outcomes(one, "SKIPPED") == ["tests/a.py::test_z"]
+
+
+def test_what_the_profiler_prints_is_read() -> None:
+    assert gpu.profiled(f"==PROF== Connected\n{NCU_SAYS}\n") == [
+        {
+            "kernel": "_kernel", "grid": "(132, 1, 1)", "block": "(256, 1, 1)", "duration": "212.50 us",
+            "registers": "168 register/thread",
+        }
+    ]  # fmt: skip
+    assert gpu.profiled("==ERROR== no permission") == []
+
+
+def test_a_tool_that_is_missing_is_a_part_skipped(proof: gpu.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "found", lambda tool: None)
+    assert gpu.sanitizer(proof, 10.0)["reason"] == "compute-sanitizer was not found"
+    assert gpu.profile(proof, 10.0)["state"] == "skipped"
+
+
+def test_shares_make_nine_minutes_and_the_quick_proof_ninety_seconds() -> None:
+    assert sum(part.seconds for part in gpu.PARTS) <= gpu.SECONDS + 1
+    assert sum(part.quick for part in gpu.PARTS) <= gpu.QUICK_SECONDS + 1
+    assert gpu.SECONDS <= 540
+    assert gpu.QUICK_SECONDS <= 90
+    quick = argparse.Namespace(quick=True, parts=None)
+    assert [part.name for part in gpu.chosen(quick)] == ["build", "tests", "linear", "train_step", "merge"]
+
+
+def test_an_unknown_part_is_refused() -> None:
+    with pytest.raises(BenchmarkError, match="part 'lin' is unknown"):
+        gpu.chosen(argparse.Namespace(quick=False, parts=["lin"]))
+
+
+@pytest.mark.slow
+def test_the_whole_proof_runs_dry_on_the_cpu_with_the_kernels_interpreted(tmp_path: Path) -> None:
+    """Every part, every case through the code that a GPU would take, and both tools, replaced by stand-ins."""
+    tools, out = tmp_path / "bin", tmp_path / "out"
+    tools.mkdir()
+    for name in ("compute-sanitizer", "ncu"):
+        (tools / name).write_text(FAKE + (f"cat <<'END'\n{NCU_SAYS}\nEND\n" if name == "ncu" else ""))
+        (tools / name).chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", out, "--seconds", "1500"],
+        cwd=gpu.ROOT, env=environ, capture_output=True, text=True,
+    )  # fmt: skip
+    log = (out / "gpu.log").read_text()
+    parts = json.loads((out / "proof.json").read_text())["parts"]
+    expected = {part.name: "ok" for part in gpu.PARTS}
+    if not parts["build"]["extension"]["available"]:
+        expected["merge"] = "failed"
+    assert {name: part["state"] for name, part in parts.items()} == expected, f"{done.stdout}\n{log[-3000:]}"
+    assert done.returncode == int("failed" in expected.values()), done.stderr
+    assert not any("failed" in part for name, part in parts.items() if name not in ("tests", "merge"))
+    assert not any("refused" in part for part in parts.values())
+    assert set(parts["sanitizer"]["runs"]) == {"memcheck", "racecheck"}
+    assert parts["profile"]["kernels"][0]["registers"] == "168 register/thread"
+    # The kernels took part, interpreted.
+    linear = read_result(out / "linear.json")
+    assert any(row["contender"] == "slora, triton" and "forward_backward" in row for row in linear["rows"])
+    assert linear["complete"] is True
+    # What a machine that hands back few files can carry.
+    assert len(list(out.iterdir())) <= 8
+    assert bars.lines(out)[-1] in done.stdout

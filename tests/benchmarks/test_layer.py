@@ -1,0 +1,61 @@
+"""The ways to compute one layer agree with the reference, and one that does not is found out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.contenders.layer import CONTENDERS, SCALING, Problem, Shape, mistake
+from benchmarks.contenders.peers import Missing
+
+SHAPES = [Shape(12, 18, 7, 3, active, blocks, "fp32") for active, blocks in ((1, 1), (0, 1), (2, 3), (0, 3))]
+SHAPES.append(Shape(12, 18, 7, 3, 1, 1, "bf16"))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.active} of {shape.blocks}, {shape.dtype}")
+@pytest.mark.parametrize("name", [name for name in CONTENDERS if name != "PEFT, compiled"])
+def test_every_way_is_right_or_says_why_it_cannot(name: str, shape: Shape) -> None:
+    problem = Problem(shape, "cpu", sets=2)
+    try:
+        layer = CONTENDERS[name](problem)
+    except Missing as reason:
+        pytest.skip(str(reason))
+    found = layer.trained(problem.xs[0], problem.dys[0])
+    assert mistake(found, problem.exact(layer.updates)) is None
+    torch.testing.assert_close(layer.inferred(problem.xs[0]), found["y"], rtol=0.02, atol=1e-2)
+    # By hand, in fp64, for what is wrong in contender and reference alike.
+    x, W, b = (t.detach().double() for t in (problem.xs[0], problem.W, problem.b))
+    n = shape.N // shape.blocks
+    for i in shape.chosen if layer.updates else ():
+        W[i * n : (i + 1) * n] += SCALING * problem.B[i].double() @ problem.A[i].double()
+    tolerance = 4 * torch.finfo(problem.dtype).eps
+    torch.testing.assert_close(found["y"].double(), x @ W.T + b, rtol=tolerance, atol=20 * tolerance)
+    torch.testing.assert_close(found["dx"].double(), problem.dys[0].double() @ W, rtol=tolerance, atol=20 * tolerance)
+
+
+@pytest.mark.parametrize("name", ["y", "dx", "lora_A", "lora_B", "gate"])
+def test_a_mistake_in_any_result_is_found(name: str) -> None:
+    problem = Problem(SHAPES[0], "cpu", sets=1)
+    layer = CONTENDERS["slora, torch"](problem)
+    found = layer.trained(problem.xs[0], problem.dys[0])
+    exact = problem.exact(layer.updates)
+    assert mistake(found, exact) is None
+    found[name] = found[name] * 1.001 + 1e-3
+    assert str(mistake(found, exact)).startswith(f"{name} is off by")
+    found[name] = found[name] * float("nan")
+    assert mistake(found, exact) is not None
+
+
+def test_a_contender_restores_the_backend_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setenv("SLORA_BACKEND", "reference")
+    problem = Problem(SHAPES[0], "cpu", sets=1)
+    CONTENDERS["slora, torch"](problem).trained(problem.xs[0], problem.dys[0])
+    assert os.environ["SLORA_BACKEND"] == "reference"
+
+
+def test_active_blocks_are_spread_and_as_many_as_asked() -> None:
+    assert Shape(8, 32, 4, 2, 4, 16, "fp32").chosen == [0, 4, 8, 12]
+    assert Shape(8, 32, 4, 2, 0, 16, "fp32").chosen == []
+    assert Shape(8, 32, 4, 2, 4, 16, "fp32").point["active"] == "4/16"
