@@ -1,4 +1,4 @@
-"""The one table of tile sizes: for every kernel, kind of GPU and padded rank a few configurations, the best guess first.
+"""The one table of tile sizes: for every kernel, kind of GPU and padded rank a few candidates, the best guess first.
 
 Every configuration is compiled by tests/kernels/test_compiles.py, which asserts that it spills nothing, fits into
 shared memory and uses the tensor cores. Which of the candidates is fastest is for a measurement to say.
@@ -7,16 +7,16 @@ shared memory and uses the tensor cores. Which of the candidates is fastest is f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, Literal
+import functools
+from typing import Any, Literal, NamedTuple
 
 Path = Literal["bulk", "pointers"]
 """How tiles reach shared memory: by the copy engine through tensor descriptors, or by the threads' own loads."""
 Precision = Literal["16-bit", "tf32", "ieee"]
 """What a product multiplies: bf16 or fp16, fp32 rounded to TF32, or fp32 itself (which no tensor core does)."""
 Kernel = Literal["forward", "backward"]
-Form = Literal["fused", "dropout", "given"]
-"""S and T computed in the main loop, the same with dropout, or read from memory (with dropout or without)."""
+Form = Literal["fused", "dropout", "given", "given, dropout"]
+"""S and T computed in the main loop or read from memory; with dropout or without (y of a given S has no mask)."""
 
 PARTS = (80, 90, 100)
 # Bytes of shared memory that one program may use. For 80 it is that of compute capability 8.6, 8.9 and 12.0, which use
@@ -24,7 +24,6 @@ PARTS = (80, 90, 100)
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Above this rank S and T are not computed in the main loop: their fp32 sums would not fit beside those of the tile.
 MAX_FUSED_RANK = 64
-RANKS = (16, 32, 64)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,14 +53,14 @@ class Gemm:
         """Columns of y or dx that leave at once."""
         return self.BN // 2 if self.HALVES else self.BN
 
+    def kernel_arguments(self) -> dict[str, Any]:
+        """Return what the kernels take as compile-time arguments."""
+        fields = dataclasses.asdict(self)
+        return {name: value for name, value in fields.items() if name not in ("num_warps", "num_stages", "programs")}
+
     def meta(self) -> dict[str, Any]:
-        """Return what the kernels take as compile-time arguments and launch options."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "programs"}
-
-
-def padded_rank(r: int) -> int:
-    """Return how many columns of S or T are computed at once for rank `r`: a power of two that the tensor cores take."""
-    return next(R for R in RANKS if min(r, MAX_FUSED_RANK) <= R)
+        """Return the compile-time arguments and the options of the launch."""
+        return {**self.kernel_arguments(), "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 def part_of(capability: int) -> int:
@@ -69,10 +68,131 @@ def part_of(capability: int) -> int:
     return {9: 90, 10: 100}.get(capability // 10, 80)
 
 
-_BIG = Gemm(128, 256, 64, 8, 3, HALVES=True, FLATTEN=True)
+class Row(NamedTuple):
+    """Candidates for one case of the GEMM kernels, the best guess first."""
+
+    kernels: tuple[Kernel, ...]
+    part: int
+    path: Path
+    precision: Precision
+    forms: tuple[Form, ...]
+    ranks: tuple[int, ...]
+    """Columns of S or T that are computed, or read, at once; a rank is padded to the next of them."""
+    candidates: tuple[Gemm, ...]
+    one_block: bool = False
+    """Whether a layer of one block gets code of its own, without a search for its block and with one pipeline."""
+
+
+_F: tuple[Kernel, ...] = ("forward",)
+_B: tuple[Kernel, ...] = ("backward",)
+_FB: tuple[Kernel, ...] = ("forward", "backward")
+
+_WIDE = Gemm(128, 256, 64, 8, 3, HALVES=True, FLATTEN=True)
+_SQUARE = Gemm(128, 128, 64, 8, 4, FLATTEN=True)
+# Two programs share a multiprocessor: the main loop of one runs during the epilogue of the other.
+_PAIR = Gemm(128, 128, 32, 4, 5, programs=2, HALVES=True, FLATTEN=True)
+# With dropout the update of dx needs sums of its own before it is masked: half as many rows keep them in registers.
+_LOW = Gemm(64, 128, 64, 8, 4, FLATTEN=True)
+# Elements that are not aligned are loaded one by one, each with its address and mask in registers.
+_UNALIGNED = Gemm(64, 64, 32, 8, 3)
+
+GEMM: tuple[Row, ...] = (
+    Row(_FB, 90, "bulk", "16-bit", ("fused",), (16,), (_WIDE, _PAIR, _SQUARE), True),
+    Row(_FB, 90, "bulk", "16-bit", ("fused",), (32,), (_WIDE, _SQUARE), True),
+    Row(_FB, 90, "bulk", "16-bit", ("fused",), (64,), (_SQUARE,), True),
+    Row(_F, 90, "bulk", "16-bit", ("dropout",), (16, 32), (_WIDE,), True),
+    Row(_F, 90, "bulk", "16-bit", ("dropout",), (64,), (_LOW,), True),
+    Row(_B, 90, "bulk", "16-bit", ("dropout",), (16, 32, 64), (_LOW,), True),
+    Row(_FB, 90, "bulk", "16-bit", ("given",), (16,), (_WIDE, _SQUARE), True),
+    Row(_FB, 90, "bulk", "16-bit", ("given",), (64,), (_SQUARE,), True),
+    Row(_B, 90, "bulk", "16-bit", ("given, dropout",), (16, 64), (_SQUARE,)),
+    Row(_FB, 90, "bulk", "tf32", ("fused",), (16, 64), (Gemm(128, 128, 32, 8, 3, FLATTEN=True),)),
+    Row(_F, 90, "bulk", "tf32", ("dropout",), (16, 64), (Gemm(64, 128, 32, 8, 3, FLATTEN=True),)),
+    Row(_B, 90, "bulk", "tf32", ("dropout",), (16, 64), (Gemm(64, 64, 32, 8, 3),)),
+    Row(_FB, 90, "bulk", "tf32", ("given",), (64,), (Gemm(128, 128, 32, 8, 3),)),
+    Row(_B, 90, "bulk", "tf32", ("given, dropout",), (64,), (Gemm(64, 128, 32, 8, 3),)),
+    Row(_FB, 100, "bulk", "16-bit", ("fused",), (16,), (Gemm(128, 128, 64, 4, 3),), True),
+    Row(_FB, 100, "bulk", "16-bit", ("fused",), (64,), (Gemm(128, 128, 64, 8, 3),), True),
+    Row(_FB, 100, "bulk", "16-bit", ("dropout",), (16, 64), (Gemm(128, 64, 64, 8, 4),), True),
+    Row(_FB, 100, "bulk", "16-bit", ("given",), (16,), (Gemm(128, 256, 64, 8, 3, HALVES=True),), True),
+    Row(_FB, 100, "bulk", "16-bit", ("given",), (64,), (Gemm(128, 128, 64, 8, 3),), True),
+    Row(_B, 100, "bulk", "16-bit", ("given, dropout",), (16, 64), (Gemm(128, 64, 64, 8, 4),)),
+    Row(_FB, 100, "bulk", "tf32", ("fused", "dropout"), (16, 64), (Gemm(128, 64, 32, 8, 3),)),
+    Row(_FB, 100, "bulk", "tf32", ("given", "given, dropout"), (64,), (Gemm(128, 64, 32, 8, 3),)),
+    Row(_FB, 80, "pointers", "16-bit", ("fused",), (16,), (Gemm(128, 128, 32, 8, 4),), True),
+    Row(_FB, 80, "pointers", "16-bit", ("fused",), (32, 64), (Gemm(128, 64, 32, 8, 4),), True),
+    Row(_FB, 80, "pointers", "16-bit", ("given",), (16, 64), (Gemm(128, 128, 32, 8, 4),), True),
+    Row(_FB, 80, "pointers", "16-bit", ("dropout", "given, dropout"), (16, 64), (Gemm(128, 64, 32, 8, 4),)),
+    Row(_FB, 80, "pointers", "tf32", ("fused",), (16, 64), (Gemm(64, 64, 32, 8, 3),)),
+    Row(_FB, 80, "pointers", "tf32", ("dropout",), (16, 64), (Gemm(64, 64, 16, 8, 3),)),
+    Row(_FB, 80, "pointers", "tf32", ("given", "given, dropout"), (64,), (Gemm(64, 64, 32, 8, 3),)),
+    Row(_FB, 90, "pointers", "16-bit", ("fused", "dropout"), (16, 64), (_UNALIGNED,)),
+    Row(_FB, 90, "pointers", "16-bit", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
+    Row(_FB, 100, "pointers", "16-bit", ("fused", "dropout"), (16, 64), (_UNALIGNED,)),
+    Row(_FB, 100, "pointers", "16-bit", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
+    # Products of fp32 itself are for being exact, not for being fast: cuBLAS has more registers to spend.
+    *(Row(_FB, part, "pointers", "ieee", ("fused", "dropout"), (16,), (Gemm(32, 32, 16, 4, 2),)) for part in PARTS),
+    *(Row(_FB, part, "pointers", "ieee", ("fused", "dropout"), (64,), (Gemm(16, 32, 16, 8, 2),)) for part in PARTS),
+    *(
+        Row(_FB, part, "pointers", "ieee", ("given", "given, dropout"), (64,), (Gemm(32, 32, 16, 8, 2),))
+        for part in PARTS
+    ),
+)
+
+
+# The longest step of a main loop.
+DEEPEST = max(tile.BK for row in GEMM for tile in row.candidates)
+
+
+class Choice(NamedTuple):
+    """What the table says about one call."""
+
+    path: Path
+    precision: Precision
+    R: int
+    """The padded rank, or that of one of the pieces in which a given S or T is read."""
+    one_block: bool
+    """Whether a layer of one block has code of its own."""
+    candidates: tuple[Gemm, ...]
+    """Tile sizes, the best guess first."""
+
+    @property
+    def dot(self) -> str:
+        """The precision of a product as Triton spells it."""
+        return "tf32" if self.precision == "tf32" else "ieee"
 
 
 def gemm(
-    kernel: Kernel, part: int, path: Path, precision: Precision, r: int, given: bool, dropout: bool
-) -> tuple[Gemm, ...]:
-    return (_BIG,)
+    kernel: Kernel,
+    part: int,
+    path: Path,
+    precision: Precision,
+    r: int,
+    width: int,
+    given: bool = False,
+    dropout: bool = False,
+) -> Choice:
+    """Return the candidates for a call.
+
+    `width` is the number of columns that tiles have to cover: those of a block for "forward", K for "backward".
+    Candidates that would compute more than an eighth in vain come after the others.
+    """
+    if given:
+        form: Form = "given, dropout" if dropout and kernel == "backward" else "given"
+    else:
+        form = "dropout" if dropout else "fused"
+    choices = _choices()[kernel, part, path, precision, form]
+    choice = next((c for c in choices if r <= c.R), choices[-1])
+    return choice._replace(candidates=tuple(sorted(choice.candidates, key=lambda c: 8 * (-width % c.BN) > width)))
+
+
+@functools.cache
+def _choices() -> dict[tuple[Kernel, int, Path, Precision, Form], list[Choice]]:
+    """The table by case, with rising ranks."""
+    result: dict[tuple[Kernel, int, Path, Precision, Form], list[Choice]] = {}
+    for row in GEMM:
+        for kernel in row.kernels:
+            for form in row.forms:
+                choices = result.setdefault((kernel, row.part, row.path, row.precision, form), [])
+                choices += [Choice(row.path, row.precision, R, row.one_block, row.candidates) for R in row.ranks]
+    return {case: sorted(choices, key=lambda choice: choice.R) for case, choices in result.items()}

@@ -64,11 +64,17 @@ def describable(rows: Tensor) -> bool:
     )
 
 
-def path(*matrices: Tensor | None) -> configs.Path:
-    """Return how tiles of the matrices given are read: by the copy engine where it can read them all."""
-    if part(next(t for t in matrices if t is not None).device) < 90:
-        return "pointers"
-    return "bulk" if all(describable(t) for t in matrices if t is not None) else "pointers"
+def path(*matrices: Tensor, others: bool = True) -> tuple[configs.Path, configs.Precision]:
+    """Return how tiles of `matrices`, all of one dtype, are read and what their products multiply.
+
+    The copy engine reads them where it can read them all and `others` says that nothing else is against it; it does not
+    for exact products of fp32, which are not fast anyway. Products of fp32 matrices that it cannot read are exact on
+    GPUs that have the engine, even where TF32 is allowed.
+    """
+    newer, multiplied = part(matrices[0].device) >= 90, kind(matrices[0].dtype)
+    if newer and others and multiplied != "ieee" and all(describable(matrix) for matrix in matrices):
+        return "bulk", multiplied
+    return "pointers", "ieee" if newer and multiplied == "tf32" else multiplied
 
 
 def descriptor(rows: Tensor, block: Sequence[int]) -> Any:
@@ -82,7 +88,7 @@ def precision(dtype: torch.dtype) -> str:
 
 
 def kind(dtype: torch.dtype) -> configs.Precision:
-    """Return what a product of two tiles of `dtype` multiplies."""
+    """Return what a product of two tiles of `dtype` multiplies, if both are aligned."""
     if dtype != torch.float32:
         return "16-bit"
     return "tf32" if precision(dtype) == "tf32" else "ieee"

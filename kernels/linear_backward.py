@@ -97,7 +97,7 @@ def _blocks(
     DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr, STORE_DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """All tiles of this program, for a layer of several blocks, of which the `count` blocks `on` are active, the rest `off`."""
+    """All tiles of this program, for a layer of several blocks: `count` active ones, the bits of `on`, and `off`."""
     dtype: tl.constexpr = T.dtype.element_ty
     row_tiles, column_tiles, steps = tl.cdiv(M, BM), tl.cdiv(K, BN), tl.cdiv(n, BK)
     for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
@@ -205,6 +205,15 @@ def linear_backward(
         )  # fmt: skip
 
 
+def plan(dy: Tensor, W: Tensor, A: Tensor, given: bool, dropout: bool) -> configs.Choice:
+    """Return how `input_gradient` reads these operands, and its candidates for `config`."""
+    blocks, r, K = A.shape
+    n = W.shape[0] // blocks
+    # A tile that the copy engine brings must not reach over the end of a block.
+    path, precision = launch.path(dy, W, others=given or blocks == 1 or n % configs.DEEPEST == 0)
+    return configs.gemm("backward", launch.part(dy.device), path, precision, r, K, given, dropout)
+
+
 def input_gradient(
     dy: Tensor,
     W: Tensor,
@@ -234,7 +243,7 @@ def input_gradient(
         dropout, seed: those of the forward; the mask is drawn anew.
         T: the products of an earlier pass over dy, `[M, slots * r]` contiguous in the dtype of dy. They are then read
             once per tile of dx instead of computed, and returned as they are. A rank above 64 needs this form.
-        config: tile sizes; by default the first that `configs.gemm` names.
+        config: tile sizes; by default the first candidate of `plan`.
     """
     M, N = dy.shape
     blocks, r, K = A.shape
@@ -245,33 +254,27 @@ def input_gradient(
         T = dy.new_empty(M, slots * r)
     if M == 0:
         return dx, T
-    kind = launch.kind(dy.dtype)
-    path = launch.path(dy, W)
-    tile = config or configs.gemm("backward", launch.part(dy.device), path, kind, r, given, dropout > 0.0)[0]
-    if path == "bulk" and not given and blocks > 1 and n % tile.BK:
-        # The copy engine would bring in columns of the next block.
-        path = "pointers"
-        tile = config or configs.gemm("backward", launch.part(dy.device), path, kind, r, given, dropout > 0.0)[0]
-    bulk = path == "bulk"
+    choice = plan(dy, W, A, given, dropout > 0.0)
+    tile = config or choice.candidates[0]
+    bulk = choice.path == "bulk"
     low = None
     if not given:
         low = B.to(dy.dtype).view(N, r)
         if bulk and not launch.describable(low):
             low = F.pad(low, (0, -r % (16 // low.element_size())))
     bulk_store = bulk and launch.describable(dx)
-    R = configs.padded_rank(r)
     tiles_of_dx = triton.cdiv(M, tile.BM) * triton.cdiv(K, tile.BN)
     with launch.on(dy.device):
         linear_backward[(min(tiles_of_dx, tile.programs * launch.multiprocessors(dy.device)),)](
             launch.descriptor(dy, [tile.BM, tile.BK]) if bulk else dy,
             launch.descriptor(W, [tile.BK, tile.BN]) if bulk else W,
             A,
-            launch.descriptor(low, [tile.BK, R]) if bulk and low is not None else low,
+            launch.descriptor(low, [tile.BK, choice.R]) if bulk and low is not None else low,
             T,
             launch.descriptor(dx, [tile.BM, tile.store_width]) if bulk_store else dx,
             gate, seed, threshold, scaling * rescaling(dropout), drop_units(dropout),
             M, N, K, n, r, blocks, slots, dy.stride(0), W.stride(0),
-            GIVEN=given, DROPOUT=dropout > 0.0, ONE_BLOCK=blocks == 1,
-            DESCRIBED=bulk, STORE_DESCRIBED=bulk_store, PRECISION=launch.precision(dy.dtype), R=R, **tile.meta(),
+            GIVEN=given, DROPOUT=dropout > 0.0, ONE_BLOCK=blocks == 1 and choice.one_block,
+            DESCRIBED=bulk, STORE_DESCRIBED=bulk_store, PRECISION=choice.dot, R=choice.R, **tile.meta(),
         )  # fmt: skip
     return dx, T

@@ -127,6 +127,14 @@ def linear_forward(
         _finish(acc, bias, y, dtype, row, column, M, stop, N, BM, BN, HALVES, STORE_DESCRIBED)
 
 
+def plan(x: Tensor, W: Tensor, A: Tensor, given: bool, dropout: bool) -> configs.Choice:
+    """Return how `forward` reads these operands, and its candidates for `config`."""
+    _, r, K = A.shape
+    aligned = given or (K * x.element_size() % 16 == 0 and (A.dtype != x.dtype or A.data_ptr() % 16 == 0))
+    path, precision = launch.path(x, W, others=aligned)
+    return configs.gemm("forward", launch.part(x.device), path, precision, r, W.shape[0] // len(A), given, dropout)
+
+
 def forward(
     x: Tensor,
     W: Tensor,
@@ -158,7 +166,7 @@ def forward(
             x that the mask is drawn from.
         S: the products of an earlier pass over x, `[M, slots * r]` contiguous in the dtype of x. They are then read
             once per tile of y instead of computed, and returned as they are. A rank above 64 needs this form.
-        config: tile sizes; by default the first that `configs.gemm` names.
+        config: tile sizes; by default the first candidate of `plan`.
 
     S holds products of the masked x that are not divided by `1 - dropout`.
     """
@@ -173,25 +181,23 @@ def forward(
     if M == 0:
         return y, S
     low = None if given else A.to(x.dtype).view(blocks * r, K)
-    path = launch.path(x, W, low)
-    kind = launch.kind(x.dtype)
-    tile = config or configs.gemm("forward", launch.part(x.device), path, kind, r, given, dropout > 0.0)[0]
-    bulk = path == "bulk"
+    choice = plan(x, W, A, given, dropout > 0.0)
+    tile = config or choice.candidates[0]
+    bulk = choice.path == "bulk"
     # A box of the copy engine would overwrite the next block.
     bulk_store = bulk and launch.describable(y) and (blocks == 1 or n % tile.BN == 0)
-    R = configs.padded_rank(r)
     tiles_of_y = triton.cdiv(M, tile.BM) * triton.cdiv(n, tile.BN) * blocks
     with launch.on(x.device):
         linear_forward[(min(tiles_of_y, tile.programs * launch.multiprocessors(x.device)),)](
             launch.descriptor(x, [tile.BM, tile.BK]) if bulk else x,
             launch.descriptor(W, [tile.BN, tile.BK]) if bulk else W,
             bias,
-            launch.descriptor(low, [R, tile.BK]) if bulk and low is not None else low,
+            launch.descriptor(low, [choice.R, tile.BK]) if bulk and low is not None else low,
             B, S,
             launch.descriptor(y, [tile.BM, tile.store_width]) if bulk_store else y,
             gate, seed, threshold, scaling * rescaling(dropout), drop_units(dropout),
             M, N, K, n, r, blocks, slots, x.stride(0), W.stride(0),
-            GIVEN=given, DROPOUT=dropout > 0.0 and not given, ONE_BLOCK=blocks == 1,
-            DESCRIBED=bulk, STORE_DESCRIBED=bulk_store, PRECISION=launch.precision(x.dtype), R=R, **tile.meta(),
+            GIVEN=given, DROPOUT=dropout > 0.0 and not given, ONE_BLOCK=blocks == 1 and choice.one_block,
+            DESCRIBED=bulk, STORE_DESCRIBED=bulk_store, PRECISION=choice.dot, R=choice.R, **tile.meta(),
         )  # fmt: skip
     return y, S

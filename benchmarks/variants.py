@@ -1,0 +1,74 @@
+"""Everything there is to compile: each kernel with each configuration of `kernels/configs.py` that it may meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.compiled import Variant
+from slora.kernels import configs
+from slora.kernels.linear_backward import linear_backward
+from slora.kernels.linear_forward import linear_forward
+
+_INTEGERS = ("drop", "M", "N", "K", "n", "r", "blocks", "slots", "stride_x", "stride_dy", "stride_w")
+# What Triton is told not to look at (`do_not_specialize`), so nothing is known of it.
+_ANY = frozenset({"drop", "M", "blocks", "slots"})
+
+
+def gemm_variant(
+    kernel: configs.Kernel, part: int, path: configs.Path, precision: configs.Precision, form: configs.Form, R: int,
+    tile: configs.Gemm, one_block: bool,
+) -> Variant:  # fmt: skip
+    """Return `linear_forward` or `linear_backward` with a bias and with fp32 A and B, the more demanding case."""
+    element = "bf16" if precision == "16-bit" else "fp32"
+    given, dropout, bulk = form.startswith("given"), "dropout" in form, path == "bulk"
+
+    def matrix(rows: int, columns: int) -> str:
+        return f"tensordesc<{element}[{rows}, {columns}]>" if bulk else f"*{element}"
+
+    types = dict.fromkeys(_INTEGERS, "i32")
+    types |= {"gate": "*fp32", "seed": "*i64", "threshold": "fp32", "scaling": "fp32", "bias": f"*{element}"}
+    if kernel == "forward":
+        types |= {"x": matrix(tile.BM, tile.BK), "W": matrix(tile.BN, tile.BK), "A": matrix(R, tile.BK)}
+        types |= {"B": "*fp32", "S": f"*{element}", "y": matrix(tile.BM, tile.store_width)}
+        described = ("x", "W") if given else ("x", "W", "A")
+    else:
+        types |= {"dy": matrix(tile.BM, tile.BK), "W": matrix(tile.BK, tile.BN), "B": matrix(tile.BK, R)}
+        types |= {"A": "*fp32", "T": f"*{element}", "dx": matrix(tile.BM, tile.store_width)}
+        described = ("dy", "W") if given else ("dy", "W", "B")
+    constants = {
+        "GIVEN": given, "DROPOUT": dropout, "ONE_BLOCK": one_block, "DESCRIBED": bulk, "STORE_DESCRIBED": bulk,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee", "R": R, **tile.kernel_arguments(),
+    }  # fmt: skip
+    if given:
+        constants["A" if kernel == "forward" else "B"] = None
+    if not dropout:
+        constants["seed"] = None
+    return Variant(
+        kernel=linear_forward if kernel == "forward" else linear_backward,
+        part=part,
+        label=f"{path}, {precision}, {form}, R={R}, {tile}, {'one block' if one_block else 'several blocks'}",
+        types=types,
+        constants=constants,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        unaligned=_ANY if bulk or part == 80 else _ANY | {"N", "K", "n", "r", "stride_x", "stride_dy", "stride_w"},
+        tensor_cores=precision != "ieee",
+        described=described if bulk else (),
+        programs=tile.programs,
+    )
+
+
+def gemm_variants(kernel: configs.Kernel, part: int) -> Iterator[Variant]:
+    """Yield every case of the table for one kernel and part."""
+    for row in configs.GEMM:
+        if row.part != part or kernel not in row.kernels:
+            continue
+        for form in row.forms:
+            if form == "given, dropout" and kernel == "forward":
+                continue
+            for R in row.ranks:
+                for tile in row.candidates:
+                    for one_block in (True, False) if row.one_block else (False,):
+                        # The input gradient of a given T is one code for any number of blocks.
+                        if not (one_block and kernel == "backward" and form.startswith("given")):
+                            yield gemm_variant(kernel, part, row.path, row.precision, form, R, tile, one_block)
