@@ -1,13 +1,11 @@
 """Folding LoRA into all linear layers of a ViT-L/16: slora, PEFT, and what copying those weights once costs.
 
-`benchmarks/merge.py` has the contenders and their check against sums in fp64; this gives them the suite's grid and
-file. Putting the adapters on is not timed. `device_seconds` is the time between two events on a GPU's stream,
+Putting the adapters on is not timed. `device_seconds` is the time between two events on a GPU's stream,
 `added_memory_mib` what one call adds at its peak.
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
 import sys
 import time
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 
 import slora
-from benchmarks import merge
+from benchmarks.contenders import merge
 from benchmarks.record import BenchmarkError, spread
 from benchmarks.settings import DTYPES, FEWEST_ROUNDS, Settings
 
@@ -57,16 +55,13 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
 def measure(settings: Settings, model: str, dtype: str, rank: int) -> list[dict[str, Any]]:
     """Check, then time all contenders in turns."""
     case = merge.Case(model, DTYPES[dtype], rank, settings.device)
-    try:
-        merge.check(case)
-    except SystemExit as wrong:
-        raise BenchmarkError(str(wrong)) from wrong
+    merge.check(case)
     wanted = [name for name in case.contenders if settings.wanted(name)]
     taken: dict[str, dict[str, list[float]]] = {name: {} for name in wanted}
     start = time.monotonic()
     for done in range(settings.repetitions(15) + 1):
         # A round puts PEFT on a whole model, which takes far longer than the merge.
-        if done > FEWEST_ROUNDS and (settings.over() or time.monotonic() - start > 90):
+        if done > FEWEST_ROUNDS and (settings.over() or time.monotonic() - start > (30 if settings.on_gpu else 45)):
             break
         for name in wanted:
             for kind, value in case.run(name).items():
@@ -91,10 +86,9 @@ def measure(settings: Settings, model: str, dtype: str, rank: int) -> list[dict[
     if settings.on_gpu:
         torch.cuda.empty_cache()
     else:
-        args = argparse.Namespace(model=model, device=settings.device, threads=torch.get_num_threads())
         # A process per contender, which takes far longer than a tiny merge.
         for row in rows[:1] if settings.grid == "tiny" else rows:
-            row["added_memory_mib"] = merge.added_memory(row["contender"], args, dtype, rank)
+            row["added_memory_mib"] = merge.added_memory(row["contender"], model, dtype, rank)
     print(f"  merge {model} {dtype} r={rank}", file=sys.stderr, flush=True)
     return rows
 

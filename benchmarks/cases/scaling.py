@@ -47,7 +47,7 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     for curve, shape in grid(settings):
         if settings.over():
             return
-        rows = linear.measure(shape, settings, ceilings, names)
+        rows = linear.measure(shape, settings, ceilings, names, inference=False)
         limit = next((row for row in rows if row["contender"] == FROZEN and "forward_backward" in row), None)
         for row in rows:
             row["point"] = {"curve": curve, **row["point"]}

@@ -101,7 +101,7 @@ def measure(
             rows[contender]["peak_memory_mib"] = peak_memory(step, [s for s in steps.values() if s is not step])
     rounds = settings.repetitions(11 if settings.on_gpu else 15)
     taken = interleaved(
-        {c: [step] for c, step in steps.items()}, settings.device, rounds, mode == "graph", seconds=240.0
+        {c: [step] for c, step in steps.items()}, settings.device, rounds, mode == "graph", seconds=150.0
     )
     for contender, (seconds, contestant) in taken.items():
         per_step = [value / steps[contender].count for value in seconds]

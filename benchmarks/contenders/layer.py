@@ -66,6 +66,7 @@ class Problem:
 
     def __init__(self, shape: Shape, device: str, sets: int, seed: int = 0) -> None:
         self.shape, self.device = shape, device
+        self._exact: dict[bool, dict[str, tuple[Tensor, Tensor, float]]] = {}
         self.dtype = DTYPES[shape.dtype]
         generator = torch.Generator(device).manual_seed(seed)
 
@@ -84,8 +85,10 @@ class Problem:
         """What a result is measured against, on the first inputs, by `slora.reference`.
 
         By name: the tensor in a wider dtype, the same in the layer's own dtype, and the magnitude that roundings are
-        relative to. Without `updates` no block is active.
+        relative to. Without `updates` no block is active. Computed once for all contenders.
         """
+        if updates in self._exact:
+            return self._exact[updates]
         wide = torch.float64 if self.dtype == torch.float32 else torch.float32
         names = ("y", "dx", "lora_A", "lora_B", "gate", "weight", "bias")
         results = []
@@ -103,7 +106,8 @@ class Problem:
         magnitudes = {name: float(tensor.norm()) for name, tensor in exact.items()}
         # dgate = <dB, B>: one sum in which everything may cancel.
         magnitudes["gate"] = float(exact["lora_B"].norm() * self.B.to(wide).norm())
-        return {name: (exact[name], own[name], magnitudes[name]) for name in names}
+        self._exact[updates] = {name: (exact[name], own[name], magnitudes[name]) for name in names}
+        return self._exact[updates]
 
 
 @dataclass
@@ -188,6 +192,8 @@ def with_slora(backend: str) -> Callable[[Problem], Layer]:
 
     def build(problem: Problem) -> Layer:
         shape = problem.shape
+        if backend == "auto" and problem.device == "cpu":
+            raise Missing("on a CPU auto is torch")
         if backend == "triton" and problem.device == "cpu":
             if os.environ.get("TRITON_INTERPRET", "0") != "1":
                 raise Missing("the kernels need a GPU")

@@ -80,22 +80,15 @@ def page(root: Path = ROOT) -> str:
             parts.append(tables.origin(cases[name]))
             parts += [f"![{title}](figures/{file})" for file, title in figures.of_case(device, name, cases)]
             parts.append(tables.case_table(cases[name]))
-    return "\n\n".join([*parts, predicted(root)]) + "\n"
+    return "\n\n".join([*parts, PREDICTED]) + "\n"
 
 
-def predicted(root: Path = ROOT) -> str:
-    """Links to what was computed from compiled kernels without running them."""
-    folder = root / "benchmarks" / "results" / "audit"
-    lines = ["## Predicted, not measured"]
-    files = sorted(path for path in folder.glob("*") if path.suffix in (".json", ".md")) if folder.exists() else []
-    if not files:
-        return "\n\n".join([*lines, "No static audit of the kernels is here."])
-    lines.append(
-        "What the compiler says of the GPU kernels without a GPU: registers, shared memory, occupancy, bytes and "
-        "FLOPs. Times in these files are predictions from ceilings; nothing in them was run."
-    )
-    lines.append("\n".join(f"* [{path.name}](results/audit/{path.name})" for path in files))
-    return "\n\n".join(lines)
+PREDICTED = """\
+## Predicted, not measured
+
+What the compiler says of the GPU kernels without a GPU: registers, shared memory, occupancy, bytes, FLOPs. A time in
+these files is a prediction from ceilings; nothing in them was run. They are in [results/audit](results/audit), written
+by `python -m benchmarks.audit` (the layer's kernels) and `python -m benchmarks.merge_kernel` (the merge)."""
 
 
 INTRODUCTION = """\

@@ -77,8 +77,7 @@ def test_a_bar_is_a_ratio_at_one_point(ours: float, word: str, tmp_path: Path) -
 
 
 def test_every_bar_names_a_case_and_contenders_that_exist() -> None:
-    from benchmarks import merge
-    from benchmarks.contenders import layer, model
+    from benchmarks.contenders import layer, merge, model
     from benchmarks.registry import CASES
 
     names = {

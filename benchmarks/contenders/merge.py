@@ -1,21 +1,15 @@
-"""Merging LoRA into all linear layers of a ViT-L/16: slora, PEFT, and what copying those weights once costs.
+"""Ways to fold LoRA into all linear layers of a model: slora, PEFT, and what copying those weights once costs.
 
-    python -m benchmarks.merge [--device cpu|cuda] [--ranks 16] [--precisions bf16 fp32] [--rounds 15]
-
-The contenders take turns within each round on the weights of one model, so a slow moment of the machine hits them all;
-medians and percentiles are over rounds. Putting the adapters on is not timed. Nothing is timed before the merged
-weights were compared with sums formed in fp64. Peak memory is what one call adds in a process of its own. On a GPU,
-`device_seconds` is the time between two events on the stream, with the host far enough ahead; `seconds` is the wall
-clock up to the end of the work.
+Putting the adapters on is not timed. Nothing is timed before the merged weights were compared with sums formed in
+fp64 (`check`). Peak memory is what one call adds in a process of its own. On a GPU, `device_seconds` is the time
+between two events on the stream, with the host far enough ahead; `seconds` is the wall clock up to the end of the work.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import multiprocessing
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 import slora
-from benchmarks.record import device_name, spread, write_result
+from benchmarks.record import BenchmarkError
+from benchmarks.settings import DTYPES
 from slora.gate import adapted_layers
 from slora.inject import unload
 
 LINEARS = ["qkv", "proj", "fc1", "fc2"]
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 class Case:
@@ -176,28 +170,7 @@ def require_rounded(W: Tensor, exact: Tensor, magnitude: Tensor, terms: int, wha
     allowed = roundings * unit * 0.5 * (1 + 2.0**-7) + terms * magnitude * 2.0**-24
     wrong = (W.double() - exact).abs() > allowed
     if bool(wrong.any()):
-        raise SystemExit(f"{what} is wrong in {int(wrong.sum())} of {W.numel()} numbers; nothing was timed")
-
-
-def measure(args: argparse.Namespace, precision: str, rank: int) -> dict[str, Any]:
-    """Time all contenders at one precision and rank."""
-    case = Case(args.model, DTYPES[precision], rank, args.device)
-    check(case)
-    taken: dict[str, dict[str, list[float]]] = {name: {} for name in case.contenders}
-    for round_number in range(args.rounds + 1):
-        for name in taken:
-            for kind, value in case.run(name).items():
-                if round_number:  # the first round warms up
-                    taken[name].setdefault(kind, []).append(value)
-        print(f"\r{precision}, r = {rank}: round {round_number} of {args.rounds}", end="", file=sys.stderr)
-    print(file=sys.stderr)
-    result: dict[str, Any] = {name: {k: spread(v) for k, v in kinds.items()} for name, kinds in taken.items()}
-    if args.device == "cuda":
-        result["slora batched_merge_"]["launches"] = launches(case)
-    del case
-    for name, entry in result.items():
-        entry["added_memory_mib"] = added_memory(name, args, precision, rank)
-    return result
+        raise BenchmarkError(f"{what} is wrong in {int(wrong.sum())} of {W.numel()} numbers; nothing was timed")
 
 
 def launches(case: Case) -> int:
@@ -208,29 +181,23 @@ def launches(case: Case) -> int:
     return sum(event.count for event in profile.key_averages() if "merge_kernel" in event.key)
 
 
-def added_memory(name: str, args: argparse.Namespace, precision: str, rank: int) -> float:
-    """MiB that one call of a contender adds at its peak, in a process of its own."""
+def added_memory(name: str, model: str, dtype: str, rank: int) -> float:
+    """MiB that one call of a contender adds on the CPU at its peak, in a process of its own."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_memory, args=(sender, name, args, precision, rank))
+    process = context.Process(target=_measure_memory, args=(sender, name, model, dtype, rank, torch.get_num_threads()))
     process.start()
     process.join()
     if process.exitcode:
-        raise SystemExit(f"{name}: the process that measures memory ended with {process.exitcode}")
+        raise BenchmarkError(f"{name}: the process that measures memory ended with {process.exitcode}")
     return float(receiver.recv())
 
 
-def _measure_memory(sender: Any, name: str, args: argparse.Namespace, precision: str, rank: int) -> None:
-    torch.set_num_threads(args.threads)
-    case = Case(args.model, DTYPES[precision], rank, args.device)
+def _measure_memory(sender: Any, name: str, model: str, dtype: str, rank: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    case = Case(model, DTYPES[dtype], rank, "cpu")
     prepare, call = case.contenders[name]
     with torch.no_grad(), prepare():
-        if args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            call()
-            sender.send((torch.cuda.max_memory_allocated() - before) / 2**20)
-            return
         # What earlier steps have freed but the allocator has kept would hide what the call needs.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -242,54 +209,3 @@ def _measure_memory(sender: Any, name: str, args: argparse.Namespace, precision:
 def resident_mib(field: str) -> float:
     """A line of /proc/self/status."""
     return int(re.search(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.M)[1]) / 1024  # type: ignore[index]
-
-
-def describe(name: str, result: dict[str, Any]) -> str:
-    """One line: the time, its ratio to PEFT's and to the copy's, and the memory."""
-    entry = result[name]
-    kind = "device_seconds" if "device_seconds" in entry else "seconds"
-    median = entry[kind]["median"]
-    return (
-        f"{name:24} {1e3 * median:9.2f} ms  {median / result['copy'][kind]['median']:6.2f} x copy  "
-        f"{result['PEFT merge_and_unload']['seconds']['median'] / entry['seconds']['median']:6.2f} x faster than PEFT  "
-        f"{entry['added_memory_mib']:8.1f} MiB"
-    )
-
-
-def main() -> None:
-    """Run the case and write its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--model", default="vit_large_patch16_224")
-    parser.add_argument("--ranks", type=int, nargs="+", help="default: 16, on a GPU 16 and 128")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--precisions", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("GPU: not measured, no CUDA device is visible")
-        return
-    torch.set_num_threads(args.threads)
-    extension = slora.merging.extension_info()
-    if not extension["available"]:
-        raise SystemExit(f"slora._C cannot be used: {extension['reason']}; nothing was timed")
-    ranks = args.ranks or ([16, 128] if args.device == "cuda" else [16])
-    rows: list[dict[str, Any]] = []
-    for precision in args.precisions:
-        for rank in ranks:
-            result = measure(args, precision, rank)
-            for name, measures in result.items():
-                print(f"{precision} r = {rank:<4} {describe(name, result)}")
-                rows.append(
-                    {"point": {"model": args.model, "dtype": precision, "rank": rank}, "contender": name, **measures}
-                )
-    settings = {"model": args.model, "rounds": args.rounds, "threads": args.threads}
-    payload = {"complete": True, "settings": settings, "extension": extension, "rows": rows}
-    if args.device == "cpu":
-        payload["gpu"] = "not measured"
-    folder = "cpu" if args.device == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
-    print(write_result("merge", folder, payload))
-
-
-if __name__ == "__main__":
-    main()

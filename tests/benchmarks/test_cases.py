@@ -1,0 +1,131 @@
+"""Cases refuse what is wrong, and every one says what it measures."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import slora
+from benchmarks import models
+from benchmarks.cases import inference, linear, scaling, train_step
+from benchmarks.contenders import layer as layers
+from benchmarks.contenders import merge
+from benchmarks.record import BenchmarkError
+from benchmarks.registry import CASES
+from benchmarks.settings import GRIDS, Settings
+
+CEILINGS = {"gemm_flops_per_s": {"fp32": 1e9, "bf16": 1e9}, "copy_bytes_per_s": 1e9}
+
+
+def test_every_file_of_cases_is_in_the_registry_and_says_what_it_measures() -> None:
+    folder = Path(linear.__file__).parent
+    assert {path.stem for path in folder.glob("[a-z]*.py")} == set(CASES)
+    for name in CASES:
+        module = importlib.import_module(f"benchmarks.cases.{name}")
+        assert module.__doc__
+        assert callable(module.run)
+
+
+def test_the_grid_on_a_gpu_begins_with_the_bars_and_the_full_grid_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    points = [shape.point for shape in linear.grid(Settings("cuda"))]
+    bars = [(K, N, active) for active in ("1", "0") for K, N in linear.BAR_SHAPES]
+    assert [(p["K"], p["N"], p["active"]) for p in points[:12]] == bars
+    assert all((p["M"], p["r"], p["dtype"]) == (50432, 16, "bf16") for p in points[:12])
+    full = {tuple(shape.point.values()) for shape in linear.grid(Settings("cuda", "full"))}
+    assert len(full) == 8 * 3 * 4 * 4 * 2
+    for grid in GRIDS:
+        for case in (linear, scaling, train_step, inference):
+            assert case.grid(Settings("cuda", grid))
+
+
+def test_an_adapted_model_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.find("tiny")
+    train_step.check_outputs(model, "cpu")
+    project = slora.layers.LoRABlocks.project
+    monkeypatch.setattr(slora.layers.LoRABlocks, "project", lambda self, x, *args: 1.001 * project(self, x, *args))
+    with pytest.raises(BenchmarkError, match="does not compute what its base does"):
+        train_step.check_outputs(model, "cpu")
+
+
+def test_a_model_whose_updates_are_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    merged = slora.layers.LoRABlocks.merged_weight
+    monkeypatch.setattr(slora.layers.LoRABlocks, "merged_weight", lambda self: merged(self, 0.99))
+    with pytest.raises(BenchmarkError, match="with updates the output is off"):
+        train_step.check_outputs(models.find("tiny"), "cpu")
+
+
+def test_inference_compares_merged_with_unmerged() -> None:
+    torch.manual_seed(0)
+    model = models.find("tiny")
+    nets: dict[str, nn.Module] = {}
+    for name in ("slora, merged", "slora, all active"):
+        prepare, finish = inference.CONTENDERS[name]
+        torch.manual_seed(0)
+        net = prepare(model, model.build("cpu"), False)
+        models.randomise_updates(net)
+        nets[name] = finish(net).eval()
+    inputs = model.inputs(2, "cpu", torch.float32)
+    assert inference.disagreeing(model, nets, inputs, "fp32") == []
+    with torch.no_grad():
+        nets["slora, merged"].get_parameter("blocks.0.mlp.fc1.weight").mul_(1.01)
+    assert inference.disagreeing(model, nets, inputs, "fp32") == ["slora, merged"]
+
+
+def test_a_merge_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    case = merge.Case("vit_tiny_patch16_224", torch.float32, 4, "cpu")
+    right = slora.merging.batched_merge_
+    monkeypatch.setattr(slora.merging, "batched_merge_", lambda W, A, B, c: right(W, A, B, [1.001] * len(W)))
+    with pytest.raises(BenchmarkError, match="batched_merge_ is wrong"):
+        merge.check(case)
+
+
+def test_scaling_gives_the_deviation_from_the_model_of_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def times(calls: dict[str, object], *args: object, **kwargs: object) -> dict[str, object]:
+        contestant = type("Contestant", (), {"clock": "wall", "reason": None})()
+        return {name: ([1.0 if name == layers.FROZEN else 1.5] * 3, contestant) for name in calls}
+
+    monkeypatch.setattr(linear, "interleaved", times)
+    settings = Settings("cpu", "tiny")
+    monkeypatch.setattr(scaling, "grid", lambda settings: [("rank", layers.Shape(32, 48, 24, 4, 1, 1, "fp32"))])
+    rows = list(scaling.run(settings, CEILINGS))
+    (row,) = [row for row in rows if row["contender"] == "slora, torch"]
+    # addmm moves 4 MK + 4 MN elements more, and there are six products of rank 4.
+    predicted = 1.0 + 4 * 4 * 24 * (32 + 48) / 1e9 + 6 * 24 * 4 * (32 + 48) / 1e9
+    assert row["predicted"] == pytest.approx(predicted)
+    assert row["deviation"] == pytest.approx(1.5 / predicted - 1)
+    assert row["point"]["curve"] == "rank"
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-llama"])
+def test_a_model_has_inputs_a_loss_and_few_layers(name: str) -> None:
+    model = models.find(name)
+    net = model.build("cpu")
+    loss = model.loss(net, model.inputs(2, "cpu", torch.float32))
+    assert loss.dim() == 0
+    assert loss.isfinite()
+    assert all(isinstance(net.get_submodule(layer), nn.Linear) for layer in model.few(net))
+
+
+@pytest.mark.slow
+def test_clip_has_a_contrastive_loss_and_few_layers_in_both_towers() -> None:
+    pytest.importorskip("open_clip")
+    model = models.find("clip")
+    net = model.build("cpu")
+    assert all(isinstance(net.get_submodule(layer), nn.Linear) for layer in model.few(net))
+    loss = model.loss(net, model.inputs(3, "cpu", torch.float32))
+    loss.backward()
+    for tower in ("visual.transformer", "transformer"):
+        weight = net.get_parameter(f"{tower}.resblocks.11.mlp.c_fc.weight")
+        assert weight.grad is not None
+        assert weight.grad.abs().sum() > 0
+
+
+def test_an_unknown_model_is_refused() -> None:
+    with pytest.raises(BenchmarkError, match="model 'vit' is unknown"):
+        models.find("vit")
