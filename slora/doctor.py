@@ -65,3 +65,12 @@ def findings() -> list[str]:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}  {value}" for name, value in rows]
     return lines + (["", "missing:", *(f"  {entry}" for entry in missing)] if missing else ["", "nothing is missing"])
+
+
+def main() -> None:
+    """Print the report; `python -m slora.doctor` does the same."""
+    print("\n".join(findings()))
+
+
+if __name__ == "__main__":
+    main()

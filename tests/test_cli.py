@@ -131,6 +131,7 @@ def test_flags_go_before_the_config_file(slora: Callable[..., Outcome], tmp_path
         (["finetune", *QUICK, "--config", "absent.yaml"], "absent.yaml does not exist"),
         (["finetune", "--resume", "absent"], "absent holds no checkpoint"),
         (["finetune", *QUICK, "--target-modules", "qvk"], "'qvk' matches no module; near names are 'qkv'"),
+        (["finetune", *QUICK[2:]], "no model was named; use --model timm/NAME"),
         (["finetune", *QUICK, "--data", "imagefolder:absent"], "absent is not a folder"),
         (["evaluate", "absent"], "absent holds no config.yaml"),
         (["evaluate", "absent", "--k", "ten"], "k='ten' is not a list of numbers"),
@@ -197,8 +198,24 @@ def test_without_the_training_extra_one_sentence_says_how_to_get_it(
         cli.main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
-        'the slora command needs the training extra; install it with: pip install "slora[train]"\n'
+        'this command needs the training extra; install it with: pip install "slora[train]". '
+        "Without it there is slora doctor\n"
     )
+
+
+def test_doctor_needs_no_training_extra() -> None:
+    import subprocess
+
+    block = "import sys; sys.modules.update(dict.fromkeys(['typer', 'rich', 'yaml', 'jinja2', 'accelerate']))\n"
+    script = block + "sys.argv = ['slora', 'doctor']\nimport slora.cli\nslora.cli.main()"
+    module = block + "import runpy\nrunpy.run_module('slora.doctor', run_name='__main__')"
+    reports = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for code in (script, module)
+    ]
+    for report in reports:
+        assert report.stdout.startswith("slora ")
+        assert report.stderr == ""
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(
@@ -236,7 +253,8 @@ def test_evaluate_shows_accuracy_and_what_is_still_known(slora: Callable[..., Ou
     assert outcome.code == 0, outcome.err
     assert "accuracy on digits (40 images)" in outcome.out
     assert "k-NN on letters (52 images, 208 vote)" in outcome.out
-    rows = [line.split() for line in outcome.out.splitlines()[-2:]]
+    assert outcome.out.splitlines()[-1] == "put it on the page of the run with: slora report run"
+    rows = [line.split() for line in outcome.out.splitlines()[-3:-1]]
     assert [row[0] for row in rows] == ["5", "10"]
     assert all(len(row) == 4 for row in rows)
     assert json.loads((tmp_path / "run/evaluation.json").read_text())["knn"]["source"] == "letters"
@@ -256,6 +274,36 @@ def test_merge_and_inspect_read_a_run(slora: Callable[..., Outcome], tmp_path: P
     assert outcome.out == "36 blocks merged; merged.safetensors holds the plain model\n"
     assert (tmp_path / "merged.safetensors").stat().st_size > 1e6
     assert slora("merge", "run", "--out", "merged.safetensors").code == 2
+
+
+@pytest.mark.parametrize("method", ["linear", "full"])
+def test_inspect_and_merge_name_what_a_run_without_blocks_holds(slora: Callable[..., Outcome], method: str) -> None:
+    assert slora("finetune", *QUICK, "--method", method, "--max-steps", "1", "--out", "run").code == 0
+    for outcome in (slora("inspect", "run"), slora("merge", "run", "--out", "x.safetensors")):
+        assert outcome.code == 2
+        assert f"run was trained with method={method}, which has no LoRA blocks" in outcome.err
+        assert outcome.err.rstrip().endswith("is a plain model already: run/model/model.safetensors")
+
+
+def test_inspect_and_merge_of_an_unfinished_run_say_how_to_go_on(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert slora("finetune", *QUICK, "--max-steps", "1", "--out", "run").code == 0
+    (tmp_path / "run/adapter").rename(tmp_path / "gone")
+    for outcome in (slora("inspect", "run"), slora("merge", "run", "--out", "x.safetensors")):
+        assert outcome.code == 2
+        assert "the run is not finished; go on with: slora finetune --resume run" in outcome.err
+    (tmp_path / "run/checkpoints").rename(tmp_path / "gone too")
+    for outcome in (slora("inspect", "run"), slora("merge", "run", "--out", "x.safetensors")):
+        assert outcome.code == 2
+        assert "go on with: slora finetune --config run/config.yaml --out run" in outcome.err
+
+
+def test_a_run_of_one_step_took_time_and_is_not_called_steps(slora: Callable[..., Outcome]) -> None:
+    counted = [argument for argument in QUICK if argument != "--no-count-flops"]
+    outcome = slora("finetune", *counted, "--max-steps", "1")
+    assert outcome.code == 0, outcome.err
+    (line,) = (line for line in outcome.out.splitlines() if "results are in" in line)
+    assert line.startswith("1 step in ")
+    assert float(line.split()[3]) > 0
 
 
 def test_layers_are_listed_in_the_order_of_their_numbers() -> None:

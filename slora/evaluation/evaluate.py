@@ -18,10 +18,9 @@ from slora.files import write_json
 from slora.model import disabled
 from slora.training.batches import make_batches
 from slora.training.data import InputSpec, Source, check_name, open_data
-from slora.training.run import build, load_result, read_settings, rebuild
+from slora.training.run import build, load_result, rebuild
+from slora.training.rundir import EVALUATION, read_settings
 from slora.training.settings import TrainSettings
-
-EVALUATION = "evaluation.json"
 
 
 def evaluate(
@@ -61,7 +60,7 @@ def evaluate(
     model.to(device)
     result: dict[str, Any] = {"knn": None}
     batches = make_batches(
-        own.data(spec, training=False), settings.eval_batch_size, device, num_workers=settings.num_workers
+        own.data(spec, training=False), settings.eval_batch_size, device, num_workers=settings.workers()
     )
     measured = accuracy(model, batches.epoch(), device)
     result["accuracy"] = {"data": own.name, **dataclasses.asdict(measured)}
@@ -97,7 +96,7 @@ def _knn(
     parts: list[Tensor] = []
     for training in (True, False):
         data = source.data(spec, training=training)
-        batches = make_batches(data, settings.eval_batch_size, device, num_workers=settings.num_workers)
+        batches = make_batches(data, settings.eval_batch_size, device, num_workers=settings.workers())
         parts += features(model, batches.epoch(), device)
     return knn_accuracy(parts[0], parts[1], parts[2], parts[3], k)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from slora.adapter import SELECTIVE
@@ -22,7 +23,7 @@ from slora.training.settings import read_yaml
 
 __all__ = ["write_report"]
 
-CONFIG, ADAPTER, REPORT = "config.yaml", "adapter", "report.html"
+CONFIG, ADAPTER, REPORT, EVALUATION = "config.yaml", "adapter", "report.html", "evaluation.json"
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -30,8 +31,8 @@ Records = Sequence[Mapping[str, Any]]
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """Write the report of a run directory and return its path.
 
-    Read are `metrics.jsonl`, and, where they are there, `config.yaml` and `adapter/selective.json`: a run that was
-    stopped before its end, or that has no blocks, gets a report of what it has.
+    Read are `metrics.jsonl`, and, where they are there, `config.yaml`, `adapter/selective.json` and `evaluation.json`:
+    a run that was stopped before its end, that has no blocks, or that was not evaluated gets a report of what it has.
 
     Args:
         run_dir: the directory that `slora finetune` or `slora.training.train` wrote.
@@ -48,7 +49,10 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         raise CheckpointError(f"{run_dir / METRICS} holds no training step yet; let the run reach its first log line")
     settings = read_yaml(run_dir / CONFIG) if (run_dir / CONFIG).exists() else {}
     blocks = _blocks(run_dir / ADAPTER / SELECTIVE)
+    evaluation = _evaluation(run_dir / EVALUATION)
     sections = [Section("Over the run", pictures=_curves(records))]
+    if evaluation is not None:
+        sections.insert(0, evaluation)
     if blocks:
         sections.append(Section("Which blocks live", pictures=[_block_map(blocks)]))
     if settings:
@@ -106,6 +110,49 @@ def _curves(records: Records) -> list[Picture]:
         title = f"Learning rate: {max(rate['learning rate'][0][1]):.3g} at its highest"
         pictures.append((title, curves(rate, title, "learning rate", zero=True)))
     return [Picture(figure, f"{title}. A curve over optimizer steps.") for title, figure in pictures]
+
+
+def _evaluation(path: Path) -> Section | None:
+    """What `slora evaluate` found: accuracy, and k-NN on what the model knew before; None where it was not run."""
+    if not path.exists():
+        return None
+    content = read_json(path)
+    try:
+        scores, knn = content["accuracy"], content["knn"]
+        text = [
+            f"Accuracy on {scores['data']}, {scores['count']:,} images: {100 * scores['top1']:.2f} % for the first "
+            f"choice, {100 * scores['top5']:.2f} % among the first five, {100 * scores['per_class']:.2f} % as the mean "
+            f"over classes."
+        ]
+        if knn is None:
+            return Section("What it can do", text)
+        pairs = {int(k): (float(before), float(knn["after"][k])) for k, before in knn["before"].items()}
+        text.append(
+            f"What it still knows: weighted k-NN on the features of {knn['source']}, where {knn['bank']:,} images vote "
+            f"on {knn['queries']:,} others, with the model before and after fine-tuning."
+        )
+        rows = [
+            (str(k), f"{100 * before:.2f}", f"{100 * after:.2f}", f"{100 * (after - before):+.2f}")
+            for k, (before, after) in pairs.items()
+        ]
+        table = Table(("neighbours k", "before (%)", "after (%)", "change (points)"), rows)
+        # One number of neighbours makes no curve.
+        pictures = [_kept(knn, pairs)] if len(pairs) > 1 else []
+        return Section("What it can do, and what it still knows", text, table=table, pictures=pictures)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is incomplete or damaged ({error!r}); run slora evaluate again") from error
+
+
+def _kept(knn: Mapping[str, Any], pairs: Mapping[int, tuple[float, float]]) -> Picture:
+    ks = sorted(pairs)
+    lines: dict[str, list[Line]] = {
+        name: [(ks, [pairs[k][i] for k in ks])] for i, name in enumerate(("before fine-tuning", "after"))
+    }
+    before, after = (100 * fmean(run[0][1]) for run in lines.values())
+    title = f"k-NN on {knn['source']}: {before:.1f} % before, {after:.1f} % after, the mean over k"
+    figure = curves(lines, title, "k-NN accuracy (%)", xlabel="neighbours k", percent=True)
+    caption = "The vertical axis does not start at 0."
+    return Picture(figure, f"{title}. Two curves over the number of neighbours.", caption)
 
 
 def _blocks(path: Path) -> dict[str, list[bool]]:

@@ -9,7 +9,8 @@
     trainer.py      the run itself: `train`; process.py: accelerate and signals around it, measure.py: losses and time
     recorder.py     metrics.jsonl, TensorBoard, the progress bar
     checkpoint.py   what a run needs to go on
-    run.py          the run directory, and the `finetune` command; flags.py: settings as flags
+    rundir.py       the run directory: its files, who writes into it, how to go on with an unfinished run
+    run.py          the `finetune` command, which fills it; flags.py: settings as flags
 
 Read in this order. Nothing here is imported by the core of slora; it needs `pip install "slora[train]"`.
 """

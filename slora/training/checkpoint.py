@@ -212,6 +212,12 @@ def newest(run_dir: str | os.PathLike[str]) -> Path:
     return found[-1]
 
 
+def before(start: Path) -> Path | None:
+    """Return the checkpoint before `start` in the same folder, or None."""
+    earlier = [path for path in checkpoints(start.parent) if _step(path) < _step(start)]
+    return earlier[-1] if earlier else None
+
+
 def _write(target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
     temporary = None
     try:

@@ -48,11 +48,15 @@ class Window:
 
 
 class Clock:
-    """Time spent in training steps. Steps whose FLOPs are counted run slower, so they weigh as much as the mean."""
+    """Time spent in training steps.
+
+    Steps whose FLOPs are counted run slower, so they weigh as much as the mean of the others; where there are no
+    others, their own time stands.
+    """
 
     def __init__(self, seconds: float, steps: int) -> None:
         self.earlier, self.earlier_steps = seconds, steps
-        self.elapsed, self.steps, self.counted = 0.0, 0, 0
+        self.elapsed, self.steps, self.counted, self.slow = 0.0, 0, 0, 0.0
         self.since = time.perf_counter()
 
     def step(self) -> None:
@@ -68,9 +72,10 @@ class Clock:
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
         """Leave out the step inside."""
-        self.elapsed += time.perf_counter() - self.since
+        self.read()
         yield
-        self.since = time.perf_counter()
+        before, self.since = self.since, time.perf_counter()
+        self.slow += self.since - before
         self.counted += 1
 
     @contextlib.contextmanager
@@ -84,9 +89,11 @@ class Clock:
 
     def rate(self) -> float:
         """Steps per second."""
+        if self.steps == self.counted:
+            return self.steps / self.slow if self.slow > 0 else 0.0
         return (self.steps - self.counted) / self.elapsed if self.elapsed > 0 else 0.0
 
     def seconds(self) -> float:
         """Seconds in all steps of the run."""
         measured = self.steps - self.counted
-        return self.earlier + (self.elapsed * self.steps / measured if measured else 0.0)
+        return self.earlier + (self.elapsed * self.steps / measured if measured else self.slow)

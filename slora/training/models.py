@@ -58,7 +58,9 @@ def check_name(name: str | None, pretrained: bool = False) -> tuple[str, str, st
         ConfigError: the source, the architecture or the tag is unknown; near names are listed.
         MissingDependencyError: the package it comes from is not installed.
     """
-    source, _, rest = (name or "").partition("/")
+    if not name:
+        raise ConfigError(f"no model was named; use --model timm/NAME, open_clip/ARCH:PRETRAINED or demo/{DEMO}")
+    source, _, rest = name.partition("/")
     if source not in SOURCES or not rest:
         raise ConfigError(
             f"model={name!r} does not say where it comes from; write timm/NAME, open_clip/ARCH:PRETRAINED "

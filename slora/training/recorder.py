@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,8 @@ class Recorder:
         run_dir: the run directory; None writes nothing to disk.
         steps: optimizer steps of the run.
         first: the step that a resumed run starts at; later lines of an earlier attempt are dropped.
+        earlier: the run directory that its checkpoint is from, whose lines up to there become its own; None for
+            `run_dir`.
         console: where the progress bar is drawn; None draws none.
         tensorboard: whether to write TensorBoard events.
 
@@ -60,14 +63,18 @@ class Recorder:
         first: int = 0,
         console: Console | None = None,
         tensorboard: bool = True,
+        earlier: Path | None = None,
     ) -> None:
         self.history: list[dict[str, Any]] = []
         self.path = None if run_dir is None else run_dir / METRICS
         self._writer: Any = None
         self._bar = None if console is None else Bar(console, steps, first)
         if self.path is not None:
-            if first and self.path.exists():
-                self.history = [record for record in read_metrics(self.path) if record.get("step", 0) <= first]
+            source = self.path
+            if earlier is not None and (earlier / METRICS).exists():
+                source = earlier / METRICS
+            if first and source.exists():
+                self.history = [record for record in read_metrics(source) if record.get("step", 0) <= first]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
         if run_dir is not None and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -76,6 +83,9 @@ class Recorder:
                 self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first + 1 if first else None)
             except OSError as error:
                 raise _not_recorded(run_dir / "tensorboard", error) from error
+            if source.resolve() != (run_dir / METRICS).resolve():
+                for record in self.history:
+                    self._show_events(record)
 
     def add(self, record: dict[str, Any]) -> None:
         """Append `record` to the history, the file, TensorBoard and the progress bar."""
@@ -89,15 +99,18 @@ class Recorder:
             except OSError as error:
                 raise _not_recorded(self.path, error) from error
         if self._writer is not None:
-            try:
-                for key, value in record.items():
-                    if isinstance(value, (int, float)) and key != "step":
-                        group = "evaluation" if key.startswith("eval_") else "training"
-                        self._writer.add_scalar(f"{group}/{key}", value, record["step"])
-            except OSError as error:
-                raise _not_recorded(self.path.parent if self.path else "TensorBoard events", error) from error
+            self._show_events(record)
         if self._bar is not None:
             self._bar.show(record)
+
+    def _show_events(self, record: Mapping[str, Any]) -> None:
+        try:
+            for key, value in record.items():
+                if isinstance(value, (int, float)) and key != "step":
+                    group = "evaluation" if key.startswith("eval_") else "training"
+                    self._writer.add_scalar(f"{group}/{key}", value, record["step"])
+        except OSError as error:
+            raise _not_recorded(self.path.parent if self.path else "TensorBoard events", error) from error
 
     def close(self) -> None:
         """Flush and close everything; the history stays."""

@@ -1,14 +1,4 @@
-"""The run directory, and the `finetune` command that fills it.
-
-config.yaml       the settings
-metrics.jsonl     the records of the run, one JSON object a line
-tensorboard/      the same for TensorBoard
-checkpoints/      step-<step>: what a run needs to go on
-adapter/          the result of selective and lora (`slora.save_adapter`)
-model/            the result of full and linear: `model.safetensors`
-result.json       accuracy, time, FLOPs, active blocks; written last
-report.html       written by slora.report
-"""
+"""The `finetune` command, which fills a run directory, and what reads its result: loading and merging."""
 
 from __future__ import annotations
 
@@ -23,21 +13,20 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from slora.adapter import PREFIX, SELECTIVE, WEIGHTS, load_adapter, save_adapter
-from slora.errors import BaseModelWarning, CheckpointError, ConfigError
+from slora.errors import BaseModelWarning, CheckpointError, ConfigError, NonFiniteLossError, WriteError
 from slora.files import read_json, write_atomically, write_json, write_text
 from slora.gate import adapted_layers
 from slora.merging import merge_and_unload
-from slora.training import checkpoint, models
+from slora.model import trainable_parameters
+from slora.training import checkpoint, models, rundir
 from slora.training.data import InputSpec, Source, check_name, open_data
 from slora.training.methods import prepare
-from slora.training.settings import TrainSettings, read_yaml
+from slora.training.rundir import ADAPTER, CONFIG, EVALUATION, MODEL, RESULT, read_settings
+from slora.training.settings import TrainSettings
 from slora.training.trainer import TrainResult, train
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-CONFIG, RESULT = "config.yaml", "result.json"
-ADAPTER, MODEL = "adapter", "model"
 
 
 def finetune(
@@ -56,8 +45,10 @@ def finetune(
         resume: a run directory, or one of its checkpoints.
 
     Raises:
-        ConfigError: a setting, the model or the data set is unknown, or `out` holds another run.
-        DataError, CheckpointError, NonFiniteLossError, TargetError: see `train`, `open_data` and `models.build`.
+        ConfigError: a setting, the model or the data set is unknown, or `out` holds another run. A run that left
+            neither a checkpoint nor a result is started over.
+        NonFiniteLossError, WriteError: see `train`; the message ends with the command to run next.
+        DataError, CheckpointError, TargetError: see `train`, `open_data` and `models.build`.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
     processes = os.environ.get("WORLD_SIZE", "1")
@@ -70,8 +61,8 @@ def finetune(
     if resume is not None:
         if config is not None:
             raise ConfigError("config and resume were both given; a resumed run takes its own config.yaml")
-        start = checkpoint.newest(resume)
-        home = start.parent.parent
+        start = rundir.start_of(resume)
+        home = rundir.home_of(start)
         settings = TrainSettings.from_yaml(home / CONFIG, **overrides)
         checkpoint.check_settings(start, settings)
         out = home if out is None else out
@@ -81,22 +72,29 @@ def finetune(
     data = check_name(settings.data)
     if out is None:
         out = _free_folder(settings, data)
-    elif (out / CONFIG).exists() and (start is None or out != start.parent.parent):
-        raise ConfigError(f"{out} holds a run already; add --resume {out} to go on with it, or choose another --out")
+    rundir.refuse_other_run(out, start)
     model, spec, source = build(settings)
     torch.manual_seed(settings.seed)
     prepare(model, settings=settings)
-    write_text(out / CONFIG, _yaml(settings))
-    result = train(
-        model,
-        source.data(spec, settings.augment, training=True),
-        source.data(spec, training=False),
-        settings,
-        run_dir=out,
-        console=console,
-        resume=start,
-    )
-    save_result(model, source, settings, out, result)
+    with rundir.claimed(out):
+        write_text(out / CONFIG, _yaml(settings))
+        if start is None or out.resolve() != rundir.home_of(start).resolve():
+            rundir.remove_traces(out)
+        try:
+            result = train(
+                model,
+                source.data(spec, settings.augment, training=True),
+                source.data(spec, training=False),
+                settings,
+                run_dir=out,
+                console=console,
+                resume=start,
+            )
+            save_result(model, source, settings, out, result)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"{error} {rundir.after_divergence(out, start, settings.lr)}") from error
+        except WriteError as error:
+            raise WriteError(f"{error} {rundir.after_a_full_disk(out, start)}") from error
     return out, result
 
 
@@ -123,12 +121,14 @@ def save_result(model: nn.Module, source: Source, settings: TrainSettings, out: 
     """Write the adapter or the model, then `result.json`, each atomically.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written.
+        WriteError: the disk is full or the folder cannot be written.
     """
+    # What it says is about an earlier result.
+    (out / EVALUATION).unlink(missing_ok=True)
     if settings.method in ("selective", "lora"):
         save_adapter(model, out / ADAPTER)
     else:
-        write_atomically(out / MODEL / "model.safetensors", lambda path: save_model(model, str(path)))
+        write_atomically(out / MODEL / rundir.WEIGHTS, lambda path: save_model(model, str(path)))
     values: dict[str, Any] = {
         "accuracy": result.accuracy,
         "best_accuracy": result.best_accuracy,
@@ -137,7 +137,7 @@ def save_result(model: nn.Module, source: Source, settings: TrainSettings, out: 
         "seconds": result.seconds,
         "flops": result.flops,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "trainable": trainable_parameters(model),
         "classes": list(source.classes),
         "damaged_images": source.damage.found,
     }
@@ -145,17 +145,6 @@ def save_result(model: nn.Module, source: Source, settings: TrainSettings, out: 
         values["active_blocks"] = {name: list(layer.activity().active) for name, layer in adapted_layers(model)}
         values["blocks"] = {name: layer.blocks for name, layer in adapted_layers(model)}
     write_json(out / RESULT, values)
-
-
-def read_settings(run_dir: Path) -> TrainSettings:
-    """Return the settings of a run.
-
-    Raises:
-        ConfigError: the folder holds no run, or its `config.yaml` is damaged.
-    """
-    if not (run_dir / CONFIG).exists():
-        raise ConfigError(f"{run_dir} holds no {CONFIG}; give the folder of a run made by slora finetune")
-    return TrainSettings.from_dict(read_yaml(run_dir / CONFIG))
 
 
 def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path) -> nn.Module:
@@ -166,11 +155,11 @@ def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path) -> nn.
     """
     if settings.method in ("selective", "lora"):
         if not (run_dir / ADAPTER).is_dir():
-            raise _unfinished(run_dir, ADAPTER)
+            raise rundir.unfinished(run_dir / ADAPTER, run_dir)
         return load_adapter(model, run_dir / ADAPTER)
-    path = run_dir / MODEL / "model.safetensors"
+    path = run_dir / MODEL / rundir.WEIGHTS
     if not path.exists():
-        raise _unfinished(run_dir, f"{MODEL}/model.safetensors")
+        raise rundir.unfinished(path, run_dir)
     try:
         load_model(model, str(path))
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -180,20 +169,10 @@ def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path) -> nn.
     return model
 
 
-def _unfinished(run_dir: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{run_dir / what} does not exist: the run is not finished; go on with slora finetune --resume {run_dir}"
-    )
-
-
 def _free_folder(settings: TrainSettings, data: str) -> Path:
     model = (settings.model or "").partition("/")[2].replace("/", "_").replace(":", "_")
     label = Path(data.partition(":")[2]).name if ":" in data else data
-    stem = f"{model}-{label}-{settings.method}"
-    folder, number = Path("runs") / stem, 2
-    while folder.exists():
-        folder, number = Path("runs") / f"{stem}-{number}", number + 1
-    return folder
+    return rundir.free(Path("runs") / f"{model}-{label}-{settings.method}")
 
 
 def _yaml(settings: TrainSettings) -> str:
@@ -217,25 +196,21 @@ def merge_adapter(
         scale: factor on the update.
 
     Raises:
-        ConfigError: `out` exists, or the model or the number of classes is not known.
-        CheckpointError: the adapter is missing, damaged, or of another model; or the disk is full.
+        ConfigError: `out` exists, the run has no blocks, or the model or the number of classes is not known.
+        CheckpointError: the run is not finished, or the adapter is missing, damaged, or of another model.
+        WriteError: the disk is full or the folder cannot be written.
     """
     if out.exists():
         raise ConfigError(f"{out} exists; choose another file, or remove it first")
-    adapter = folder
     if (folder / CONFIG).exists():
         settings = read_settings(folder)
-        if settings.method not in ("selective", "lora"):
-            raise ConfigError(f"{folder} was trained with method={settings.method}, which leaves nothing to merge")
-        adapter = folder / ADAPTER
         model_name, pretrained = model_name or settings.model, pretrained or settings.pretrained
     else:
         settings = TrainSettings()
     if model_name is None:
         raise ConfigError(f"{folder} is an adapter without its run; name its model, such as timm/vit_base_patch16_224")
+    adapter = rundir.adapter_of(folder)
     models.check_name(model_name, pretrained)
-    if not adapter.is_dir():
-        raise CheckpointError(f"{adapter} does not exist; give an adapter directory, or a finished run")
     classes = classes or _classes_in(adapter)
     model = rebuild(settings.replace(model=model_name, pretrained=pretrained), classes)[0]
     try:

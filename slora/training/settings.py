@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import types
 import typing
@@ -113,7 +114,9 @@ class TrainSettings:
     ] = "auto"
     device: Annotated[Literal["auto", "cpu"], "auto: the GPU where there is one."] = "auto"
     seed: Annotated[int, "Seed of initial weights, order of images, augmentation and dropout."] = 0
-    num_workers: Annotated[int, "Processes that read images; 0: read in the training process."] = 4
+    num_workers: Annotated[
+        int | None, "Processes that read images; 0: the training process does; unset: 4, or one per core if fewer."
+    ] = None
 
     eval_batch_size: Annotated[int, "Images per forward pass of an evaluation."] = 256
     eval_every: Annotated[int | None, "Steps between evaluations; unset: every epoch; 0: only at the end."] = None
@@ -159,6 +162,13 @@ class TrainSettings:
         if self.method == "lora":
             fields |= {"threshold": ALWAYS_ACTIVE, "gate_init": 1.0}
         return SelectiveLoRAConfig.from_dict(fields)
+
+    def workers(self) -> int:
+        """Return how many processes read images."""
+        if self.num_workers is not None:
+            return self.num_workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(4, cores)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-serialisable values; `from_dict` reads them back."""

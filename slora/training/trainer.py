@@ -134,7 +134,7 @@ class Trainer:
         self.accelerator = make_accelerator(settings)
         device = self.device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        workers = settings.num_workers
+        workers = settings.workers()
         self.train_batches = make_batches(
             train_data, settings.batch_size, device, seed=settings.seed, num_workers=workers, rank=rank, world=world
         )
@@ -161,9 +161,9 @@ class Trainer:
         self.optimizers = Optimizers(model, settings)
         self.result = TrainResult()
         self.step = 0
-        self.last_checkpoint = None if resume is None else Path(resume)
-        if self.last_checkpoint is not None:
-            self._restore(self.last_checkpoint)
+        self.start = self.last_checkpoint = None if resume is None else Path(resume)
+        if self.start is not None:
+            self._restore(self.start)
         main = self.accelerator.is_main_process
         self.recorder = Recorder(
             self.run_dir if main else None,
@@ -171,6 +171,7 @@ class Trainer:
             self.step,
             console if main and settings.progress else None,
             settings.tensorboard,
+            earlier=None if self.start is None else self.start.parent.parent,
         )
         self.window = Window(settings.log_every * self.accumulation, device)
         self.flops_of: dict[Any, int] = {}
@@ -321,13 +322,20 @@ class Trainer:
 
     def _refuse(self, what: str, step: int) -> None:
         lr = lr_scale(step - 1, self.steps, self.warmup, self.settings.min_lr_ratio) * self.settings.lr
-        if self.last_checkpoint is not None:
-            remedy = f"the last good checkpoint is {self.last_checkpoint}; resume from it with a lower lr"
+        last = self.last_checkpoint
+        if last is None:
+            remedy = "no checkpoint was written before it; start again with a lower lr, or a longer warmup"
+        elif last != self.start:
+            remedy = f"the last good checkpoint is {last}; resume from it with a lower lr"
         else:
-            remedy = "no checkpoint was written before it; start again with a lower lr"
-        raise NonFiniteLossError(
-            f"{what} (learning rate {lr:.3g}); {remedy}, or a longer warmup. Nothing was overwritten."
-        )
+            # Ruined weights are finite for a while, and saved as such.
+            earlier = checkpoint.before(last)
+            back = f"go back to the one before it, {earlier}" if earlier else "start anew"
+            remedy = (
+                f"no checkpoint was written since {last}; resume from it with a lower lr. If that does not help, this "
+                f"checkpoint itself may be spoilt: {back}"
+            )
+        raise NonFiniteLossError(f"{what} (learning rate {lr:.3g}); {remedy}. Nothing was overwritten.")
 
     def _evaluate(self) -> bool:
         """Evaluate, record, and return whether the accuracy is the best so far."""

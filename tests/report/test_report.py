@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -76,6 +77,46 @@ def test_a_run_directory_becomes_one_self_contained_page(run_dir: Path) -> None:
     assert "6 of 18 blocks are active (33 %)" in html
     assert "<td>exclude_modules</td><td>a, b</td>" in html
     assert html.count("<svg") == 5
+
+
+EVALUATION = {
+    "accuracy": {"data": "digits", "top1": 0.9704, "top5": 0.99, "per_class": 0.9689, "loss": 0.1, "count": 1540},
+    "knn": {
+        "source": "letters", "bank": 5200, "queries": 2600,
+        "before": {"10": 0.9908, "200": 0.9923}, "after": {"10": 0.985, "200": 0.9931},
+    },
+}  # fmt: skip
+
+
+def test_the_page_of_an_evaluated_run_shows_what_it_can_do_and_what_it_still_knows(run_dir: Path) -> None:
+    plain = write_report(run_dir).read_text(encoding="utf-8")
+    assert "still knows" not in plain
+    (run_dir / "evaluation.json").write_text(json.dumps(EVALUATION))
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert_self_contained(html)
+    text = " ".join(re.sub(r"<[^>]+>", " ", html).split())
+    assert "Accuracy on digits, 1,540 images: 97.04 % for the first choice, 99.00 % among the first five" in text
+    assert "on the features of letters, where 5,200 images vote on 2,600 others" in text
+    assert "neighbours k before (%) after (%) change (points) 10 99.08 98.50 -0.58 200 99.23 99.31 +0.08" in text
+    assert html.count("<svg") == plain.count("<svg") + 1
+    assert "k-NN on letters: 99.2 % before, 98.9 % after, the mean over k" in text.replace("\u00a0", " ")
+
+
+@pytest.mark.parametrize("knn", [None, {**EVALUATION["knn"], "before": {"20": 0.5}, "after": {"20": 0.25}}])
+def test_an_evaluation_without_source_or_of_one_k_draws_no_curve(run_dir: Path, knn: Any) -> None:
+    pictures = write_report(run_dir).read_text(encoding="utf-8").count("<svg")
+    (run_dir / "evaluation.json").write_text(json.dumps({**EVALUATION, "knn": knn}))
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert "97.04 %" in html
+    assert ("<td>-25.00</td>" in html) == (knn is not None)
+    assert html.count("<svg") == pictures
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"accuracy": {"top1": 1}, "knn": null}', "{"])
+def test_a_damaged_evaluation_is_named(run_dir: Path, text: str) -> None:
+    (run_dir / "evaluation.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"evaluation\.json .*damaged"):
+        write_report(run_dir)
 
 
 def test_the_page_can_go_elsewhere(run_dir: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from slora.training.models import ClipClassifier, build, check_name
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (None, "does not say where it comes from; write timm/NAME"),
+        (None, "no model was named; use --model timm/NAME, open_clip/ARCH:PRETRAINED or demo/letters_vit"),
+        ("vit", "does not say where it comes from; write timm/NAME"),
         ("vit_base_patch16_224", "does not say where it comes from"),
         ("timm/", "does not say where it comes from"),
         (

@@ -40,6 +40,25 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path) -> N
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4, 5]
 
 
+def test_a_run_branched_off_another_takes_over_its_records_up_to_there(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first, branch = tmp_path / "first", tmp_path / "branch"
+    first.mkdir()
+    branch.mkdir()
+    lines = "".join(json.dumps({"step": step, "loss": step / 8}) + "\n" for step in (2, 4, 6))
+    (first / "metrics.jsonl").write_text(lines)
+    (branch / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    recorder = Recorder(branch, 10, first=4, earlier=first)
+    recorder.add({"step": 5, "loss": 0.0})
+    recorder.close()
+    assert [record["step"] for record in read_metrics(branch / "metrics.jsonl")] == [2, 4, 5]
+    assert (first / "metrics.jsonl").read_text() == lines
+    events = EventAccumulator(str(branch / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("training/loss")] == [(2, 0.25), (4, 0.5), (5, 0.0)]
+
+
 def test_what_is_not_a_number_is_written_as_null(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, 10, tensorboard=False)
     recorder.add({"step": 1, "loss": float("nan")})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from safetensors.torch import load_file
 
 import slora
 import slora.adapter
-from slora import CheckpointError, ConfigError, NonFiniteLossError, SLoRAError, TargetError
-from slora.training import checkpoint, run
+from slora import CheckpointError, ConfigError, NonFiniteLossError, SLoRAError, TargetError, WriteError
+from slora.training import checkpoint, run, rundir
+from slora.training.recorder import read_metrics
 
 QUICK: dict[str, Any] = {
     "model": "demo/letters_vit",
@@ -110,22 +113,29 @@ def test_a_checkpoint_can_be_branched_off_into_another_folder() -> None:
     start = folder / "checkpoints/step-00000002"
     with pytest.raises(ConfigError, match="holds step-00000004 already"):
         run.finetune({}, resume=start)
-    branch, result = run.finetune({}, resume=start, out=Path("branch"))
+    branch, result = run.finetune({"lr": 1e-4}, resume=start, out=Path("branch"))
     assert (branch, result.steps) == (Path("branch"), 4)
+    ours, theirs = (read_metrics(path / "metrics.jsonl") for path in (branch, folder))
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs] == [2, 4, 4]
+    assert ours[0] == theirs[0], "the steps before the branch are the first run's"
+    assert ours[1] != theirs[1]
 
 
 def test_a_folder_with_another_run_is_not_written_into() -> None:
     folder, _ = run.finetune(QUICK)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=f"{folder} holds a run already; add --resume {folder}"):
+    with pytest.raises(ConfigError, match=f"{folder} holds a run already; go on with it by --resume {folder}, or"):
         run.finetune(QUICK, out=folder)
+    other, _ = run.finetune(QUICK)
+    with pytest.raises(ConfigError, match=f"{folder} holds a run already; choose another --out"):
+        run.finetune({}, resume=other, out=folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model": None}, ConfigError, "does not say where it comes from"),
+        ({"model": None}, ConfigError, "no model was named"),
         ({"model": "timm/vit_bass"}, ConfigError, "near names are"),
         ({"data": "digit"}, ConfigError, "near names are digits"),
         ({"learning_rate": 1}, ConfigError, "'learning_rate' is unknown"),
@@ -174,6 +184,133 @@ class _Breaking:
         return loss / 0.0 if self.calls == 3 else loss
 
 
+def ran(message: str, marker: str) -> dict[str, Any]:
+    """The arguments of `finetune` in the command line that a message names after `marker`."""
+    words = shlex.split(message.rpartition(marker)[2].partition(" and, to ")[0])
+    assert words[:2] == ["slora", "finetune"]
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    paths = {key: Path(given[f"--{key}"]) for key in ("config", "out", "resume") if f"--{key}" in given}
+    return {"overrides": {"lr": float(given["--lr"])} if "--lr" in given else {}, **paths}
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the loss be NaN from the forward pass number `step` on."""
+    import torch.nn.functional as F
+
+    calls = 0
+
+    def criterion(logits: Any, labels: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return F.cross_entropy(logits, labels) * (float("nan") if calls >= step else 1.0)
+
+    monkeypatch.setattr("slora.training.trainer._cross_entropy", lambda smoothing: criterion)
+
+
+def test_a_run_that_broke_before_its_first_checkpoint_is_started_over_as_its_message_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        failing(patch, 1)
+        with pytest.raises(NonFiniteLossError, match="no checkpoint was written before it; start again") as caught:
+            run.finetune({**QUICK, "lr": 0.5, "tensorboard": True}, out=Path("nf"))
+    (Path("nf") / "metrics.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
+    old = [path.name for path in Path("nf/tensorboard").iterdir()]
+    command = ran(str(caught.value), "Run: ")
+    assert command == {"overrides": {"lr": 0.05}, "config": Path("nf/config.yaml"), "out": Path("nf")}
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint; start its run over with: slora finetune --config"):
+        run.finetune({}, resume=Path("nf"))
+    folder, result = run.finetune(**command)
+    assert (folder, result.steps, run.read_settings(folder).lr) == (Path("nf"), 4, 0.05)
+    assert [record["step"] for record in read_metrics(folder / "metrics.jsonl")] == [2, 4, 4]
+    assert not set(old) & {path.name for path in Path("nf/tensorboard").iterdir()}
+
+
+def test_after_a_loss_that_is_not_finite_the_message_goes_on_from_the_last_checkpoint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        failing(patch, 3)
+        with pytest.raises(NonFiniteLossError, match="last good checkpoint is nf/checkpoints/step-00000002") as caught:
+            run.finetune({**QUICK, "lr": 0.5}, out=Path("nf"))
+    command = ran(str(caught.value), "Run: ")
+    assert command == {"overrides": {"lr": 0.05}, "resume": Path("nf")}
+    assert run.finetune(**command)[1].steps == 4
+
+
+@pytest.mark.parametrize("saved", [1, 2], ids=["one checkpoint", "two"])
+def test_a_checkpoint_that_may_be_spoilt_is_named_with_the_way_back(
+    saved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**QUICK, "save_every": 1, "lr": 0.5}
+    with monkeypatch.context() as patch:
+        failing(patch, saved + 1)
+        with pytest.raises(NonFiniteLossError):
+            run.finetune(settings, out=Path("nf"))
+    last = Path(f"nf/checkpoints/step-0000000{saved}")
+    with monkeypatch.context() as patch:
+        failing(patch, 1)
+        with pytest.raises(NonFiniteLossError) as caught:
+            run.finetune({"lr": 0.05}, resume=Path("nf"))
+    message = str(caught.value)
+    assert f"no checkpoint was written since {last}; resume from it with a lower lr" in message
+    assert "this checkpoint itself may be spoilt" in message
+    assert ran(message, "Run: ") == {"overrides": {"lr": 0.005}, "resume": last}
+    if saved == 2:
+        assert "go back to the one before it, nf/checkpoints/step-00000001" in message
+        command = ran(message, "to go back: ")
+    else:
+        assert "spoilt: start anew." in message
+        command = ran(message, "to start anew: ")
+    folder, result = run.finetune(**command)
+    assert (folder, result.steps) == (Path("nf-2"), 4)
+    assert [path.name for path in checkpoint.checkpoints("nf/checkpoints")][-1] == last.name
+
+
+def test_a_full_disk_before_the_first_checkpoint_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(WriteError, match="free space or choose another folder, then start the run again") as caught:
+            run.finetune(QUICK, out=Path("here it is"))
+    assert run.finetune(**ran(str(caught.value), "Then run: "))[0] == Path("here it is")
+
+
+def test_two_processes_do_not_write_into_one_folder() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "from pathlib import Path\nfrom slora.training.rundir import claimed\n"
+        "with claimed(Path('shared')):\n    print('held', flush=True)\n    input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin is not None
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match="another process is writing its run into shared"):
+        run.finetune(QUICK, out=Path("shared"))
+    other.kill()
+    other.wait()
+    assert list(Path("shared").iterdir()) == []
+    with rundir.claimed(Path("shared")):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named() -> None:
+    with pytest.raises(WriteError, match=r"\(/dev/full is not a folder\); choose another folder"):
+        run.finetune(QUICK, out=Path("/dev/full"))
+
+
+def test_a_new_result_takes_away_the_evaluation_of_the_old_one() -> None:
+    folder, _ = run.finetune(QUICK)
+    (folder / "evaluation.json").write_text("{}")
+    run.finetune({"max_steps": 5}, resume=folder)
+    assert not (folder / "evaluation.json").exists()
+
+
 def test_a_full_disk_at_the_end_leaves_the_last_checkpoint_to_go_on_from(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -192,7 +329,7 @@ def test_a_run_that_is_not_finished_is_named_as_such() -> None:
     folder, _ = run.finetune({**QUICK, "method": "linear"})
     (folder / "model/model.safetensors").unlink()
     settings = run.read_settings(folder)
-    with pytest.raises(CheckpointError, match=f"the run is not finished; go on with slora finetune --resume {folder}"):
+    with pytest.raises(CheckpointError, match=f"the run is not finished; go on with: slora finetune --resume {folder}"):
         run.load_result(run.build(settings)[0], settings, folder)
 
 
@@ -236,5 +373,7 @@ def test_an_adapter_without_its_run_needs_the_name_of_its_model() -> None:
     with pytest.raises(ConfigError, match="is an adapter without its run; name its model"):
         run.merge_adapter(folder / "adapter", Path("x.safetensors"), None, False, None)
     full, _ = run.finetune({**QUICK, "method": "linear"})
-    with pytest.raises(ConfigError, match="which leaves nothing to merge"):
+    plain = re.escape(f"method=linear, which has no LoRA blocks to show or to merge; its result is a plain model "
+                      f"already: {full / 'model/model.safetensors'}")  # fmt: skip
+    with pytest.raises(ConfigError, match=plain):
         run.merge_adapter(full, Path("x.safetensors"), None, False, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,17 @@ def test_ranks_of_some_layers_come_from_a_flag_or_a_mapping(given: Any, kept: An
 def test_ranks_of_some_layers_in_another_form_are_refused(given: Any) -> None:
     with pytest.raises(ConfigError, match=r"rank_pattern=.* is not a mapping such as qkv=8,fc2=32 or unset"):
         TrainSettings(rank_pattern=given)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (16, 4)])
+def test_by_default_no_more_processes_read_images_than_there_are_cores(
+    cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    assert TrainSettings().workers() == workers
+    assert TrainSettings(num_workers=7).workers() == 7
+    assert TrainSettings(num_workers=0).workers() == 0
+    assert TrainSettings().to_dict()["num_workers"] is None, "a config file is for any machine"
 
 
 def test_plain_lora_is_the_same_adapter_with_every_block_active_for_good() -> None:

@@ -1,0 +1,202 @@
+"""The run directory: what stands in it, who writes into it, and how to go on with a run that is not finished.
+
+config.yaml       the settings
+metrics.jsonl     the records of the run, one JSON object a line
+tensorboard/      the same for TensorBoard
+checkpoints/      step-<step>: what a run needs to go on
+adapter/          the result of selective and lora (`slora.save_adapter`)
+model/            the result of full and linear: `model.safetensors`
+result.json       accuracy, time, FLOPs, active blocks; written last
+evaluation.json   written by slora.evaluation
+report.html       written by slora.report
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from slora.adapter import SELECTIVE
+from slora.errors import CheckpointError, ConfigError
+from slora.files import cannot_write
+from slora.training import checkpoint
+from slora.training.settings import TrainSettings, read_yaml
+
+CONFIG, RESULT, EVALUATION = "config.yaml", "result.json", "evaluation.json"
+ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
+WEIGHTS = "model.safetensors"
+
+
+def read_settings(run_dir: Path) -> TrainSettings:
+    """Return the settings of a run.
+
+    Raises:
+        ConfigError: the folder holds no run, or its `config.yaml` is damaged.
+    """
+    if not (run_dir / CONFIG).exists():
+        raise ConfigError(f"{run_dir} holds no {CONFIG}; give the folder of a run made by slora finetune")
+    return TrainSettings.from_dict(read_yaml(run_dir / CONFIG))
+
+
+def start_of(resume: Path) -> Path:
+    """Return the checkpoint that `--resume` asks for: a checkpoint itself, or the newest of a run directory.
+
+    Raises:
+        CheckpointError: there is none; says how to start a run over that stopped before its first.
+    """
+    if (resume / CONFIG).exists() and not checkpoint.checkpoints(resume / CHECKPOINTS):
+        raise CheckpointError(f"{resume} holds no checkpoint; start its run over with: {command(resume)}")
+    return checkpoint.newest(resume)
+
+
+def home_of(start: Path) -> Path:
+    """Return the run directory of a checkpoint."""
+    return start.parent.parent
+
+
+def refuse_other_run(out: Path, start: Path | None) -> None:
+    """Refuse to write into `out` where it holds a run that is not to be gone on with from `start`.
+
+    A run that left neither a checkpoint nor a result may be started over.
+
+    Raises:
+        ConfigError: `out` holds a run with something to lose.
+    """
+    lasting = any((out / name).exists() for name in (RESULT, ADAPTER, MODEL)) or checkpoint.checkpoints(
+        out / CHECKPOINTS
+    )
+    if lasting and (start is None or out.resolve() != home_of(start).resolve()):
+        instead = "" if start is not None else f"go on with it by --resume {shlex.quote(str(out))}, or "
+        raise ConfigError(f"{out} holds a run already; {instead}choose another --out")
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Keep other processes from writing into `out` while inside; a kill ends that, too.
+
+    Raises:
+        ConfigError: another process is writing into it.
+        WriteError: the folder cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise cannot_write(out / CONFIG, error) from error
+    try:
+        _lock(descriptor, out)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, out: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ConfigError(
+            f"another process is writing its run into {out}; wait for its end, or choose another --out"
+        ) from error
+    except OSError:
+        # A file system without locks.
+        return
+
+
+def remove_traces(out: Path) -> None:
+    """Remove the events of a run that is started over; its other files are replaced as the new one writes them."""
+    for path in (out / "tensorboard").glob("events.out.tfevents.*"):
+        path.unlink(missing_ok=True)
+
+
+def command(out: Path, start: Path | None = None, lr: float | None = None, into: Path | None = None) -> str:
+    """Return the command line that goes on with the run in `out`: from a checkpoint, or over from its settings.
+
+    Args:
+        start: the checkpoint to go on from; None for the newest of `out`.
+        lr: a learning rate other than before.
+        into: another run directory to go on in.
+    """
+    words = ["slora", "finetune"]
+    if start is not None:
+        words += ["--resume", str(start)]
+    elif checkpoint.checkpoints(out / CHECKPOINTS):
+        words += ["--resume", str(out)]
+    else:
+        words += ["--config", str(out / CONFIG)]
+        into = into or out
+    words += ["--out", str(into)] if into is not None else []
+    words += ["--lr", f"{lr:.3g}"] if lr is not None else []
+    return shlex.join(words)
+
+
+def after_a_full_disk(out: Path, start: Path | None) -> str:
+    """Return what to run once there is room again."""
+    if start is not None and not checkpoint.checkpoints(out / CHECKPOINTS):
+        return f"Then run: {command(out, start, into=out)}"
+    return f"Then run: {command(out)}"
+
+
+def after_divergence(out: Path, start: Path | None, lr: float) -> str:
+    """Return what to run after a loss that was not finite, at a learning rate below `lr`."""
+    lr = lr / 10
+    found = checkpoint.checkpoints(out / CHECKPOINTS)
+    if start is None or (found and found[-1].resolve() != start.resolve()):
+        return f"Run: {command(out, lr=lr)}"
+    elsewhere = out.resolve() != home_of(start).resolve()
+    text = f"Run: {command(out, start, lr, into=out if elsewhere else None)}"
+    before = checkpoint.before(start)
+    if before is not None:
+        # Into another folder: this one holds the later checkpoint, which is not to be overwritten.
+        return f"{text} and, to go back: {command(out, before, lr, into=out if elsewhere else free(out))}"
+    return f"{text} and, to start anew: {start_anew(out, lr)}"
+
+
+def start_anew(out: Path, lr: float) -> str:
+    """Return the command that starts the run of `out` from the beginning in another folder."""
+    words = ["slora", "finetune", "--config", str(out / CONFIG), "--out", str(free(out)), "--lr", f"{lr:.3g}"]
+    return shlex.join(words)
+
+
+def free(folder: Path) -> Path:
+    """Return `folder`, or where that exists the same with the first number from 2 that is free."""
+    found, number = folder, 2
+    while found.exists():
+        found, number = folder.with_name(f"{folder.name}-{number}"), number + 1
+    return found
+
+
+def adapter_of(folder: Path) -> Path:
+    """Return the adapter directory in `folder`: that of a finished run, or `folder` itself.
+
+    Raises:
+        ConfigError: the run's method has no blocks; names what it holds instead.
+        CheckpointError: the run is not finished, or there is no adapter.
+    """
+    if (folder / CONFIG).exists():
+        method = read_settings(folder).method
+        blocks = method in ("selective", "lora")
+        path = folder / ADAPTER if blocks else folder / MODEL / WEIGHTS
+        if not path.exists():
+            raise unfinished(path, folder)
+        if not blocks:
+            raise ConfigError(
+                f"{folder} was trained with method={method}, which has no LoRA blocks to show or to merge; its result "
+                f"is a plain model already: {path}"
+            )
+        return path
+    home = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    if not (home / SELECTIVE).exists():
+        raise CheckpointError(f"{home / SELECTIVE} does not exist; give an adapter directory, or a finished run")
+    return home
+
+
+def unfinished(missing: Path, run_dir: Path) -> CheckpointError:
+    """Return the error for a run that has not written `missing` yet."""
+    return CheckpointError(f"{missing} does not exist: the run is not finished; go on with: {command(run_dir)}")
