@@ -290,6 +290,8 @@ def prove(args: argparse.Namespace) -> int:
         proof = Proof(out, args.dry_run, args.quick, began + whole, environ_of(args.dry_run, Path(scratch)))
         proof.about = {**environment(device), **machine()}
         proof.write()
+        # A `timeout` around the proof must not leave a part running.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             for i, part in enumerate(parts):
                 end = began + whole * sum(shares[: i + 1]) / sum(shares)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import BenchmarkError, results_in
+from benchmarks.record import BenchmarkError, read_result, results_in
 from benchmarks.registry import CASES
 from benchmarks.report import tables
 from slora.files import write_text
@@ -80,6 +80,9 @@ def page(root: Path = ROOT) -> str:
             parts.append(tables.origin(cases[name]))
             parts += [f"![{title}](figures/{file})" for file, title in figures.of_case(device, name, cases)]
             parts.append(tables.case_table(cases[name]))
+        proof = root / "benchmarks" / "results" / device / "proof.json"
+        if proof.exists():
+            parts += ["### proof: `python -m benchmarks gpu`", *tables.proof_tables(read_result(proof))]
     return "\n\n".join([*parts, PREDICTED]) + "\n"
 
 

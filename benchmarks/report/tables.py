@@ -170,6 +170,21 @@ def origin(result: dict[str, Any]) -> str:
     return text if result.get("complete", True) else text + " **Incomplete: the time was up before the grid was.**"
 
 
+def proof_tables(proof: dict[str, Any]) -> list[str]:
+    """How each part of the proof on a GPU ended, and what the profiler said of the kernels."""
+    rows = []
+    for name, part in proof["parts"].items():
+        counts = part.get("counts") or {check: run["state"] for check, run in part.get("runs", {}).items()}
+        note = ", ".join(f"{what}: {number}" for what, number in counts.items()) or part.get("reason", "")
+        rows.append([name, part["state"], f"{part['seconds']:.0f}", note])
+    found = [origin(proof), table(["part", "state", "seconds", ""], rows)]
+    kernels = proof["parts"].get("profile", {}).get("kernels", [])
+    if kernels:
+        heads = list(dict.fromkeys(key for kernel in kernels for key in kernel))
+        found.append(table(heads, [[f"`{k[h]}`" if h == "kernel" else k.get(h, "-") for h in heads] for k in kernels]))
+    return found
+
+
 def bars_table(devices: Sequence[str]) -> str:
     """Every bar of these devices: what was measured, the limit, and whether it is met."""
     rows = []

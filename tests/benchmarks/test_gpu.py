@@ -43,6 +43,20 @@ def test_a_command_is_cut_at_its_limit_with_all_it_has_started(proof: gpu.Proof)
     assert "here" in (proof.out / "gpu.log").read_text()
 
 
+def test_a_proof_that_is_terminated_ends_what_it_runs_and_keeps_what_it_has(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(tmp_path), "--parts", "linear"]
+    with subprocess.Popen(command, cwd=gpu.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "linear: at most" in process.stdout.readline()
+        time.sleep(1.0)
+        process.terminate()
+        assert "what was measured so far is kept" in process.communicate(timeout=60)[1]
+    assert process.returncode == 2
+    assert read_result(tmp_path / "proof.json")["parts"] == {}
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path) not in running
+
+
 def test_a_failing_part_is_recorded_and_the_next_one_runs(proof: gpu.Proof, capsys: pytest.CaptureFixture[str]) -> None:
     def raises(proof: gpu.Proof, limit: float) -> dict[str, Any]:
         raise ValueError("of all things")

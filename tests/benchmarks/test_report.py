@@ -116,6 +116,22 @@ def test_every_figure_is_drawn_and_linked_from_the_page(tmp_path: Path) -> None:
         assert f"(figures/{path.name})" in text
 
 
+def test_the_proof_on_a_gpu_is_reported_by_its_parts(tmp_path: Path) -> None:
+    parts = {
+        "tests": {"state": "ok", "seconds": 41.2, "counts": {"passed": 12, "failed": 0}},
+        "sanitizer": {"state": "cut", "seconds": 80.0, "runs": {"memcheck": {"state": "ok"}}},
+        "profile": {"state": "ok", "seconds": 9.0, "kernels": [{"kernel": "_kernel", "duration": "212 us"}]},
+    }
+    proof = {**_result("proof", []), "parts": parts}
+    del proof["rows"]
+    _write(tmp_path, _result("linear", _linear_rows()))
+    _write(tmp_path, proof)
+    text = page.page(tmp_path)
+    assert "| tests | ok | 41 | passed: 12, failed: 0 |" in text
+    assert "| sanitizer | cut | 80 | memcheck: ok |" in text
+    assert "| `_kernel` | 212 us |" in text
+
+
 def test_nothing_is_written_where_one_text_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(BenchmarkError):
