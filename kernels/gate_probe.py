@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from slora.kernels import dropout as counter
-from slora.kernels import launch
+from slora.kernels import launch, narrow_configs
 
 # The widest group of columns of S and T that a program holds; larger ranks take several turns.
 WIDEST = 64
@@ -177,13 +177,10 @@ def gate_probe(layers: Sequence[Layer]) -> list[Tensor]:
     total = sum(layer.lora_A.shape[0] for layer in layers)
     if most == 0:
         return [torch.zeros(layer.gate.shape, device=device) for layer in layers]
-    BM, BK, num_warps, num_stages = config(most, rows)
-    tiles = triton.cdiv(most, BM)
+    tile = narrow_configs.gate_probe(launch.kind(rows), most)
+    tiles = triton.cdiv(most, tile.BM)
     out = torch.empty(total, tiles, dtype=torch.float32, device=device)
-    meta: dict[str, Any] = {
-        "PRECISION": launch.precision(rows), "BM": BM, "BK": BK, "LOW": LOW, "num_warps": num_warps,
-        "num_stages": num_stages,
-    }  # fmt: skip
+    meta: dict[str, Any] = {"PRECISION": launch.precision(rows), "LOW": LOW, **tile.meta()}
     with launch.on(device):
         if len(layers) == 1:
             dy, x, A, B, gate, threshold, scaling, seed = first
@@ -198,17 +195,6 @@ def gate_probe(layers: Sequence[Layer]) -> list[Tensor]:
                 ROW_DTYPE=_TYPES[rows], LORA_DTYPE=_TYPES[lora], **meta,
             )  # fmt: skip
     return list(torch.split(out.sum(1), [layer.lora_A.shape[0] for layer in layers]))
-
-
-def config(m: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Return `(BM, BK, num_warps, num_stages)` for `m` rows.
-
-    A few hundred rows are spread over the GPU; all rows, as the exact gradient takes, come in larger tiles. Where the
-    GPU has no fp32 tensor cores ("ieee"), more would spill.
-    """
-    if dtype == torch.float32:
-        return 16, 32, 8, 2
-    return (16, 128, 4, 3) if m <= 4096 else (32, 64, 4, 3)
 
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slora.dropout import drop_units
 from slora.kernels import dropout as counter
-from slora.kernels import launch, slots
+from slora.kernels import launch, narrow_configs, slots
 
 # The widest group of columns of S or T that one program computes.
 WIDEST = 128
@@ -97,12 +97,11 @@ def products_S(
     if S.numel() == 0:
         return S
     LOW = min(WIDEST, triton.next_power_of_2(max(16, n_slots * r)))
-    BM, warps = _row_tile(M, launch.multiprocessors(x.device))
+    tile = narrow_configs.skinny(launch.kind(x.dtype), M // launch.multiprocessors(x.device), LOW)
     with launch.on(x.device):
-        _S[(triton.cdiv(M, BM), triton.cdiv(n_slots * r, LOW))](
+        _S[(triton.cdiv(M, tile.BM), triton.cdiv(n_slots * r, LOW))](
             x, lora_A, S, gate, seed, threshold, drop_units(dropout), M, K, r, blocks, n_slots, x.stride(0),
-            DROPOUT=dropout > 0.0, PRECISION=launch.precision(x.dtype), BM=BM, BK=_depth(x), LOW=LOW,
-            num_warps=warps, num_stages=3,
+            DROPOUT=dropout > 0.0, PRECISION=launch.precision(x.dtype), LOW=LOW, **tile.meta(),
         )  # fmt: skip
     return S
 
@@ -118,22 +117,10 @@ def products_T(dy: Tensor, lora_B: Tensor, gate: Tensor, threshold: float, n_slo
     if T.numel() == 0:
         return T
     LOW = min(WIDEST, triton.next_power_of_2(max(16, r)))
-    BM, warps = _row_tile(M, launch.multiprocessors(dy.device))
+    tile = narrow_configs.skinny(launch.kind(dy.dtype), M // launch.multiprocessors(dy.device), LOW)
     with launch.on(dy.device):
-        _T[(triton.cdiv(M, BM), n_slots, triton.cdiv(r, LOW))](
+        _T[(triton.cdiv(M, tile.BM), n_slots, triton.cdiv(r, LOW))](
             dy, lora_B, T, gate, threshold, M, n, r, blocks, n_slots, dy.stride(0),
-            PRECISION=launch.precision(dy.dtype), BM=BM, BK=_depth(dy), LOW=LOW, num_warps=warps, num_stages=3,
+            PRECISION=launch.precision(dy.dtype), LOW=LOW, **tile.meta(),
         )  # fmt: skip
     return T
-
-
-def _row_tile(M: int, multiprocessors: int) -> tuple[int, int]:
-    """Rows per program and warps: fewer where large tiles would leave multiprocessors idle."""
-    if M // multiprocessors >= 128:
-        return 128, 4
-    return (64, 4) if M // multiprocessors >= 64 else (16, 1)
-
-
-def _depth(x: Tensor) -> int:
-    """Columns per step of the main loop: 128 bytes of a row."""
-    return 128 // x.element_size()

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -29,25 +28,8 @@ from torch import Tensor
 
 from slora.dropout import drop_units, rescaling
 from slora.kernels import dropout as counter
-from slora.kernels import launch
+from slora.kernels import launch, narrow_configs
 from slora.kernels import slots as activity
-
-
-class Config(NamedTuple):
-    """Tile sizes of the pass over the rows."""
-
-    TILE: int
-    """Columns of x or dy that a program owns."""
-    ROWS: int
-    """Rows per step of its loop."""
-    num_warps: int
-    num_stages: int
-
-
-def default_config(low: int, dtype: torch.dtype) -> Config:
-    """Return the tile sizes for S or T of `low` padded columns."""
-    return Config(TILE=128, ROWS=64 if dtype != torch.float32 else 32, num_warps=4 if low <= 64 else 8, num_stages=3)
-
 
 # The widest group of columns of S or T that one program multiplies with: its sums are TILE x this in registers.
 WIDEST = 128
@@ -172,8 +154,11 @@ def _reduce(
             tile = (wide // TILE * tl.cdiv(slots * r, LOW_A))[:, None] + (column // LOW_A)[None, :]
             at = (tile.to(tl.int64) * TILE + (wide % TILE)[:, None]) * LOW_A + (column % LOW_A)[None, :]
             acc = _total(partial_A, at, active, inside, x_tiles.to(tl.int64) * TILE * LOW_A, splits, WIDE, NARROW)
-            place = dA + (block * r + j)[None, :].to(tl.int64) * K + wide[:, None]
-            tl.store(place, (acc * scaling).to(dA.dtype.element_ty), mask=inside)
+            tl.store(
+                dA + (block * r + j)[None, :].to(tl.int64) * K + wide[:, None],
+                (acc * scaling).to(dA.dtype.element_ty),
+                mask=inside,
+            )
     elif NEED_B or NEED_GATE:
         part -= parts_A
         wide = part // narrow_parts * WIDE + tl.arange(0, WIDE)
@@ -183,11 +168,11 @@ def _reduce(
         at = (tile.to(tl.int64) * TILE + (wide % TILE)[:, None]) * LOW_B + (j % LOW_B)[None, :]
         acc = _total(partial_B, at, active, inside, dy_tiles.to(tl.int64) * TILE * LOW_B, splits, WIDE, NARROW)
         acc *= scaling
-        place = (block * n + wide)[:, None].to(tl.int64) * r + j[None, :]
+        of_B = (block * n + wide)[:, None].to(tl.int64) * r + j[None, :]
         if NEED_B:
-            tl.store(dB + place, acc.to(dB.dtype.element_ty), mask=inside)
+            tl.store(dB + of_B, acc.to(dB.dtype.element_ty), mask=inside)
         if NEED_GATE:
-            product = acc * tl.load(B + place, mask=inside, other=0.0).to(tl.float32)
+            product = acc * tl.load(B + of_B, mask=inside, other=0.0).to(tl.float32)
             tl.store(dots + block * parts_B + part, tl.sum(tl.sum(product, 1), 0))
 
 
@@ -204,7 +189,7 @@ def weight_gradients(
     needs: Sequence[bool],
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    config: Config | None = None,
+    config: narrow_configs.Columns | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return `(dA [blocks, r, K], dB [blocks, n, r], dgate [blocks])`, None for each that `needs` does not ask for.
 
@@ -237,8 +222,8 @@ def weight_gradients(
     slots = low.shape[1] // r
     # What is not needed is not read, but the kernel wants a tensor in its place.
     x, S, T = dy if x is None else x, low if S is None else S, low if T is None else T
-    LOW_A, LOW_B = (min(WIDEST, triton.next_power_of_2(max(16, width))) for width in (slots * r, r))
-    config = config or default_config(max(LOW_A, LOW_B), dy.dtype)
+    LOW_A, LOW_B = _padded(slots * r), _padded(r)
+    config = config or candidates(lora_A, dy, slots, needs)[0]
     x_tiles = triton.cdiv(K, config.TILE) * triton.cdiv(slots * r, LOW_A) if need_A else 0
     dy_tiles = slots * triton.cdiv(n, config.TILE) * triton.cdiv(r, LOW_B) if need_dy else 0
     splits, rows_per_split = row_splits(M, x_tiles + dy_tiles, config.ROWS, 2 * launch.multiprocessors(dy.device))
@@ -255,8 +240,7 @@ def weight_gradients(
             S, T, gate, seed, partial_A, partial_B, threshold, drop_units(dropout),
             M, K, N, n, r, blocks, slots, x.stride(0), dy.stride(0), rows_per_split, x_tiles, dy_tiles,
             DROPOUT=dropout > 0.0, DESCRIPTORS=described, PRECISION=launch.precision(dy.dtype),
-            TALL=launch.capability(dy.device) >= 90, TILE=config.TILE, LOW_A=LOW_A, LOW_B=LOW_B, ROWS=config.ROWS,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            LOW_A=LOW_A, LOW_B=LOW_B, **config.meta(),
         )  # fmt: skip
         narrow_parts = triton.cdiv(r, NARROW)
         parts_A = triton.cdiv(K, WIDE) * narrow_parts if need_A else 0
@@ -269,6 +253,17 @@ def weight_gradients(
             TILE=config.TILE, LOW_A=LOW_A, LOW_B=LOW_B, WIDE=WIDE, NARROW=NARROW, num_warps=2,
         )  # fmt: skip
     return dA, dB, None if dots is None else dots.sum(1)
+
+
+def candidates(lora_A: Tensor, dy: Tensor, slots: int, needs: Sequence[bool]) -> tuple[narrow_configs.Columns, ...]:
+    """Return the tile sizes that a measurement may choose from, the default first."""
+    r = lora_A.shape[1]
+    low = _padded(slots * r) if needs[0] else _padded(r)
+    return narrow_configs.weight_gradients(launch.part(dy.device), launch.kind(dy.dtype), low)
+
+
+def _padded(width: int) -> int:
+    return min(WIDEST, int(triton.next_power_of_2(max(16, width))))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -25,7 +25,7 @@ from slora.backends import backend
 from slora.dropout import rescaling
 
 if TYPE_CHECKING:
-    from slora.kernels import configs
+    from slora.kernels import configs, narrow_configs
 
 
 def forward(
@@ -45,7 +45,7 @@ def forward(
     from slora.kernels import linear_forward, skinny
 
     x_rows = addmm.unit_stride(addmm.rows(x))
-    blocks, r, _ = lora_A.shape
+    blocks = lora_A.shape[0]
     slots = blocks if active is None else len(active)
     gate, threshold = addmm.fp32_gate(gate, threshold)
     A, B, W = lora_A.contiguous(), lora_B.contiguous(), weight.contiguous()
@@ -70,7 +70,7 @@ def forward(
             y_i.addmm_(S_i, B_i.T, alpha=c)
         return y, products
 
-    candidates = _one_kernel_candidates("forward", x_rows, W, r, dropout, one_kernel)
+    candidates = _one_kernel_candidates("forward", x_rows, W, A, dropout, one_kernel)
     candidates["addmm"] = vendor
     shape = _shape("forward", x_rows, lora_A, lora_B, slots, dropout, bias is not None)
     y, products = _run(shape, x_rows, candidates)
@@ -137,7 +137,7 @@ def _input_gradient(
         low = _present(A, gate, threshold, active, dy.dtype).reshape(-1, A.shape[2])
         return (dy @ weight).addmm_(products, low, alpha=scaling), products
 
-    candidates = _one_kernel_candidates("backward", dy, W, A.shape[1], dropout, one_kernel)
+    candidates = _one_kernel_candidates("backward", dy, W, A, dropout, one_kernel)
     if not dropout:
         # cuBLAS would need the update in memory, to mask it.
         candidates["addmm"] = vendor
@@ -152,17 +152,20 @@ def _weight_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     from slora.kernels import weight_gradients
 
-    def one_pass() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def one_pass(config: narrow_configs.Columns) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return weight_gradients.weight_gradients(
             x, dy, S if needs[1] or needs[2] else None, T if needs[0] else None, A, B, gate, threshold, scaling, needs,
-            dropout, seed,
+            dropout, seed, config,
         )  # fmt: skip
 
     def vendor() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         assert active is not None
         return addmm.weight_gradients(x, dy, S, T, A, B, active, scaling, needs)
 
-    candidates: dict[str, Callable[[], Any]] = {"one pass": one_pass}
+    candidates: dict[str, Callable[[], Any]] = {
+        f"one pass {i}" if i else "one pass": functools.partial(one_pass, config)
+        for i, config in enumerate(weight_gradients.candidates(A, dy, slots, needs))
+    }
     if active is not None and not dropout:
         candidates["addmm"] = vendor
     shape = _shape(f"weight gradients {''.join('01'[need] for need in needs)}", dy, A, B, slots, dropout)
@@ -174,19 +177,19 @@ def _one_kernel_candidates(
     kernel: configs.Kernel,
     rows: Tensor,
     weight: Tensor,
-    r: int,
+    A: Tensor,
     dropout: float,
     call: Callable[[configs.Gemm, bool], tuple[Tensor, Tensor]],
 ) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
     """`fused` and `accumulate` with each of their tile sizes, the default ones first."""
-    from slora.kernels import configs, launch
+    from slora.kernels import configs, linear_backward, linear_forward
 
-    where = launch.part(rows.device), launch.path(rows, weight), launch.kind(rows.dtype)
+    plan = linear_forward.plan if kernel == "forward" else linear_backward.plan
     candidates: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
     for form, given in (("fused", False), ("accumulate", True)):
         # Above this rank S and T do not fit into the registers beside the accumulator of the base product.
-        if given or r <= configs.MAX_FUSED_RANK:
-            for i, config in enumerate(configs.gemm(kernel, *where, r, given, dropout > 0.0)):
+        if given or A.shape[1] <= configs.MAX_FUSED_RANK:
+            for i, config in enumerate(plan(rows, weight, A, given, dropout > 0.0).candidates):
                 candidates[f"{form} {i}" if i else form] = functools.partial(call, config, given)
     return candidates
 

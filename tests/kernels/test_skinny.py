@@ -55,7 +55,7 @@ def expected(products: Tensor, active: tuple[int, ...], known: bool) -> Tensor:
 @pytest.mark.parametrize("lora", ["same", "fp32"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_S_and_T_agree_with_einsum_and_nothing_of_an_inactive_block_is_read(
+def test_S_and_T_agree_with_einsum_and_hold_nothing_of_an_inactive_block(
     dtype: torch.dtype, case: str, lora: str, known: bool, device: torch.device, assert_as_exact_as: Callable[..., None]
 ) -> None:
     M, _, blocks, n, r, active = CASES[case]

@@ -1,0 +1,76 @@
+"""Tile sizes of the kernels beside the two GEMMs; the table of those is `configs.py`.
+
+Every configuration is compiled by tests/kernels/test_narrow_kernels_compile.py, which asserts that it spills nothing,
+fits into shared memory and uses the tensor cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from slora.kernels.configs import Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Tile sizes of `weight_gradients`, whose programs own columns of x or dy and walk along the rows."""
+
+    TILE: int
+    """Columns of x or dy that a program owns."""
+    ROWS: int
+    """Rows per step of its loop."""
+    TALL: bool
+    """Whether the product is formed as TILE x LOW, which wgmma wants, or as LOW x TILE, which mma can pipeline."""
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, Any]:
+        """Return what the kernel takes as compile-time arguments and launch options."""
+        return dataclasses.asdict(self)
+
+
+def weight_gradients(part: int, precision: Precision, low: int) -> tuple[Columns, ...]:
+    """Return the tile sizes for products with `low` padded columns of S or T, at most 128, the best guess first."""
+    # Without tensor cores the tall product spills less; transposed, it is the masked tile that is spread over threads.
+    tall = part >= 90 or precision == "ieee"
+    if precision != "16-bit":
+        return (Columns(128, 32, tall, 4, 3) if low <= 64 else Columns(128, 32, tall, 8, 2),)
+    if low > 64:
+        return (Columns(128, 32, tall, 8, 3), Columns(128, 64, tall, 8, 2))
+    wide = (Columns(256, 64, tall, 8, 3),) if part >= 90 else ()
+    return (Columns(128, 64, tall, 4, 3), Columns(128, 32, tall, 4, 4), *wide)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Tile sizes of `skinny` and `gate_probe`, whose programs own rows and walk along the columns of x or dy."""
+
+    BM: int
+    BK: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, Any]:
+        """Return what the kernels take as compile-time arguments and launch options."""
+        return dataclasses.asdict(self)
+
+
+def skinny(precision: Precision, rows: int, low: int) -> Rows:
+    """Return the tile sizes for `rows` rows per multiprocessor and `low` padded columns of S or T, at most 128."""
+    BM = 128 if rows >= 128 else 64 if rows >= 64 else 16
+    if precision == "ieee" and low == 64:
+        BM = min(BM, 64)
+    num_warps = 1 if BM == 16 else 4
+    if low > 64:
+        num_warps = 8 if BM == 128 or (BM == 64 and precision == "ieee") else 4
+    # 128 bytes of a row per step.
+    BK = 64 if precision == "16-bit" else 32
+    return Rows(BM, BK, num_warps, 2 if BM == 128 and low > 64 and precision == "16-bit" else 3)
+
+
+def gate_probe(precision: Precision, m: int) -> Rows:
+    """Return the tile sizes for `m` rows: a few hundred are spread over the GPU, all of them come in larger tiles."""
+    if precision != "16-bit":
+        return Rows(16, 32, 8, 2)
+    return Rows(16, 128, 4, 3) if m <= 4096 else Rows(32, 64, 4, 3)
