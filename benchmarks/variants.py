@@ -1,10 +1,16 @@
-"""Everything there is to compile: each kernel with each configuration of `kernels/configs.py` that it may meet."""
+"""The two GEMM kernels with every configuration of `kernels/configs.py`, to be compiled.
+
+`python -m benchmarks.variants forward 90` compiles those of one kernel and one kind of GPU and prints what came out.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import sys
 from collections.abc import Iterator
 
-from benchmarks.compiled import Variant
+from benchmarks.compiled import Variant, compiled, faults
 from slora.kernels import configs
 from slora.kernels.linear_backward import linear_backward
 from slora.kernels.linear_forward import linear_forward
@@ -72,3 +78,15 @@ def gemm_variants(kernel: configs.Kernel, part: int) -> Iterator[Variant]:
                         # The input gradient of a given T is one code for any number of blocks.
                         if not (one_block and kernel == "backward" and form.startswith("given")):
                             yield gemm_variant(kernel, part, row.path, row.precision, form, R, tile, one_block)
+
+
+def main(kernel: configs.Kernel, part: int) -> None:
+    """Print one line of JSON per variant: its label, what became of it, and what is wrong with that."""
+    for variant in gemm_variants(kernel, part):
+        report = compiled(variant)
+        found = faults(variant, report, configs.SHARED_MEMORY[part])
+        print(json.dumps({**dataclasses.asdict(report), "faults": found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))  # type: ignore[arg-type]

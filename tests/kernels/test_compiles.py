@@ -1,0 +1,89 @@
+"""Every configuration of the two GEMM kernels, compiled for three kinds of GPU without one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.compiled import Report, Variant, faults
+from slora.kernels import configs
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", configs.PARTS)
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_every_configuration_compiles_to_code_that_can_be_fast(
+    kernel: configs.Kernel, part: int, tmp_path: Path
+) -> None:
+    # In a process of its own: the kernels imported here may be the interpreter's.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-m", "benchmarks.variants", kernel, str(part)]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    reports = [json.loads(line) for line in run.stdout.splitlines()]
+    cases = [row for row in configs.GEMM if row.part == part and kernel in row.kernels]
+    assert len(reports) >= sum(
+        len(row.candidates) * len(row.ranks) for row in cases if row.forms != ("given, dropout",)
+    )
+    assert not {report["label"]: report["faults"] for report in reports if report["faults"]}
+
+
+@pytest.mark.parametrize("r", [1, 16, 17, 64, 65, 256])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_every_call_finds_its_configurations(kernel: configs.Kernel, dropout: bool, given: bool, r: int) -> None:
+    if r > configs.MAX_FUSED_RANK and not given:
+        pytest.skip("such a rank needs S or T to be given")
+    for part, path, precision in (
+        (80, "pointers", "16-bit"), (80, "pointers", "tf32"), (80, "pointers", "ieee"),
+        (90, "bulk", "16-bit"), (90, "bulk", "tf32"), (90, "pointers", "16-bit"), (90, "pointers", "ieee"),
+        (100, "bulk", "16-bit"), (100, "bulk", "tf32"), (100, "pointers", "16-bit"), (100, "pointers", "ieee"),
+    ):  # fmt: skip
+        choice = configs.gemm(kernel, part, path, precision, r, 768, given, dropout)
+        assert choice.candidates
+        assert given or r <= choice.R
+
+
+def test_tiles_that_would_compute_in_vain_come_last() -> None:
+    def first(width: int) -> int:
+        return configs.gemm("forward", 90, "bulk", "16-bit", 16, width).candidates[0].BN
+
+    assert first(768) == 256
+    assert first(384) == 128
+
+
+GOOD = Report(
+    kernel="linear_forward", part=90, label="", registers=168, stack=0, spilled=0, shared=200 * 1024, tensor_memory=0,
+    warps=8, occupancy=1, products={"wgmma": 9, "tcgen05": 0, "mma.sync": 0, "fma": 0}, bulk_loads=("A", "W", "x"),
+    bulk_stores=1, serialized=False, seconds=1.0,
+)  # fmt: skip
+FAULTS: dict[str, dict[str, Any]] = {
+    "16 bytes of stack": {"stack": 16},
+    "8 bytes spilled": {"spilled": 8},
+    "bytes of shared memory; sm_90 has": {"shared": 228 * 1024},
+    "columns of tensor memory": {"tensor_memory": 640},
+    "serializes": {"serialized": True},
+    "meant to share a multiprocessor": {"occupancy": 0},
+    "expected wgmma alone": {"products": {"wgmma": 9, "tcgen05": 0, "mma.sync": 0, "fma": 1}},
+    "does not bring A": {"bulk_loads": ("W", "x")},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_of_a_compiled_kernel_is_found(fault: str) -> None:
+    variant = Variant(None, 90, "", {}, {}, 8, 3, described=("x", "W", "A"))
+    limit = configs.SHARED_MEMORY[90]
+    assert faults(variant, GOOD, limit) == []
+    (found,) = faults(variant, dataclasses.replace(GOOD, **FAULTS[fault]), limit)
+    assert fault in found
