@@ -42,24 +42,28 @@ COMMON: dict[str, Any] = {
     "batch_size": 64,
     "warmup": 0.1,
     "weight_decay": 0.0,
+    "label_smoothing": 0.1,
     "eval_every": 0,
     "log_every": 5,
     "device": "cpu",
     "precision": "fp32",
 }
 
-# What differs. Chosen on a quarter of the training digits, held out, with seeds that the demo does not use; the test
-# digits took no part. full, linear, lora: the learning rate of 3e-4, 1e-3, 3e-3 (full), 1e-2, 3e-2 (linear) or 2e-3,
-# 5e-3, 7e-3, 1e-2 (lora) that reads most of them, and of two that read as many the one that forgets less. selective:
-# of 23 combinations of learning rate (5e-3 to 1e-2), gate_lr (0.05 to 0.5), penalty (0.1 to 0.6), its warm-up (0.1 to
-# 0.3) and the policy for inactive blocks, the one that reads most among those that leave at most a quarter of the
-# blocks active; of two that read as many, the one that forgets less.
+# What differs. Chosen by four-fold cross-validation, twice, on the training digits with seeds that the demo does not
+# use; the test digits took no part. Every method: what reads most digits; of two that read as many, what forgets less.
+# full, linear: learning rates of 3e-4 to 3e-2. lora: learning rates of 2e-3 to 1e-2 and weight decays of 0 to 1; with a
+# weight decay of 0.5 (and no label smoothing) it read 0.2 % less and lost 0.8 points of letters in place of 1.5.
+# selective, of what leaves at most a quarter of the blocks active: learning rate (5e-3 to 1.5e-2), weight decay (0 to
+# 2), penalty (0.12 to 0.6), the share of the steps in which gates move (0.3 to 1), r and lora_alpha (8 and 16).
 RECIPES: dict[str, dict[str, Any]] = {
     "full": {"lr": 1e-3},
     "linear": {"lr": 1e-2},
     "lora": {"lr": 5e-3, "r": 8, "lora_alpha": 8},
-    "selective": {"lr": 5e-3, "r": 8, "lora_alpha": 8, "gate_lr": 0.5, "penalty": 0.15, "inactive": "exact"},
-}
+    "selective": {
+        "lr": 1e-2, "weight_decay": 0.6, "r": 8, "lora_alpha": 8,
+        "gate_lr": 0.5, "penalty": 0.15, "selection": 0.5, "inactive": "exact",
+    },
+}  # fmt: skip
 
 # `slora demo --quick`: shows that everything works; its figures mean nothing.
 QUICK: dict[str, Any] = {"max_steps": 10, "batch_size": 32, "log_every": 2}
