@@ -160,7 +160,7 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.build-tools: $(CONSTRAINTS) | $(VENV)/.created
-	$(call pip_install,build tools,'setuptools>=77' wheel ninja pybind11)
+	$(call pip_install,build tools,'setuptools>=70.1' ninja pybind11)
 	@touch $@
 
 # The extension is built by the rule for $(BUILT), once torch is there.

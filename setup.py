@@ -9,16 +9,16 @@ import shutil
 import subprocess
 import sys
 from glob import glob
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import setuptools
 
 version = tuple(int(part) for part in re.findall(r"\d+", setuptools.__version__)[:2])
-if version < (64, 0) or (version < (70, 1) and find_spec("wheel") is None):
-    found = f"slora: setuptools {setuptools.__version__} alone cannot install this package"
-    sys.exit(f"{found}; run: pip install 'setuptools>=77,<82'")
+if version < (70, 1):
+    # Before 70.1 it makes no wheel without the package of that name; torch 2.11 asks for less than 82.
+    found = f"slora: setuptools {setuptools.__version__} is too old to install this package"
+    sys.exit(f"{found}; run: pip install 'setuptools>=70.1,<82'")
 
 
 def is_set(name: str) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 EXTRAS = (
     "accelerate cli csrc jinja2 kernels matplotlib open_clip peft rich sklearn tensorboard timm torchmetrics "
@@ -80,3 +82,13 @@ def test_every_error_is_also_the_builtin_that_one_would_expect() -> None:
     for error, builtin in expected.items():
         assert issubclass(error, slora.SLoRAError)
         assert issubclass(error, builtin)
+
+
+def test_the_bound_of_setuptools_is_the_same_wherever_it_is_stated() -> None:
+    root = Path(__file__).parents[1]
+    bounds = {
+        name: set(re.findall(r"setuptools>=([\d.]+)", (root / name).read_text(encoding="utf-8")))
+        for name in ("pyproject.toml", "Makefile", "README.md", "setup.py")
+    }
+    assert bounds == dict.fromkeys(bounds, {"70.1"})
+    assert "version < (70, 1)" in (root / "setup.py").read_text(encoding="utf-8")

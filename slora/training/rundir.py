@@ -145,7 +145,7 @@ def after_a_full_disk(out: Path, start: Path | None) -> str:
 
 def after_divergence(out: Path, start: Path | None, lr: float) -> str:
     """Return what to run after a loss that was not finite, at a learning rate below `lr`."""
-    lr = lr / 10
+    lr = min(lr / 10, 0.1)
     found = checkpoint.checkpoints(out / CHECKPOINTS)
     if start is None or (found and found[-1].resolve() != start.resolve()):
         return f"Run: {command(out, lr=lr)}"
