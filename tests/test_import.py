@@ -90,5 +90,5 @@ def test_the_bound_of_setuptools_is_the_same_wherever_it_is_stated() -> None:
         name: set(re.findall(r"setuptools>=([\d.]+)", (root / name).read_text(encoding="utf-8")))
         for name in ("pyproject.toml", "Makefile", "README.md", "setup.py")
     }
-    assert bounds == dict.fromkeys(bounds, {"70.1"})
+    assert bounds == {name: {"70.1"} for name in bounds}
     assert "version < (70, 1)" in (root / "setup.py").read_text(encoding="utf-8")
