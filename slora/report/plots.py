@@ -145,6 +145,11 @@ def target_against_retention(
             xytext=(5, 0), textcoords="offset points", va="center", rotation=90, color=_colour("muted"), fontsize=8,
         )  # fmt: skip
         marks = [(100 * x, 100 * y) for points in runs.values() for x, y in points]
+        for points, (x, y) in zip(runs.values(), means.values(), strict=True):
+            # The bars are in the way, too.
+            wide, tall = (_spread([100 * point[axis] for point in points]) or 0.0 for axis in (0, 1))
+            for share in (-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0):
+                marks += [(x + share * wide, y), (x, y + share * tall)]
         _name_points(axes, means, {method: (labels or {}).get(method, method) for method in means}, 100 * before, marks)
     return figure
 
@@ -357,7 +362,7 @@ def _name_points(
     line: float,
     marks: Sequence[tuple[float, float]],
 ) -> None:
-    """Write each name beside its point: clear of the vertical line at `line`, moved up from names and marks."""
+    """Write each name beside its point: clear of the vertical line at `line`, moved from names and marks."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()
@@ -370,9 +375,14 @@ def _name_points(
         x, y = (float(value) for value in places[method])
         width = 6.2 * len(names[method])
         right = x + 10 + width < (edge if x > wall else wall)
-        left, lift = (x + 10 if right else x - 10 - width), 9.0
-        while any(left < to and since < left + width and abs(y + lift - at) < 11 for since, to, at in taken):
-            lift += 2
+        left = x + 10 if right else x - 10 - width
+        lift = min(
+            (lift for lift in range(-120, 121) if not any(
+                left < to and since < left + width and abs(y + lift - at) < 11 for since, to, at in taken
+            )),
+            key=lambda lift: abs(lift - 9),
+            default=9,
+        )  # fmt: skip
         taken.append((left, left + width, y + lift))
         axes.annotate(
             names[method], means[method], xytext=(10 if right else -10, lift), textcoords="offset points",
