@@ -177,7 +177,7 @@ def gate_probe(layers: Sequence[Layer]) -> list[Tensor]:
     total = sum(layer.lora_A.shape[0] for layer in layers)
     if most == 0:
         return [torch.zeros(layer.gate.shape, device=device) for layer in layers]
-    tile = narrow_configs.gate_probe(launch.kind(rows), most)
+    tile = narrow_configs.gate_probe(launch.kind(rows), most, LOW, len(layers))
     tiles = triton.cdiv(most, tile.BM)
     out = torch.empty(total, tiles, dtype=torch.float32, device=device)
     meta: dict[str, Any] = {"PRECISION": launch.precision(rows), "LOW": LOW, **tile.meta()}

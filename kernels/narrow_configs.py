@@ -69,8 +69,13 @@ def skinny(precision: Precision, rows: int, low: int) -> Rows:
     return Rows(BM, BK, num_warps, 2 if BM == 128 and low > 64 and precision == "16-bit" else 3)
 
 
-def gate_probe(precision: Precision, m: int) -> Rows:
-    """Return the tile sizes for `m` rows: a few hundred are spread over the GPU, all of them come in larger tiles."""
+def gate_probe(precision: Precision, m: int, low: int, layers: int = 1) -> Rows:
+    """Return the tile sizes for `m` rows, `low` padded columns of S and T, at most 64, and `layers` layers.
+
+    A few hundred rows are spread over the GPU; all of them come in larger tiles.
+    """
     if precision != "16-bit":
-        return Rows(16, 32, 8, 2)
-    return Rows(16, 128, 4, 3) if m <= 4096 else Rows(32, 64, 4, 3)
+        return Rows(16, 32, 8, 2) if layers == 1 else Rows(16, 16, 8, 1)
+    if m > 4096:
+        return Rows(32, 64, 4, 3)
+    return Rows(16, 128 if low < 64 else 64, 4, 3)

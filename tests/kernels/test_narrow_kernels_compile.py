@@ -162,7 +162,7 @@ def row_jobs(part: int, kind: str) -> dict[str, dict[str, Any]]:
                 add(f"T {lora} {low} {rows}", "T", config, T, ["n", "r", "stride_dy"], LOW=low)
         for low in (16, 32, 64):
             for m in (512, 50432):
-                config = narrow_configs.gate_probe(kind, m)
+                config = narrow_configs.gate_probe(kind, m, low)
                 types = {
                     "dy": f"*{element}", "x": f"*{element}", "A": f"*{lora}", "B": f"*{lora}", "gate": "*fp32",
                     "out": "*fp32", "threshold": "fp32", "scaling": "fp32", "word": "i64",
@@ -213,9 +213,9 @@ def _small_types(element: str) -> dict[str, dict[str, Any]]:
             "types": {"table": "*i64", "factors": "*fp32", "out": "*fp32"},
             "constants": {
                 "LAYERS": 64, "ROW_DTYPE": {"bf16": "bfloat16", "fp32": "float32"}[element], "LORA_DTYPE": "float32",
-                "PRECISION": "ieee", "BM": 16, "BK": 128 if element == "bf16" else 32, "LOW": 16,
+                "PRECISION": "ieee", "BM": 16, "BK": 128 if element == "bf16" else 16, "LOW": 16,
             },
-            "meta": {"num_warps": 4 if element == "bf16" else 8, "num_stages": 3 if element == "bf16" else 2},
+            "meta": {"num_warps": 4 if element == "bf16" else 8, "num_stages": 3 if element == "bf16" else 1},
         },
     }  # fmt: skip
 
