@@ -24,7 +24,9 @@ def parser() -> argparse.ArgumentParser:
     grid = run.add_mutually_exclusive_group()
     grid.add_argument("--full", dest="grid", action="store_const", const="full", help="the whole grid; hours on a CPU")
     grid.add_argument("--quick", dest="grid", action="store_const", const="quick", help="one point of every kind")
-    grid.add_argument("--grid", choices=GRIDS, default="default", help=argparse.SUPPRESS)
+    grid.add_argument("--grid", choices=GRIDS, help=argparse.SUPPRESS)
+    # Of several actions for one name argparse takes the default of the first.
+    run.set_defaults(grid="default")
     run.add_argument("--rounds", type=int, help="repetitions of every contender (default: what suits the case)")
     run.add_argument("--only", nargs="+", default=[], metavar="PART", help="parts of contender names")
     run.add_argument("--threads", type=int, help="threads of PyTorch on the CPU (default: its own choice)")

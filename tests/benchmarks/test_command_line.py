@@ -180,3 +180,10 @@ def test_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("list") == 0
     said = capsys.readouterr().out
     assert all(name in said for name in registry.CASES)
+
+
+@pytest.mark.parametrize(
+    ("flags", "grid"), [([], "default"), (["--quick"], "quick"), (["--full"], "full"), (["--grid", "tiny"], "tiny")]
+)
+def test_the_default_grid_is_run_unless_another_is_asked_for(flags: list[str], grid: str) -> None:
+    assert command_line.parser().parse_args(["run", "--case", "linear", *flags]).grid == grid
