@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks import bars
 from benchmarks.record import median
+from slora.demo.run import aims
 
 NOT_MEASURED = "not measured"
 Row = dict[str, Any]
@@ -272,7 +273,8 @@ def demo_table(demo: dict[str, Any]) -> str:
     ]
     seeds = len({run["seed"] for run in demo["runs"]})
     before = f"Letters before fine-tuning: {100 * demo['source_before']:.2f} % (k-NN). "
-    return table(heads, rows) + f"\n\n{before}Mean and standard deviation over {seeds} seeds, from `docs/demo.json`."
+    note = f"{before}Mean and standard deviation over {seeds} seeds, from `docs/demo.json`. The aims that were set:"
+    return "\n\n".join([table(heads, rows), note, "\n".join(f"* {sentence}" for sentence in aims(demo))])
 
 
 def mean(runs: Sequence[dict[str, Any]], key: str) -> float:
