@@ -74,8 +74,10 @@ def gate_probe(precision: Precision, m: int, low: int, layers: int = 1) -> Rows:
 
     A few hundred rows are spread over the GPU; all of them come in larger tiles.
     """
+    if precision != "16-bit" and layers > 1:
+        return Rows(16, 16, 8, 1)
     if precision != "16-bit":
-        return Rows(16, 32, 8, 2) if layers == 1 else Rows(16, 16, 8, 1)
+        return Rows(16, 64, 4, 3) if precision == "tf32" else Rows(16, 32, 8, 2)
     if m > 4096:
         return Rows(32, 64, 4, 3)
     return Rows(16, 128 if low < 64 else 64, 4, 3)
