@@ -35,7 +35,9 @@ def weight_gradients(part: int, precision: Precision, low: int) -> tuple[Columns
     # Without tensor cores the tall product spills less; transposed, it is the masked tile that is spread over threads.
     tall = part >= 90 or precision == "ieee"
     if precision != "16-bit":
-        return (Columns(128, 32, tall, 4, 3) if low <= 64 else Columns(128, 32, tall, 8, 2),)
+        if low <= 64:
+            return (Columns(128, 32, tall, 4, 3),)
+        return (Columns(128, 16 if precision == "ieee" else 32, tall, 8, 2),)
     if low > 64:
         return (Columns(128, 32, tall, 8, 3), Columns(128, 64, tall, 8, 2))
     wide = (Columns(256, 64, tall, 8, 3),) if part >= 90 else ()
