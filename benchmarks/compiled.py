@@ -34,8 +34,8 @@ class Variant:
     types: dict[str, str]
     """The type of each argument that is no constant, as Triton writes it."""
     constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, Any]
+    """num_warps, num_stages and the like."""
     unaligned: frozenset[str] = frozenset()
     """Pointers and integers that are not multiples of 16."""
     tensor_cores: bool = True
@@ -97,7 +97,7 @@ def compiled(variant: Variant) -> Report:
         made = triton.compile(
             ASTSource(variant.kernel, types, constants, aligned),
             target=GPUTarget("cuda", variant.part, 32),
-            options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+            options=variant.options,
         )
     return _report(variant, made, log.getvalue(), time.perf_counter() - start)
 
@@ -109,9 +109,9 @@ def _report(variant: Variant, made: Any, log: str, seconds: float) -> Report:
     )
     tensor_memory = int(getattr(made.metadata, "tmem_size", 0) or 0)
     fits = [
-        REGISTERS // (-(-registers // 8) * 8 * 32 * variant.num_warps),
+        REGISTERS // (-(-registers // 8) * 8 * 32 * variant.options["num_warps"]),
         SHARED_MEMORY[variant.part] // (made.metadata.shared + 1024),
-        WARPS // variant.num_warps,
+        WARPS // variant.options["num_warps"],
         TENSOR_MEMORY_COLUMNS // tensor_memory if tensor_memory else WARPS,
     ]
     code = made.asm["ttgir"]
@@ -125,7 +125,7 @@ def _report(variant: Variant, made: Any, log: str, seconds: float) -> Report:
         spilled=stores + loads,
         shared=made.metadata.shared,
         tensor_memory=tensor_memory,
-        warps=variant.num_warps,
+        warps=variant.options["num_warps"],
         occupancy=min(fits),
         products={
             "wgmma": code.count("ttng.warp_group_dot "),

@@ -26,6 +26,9 @@ SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MAX_FUSED_RANK = 64
 
 
+_OPTIONS = {"num_warps", "num_stages", "maxnreg"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Gemm:
     """Tile sizes of `linear_forward` and `linear_backward`."""
@@ -47,6 +50,8 @@ class Gemm:
     """One pipeline over all tiles of a program instead of one per tile."""
     GROUP: int = 8
     """Row tiles that are worked on side by side; see `tiles.grouped`."""
+    maxnreg: int | None = None
+    """Registers per thread that ptxas may use; by default it spills a few of them where one program more then fits."""
 
     @property
     def store_width(self) -> int:
@@ -56,11 +61,15 @@ class Gemm:
     def kernel_arguments(self) -> dict[str, Any]:
         """Return what the kernels take as compile-time arguments."""
         fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in ("num_warps", "num_stages", "programs")}
+        return {name: value for name, value in fields.items() if name not in _OPTIONS | {"programs"}}
 
     def meta(self) -> dict[str, Any]:
         """Return the compile-time arguments and the options of the launch."""
-        return {**self.kernel_arguments(), "num_warps": self.num_warps, "num_stages": self.num_stages}
+        return self.kernel_arguments() | self.options()
+
+    def options(self) -> dict[str, Any]:
+        """Return what Triton's compiler is told."""
+        return {name: getattr(self, name) for name in sorted(_OPTIONS)}
 
 
 def part_of(capability: int) -> int:
@@ -96,12 +105,14 @@ _LOW = Gemm(64, 128, 64, 8, 4, FLATTEN=True)
 # Elements that are not aligned are loaded one by one, each with its address and mask in registers.
 _UNALIGNED = Gemm(64, 64, 32, 8, 3)
 
+_EXACT = Gemm(16, 32, 16, 8, 2, maxnreg=255)
+
 GEMM: tuple[Row, ...] = (
     Row(_FB, 90, "bulk", "16-bit", ("fused",), (16,), (_WIDE, _PAIR, _SQUARE), True),
     Row(_FB, 90, "bulk", "16-bit", ("fused",), (32,), (_WIDE, _SQUARE), True),
     Row(_FB, 90, "bulk", "16-bit", ("fused",), (64,), (_SQUARE,), True),
-    Row(_F, 90, "bulk", "16-bit", ("dropout",), (16, 32), (_WIDE,), True),
-    Row(_F, 90, "bulk", "16-bit", ("dropout",), (64,), (_LOW,), True),
+    Row(_F, 90, "bulk", "16-bit", ("dropout",), (16,), (_SQUARE,), True),
+    Row(_F, 90, "bulk", "16-bit", ("dropout",), (32, 64), (_LOW,), True),
     Row(_B, 90, "bulk", "16-bit", ("dropout",), (16, 32, 64), (_LOW,), True),
     Row(_FB, 90, "bulk", "16-bit", ("given",), (16,), (_WIDE, _SQUARE), True),
     Row(_FB, 90, "bulk", "16-bit", ("given",), (64,), (_SQUARE,), True),
@@ -123,11 +134,14 @@ GEMM: tuple[Row, ...] = (
     Row(_F, 100, "bulk", "tf32", ("dropout",), (16, 64), (Gemm(64, 128, 32, 8, 3),)),
     Row(_B, 100, "bulk", "tf32", ("dropout",), (16,), (Gemm(64, 128, 32, 8, 3),)),
     Row(_B, 100, "bulk", "tf32", ("dropout",), (64,), (Gemm(64, 64, 32, 8, 3),)),
-    Row(_FB, 100, "bulk", "tf32", ("given", "given, dropout"), (64,), (Gemm(64, 128, 32, 8, 3),)),
-    Row(_FB, 80, "pointers", "16-bit", ("fused",), (16,), (Gemm(128, 128, 32, 8, 4),), True),
-    Row(_FB, 80, "pointers", "16-bit", ("fused",), (32, 64), (Gemm(128, 64, 32, 8, 4),), True),
+    Row(_FB, 100, "bulk", "tf32", ("given", "given, dropout"), (64,), (Gemm(64, 64, 32, 8, 3),)),
+    Row(_F, 80, "pointers", "16-bit", ("fused",), (16,), (Gemm(128, 128, 32, 8, 4),), True),
+    Row(_F, 80, "pointers", "16-bit", ("fused",), (32, 64), (Gemm(128, 64, 32, 8, 4),), True),
+    Row(_B, 80, "pointers", "16-bit", ("fused",), (16,), (Gemm(128, 64, 32, 8, 4),), True),
+    Row(_B, 80, "pointers", "16-bit", ("fused",), (32, 64), (Gemm(64, 64, 32, 8, 4),), True),
     Row(_FB, 80, "pointers", "16-bit", ("given",), (16, 64), (Gemm(128, 128, 32, 8, 4),), True),
-    Row(_FB, 80, "pointers", "16-bit", ("dropout", "given, dropout"), (16, 64), (Gemm(128, 64, 32, 8, 4),)),
+    Row(_FB, 80, "pointers", "16-bit", ("dropout",), (16, 64), (Gemm(64, 64, 32, 8, 4),)),
+    Row(_B, 80, "pointers", "16-bit", ("given, dropout",), (16, 64), (Gemm(128, 64, 32, 8, 4),)),
     Row(_FB, 80, "pointers", "tf32", ("fused",), (16, 64), (Gemm(64, 64, 32, 8, 3),)),
     Row(_FB, 80, "pointers", "tf32", ("dropout",), (16, 64), (Gemm(64, 64, 16, 8, 3),)),
     Row(_FB, 80, "pointers", "tf32", ("given", "given, dropout"), (64,), (Gemm(64, 64, 32, 8, 3),)),
@@ -136,12 +150,8 @@ GEMM: tuple[Row, ...] = (
     Row(_FB, 100, "pointers", "16-bit", ("fused", "dropout"), (16, 64), (_UNALIGNED,)),
     Row(_FB, 100, "pointers", "16-bit", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
     # Products of fp32 itself are for being exact, not for being fast: cuBLAS has more registers to spend.
-    *(Row(_FB, part, "pointers", "ieee", ("fused", "dropout"), (16,), (Gemm(32, 32, 16, 4, 2),)) for part in PARTS),
-    *(Row(_FB, part, "pointers", "ieee", ("fused", "dropout"), (64,), (Gemm(16, 32, 16, 8, 2),)) for part in PARTS),
-    *(
-        Row(_FB, part, "pointers", "ieee", ("given", "given, dropout"), (64,), (Gemm(32, 32, 16, 8, 2),))
-        for part in PARTS
-    ),
+    *(Row(_FB, part, "pointers", "ieee", ("fused", "dropout"), (16, 64), (_EXACT,)) for part in PARTS),
+    *(Row(_FB, part, "pointers", "ieee", ("given", "given, dropout"), (64,), (_EXACT,)) for part in PARTS),
 )
 
 

@@ -115,6 +115,8 @@ def _blocks(
             t = tl.dot(dy_tile, b_tile, t, input_precision=PRECISION)
             k += BK
             if k >= n:
+                # It is 0 there already; without this line ptxas 12.9 makes every wgmma of the loop wait for the last.
+                t = tl.where((tl.arange(0, R) < r)[None, :], t, 0.0)
                 acc = _low_rank_update(
                     acc, t, T, A, keys, row, column, block, block if slots == blocks else place,
                     M, K, r, slots, scaling, drop, False, DROPOUT, PRECISION, BM, BN, R,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -125,6 +125,5 @@ def make_problem(device: torch.device) -> Callable[..., Problem]:
 
 
 @pytest.fixture(autouse=True)
-def _poisoned(poisoned: None) -> Iterator[None]:
+def _poisoned(poisoned: None) -> None:
     """Every test of a kernel runs with poisoned allocations: an element that nobody wrote is NaN."""
-    yield

@@ -1,0 +1,213 @@
+"""What the GEMM kernels are, without a GPU: `python -m benchmarks.audit` writes results/audit/linear_kernels.{json,md}.
+
+    compiled    registers, stack, shared memory, programs per multiprocessor and instructions of every configuration,
+                by compiling it for sm_80, sm_90 and sm_100
+    counted     FLOPs and bytes of a layer's forward, input gradient and weight gradients, from the kernels' loops
+    predicted   the larger of FLOPs over one ceiling and bytes over another, added over the kernels
+
+Nothing in these files was run, so no time in them is a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from benchmarks.compiled import Report, compiled, faults
+from benchmarks.record import environment, write_result
+from benchmarks.report.tables import table
+from benchmarks.variants import gemm_variants
+from slora.files import write_text
+from slora.flops import linear_flops
+from slora.kernels import configs
+
+CASE = "linear_kernels"
+# Of an H200: a large bf16 product and a large copy. Predictions divide by these.
+FLOPS_PER_S, BYTES_PER_S = 790e12, 4.3e12
+M, RANK, ELEMENT = 50432, 16, 2
+# (K, N) and the most that forward and all gradients may cost over frozen forward and dx.
+SHAPES = {
+    (768, 768): 1.30, (768, 2304): None, (768, 3072): 1.20, (3072, 768): 1.25, (1024, 4096): 1.15,
+    (4096, 1024): 1.20, (1280, 5120): 1.12,
+}  # fmt: skip
+
+
+class Work(NamedTuple):
+    """FLOPs and bytes of one kernel."""
+
+    flops: int
+    """Executed: with the tiles' ragged edges, the padded rank, and S or T once per tile that needs it."""
+    bytes: int
+    """To and from device memory, everything read once and written once."""
+    l2_bytes: int
+    """Of x, dy, W, A and B into shared memory, tile by tile."""
+
+    @property
+    def seconds(self) -> float:
+        """Predicted: what the ceilings allow."""
+        return max(self.flops / FLOPS_PER_S, self.bytes / BYTES_PER_S)
+
+
+def gemm_work(rows: int, columns: int, depth: int, r: int, tile: configs.Gemm, R: int) -> Work:
+    """Return what `linear_forward` does at x [rows, depth], y [rows, columns]; the input gradient is its mirror."""
+    tiles = -(-rows // tile.BM) * -(-columns // tile.BN)
+    steps = -(-depth // tile.BK) * tile.BK
+    narrow = linear_flops(tile.BM, R, steps) + linear_flops(tile.BM, tile.BN, R) if r else 0
+    return Work(
+        flops=tiles * (linear_flops(tile.BM, tile.BN, steps) + narrow),
+        bytes=ELEMENT * (rows * depth + columns * depth + rows * columns + r * (rows + depth + columns)),
+        l2_bytes=ELEMENT * tiles * steps * (tile.BM + tile.BN + (R if r else 0)),
+    )
+
+
+def weight_gradients_work(K: int, N: int) -> Work:
+    """Return what the pass over x and dy for dA and dB does."""
+    size = ELEMENT * (M * (K + N) + 2 * M * RANK)
+    return Work(linear_flops(M, RANK, K) + linear_flops(M, N, RANK), size, size)
+
+
+def of_shape(K: int, N: int, bar: float | None) -> dict[str, Any]:
+    """Return the counts and the prediction of one layer on an H200, beside a frozen layer with the same tiles."""
+    forward = configs.gemm("forward", 90, "bulk", "16-bit", RANK, N)
+    backward = configs.gemm("backward", 90, "bulk", "16-bit", RANK, K)
+    parts = {
+        "forward": gemm_work(M, N, K, RANK, forward.candidates[0], forward.R),
+        "input gradient": gemm_work(M, K, N, RANK, backward.candidates[0], backward.R),
+        "weight gradients": weight_gradients_work(K, N),
+    }
+    frozen = gemm_work(M, N, K, 0, forward.candidates[0], 0), gemm_work(M, K, N, 0, backward.candidates[0], 0)
+    frozen_seconds = sum(work.seconds for work in frozen)
+    return {
+        "K": K,
+        "N": N,
+        "counted": {name: work._asdict() for name, work in parts.items()},
+        "counted_frozen": {"flops": sum(w.flops for w in frozen), "bytes": sum(w.bytes for w in frozen)},
+        "predicted_seconds": {name: work.seconds for name, work in parts.items()},
+        "predicted_frozen_seconds": frozen_seconds,
+        "predicted_over_frozen": sum(work.seconds for work in parts.values()) / frozen_seconds,
+        "bar_over_frozen": bar,
+        "measured": "not measured",
+    }
+
+
+def compile_all(parts: Sequence[int]) -> list[dict[str, Any]]:
+    """Compile every configuration; one entry per variant, with what is wrong with it."""
+    entries = []
+    for part in parts:
+        for kernel in ("forward", "backward"):
+            for variant in gemm_variants(kernel, part):
+                report = compiled(variant)
+                wrong = faults(variant, report, configs.SHARED_MEMORY[part])
+                entry = {name: value for name, value in dataclasses.asdict(report).items() if name != "seconds"}
+                entries.append({**entry, "faults": wrong})
+                print(f"sm_{part} {variant.kernel.fn.__name__} {variant.label}: {_resources(report)} {wrong or ''}")
+    return entries
+
+
+def _resources(report: Report) -> str:
+    return f"{report.registers} registers, {report.shared} bytes shared, {report.occupancy} programs"
+
+
+def text(payload: dict[str, Any]) -> str:
+    """The Markdown rendering."""
+    shapes = [
+        [
+            f"{shape['K']} → {shape['N']}",
+            *(f"{sum(work[key] for work in shape['counted'].values()) / unit:.2f}" for key, unit in _COUNTS),
+            f"{shape['counted_frozen']['flops'] / 1e12:.2f}",
+            f"{shape['counted_frozen']['bytes'] / 1e9:.2f}",
+            *(f"{1e6 * seconds:.0f}" for seconds in shape["predicted_seconds"].values()),
+            f"{1e6 * shape['predicted_frozen_seconds']:.0f}",
+            f"{shape['predicted_over_frozen']:.2f}",
+            "-" if shape["bar_over_frozen"] is None else f"{shape['bar_over_frozen']:.2f}",
+            shape["measured"],
+        ]
+        for shape in payload["shapes"]
+    ]
+    kernels = [
+        [
+            f"sm_{entry['part']}",
+            entry["kernel"].removeprefix("linear_"),
+            *_case(entry["label"]),
+            str(entry["registers"]),
+            str(entry["stack"] + entry["spilled"]),
+            f"{entry['shared'] / 1024:.0f}",
+            f"{entry['occupancy']} x {entry['warps']}",
+            " ".join(f"{count} {name}" for name, count in entry["products"].items() if count),
+            ", ".join(entry["bulk_loads"]) or "-",
+        ]
+        for entry in payload["kernels"]
+    ]
+    packages = payload["environment"]["packages"]
+    tera = {name: payload["ceilings"][name] / 1e12 for name in ("flops_per_s", "bytes_per_s")}
+    return f"""# The two GEMM kernels, without a GPU
+
+Written by `python -m benchmarks.audit` with Triton {packages["triton"]}, torch {packages["torch"]}. Nothing here was \
+run: the first table is counted and predicted, the second is what the compiler made.
+
+## Counted and predicted
+
+bf16, M = {payload["M"]}, r = {payload["r"]}, all active, one block, on an H200 at {tera["flops_per_s"]:.0f} TFLOP/s
+and {tera["bytes_per_s"]:.1f} TB/s. FLOPs are those executed, with S and T once per tile. A kernel is
+predicted to take the larger of its two quotients; loads, stores and products overlap less than that in truth.
+"Over frozen" is forward, input gradient and weight gradients over forward and input gradient of a frozen layer,
+predicted in the same way; the bar is for the same quotient, measured.
+
+{table(_SHAPE_HEADS, shapes)}
+
+## Compiled
+
+Every configuration of `kernels/configs.py`. "Fit" is how many programs of how many warps fit on a multiprocessor;
+products are those of tiles, by the instruction that does them; the copy engine brings the operands named last.
+
+{table(_KERNEL_HEADS, kernels)}
+"""
+
+
+_COUNTS = (("flops", 1e12), ("bytes", 1e9), ("l2_bytes", 1e9))
+_SHAPE_HEADS = [
+    "layer", "TFLOP", "GB", "GB from L2", "frozen TFLOP", "frozen GB", "forward µs, predicted", "dx µs, predicted",
+    "dA, dB µs, predicted", "frozen µs, predicted", "over frozen, predicted", "bar", "over frozen, measured",
+]  # fmt: skip
+_KERNEL_HEADS = [
+    "GPU", "kernel", "path", "numbers", "form", "R", "tile", "blocks", "registers", "stack and spills, bytes",
+    "shared, KiB", "fit", "products", "bulk copies",
+]  # fmt: skip
+
+
+def _case(label: str) -> list[str]:
+    """The label of a variant as cells."""
+    head, rest = label.split(", R=")
+    R, rest = rest.split(", Gemm(")
+    fields, blocks = rest.split("), ")
+    values = dict(field.split("=") for field in fields.split(", "))
+    path, numbers, form = head.split(", ", 2)
+    tile = f"{values['BM']}x{values['BN']}x{values['BK']}, {values['num_stages']} stages"
+    flags = [word for name, word in (("HALVES", "halves"), ("FLATTEN", "flat")) if values[name] == "True"]
+    return [path, numbers, form, R, ", ".join([tile, *flags]), blocks.removesuffix(" blocks").removesuffix(" block")]
+
+
+def main() -> None:
+    """Compile, count, and write the two files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=int, nargs="+", choices=configs.PARTS, default=configs.PARTS)
+    arguments = parser.parse_args()
+    payload = {
+        "complete": set(arguments.parts) == set(configs.PARTS),
+        "time": "not measured",
+        "M": M,
+        "r": RANK,
+        "ceilings": {"flops_per_s": FLOPS_PER_S, "bytes_per_s": BYTES_PER_S, "source": "stated, not measured here"},
+        "shapes": [of_shape(K, N, bar) for (K, N), bar in SHAPES.items()],
+        "kernels": compile_all(arguments.parts),
+    }
+    path = write_result(CASE, "audit", payload)
+    written = path.with_suffix(".md")
+    write_text(written, text({**payload, "environment": environment("cpu")}))
+    print(path, written, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
