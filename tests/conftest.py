@@ -11,6 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+# Triton decides when a kernel is defined, its own library of them when it is imported; so this stands before every test
+# file. Without a GPU kernels run in Triton's interpreter on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # One thread where several processes share the machine; a few where the tests run in one.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1))
 
