@@ -26,8 +26,9 @@ WIDEST = 128
 
 @triton.jit(do_not_specialize=["drop"])
 def _S(
-    x, A, S, gate, seed, threshold, drop, M, K, r, blocks, n_slots, stride_x,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr,
+    x, A, S, room, gate, seed, threshold, drop, factor, M, K, r, blocks, n_slots, stride_x, room_columns,
+    ROOM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    LOW: tl.constexpr,
 ):  # fmt: skip
     """Program (row tile, group): BM rows times LOW columns of S."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -51,6 +52,11 @@ def _S(
             acc = tl.dot(tile, low.to(tile.dtype), acc, input_precision=PRECISION)
     place = S + rows[:, None].to(tl.int64) * (n_slots * r) + column[None, :]
     tl.store(place, acc.to(S.dtype.element_ty), mask=inside[:, None] & valid[None, :])
+    if ROOM:
+        # Beside x, whose row stride it has. What is left of the room up to its aligned width is 0.
+        place = room + rows[:, None].to(tl.int64) * stride_x + column[None, :]
+        scaled = tl.where(valid[None, :], acc * factor, 0.0).to(S.dtype.element_ty)
+        tl.store(place, scaled, mask=inside[:, None] & (column < room_columns)[None, :])
 
 
 @triton.jit
@@ -86,10 +92,13 @@ def products_S(
     n_slots: int,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    room: Tensor | None = None,
+    factor: float = 1.0,
 ) -> Tensor:
     """Return `S [M, n_slots * r]` in the dtype of x.
 
-    `x [M, K]` of unit column stride; `lora_A [blocks, r, K]` contiguous, of any floating dtype; `gate [blocks]` fp32.
+    `x [M, K]` of unit column stride; `lora_A [blocks, r, K]` contiguous, of any floating dtype; `gate [blocks]` fp32;
+    `room [M, at least n_slots * r]` a view with the strides of x, to be filled with `factor * S` and zeros behind it.
     """
     M, K = x.shape
     blocks, r, _ = lora_A.shape
@@ -100,8 +109,9 @@ def products_S(
     tile = narrow_configs.skinny(launch.kind(x.dtype), M // launch.multiprocessors(x.device), LOW)
     with launch.on(x.device):
         _S[(triton.cdiv(M, tile.BM), triton.cdiv(n_slots * r, LOW))](
-            x, lora_A, S, gate, seed, threshold, drop_units(dropout), M, K, r, blocks, n_slots, x.stride(0),
-            DROPOUT=dropout > 0.0, PRECISION=launch.precision(x.dtype), LOW=LOW, **tile.meta(),
+            x, lora_A, S, room, gate, seed, threshold, drop_units(dropout), factor, M, K, r, blocks, n_slots,
+            x.stride(0), 0 if room is None else room.shape[1],
+            ROOM=room is not None, DROPOUT=dropout > 0.0, PRECISION=launch.precision(x.dtype), LOW=LOW, **tile.meta(),
         )  # fmt: skip
     return S
 

@@ -5,9 +5,12 @@
 | `fused` | S inside the main loop of the base product | T inside the main loop |
 | `accumulate` | S by a skinny product, read once at the end of the base product | T likewise |
 | `addmm` | S by a skinny product, base product by cuBLAS, `addmm_` of the update | T likewise |
+| `concat` | S by a skinny product, base product and update as one of cuBLAS, which is wider | |
 
-All of them leave the same S and T, so that forward and backward may take different ones. dA, dB and the gates'
-gradients are one pass over x and dy (`slora.kernels.weight_gradients`), or cuBLAS products where those are faster.
+All of them leave the same S and T, so that forward and backward may take different ones. `concat` multiplies x and c S
+side by side with W and B side by side, where the producer of x left room behind its rows (`slora.room`). dA, dB and the
+gates' gradients are one pass over x and dy (`slora.kernels.weight_gradients`), or cuBLAS products where those are
+faster.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slora import addmm, tuning
+from slora import addmm, room, tuning
 from slora.backends import backend
 from slora.dropout import rescaling
 
@@ -50,8 +53,9 @@ def forward(
     gate, threshold = addmm.fp32_gate(gate, threshold)
     A, B, W = lora_A.contiguous(), lora_B.contiguous(), weight.contiguous()
 
-    def S() -> Tensor:
-        return skinny.products_S(x_rows, A, gate, threshold, slots, dropout, seed)
+    def S(behind: Tensor | None = None) -> Tensor:
+        c = scaling * rescaling(dropout)
+        return skinny.products_S(x_rows, A, gate, threshold, slots, dropout, seed, behind, c)
 
     def one_kernel(config: configs.Gemm, given: bool) -> tuple[Tensor, Tensor]:
         products = S() if given else None
@@ -70,9 +74,21 @@ def forward(
             y_i.addmm_(S_i, B_i.T, alpha=c)
         return y, products
 
+    def concatenated(wide: Tensor) -> tuple[Tensor, Tensor]:
+        products = S(wide[:, x_rows.shape[1] :])
+        update = W.new_zeros(W.shape[0], wide.shape[1] - W.shape[1])
+        n, r = B.shape[1:]
+        low = _present(B, gate, threshold, active, x.dtype)
+        for slot, (i, B_i) in enumerate(zip(range(blocks) if active is None else active, low, strict=True)):
+            update[i * n : (i + 1) * n, slot * r : (slot + 1) * r] = B_i
+        return F.linear(wide, torch.cat([W, update], 1), bias), products
+
     candidates = _one_kernel_candidates("forward", x_rows, W, A, dropout, one_kernel)
     candidates["addmm"] = vendor
-    shape = _shape("forward", x_rows, lora_A, lora_B, slots, dropout, bias is not None)
+    wide = room.widened(x_rows, slots * lora_A.shape[1])
+    if wide is not None:
+        candidates["concat"] = functools.partial(concatenated, wide)
+    shape = _shape("forward", x_rows, lora_A, lora_B, slots, dropout, bias is not None, wide is not None)
     y, products = _run(shape, x_rows, candidates)
     return y.view(*x.shape[:-1], weight.shape[0]), products
 
@@ -202,7 +218,14 @@ def _run(shape: str, rows: Tensor, candidates: Mapping[str, Callable[[], Any]]) 
 
 
 def _shape(
-    operation: str, rows: Tensor, A: Tensor, B: Tensor, slots: int, dropout: float, bias: bool | None = None
+    operation: str,
+    rows: Tensor,
+    A: Tensor,
+    B: Tensor,
+    slots: int,
+    dropout: float,
+    bias: bool = False,
+    wide: bool = False,
 ) -> str:
     """The shape class without the rows, as the cache of choices spells it."""
     blocks, r, K = A.shape
@@ -210,7 +233,7 @@ def _shape(
     words.append(f"{rows.dtype}/{A.dtype}".replace("torch.", ""))
     if rows.dtype == torch.float32:
         words.append(torch.backends.cuda.matmul.fp32_precision)
-    return " ".join(words + ["bias"] * bool(bias) + ["dropout"] * (dropout > 0))
+    return " ".join(words + ["bias"] * bias + ["dropout"] * (dropout > 0) + ["room"] * wide)
 
 
 def _present(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import subprocess
@@ -144,21 +145,17 @@ def row_jobs(part: int, kind: str) -> dict[str, dict[str, Any]]:
                     "x": f"*{element}",
                     "A": f"*{lora}",
                     "S": f"*{element}",
+                    "room": f"*{element}",
                     "gate": "*fp32",
                     "seed": "*i64",
                     "threshold": "fp32",
+                    "factor": "fp32",
                 }
                 T = {"dy": f"*{element}", "B": f"*{lora}", "T": f"*{element}", "gate": "*fp32", "threshold": "fp32"}
-                for dropout in (False, True):
-                    add(
-                        f"S {lora} {low} {rows} {dropout}",
-                        "S",
-                        config,
-                        S,
-                        ["K", "r", "stride_x"],
-                        LOW=low,
-                        DROPOUT=dropout,
-                    )
+                aligned = ["K", "r", "stride_x"]
+                for room, dropout in itertools.product((False, True), repeat=2):
+                    name = f"S {lora} {low} {rows} {room=} {dropout=}"
+                    add(name, "S", config, S, aligned, LOW=low, ROOM=room, DROPOUT=dropout)
                 add(f"T {lora} {low} {rows}", "T", config, T, ["n", "r", "stride_dy"], LOW=low)
         for low in (16, 32, 64):
             for m in (512, 50432):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slora import backends, forms, ops, reference
+from slora import backends, forms, ops, reference, room
 from slora.dropout import kept, rescaling
 from slora.layers import SelectiveLoRALinear
 
@@ -111,7 +111,7 @@ def test_output_and_every_gradient_agree_with_the_reference(
     compare(assert_as_exact_as, given, dy, found)
 
 
-@pytest.mark.parametrize("form", ["fused", "accumulate", "addmm"])
+@pytest.mark.parametrize("form", ["fused", "accumulate", "addmm", "concat"])
 @pytest.mark.parametrize(
     ("listed", "p"), [(True, 0.0), (False, 0.0), (True, 0.3)], ids=["listed", "from gates", "dropout"]
 )
@@ -127,19 +127,22 @@ def test_every_form_computes_the_same(
     taken = []
 
     def run(shape: str, rows: Tensor, candidates: dict[str, Callable[[], Any]]) -> Any:
-        # addmm has no form of a masked input gradient, and dA, dB only where the host knows the active blocks.
+        # addmm has no form of a masked input gradient, and dA, dB only where the host knows the active blocks; concat
+        # none of a gradient.
         name = form if form in candidates else next(iter(candidates))
         taken.append(name)
         return candidates[name]()
 
     monkeypatch.setattr(forms, "_run", run)
     given, seed = make(device, dtype), torch.tensor(7, device=device) if p else None
+    if form == "concat":
+        given["x"] = room.empty(37, 21, room=15, dtype=dtype, device=device).copy_(given["x"])
     mask = kept(37, 21, p, seed, torch.float64) * rescaling(p) if p else None
     dy = torch.randn(37, 36, device=device).to(dtype)
     found = ours(given, dy, active=[0, 2] if listed else None, dropout=p, seed=seed)
     compare(assert_as_exact_as, given, dy, found, mask)
-    masked_addmm = form == "addmm" and p
-    assert taken[:2] == [form, "fused" if masked_addmm else form]
+    no_gradient = form == "concat" or (form == "addmm" and p)
+    assert taken[:2] == [form, "fused" if no_gradient else form]
 
 
 def test_ranks_above_those_of_the_fused_kernel(device: torch.device, assert_as_exact_as: Any) -> None:

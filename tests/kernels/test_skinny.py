@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slora import dropout as counter
+from slora import room
 from slora.kernels import skinny
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -111,3 +112,24 @@ def test_two_runs_give_the_same_bits(device: torch.device) -> None:
     for _ in range(2):
         assert torch.equal(*(skinny.products_S(x, A, gate, THRESHOLD, 2) for _ in range(2)))
         assert torch.equal(*(skinny.products_T(dy, B, gate, THRESHOLD, 2) for _ in range(2)))
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["slots of the active", "slots of all"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_room_behind_x_holds_the_scaled_S_and_zeros_and_x_stays(
+    case: str, known: bool, device: torch.device
+) -> None:
+    M, K, blocks, _, r, active = CASES[case]
+    given, _, A, _, gate = operands(case, torch.float32, torch.float32, device)
+    slots = len(active) if known else blocks
+    x = room.empty(M, K, room=slots * r + 8, device=device).copy_(given)
+    wide = room.widened(x, slots * r)
+    assert wide is not None
+    S = skinny.products_S(x, A, gate, THRESHOLD, slots, room=wide[:, K:], factor=0.25)
+    torch.testing.assert_close(S, expected(torch.einsum("mk,brk->mbr", given, A), active, known))
+    if slots:
+        assert torch.equal(wide[:, K : K + slots * r], 0.25 * S)
+        assert wide[:, K + slots * r :].eq(0).all()
+    assert torch.equal(x, given)
+    beyond = room.widened(x, slots * r + 8)[:, wide.shape[1] :]
+    assert beyond.isnan().all()
