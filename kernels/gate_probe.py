@@ -44,8 +44,11 @@ class Layer(NamedTuple):
 
 
 def seed_word(seed: int) -> int:
-    """Return what the hash adds to the number of a stratum."""
-    return seed * 0x9E3779B1 & 0xFFFFFFFF
+    """Return what the hash adds to the number of a stratum, modulo 2**32.
+
+    It is a signed number of 32 bits, because Triton compiles anew for an argument that needs 64.
+    """
+    return (seed * 0x9E3779B1 + 0x80000000 & 0xFFFFFFFF) - 0x80000000
 
 
 @triton.jit

@@ -162,7 +162,7 @@ def row_jobs(part: int, kind: str) -> dict[str, dict[str, Any]]:
                 config = narrow_configs.gate_probe(kind, m, low)
                 types = {
                     "dy": f"*{element}", "x": f"*{element}", "A": f"*{lora}", "B": f"*{lora}", "gate": "*fp32",
-                    "out": "*fp32", "threshold": "fp32", "scaling": "fp32", "word": "i64",
+                    "out": "*fp32", "threshold": "fp32", "scaling": "fp32", "word": "i32",
                 }  # fmt: skip
                 aligned = ["K", "n", "r", "stride_dy", "stride_x"]
                 add(f"probe {lora} {low} {m}", "gate_probe", config, types, aligned, LOW=low)
@@ -202,7 +202,7 @@ def _small_types(element: str) -> dict[str, dict[str, Any]]:
             "meta": {"num_warps": 2},
         },
         "sample_rows": {
-            "types": {"x": f"*{element}", "out": f"*{element}", "word": "i64"},
+            "types": {"x": f"*{element}", "out": f"*{element}", "word": "i32"},
             "constants": {"BM": 8, "BK": 256},
             "meta": {"num_warps": 2},
         },
