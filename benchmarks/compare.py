@@ -10,7 +10,7 @@ from benchmarks.record import BenchmarkError, median
 
 # Measures that are times, memory, or counts; the rest follows from them.
 MEASURES = ("seconds", "device_seconds", "forward", "forward_backward", "eager", "peak_memory_mib", "added_memory_mib",
-            "flops", "bytes", "peak_over_outputs", "launches", "deterministic")  # fmt: skip
+            "flops", "bytes", "compulsory_bytes", "peak_over_outputs", "launches", "deterministic")  # fmt: skip
 # Numbers without a spread: memory of a process varies by less than this share.
 STEADY = 0.02
 

@@ -10,17 +10,22 @@ that a form of the computation has to move through memory, in elements of the ac
     accumulate   added to the GEMM's accumulator             + 2 MK +    MN
     fused        S and T in the main loops, too              +   MK +    MN
     full         the dense weight gradient                   +   MK +    MN + NK
+
+Of a call of a whole model `Compulsory` says what is counted.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-from slora.flops import count_flops
+import slora
+from slora.flops import count_flops, register
 
 
 class Extra(NamedTuple):
@@ -44,21 +49,39 @@ FORMS = {
 
 def flops(call: Callable[[], Any]) -> int:
     """FLOPs of the matrix products of one call, backward included where it runs one."""
-    _count_in_place()
+    _complete_counter()
     return count_flops(call)
 
 
 @functools.cache
-def _count_in_place() -> None:
-    """Teach PyTorch's counter `addmm_`, which it leaves out."""
+def _complete_counter() -> None:
+    """Teach PyTorch's counter `addmm_`, which it leaves out, and attention whose heads share keys and values."""
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-    if torch.ops.aten.addmm_ in flop_registry:
-        return
+    if torch.ops.aten.addmm_ not in flop_registry:
 
-    @register_flop_formula(torch.ops.aten.addmm_)
-    def addmm_(y: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-        return 2 * int(a[0]) * int(a[1]) * int(b[1])
+        @register_flop_formula(torch.ops.aten.addmm_)
+        def addmm_(y: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+            return 2 * int(a[0]) * int(a[1]) * int(b[1])
+
+    register()
+    for operator, formula in list(flop_registry.items()):
+        if "_scaled_dot_product" in str(operator):
+            flop_registry[operator] = _with_shared_heads(formula, "backward" in str(operator))
+
+
+def _with_shared_heads(formula: Callable[..., Any], backward: bool) -> Callable[..., Any]:
+    """`formula` for `(query, key, value, ...)`, or `(dy, query, key, value, ...)`, each of `[batch, heads, ...]`.
+
+    It takes shapes for tensors, and refuses keys with fewer heads than queries; each of those is used several times.
+    """
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        heads = args[backward].shape[1]
+        shapes = (torch.Size((t.shape[0], heads, *t.shape[2:])) for t in args[backward : 3 + backward])
+        return formula(*args[:backward], *shapes, *args[3 + backward :], **kwargs)
+
+    return counted
 
 
 def bytes_moved(form: str, M: int, N: int, K: int, element: int, share: float = 1.0, backward: bool = True) -> int:
@@ -81,13 +104,108 @@ def lora_flops(M: int, N: int, K: int, r: int, active: float, share: float, back
     return 2.0 * M * r * products * (active * K + share * N)
 
 
-def percent(ceilings: dict[str, Any], dtype: str, seconds: float, flops: int, moved: int) -> dict[str, float]:
-    """What part of the measured GEMM and copy ceilings this is, in percent."""
+@dataclass(frozen=True)
+class Compulsory:
+    """Bytes that one call of a whole model cannot do without, counted alike for every contender.
+
+    A formula, and less than the traffic: what one kernel hands to the next and nobody keeps is left out.
+
+    Attributes:
+        parameters: read once; A and B of inactive blocks only where the call looks at them.
+        inputs: read once.
+        output: written once; none of a training step.
+        again: parameters and inputs that autograd keeps for the backward, which reads them once more.
+        kept: activations that autograd keeps for the backward: written once, read once.
+        trained: parameters that got a gradient: it is written and read, and AdamW reads and writes the parameter and
+            two moments.
+    """
+
+    parameters: int
+    inputs: int
+    output: int = 0
+    again: int = 0
+    kept: int = 0
+    trained: int = 0
+
+    @property
+    def moved(self) -> int:
+        """All of it, each part as often as it is read or written."""
+        return self.parameters + self.inputs + self.output + self.again + 2 * self.kept + 8 * self.trained
+
+    @property
+    def beside_inputs(self) -> int:
+        """The memory behind it, inputs left out: every byte once."""
+        return self.parameters + self.output + self.kept + 3 * self.trained
+
+
+def of_forward(net: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> Compulsory:
+    """What a forward without gradients cannot do without."""
+    return Compulsory(parameters_read(net, gradients=False), sum(t.nbytes for t in inputs), output.nbytes)
+
+
+def of_step(
+    step: Callable[[], Any], net: nn.Module, inputs: Sequence[Tensor], optimizer: torch.optim.Optimizer,
+    existing: Mapping[int, int],
+) -> Compulsory:  # fmt: skip
+    """Take one eager training step and return what it cannot do without.
+
+    `existing`: the storages that were there before, as `storages` gives them.
+    """
+    saved: dict[int, int] = {}
+    trained = 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.update(storages([tensor]))
+        return tensor
+
+    def updated(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        nonlocal trained
+        trained = sum(p.nbytes for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+    parameters = parameters_read(net, gradients=True)
+    handle = optimizer.register_step_pre_hook(updated)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            step()
+    finally:
+        handle.remove()
+    again = sum(size for address, size in saved.items() if address in existing)
+    return Compulsory(
+        parameters, sum(t.nbytes for t in inputs), again=again, kept=sum(saved.values()) - again, trained=trained
+    )
+
+
+def parameters_read(net: nn.Module, gradients: bool) -> int:
+    """Bytes of the parameters that a forward of `net` reads, with or without gradients."""
+    unread = 0
+    for _, layer in slora.gate.adapted_layers(net):
+        activity = layer.activity()
+        if not (gradients and activity.probe and layer.inactive != "frozen"):
+            unread += (layer.lora_A.nbytes + layer.lora_B.nbytes) * len(activity.inactive) // layer.blocks
+    return sum(p.nbytes for p in net.parameters()) - unread
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """`{address: bytes}` of the memory behind `tensors`, each storage once."""
+    found = (t.untyped_storage() for t in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+
+
+def beside_time(ceilings: dict[str, Any], dtype: str, seconds: float, flops: float, moved: float) -> dict[str, float]:
+    """The rate, and what part of the measured GEMM and copy ceilings `flops` and `moved` bytes are, in percent."""
     gemm = ceilings["gemm_flops_per_s"].get(dtype)
     return {
+        "flops_per_s": flops / seconds,
         **({"percent_of_gemm": 100 * flops / seconds / gemm} if gemm else {}),
         "percent_of_copy": 100 * moved / seconds / ceilings["copy_bytes_per_s"],
     }
+
+
+def beside_time_of(row: Mapping[str, Any], ceilings: dict[str, Any], dtype: str) -> dict[str, float]:
+    """The same for a row of a whole model, which has "seconds"; nothing where it could not be counted."""
+    if "compulsory_bytes" not in row:
+        return {}
+    return beside_time(ceilings, dtype, row["seconds"]["median"], row["flops"], row["compulsory_bytes"])
 
 
 def predicted_seconds(

@@ -50,6 +50,11 @@ class Settings:
         """Whether a GPU is measured."""
         return self.device == "cuda"
 
+    @property
+    def most_inputs(self) -> int | None:
+        """The most sets of inputs that are made, None for what suits the device (`timing.rotation`)."""
+        return 2 if self.grid == "tiny" else None
+
     def repetitions(self, usual: int) -> int:
         """How many rounds to take where `usual` would do."""
         if self.rounds is not None:

@@ -1,15 +1,18 @@
 """Times of contenders that take turns, so that a slow moment of the machine hits them all.
 
-Every contender is a list of calls that do the same on inputs of their own: together the inputs are larger than the
-last cache, so that no repetition finds its input there. On a GPU a contender's calls are captured in one CUDA graph
+Every contender is a list of calls that do the same, each on a set of inputs of its own: together the sets are larger
+than the last cache (`rotation`), so that no repetition finds its input there. All contenders have the same sets. On the
+CPU every call takes the next one, whoever makes it; on a GPU a contender's calls are captured in one CUDA graph
 and a replay is timed between two events, so that the launch cost of Python is left out; where a contender cannot be
 captured, or `graphs` is off, its calls are launched one by one between the events.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,18 @@ class Contestant:
     Attributes:
         clock: "wall" on the CPU, "graph" for replays of a CUDA graph, "events" for single launches on a GPU.
         reason: why nothing could be captured, where that was wanted.
+
+    `turns` counts the calls on the CPU, those of all contestants that share it.
     """
 
-    def __init__(self, calls: Sequence[Call], device: str, graphs: bool, pool: Any = None) -> None:
+    def __init__(
+        self, calls: Sequence[Call], device: str, graphs: bool, pool: Any = None, turns: Iterator[int] | None = None
+    ) -> None:
         self.calls = list(calls)
         self.clock = "wall" if device == "cpu" else "events"
         self.reason: str | None = None
-        self.turn = 0
-        for call in self.calls if device == "cpu" else self.calls * WARM_UP:
+        self.turns = itertools.count() if turns is None else turns
+        for call in self.calls[:WARM_UP] if device == "cpu" else self.calls * WARM_UP:
             call()
         if device == "cpu":
             return
@@ -52,8 +59,7 @@ class Contestant:
     def __call__(self) -> float:
         """Seconds per call."""
         if self.clock == "wall":
-            call = self.calls[self.turn % len(self.calls)]
-            self.turn += 1
+            call = self.calls[next(self.turns) % len(self.calls)]
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
@@ -108,7 +114,8 @@ def interleaved(
     After `seconds` no new round begins, provided that the fewest needed for percentiles are there.
     """
     pool = torch.cuda.graph_pool_handle() if graphs and device != "cpu" else None
-    ready = {name: Contestant(calls, device, graphs, pool) for name, calls in contenders.items()}
+    turns = itertools.count()
+    ready = {name: Contestant(calls, device, graphs, pool, turns) for name, calls in contenders.items()}
     taken: dict[str, list[float]] = {name: [] for name in ready}
     # One round that counts for nothing: clocks rise, caches and allocators settle.
     for contestant in ready.values():
@@ -122,9 +129,43 @@ def interleaved(
     return {name: (taken[name], ready[name]) for name in ready}
 
 
-def sets_past_the_cache(bytes_per_set: int, device: str, most: int = 16) -> int:
-    """How many sets of inputs make twice the last cache, at least 2."""
-    return max(2, min(most, -(-2 * last_cache(device) // max(1, bytes_per_set))))
+@dataclass(frozen=True)
+class Rotation:
+    """How many sets of inputs calls take in turns, and why those do not suffice to outgrow the last cache."""
+
+    sets: int
+    reason: str | None = None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """As the result file spells it."""
+        return {"input_sets": self.sets, **({"input_reason": self.reason} if self.reason else {})}
+
+
+def rotation(inputs: int, device: str, besides: int = 0, most: int | None = None) -> Rotation:
+    """Decide how many sets of `inputs` bytes are made, so that no call finds its own in the last cache.
+
+    Between two calls on one set of n, at least n calls pass: over all n sets, and over the memory that one call
+    touches `besides` its inputs. Wanted is twice the cache. Where `besides` makes that alone, one set does; otherwise
+    there are 2 or more, at most `most` (default: 64, or 16 on a GPU, which captures a call for each).
+    """
+    cache = last_cache(device)
+    if besides >= 2 * cache:
+        return Rotation(
+            1, f"a call touches {_mib(besides)} besides its inputs, twice the last cache of {_mib(cache)} or more"
+        )
+    most = most or (64 if device == "cpu" else 16)
+    sets = max(2, min(most, -(-(2 * cache - besides) // max(1, inputs))))
+    if sets * inputs + besides > cache:
+        return Rotation(sets)
+    return Rotation(
+        sets, f"the {sets} sets that are made at most, of {_mib(inputs)}, and {_mib(besides)} that a call touches "
+        f"besides, do not outgrow the last cache of {_mib(cache)}"
+    )  # fmt: skip
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.3g} MiB" if size < 1000 * 2**20 else f"{size / 2**20:,.0f} MiB"
 
 
 def last_cache(device: str) -> int:

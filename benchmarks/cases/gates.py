@@ -30,4 +30,4 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     for precision in precisions:
         if settings.over():
             return
-        yield from train_step.measure(settings, model, batch, precision, "eager", NAMES)
+        yield from train_step.measure(settings, ceilings, model, batch, precision, "eager", NAMES)

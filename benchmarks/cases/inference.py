@@ -1,4 +1,8 @@
-"""A forward without gradients: the base model, merged and unmerged, by slora and by PEFT."""
+"""A forward without gradients: the base model, merged and unmerged, by slora and by PEFT.
+
+`flops` are counted over a real forward; `compulsory_bytes` are weights, input and output, each once
+(`counting.Compulsory`), no measured traffic.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ import torch
 from torch import nn
 
 import slora
+from benchmarks import counting
 from benchmarks.cases import train_step
 from benchmarks.cases.linear import first_line
 from benchmarks.contenders.model import RANK, with_peft, with_slora
@@ -18,7 +23,7 @@ from benchmarks.contenders.peers import Missing
 from benchmarks.models import Model, find, randomise_updates
 from benchmarks.record import spread
 from benchmarks.settings import DTYPES, Settings
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, rotation
 
 
 def _merged(net: nn.Module) -> nn.Module:
@@ -64,10 +69,10 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     for name, batch, dtype in grid(settings):
         if settings.over():
             return
-        yield from measure(settings, find(name), batch, dtype)
+        yield from measure(settings, ceilings, find(name), batch, dtype)
 
 
-def measure(settings: Settings, model: Model, batch: int, dtype: str) -> list[dict[str, Any]]:
+def measure(settings: Settings, ceilings: dict[str, Any], model: Model, batch: int, dtype: str) -> list[dict[str, Any]]:
     """Check the outputs against each other, then time the forwards in turns."""
     wanted = {name: how for name, how in CONTENDERS.items() if settings.wanted(name)}
     point = {"model": model.name, "batch": batch, "r": RANK, "dtype": dtype}
@@ -84,7 +89,7 @@ def measure(settings: Settings, model: Model, batch: int, dtype: str) -> list[di
             rows[name]["skipped"] = str(reason)
         except Exception as error:
             rows[name]["failed"] = first_line(error)
-    inputs = [model.inputs(batch, settings.device, DTYPES[dtype]) for _ in range(2)]
+    inputs = [model.inputs(batch, settings.device, DTYPES[dtype])]
     for name in disagreeing(model, nets, inputs[0], dtype):
         rows[name]["refused"] = f"its output is not that of {TWINS[name]!r}"
         del nets[name]
@@ -96,15 +101,30 @@ def measure(settings: Settings, model: Model, batch: int, dtype: str) -> list[di
 
         return call
 
+    besides = {}
+    for name, net in nets.items():
+        call = forward(net, inputs[0])
+        try:
+            least = counting.of_forward(net, inputs[0], call())
+            rows[name].update(flops=counting.flops(call), compulsory_bytes=least.moved)
+            besides[name] = least.beside_inputs
+        except Exception as error:
+            # Its time is worth having all the same.
+            rows[name]["not_counted"] = first_line(error)
+    turns = rotation(sum(t.nbytes for t in inputs[0]), settings.device, min(besides.values(), default=0),
+                     settings.most_inputs)  # fmt: skip
+    inputs += [model.inputs(batch, settings.device, DTYPES[dtype]) for _ in range(turns.sets - 1)]
     calls = {name: [forward(net, given) for given in inputs] for name, net in nets.items()}
     taken = interleaved(calls, settings.device, settings.repetitions(15), seconds=60.0)
     for name, (seconds, contestant) in taken.items():
         kind, each = model.items
-        rows[name].update(seconds=spread(seconds), clock=contestant.clock)
-        rows[name][f"{kind}_per_second"] = batch * each / rows[name]["seconds"]["median"]
+        row = rows[name]
+        row.update(seconds=spread(seconds), clock=contestant.clock, **turns.row)
+        row.update(counting.beside_time_of(row, ceilings, dtype))
+        row[f"{kind}_per_second"] = batch * each / row["seconds"]["median"]
         if contestant.reason:
-            rows[name]["not_captured"] = contestant.reason
-    del nets, calls, taken
+            row["not_captured"] = contestant.reason
+    del nets, calls, taken, inputs
     gc.collect()
     if settings.on_gpu:
         torch.cuda.empty_cache()

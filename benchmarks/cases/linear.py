@@ -20,7 +20,7 @@ from benchmarks.contenders.layer import CONTENDERS, Layer, Problem, Shape, mista
 from benchmarks.contenders.peers import Missing
 from benchmarks.record import spread
 from benchmarks.settings import Settings
-from benchmarks.timing import interleaved, sets_past_the_cache
+from benchmarks.timing import interleaved, rotation
 
 SHAPES = [(768, 768), (768, 2304), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (1280, 5120), (4096, 4096)]
 TOKENS = (3152, 12608, 50432)
@@ -88,7 +88,8 @@ def measure(
     device = settings.device
     element = 4 if point.dtype == "fp32" else 2
     per_set = point.M * (point.K + point.N) * element
-    problem = Problem(point, device, sets_past_the_cache(per_set, device, 2 if settings.grid == "tiny" else 16))
+    turns = rotation(per_set, device, most=settings.most_inputs or 16)
+    problem = Problem(point, device, turns.sets)
     rows: dict[str, dict[str, Any]] = {}
     layers: dict[str, Layer] = {}
     for name, build in CONTENDERS.items():
@@ -122,8 +123,8 @@ def measure(
         share = point.share if layer.updates else 1.0
         moved = counting.bytes_moved(layer.form, point.M, point.N, point.K, element, share)
         seconds = rows[name]["forward_backward"]["median"]
-        rows[name].update(form=layer.form, bytes=moved)
-        rows[name].update(counting.percent(ceilings, point.dtype, seconds, rows[name]["flops"], moved))
+        rows[name].update(form=layer.form, bytes=moved, **turns.row)
+        rows[name].update(counting.beside_time(ceilings, point.dtype, seconds, rows[name]["flops"], moved))
     print(f"  linear {' '.join(f'{k}={v}' for k, v in point.point.items())}", file=sys.stderr, flush=True)
     return list(rows.values())
 

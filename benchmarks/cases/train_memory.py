@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.cases import train_step
-from benchmarks.contenders.model import CONTENDERS, RANK, Step
+from benchmarks.contenders.model import CONTENDERS, RANK, Step, dtype_of
 from benchmarks.contenders.peers import Missing
 from benchmarks.models import find
 from benchmarks.record import BenchmarkError
@@ -62,7 +62,8 @@ def in_a_process(contender: str, model: str, batch: int, precision: str) -> floa
 def _measure(sender: Any, contender: str, model: str, batch: int, precision: str, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
-        step = Step(CONTENDERS[contender], find(model), batch, precision, "cpu")
+        inputs = find(model).inputs(batch, "cpu", dtype_of(precision))
+        step = Step(CONTENDERS[contender], find(model), inputs, precision, "cpu")
     except Missing as reason:
         sender.send(str(reason))
         return

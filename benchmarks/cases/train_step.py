@@ -2,12 +2,14 @@
 
 A `probe` contender probes every tenth step: its measurements are whole cycles of ten steps, divided by ten. Modes on a
 GPU: "eager", "graph" (the step as one CUDA graph) and "compile" (the forward and loss under torch.compile). There,
-`peak_memory_mib` is what the step has allocated at its peak, parameters included.
+`peak_memory_mib` is what the step has allocated at its peak, parameters included. `flops` are counted over real steps,
+`compulsory_bytes` are what `counting.Compulsory` says, no measured traffic; both are means over a whole cycle.
 """
 
 from __future__ import annotations
 
 import gc
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,13 +17,14 @@ from typing import Any
 import torch
 
 import slora
+from benchmarks import counting
 from benchmarks.cases.linear import first_line
-from benchmarks.contenders.model import CONTENDERS, RANK, Step
+from benchmarks.contenders.model import CONTENDERS, RANK, Step, dtype_of
 from benchmarks.contenders.peers import Missing
 from benchmarks.models import Model, find, randomise_updates
 from benchmarks.record import BenchmarkError, spread
 from benchmarks.settings import Settings
-from benchmarks.timing import interleaved
+from benchmarks.timing import interleaved, rotation
 
 LEFT_TO_GATES = "slora, few active, exact"
 USUAL = [name for name in CONTENDERS if name != LEFT_TO_GATES]
@@ -69,49 +72,68 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     for name, batch, precision, mode, contenders in grid(settings):
         if settings.over():
             return
-        yield from measure(settings, name, batch, precision, mode, contenders)
+        yield from measure(settings, ceilings, name, batch, precision, mode, contenders)
 
 
 def measure(
-    settings: Settings, name: str, batch: int, precision: str, mode: str, contenders: Sequence[str]
-) -> list[dict[str, Any]]:
+    settings: Settings, ceilings: dict[str, Any], name: str, batch: int, precision: str, mode: str,
+    contenders: Sequence[str],
+) -> list[dict[str, Any]]:  # fmt: skip
     """Check the model, then time its contenders in turns."""
     model = find(name)
     wanted = [contender for contender in contenders if settings.wanted(contender)]
     point = {"model": model.name, "batch": batch, "r": RANK, "precision": precision, "mode": mode}
-    rows = {contender: {"point": point, "contender": contender} for contender in wanted}
+    rows: dict[str, dict[str, Any]] = {c: {"point": point, "contender": c} for c in wanted}
     try:
         check_outputs(model, settings.device)
     except Missing as reason:
         return [{**row, "skipped": str(reason)} for row in rows.values()]
+    inputs = [model.inputs(batch, settings.device, dtype_of(precision))]
     steps: dict[str, Step] = {}
+    besides: dict[str, int] = {}
     for contender in wanted:
         try:
             step = Step(
-                CONTENDERS[contender], model, batch, precision, settings.device, mode == "compile", mode == "graph"
+                CONTENDERS[contender], model, inputs[0], precision, settings.device, mode == "compile", mode == "graph"
             )
             step()
             steps[contender] = step
         except Missing as reason:
             rows[contender]["skipped"] = str(reason)
+            continue
         except Exception as error:
             rows[contender]["failed"] = first_line(error)
+            continue
+        try:
+            flops, moved = step.counted()
+            rows[contender].update(
+                flops=round(flops / step.count),
+                compulsory_bytes=round(statistics.fmean(one.moved for one in moved)),
+            )
+            besides[contender] = min(one.beside_inputs for one in moved)
+        except Exception as error:
+            # Its time is worth having all the same.
+            rows[contender]["not_counted"] = first_line(error)
     if settings.on_gpu:
         for contender, step in steps.items():
             rows[contender]["peak_memory_mib"] = peak_memory(step, [s for s in steps.values() if s is not step])
+    turns = rotation(sum(t.nbytes for t in inputs[0]), settings.device, min(besides.values(), default=0),
+                     settings.most_inputs)  # fmt: skip
+    inputs += [model.inputs(batch, settings.device, dtype_of(precision)) for _ in range(turns.sets - 1)]
     rounds = settings.repetitions(11 if settings.on_gpu else 15)
     taken = interleaved(
-        {c: [step] for c, step in steps.items()}, settings.device, rounds, mode == "graph", seconds=150.0
+        {c: step.calls(inputs) for c, step in steps.items()}, settings.device, rounds, mode == "graph", seconds=150.0
     )
     for contender, (seconds, contestant) in taken.items():
         per_step = [value / steps[contender].count for value in seconds]
         row = rows[contender]
-        row.update(seconds=spread(per_step), clock=contestant.clock)
+        row.update(seconds=spread(per_step), clock=contestant.clock, **turns.row)
+        row.update(counting.beside_time_of(row, ceilings, "bf16" if precision == "amp" else precision))
         kind, each = model.items
         row[f"{kind}_per_second"] = batch * each / row["seconds"]["median"]
         if contestant.reason:
             row["not_captured"] = contestant.reason
-    del steps, taken
+    del steps, taken, inputs
     gc.collect()
     if settings.on_gpu:
         torch._dynamo.reset()
@@ -121,23 +143,14 @@ def measure(
 
 
 def peak_memory(step: Step, others: Sequence[Step]) -> float:
-    """MiB that this contender has allocated at its peak: all there is, less what the others hold."""
+    """MiB that this contender has allocated at its peak: all there is, less what only the others hold."""
     torch.cuda.synchronize()
-    held = sum(bytes_held(other) for other in others)
+    own = step.storages()
+    held = sum(size for other in others for address, size in other.storages().items() if address not in own)
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - held) / 2**20
-
-
-def bytes_held(step: Step) -> int:
-    """Bytes of a contender between two steps: parameters, buffers, inputs, optimizer state, kept casts."""
-    tensors = [*step.net.parameters(), *step.net.buffers(), *step.inputs]
-    tensors += [value for state in step.optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
-    for _, layer in slora.gate.adapted_layers(step.net):
-        tensors += [cast for _, cast in layer._cast.values()]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.is_cuda}
-    return sum(storages.values())
 
 
 def check_outputs(model: Model, device: str) -> None:

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import slora
+from benchmarks import counting
 from benchmarks.contenders.peers import Missing, need
-from benchmarks.models import Model
+from benchmarks.models import Inputs, Model
 
 RANK = 16
 
@@ -113,13 +114,12 @@ class Step:
     """
 
     def __init__(
-        self, contender: Contender, model: Model, batch: int, precision: str, device: str, compiled: bool = False,
+        self, contender: Contender, model: Model, inputs: Inputs, precision: str, device: str, compiled: bool = False,
         fixed: bool = False,
     ) -> None:  # fmt: skip
         torch.manual_seed(0)
         pure = precision == "bf16"
-        dtype = torch.bfloat16 if pure else torch.float32
-        net = model.build(device).to(device, dtype)
+        net = model.build(device).to(device, dtype_of(precision))
         self.net = contender.prepare(model, net, pure).train()
         self.device, self.amp, self.count, self.model = device, precision == "amp", contender.steps, model
         gates = {id(gate) for gate in slora.gate.gates(self.net)}
@@ -131,26 +131,73 @@ class Step:
             groups += [held] if held["params"] else []
         on_gpu = device == "cuda"
         self.optimizer = torch.optim.AdamW(groups, fused=True if on_gpu else None, capturable=fixed and on_gpu)
-        self.inputs = model.inputs(batch, device, dtype)
+        self.input_gradient = contender.input_gradient
         if contender.input_gradient:
-            self.embedding = _gradient_from_the_start(self.net, self.inputs)
+            _gradients_from_embeddings(self.net)
+        self.inputs = self.own(inputs)
         self.gated = bool(gates)
         self.forward: Callable[..., Tensor] = model.loss
         if compiled:
             self.forward = torch.compile(model.loss, dynamic=False)
 
+    def own(self, inputs: Inputs) -> Inputs:
+        """`inputs` as this contender takes them: the same memory, which asks for its gradient where it has to."""
+        return tuple(t.detach().requires_grad_(self.input_gradient and t.is_floating_point()) for t in inputs)
+
     def __call__(self) -> None:
         """Take `count` training steps."""
+        self.take(self.inputs)
+
+    def take(self, inputs: Inputs) -> None:
+        """Take `count` training steps on `inputs`, which are its own."""
         for _ in range(self.count):
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
-                loss = self.forward(self.net, self.inputs)
-                if self.gated:
-                    loss = loss + 0.1 * slora.gate_penalty(self.net)
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            for tensor in self.inputs:
-                tensor.grad = None
+            self._once(inputs, self.forward)
+
+    def calls(self, sets: Sequence[Inputs]) -> list[StepOn]:
+        """One call per set of inputs."""
+        return [StepOn(self, self.own(inputs)) for inputs in sets]
+
+    def _once(self, inputs: Inputs, forward: Callable[..., Tensor]) -> None:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.amp):
+            loss = forward(self.net, inputs)
+            if self.gated:
+                loss = loss + 0.1 * slora.gate_penalty(self.net)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for tensor in inputs:
+            tensor.grad = None
+
+    def counted(self) -> tuple[int, list[counting.Compulsory]]:
+        """FLOPs of `count` training steps, and the compulsory bytes of each.
+
+        The steps are eager ones, compiled or not: the counters do not see what a compiler has put together.
+        """
+        bytes_of: list[counting.Compulsory] = []
+
+        def steps() -> None:
+            for _ in range(self.count):
+                existing = self.storages()
+                bytes_of.append(
+                    counting.of_step(
+                        lambda: self._once(self.inputs, self.model.loss),
+                        self.net,
+                        self.inputs,
+                        self.optimizer,
+                        existing,
+                    )
+                )
+
+        return counting.flops(steps), bytes_of
+
+    def storages(self) -> dict[int, int]:
+        """What it holds between two steps: parameters, buffers, inputs, optimizer state, kept casts."""
+        states = self.optimizer.state.values()
+        tensors = [*self.net.parameters(), *self.net.buffers(), *self.inputs]
+        tensors += [value for state in states for value in state.values() if torch.is_tensor(value)]
+        for _, layer in slora.gate.adapted_layers(self.net):
+            tensors += [cast for _, cast in layer._cast.values()]
+        return counting.storages(t for t in tensors if t.device.type == self.device)
 
     def settle(self) -> None:
         """Read the gates now: a forward inside a CUDA graph could not, and they stay where they are."""
@@ -158,10 +205,29 @@ class Step:
             slora.active_blocks(self.net)
 
 
-def _gradient_from_the_start(net: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """Make the first activations ask for a gradient: the images, or what an embedding gives for token numbers."""
-    for tensor in inputs:
-        if tensor.is_floating_point():
-            tensor.requires_grad_()
-    embeddings = [module for module in net.modules() if isinstance(module, nn.Embedding)]
-    return [module.register_forward_hook(lambda module, args, output: output.requires_grad_()) for module in embeddings]
+@dataclass(frozen=True)
+class StepOn:
+    """Training steps on one set of inputs: a call to be timed."""
+
+    step: Step
+    inputs: Inputs
+
+    def __call__(self) -> None:
+        """Take them."""
+        self.step.take(self.inputs)
+
+    def settle(self) -> None:
+        """As `Step.settle`."""
+        self.step.settle()
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype of parameters and inputs at a precision of `Step`."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _gradients_from_embeddings(net: nn.Module) -> None:
+    """Make what an embedding gives for token numbers ask for a gradient; images do so themselves."""
+    for module in net.modules():
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(lambda module, args, output: output.requires_grad_())

@@ -12,6 +12,10 @@ from benchmarks.record import median
 from slora.demo.run import aims
 
 NOT_MEASURED = "not measured"
+COMPULSORY = (
+    '* "Compulsory MB" is a formula, the same for all (`counting.Compulsory`): parameters and inputs; in training also '
+    "what autograd keeps for the backward, gradients, and the optimizer's state. It is no measured traffic."
+)
 Row = dict[str, Any]
 
 
@@ -102,6 +106,16 @@ def _step(row: Row, rows: Sequence[Row]) -> list[str]:
         ratio(median(row.get("seconds")), of(rows, "frozen, dx everywhere", "seconds")),
         f"{row[rate]:,.0f} {rate.removesuffix('_per_second')}" if rate else "-",
         _number(row, "peak_memory_mib", ",.0f"),
+        *_of_model(row),
+    ]
+
+
+def _of_model(row: Row) -> list[str]:
+    return [
+        _number(row, "flops", ",.4g", 1e9),
+        _number(row, "percent_of_gemm", ".0f"),
+        _number(row, "compulsory_bytes", ",.0f", 1e6),
+        _number(row, "percent_of_copy", ".0f"),
     ]
 
 
@@ -113,7 +127,11 @@ def _memory(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def _inference(row: Row, rows: Sequence[Row]) -> list[str]:
-    return [seconds(median(row.get("seconds"))), ratio(median(row.get("seconds")), of(rows, "base", "seconds"))]
+    return [
+        seconds(median(row.get("seconds"))),
+        ratio(median(row.get("seconds")), of(rows, "base", "seconds")),
+        *_of_model(row),
+    ]
 
 
 def _merge(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -127,14 +145,15 @@ def _merge(row: Row, rows: Sequence[Row]) -> list[str]:
     ]
 
 
-_STEP_HEADS = ["step", "over PEFT, all", "over frozen, dx", "per second", "peak MiB"]
+_MODEL_HEADS = ["GFLOP", "% GEMM", "compulsory MB", "% copy"]
+_STEP_HEADS = ["step", "over PEFT, all", "over frozen, dx", "per second", "peak MiB", *_MODEL_HEADS]
 COLUMNS: dict[str, tuple[list[str], Cells]] = {
     "linear": (["forward", "with backward", "over frozen", "GFLOP", "MB", "% GEMM", "% copy"], _linear),
     "scaling": (["with backward", "over frozen", "predicted", "deviation"], _scaling),
     "train_step": (_STEP_HEADS, _step),
     "gates": (_STEP_HEADS, _step),
     "train_memory": (["peak MiB", "over PEFT, all"], _memory),
-    "inference": (["forward", "over base"], _inference),
+    "inference": (["forward", "over base", *_MODEL_HEADS], _inference),
     "merge": (["call", "device", "over copy", "over PEFT", "added MiB"], _merge),
 }
 
@@ -142,7 +161,8 @@ COLUMNS: dict[str, tuple[list[str], Cells]] = {
 def case_table(result: dict[str, Any]) -> str:
     """All points of a case: one row per contender that was measured, then what was not, with the reason."""
     heads, cells = COLUMNS[result["case"]]
-    body, left_out = [], {}
+    body: list[list[str]] = []
+    left_out: dict[str, list[str]] = {}
     for rows in points(result).values():
         spelled = ", ".join(f"{key} {value}" for key, value in rows[0]["point"].items())
         for row in rows:
@@ -151,10 +171,16 @@ def case_table(result: dict[str, Any]) -> str:
                 body.append([spelled, row["contender"], *cells(row, rows)])
             else:
                 left_out.setdefault(f"{row['contender']}: {state}: {row[state]}", []).append(spelled)
+            if "not_counted" in row:
+                left_out.setdefault(f"{row['contender']}: not counted: {row['not_counted']}", []).append(spelled)
+        reason = next((row["input_reason"] for row in rows if "input_reason" in row), None)
+        if reason:
+            left_out.setdefault(f"inputs are not rotated past the cache: {reason}", []).append(spelled)
     # A column that nobody fills says nothing.
     used = [i for i in range(2 + len(heads)) if i < 2 or any(row[i] != "-" for row in body)]
     text = table([["point", "", *heads][i] for i in used], [[row[i] for i in used] for row in body])
-    notes = [f"* {reason} ({len(where)} of {len(points(result))} points)" for reason, where in left_out.items()]
+    notes = [COMPULSORY] * any("compulsory_bytes" in row for row in result["rows"])
+    notes += [f"* {reason} ({len(where)} of {len(points(result))} points)" for reason, where in left_out.items()]
     return "\n\n".join([text] + (["\n".join(notes)] if notes else []))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import slora
-from benchmarks import models
+from benchmarks import counting, models
 from benchmarks.cases import inference, linear, scaling, train_step
 from benchmarks.contenders import layer as layers
 from benchmarks.contenders import merge
@@ -74,6 +74,46 @@ def test_inference_compares_merged_with_unmerged() -> None:
     with torch.no_grad():
         nets["slora, merged"].get_parameter("blocks.0.mlp.fc1.weight").mul_(1.01)
     assert inference.disagreeing(model, nets, inputs, "fp32") == ["slora, merged"]
+
+
+COUNTED = {"flops", "flops_per_s", "percent_of_gemm", "compulsory_bytes", "percent_of_copy", "input_sets"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp"])
+def test_a_step_is_counted_beside_its_time(precision: str) -> None:
+    pytest.importorskip("timm")
+    settings = Settings("cpu", "tiny", only=("head only", "slora, none"))
+    rows = train_step.measure(settings, CEILINGS, "tiny", 2, precision, "eager", train_step.USUAL)
+    assert [row["contender"] for row in rows] == ["head only", "slora, none active, frozen"]
+    for row in rows:
+        assert row.keys() >= COUNTED
+        assert row["percent_of_gemm"] == pytest.approx(100 * row["flops"] / row["seconds"]["median"] / 1e9)
+    # Without an active block nothing more is computed than without blocks.
+    assert rows[0]["flops"] == rows[1]["flops"]
+
+
+def test_a_forward_is_counted_beside_its_time() -> None:
+    pytest.importorskip("timm")
+    settings = Settings("cpu", "tiny", only=("base", "slora, all"))
+    base, adapted = inference.measure(settings, CEILINGS, models.find("tiny"), 2, "fp32")
+    assert base.keys() >= COUNTED
+    assert base["percent_of_copy"] == pytest.approx(100 * base["compulsory_bytes"] / base["seconds"]["median"] / 1e9)
+    assert base["flops"] < adapted["flops"]
+    assert base["compulsory_bytes"] < adapted["compulsory_bytes"]
+
+
+def test_a_step_that_cannot_be_counted_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+
+    def refuses(call: object) -> int:
+        raise AssertionError("no formula")
+
+    monkeypatch.setattr(counting, "flops", refuses)
+    settings = Settings("cpu", "tiny", only=("head only",))
+    (row,) = train_step.measure(settings, CEILINGS, "tiny", 2, "fp32", "eager", train_step.USUAL)
+    assert row["not_counted"] == "AssertionError: no formula"
+    assert row["seconds"]["median"] > 0
+    assert "percent_of_gemm" not in row
 
 
 def test_a_merge_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,6 +101,21 @@ def test_a_case_table_gives_ratios_to_the_limit_and_the_reason_of_what_is_missin
     assert "* PEFT, compiled: failed: no compiler (1 of 1 points)" in text
 
 
+def test_steps_show_flops_and_what_part_of_the_ceilings_they_are_where_that_was_counted() -> None:
+    rows = _step_rows()
+    assert "GFLOP" not in tables.case_table(_result("train_step", rows))
+    rows[0].update(flops=1.234e12, percent_of_gemm=61.7, compulsory_bytes=2e9, percent_of_copy=20.0)
+    rows[1]["not_counted"] = "no formula"
+    rows[2].update(input_sets=1, input_reason="a call touches enough")
+    text = tables.case_table(_result("train_step", rows))
+    assert "| GFLOP | % GEMM | compulsory MB | % copy |" in text
+    (line,) = [line for line in text.splitlines() if "| frozen, dx everywhere |" in line]
+    assert line.endswith("| 1,234 | 62 | 2,000 | 20 |")
+    assert "It is no measured traffic." in text
+    assert "* PEFT, all: not counted: no formula (1 of 1 points)" in text
+    assert "* inputs are not rotated past the cache: a call touches enough (1 of 1 points)" in text
+
+
 def test_an_incomplete_result_says_so(tmp_path: Path) -> None:
     _write(tmp_path, {**_result("linear", _linear_rows()), "complete": False})
     assert "Incomplete" in page.page(tmp_path)

@@ -29,11 +29,38 @@ def test_no_round_begins_after_the_time_but_the_fewest_are_taken() -> None:
     assert len(taken["a"][0]) == 3
 
 
-def test_sets_of_inputs_fill_the_cache_twice() -> None:
-    cache = timing.last_cache("cpu")
-    assert timing.sets_past_the_cache(cache // 3, "cpu") == 6 or cache % 3
-    assert timing.sets_past_the_cache(10 * cache, "cpu") == 2
-    assert timing.sets_past_the_cache(1, "cpu", most=5) == 5
+def test_contenders_that_take_turns_do_not_find_each_others_inputs() -> None:
+    seen: list[tuple[str, int]] = []
+    calls = {name: [lambda name=name, i=i: seen.append((name, i)) for i in range(5)] for name in "ab"}
+    timing.interleaved(calls, "cpu", rounds=5)
+    # After three calls of each to warm up, every set is used once before any is used again.
+    assert seen[6:] == [("ab"[i % 2], i % 5) for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "besides", "most", "sets"),
+    [(30, 0, None, 7), (1000, 0, None, 2), (30, 150, None, 2), (10, 100, None, 10), (1, 0, None, 64), (30, 0, 5, 5)],
+)
+def test_sets_of_inputs_make_twice_the_cache_with_what_a_call_touches_besides(
+    inputs: int, besides: int, most: int | None, sets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "last_cache", lambda device: 100)
+    found = timing.rotation(inputs, "cpu", besides, most)
+    assert found.sets == sets
+    assert (found.reason is None) == (sets * inputs + besides > 100)
+    assert found.row["input_sets"] == sets
+
+
+def test_inputs_that_a_call_itself_drives_out_are_not_rotated_and_the_reason_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(timing, "last_cache", lambda device: 100 * 2**20)
+    found = timing.rotation(1, "cuda", besides=300 * 2**20)
+    assert found.row == {
+        "input_sets": 1,
+        "input_reason": "a call touches 300 MiB besides its inputs, twice the last cache of 100 MiB or more",
+    }
+    assert timing.rotation(1, "cuda", besides=199 * 2**20).sets == 16
 
 
 def test_ceilings_are_rates_of_this_machine() -> None:
