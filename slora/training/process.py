@@ -61,12 +61,14 @@ def prepared(
 def interruptible(request: Callable[[], None]) -> Iterator[None]:
     """Call `request` at the first Ctrl-C or SIGTERM inside the context; the second acts as without it.
 
-    Signals reach the main thread only; elsewhere they act as without it, too.
+    A signal that is ignored, as Ctrl-C is by a shell's jobs in the background, stays ignored. Signals reach the main
+    thread only; elsewhere they act as without it, too.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def restore() -> None:
         for number, handler in before.items():

@@ -55,7 +55,8 @@ def compare(check: Callable[..., None], given: Layer, found: Tensor, name: str) 
     wanted, rounded = terms(given, torch.float64), terms(given, given.x.dtype)
     # A single sum that cancels: its unit of rounding is that of the 2-norm of its terms.
     magnitude = float(wanted.square().sum((0, 2)).sqrt().max())
-    check(found, rounded.sum((0, 2)).float(), wanted.sum((0, 2)), name, magnitude)
+    terms_of_S_and_T = max(given.x.shape[1], given.lora_B.shape[1])
+    check(found, rounded.sum((0, 2)).float(), wanted.sum((0, 2)), name, magnitude, terms_of_S_and_T)
 
 
 @pytest.mark.parametrize("lora", ["same", "fp32"])

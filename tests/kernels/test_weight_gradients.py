@@ -110,8 +110,8 @@ def compare(check: Callable[..., None], given: Problem, found: tuple[Any, ...], 
     for name, ours, eager, exact in zip(("dA", "dB", "dgate"), found, rounded, wanted, strict=True):
         # dgate is a sum of n * r terms that cancel: its unit of rounding is that of their 2-norm.
         norm = (wanted[1] * given.lora_B.double()).square().sum((1, 2)).sqrt().max()
-        magnitude = float(norm) if name == "dgate" else None
-        check(ours, eager.to(ours.dtype), exact, name, magnitude)
+        one_number = {"magnitude": float(norm), "terms": len(given.x)} if name == "dgate" else {}
+        check(ours, eager.to(ours.dtype), exact, name, **one_number)
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["slots of the active", "slots of all"])

@@ -121,6 +121,21 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_from_it_bit_for_bit(
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
 
 
+def test_an_ignored_ctrl_c_stays_ignored(
+    make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path
+) -> None:
+    def interrupting(logits: Tensor, labels: Tensor) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        return F.cross_entropy(logits, labels)
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        train(ready(make_model, settings), data, None, settings, tmp_path, criterion=interrupting)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_second_ctrl_c_stops_at_once(
     make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path
 ) -> None:
