@@ -40,6 +40,10 @@ class Variant:
     """Pointers and integers that are not multiples of 16."""
     tensor_cores: bool = True
     """Whether its products should be done by tensor cores."""
+    older_products: bool = False
+    """Whether mma.sync may do them: some tiles are below what wgmma and tcgen05 take."""
+    copies_ahead: bool = False
+    """Whether its loop should load by asynchronous copies."""
     described: tuple[str, ...] = ()
     """Arguments whose tiles the copy engine should bring."""
     programs: int = 1
@@ -70,6 +74,7 @@ class Report:
     bulk_loads: tuple[str, ...]
     """Arguments that the copy engine brings."""
     bulk_stores: int
+    async_copies: int
     serialized: bool
     """Whether ptxas makes every wgmma wait for the one before."""
     seconds: float
@@ -135,6 +140,7 @@ def _report(variant: Variant, made: Any, log: str, seconds: float) -> Report:
         },
         bulk_loads=tuple(sorted(set(re.findall(r"async_tma_copy_global_to_local %(\w+?)(?:_\d+)?\[", code)))),
         bulk_stores=made.asm["ptx"].count("cp.async.bulk.tensor.2d.global.shared"),
+        async_copies=made.asm["ptx"].count("cp.async.c"),
         serialized="wgmma.mma_async instructions are serialized" in log,
         seconds=seconds,
     )
@@ -160,10 +166,13 @@ def faults(variant: Variant, report: Report, limit: int) -> list[str]:
         found.append("ptxas serializes its wgmma instructions")
     if report.occupancy < variant.programs:
         found.append(f"{variant.programs} programs are meant to share a multiprocessor; {report.occupancy} fit")
-    wanted = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[report.part]
-    others = {name: n for name, n in report.products.items() if n and name != wanted}
-    if variant.tensor_cores and (others or not report.products[wanted]):
-        found.append(f"products by {report.products}; expected {wanted} alone")
+    own = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[report.part]
+    wanted = {own, "mma.sync"} if variant.older_products else {own}
+    others = {name for name, n in report.products.items() if n} - wanted
+    if variant.tensor_cores and (others or not any(report.products[name] for name in wanted)):
+        found.append(f"products by {report.products}; expected {' or '.join(sorted(wanted))} alone")
+    if variant.copies_ahead and not report.async_copies:
+        found.append("its loop does not load by asynchronous copies")
     missing = set(variant.described) - set(report.bulk_loads)
     if missing:
         found.append(f"the copy engine does not bring {', '.join(sorted(missing))}")

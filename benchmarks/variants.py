@@ -1,6 +1,7 @@
 """The two GEMM kernels with every configuration of `kernels/configs.py`, to be compiled.
 
-`python -m benchmarks.variants forward 90` compiles those of one kernel and one kind of GPU and prints what came out.
+`python -m benchmarks.variants forward 90` compiles those of one kernel and one kind of GPU and prints what came out;
+`narrow` in place of `forward` or `backward` stands for all other kernels.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 
 from benchmarks.compiled import Variant, compiled, faults
+from benchmarks.narrow_variants import narrow_variants
 from slora.kernels import configs
 from slora.kernels.linear_backward import linear_backward
 from slora.kernels.linear_forward import linear_forward
@@ -79,13 +81,13 @@ def gemm_variants(kernel: configs.Kernel, part: int) -> Iterator[Variant]:
                             yield gemm_variant(kernel, part, row.path, row.precision, form, R, tile, one_block)
 
 
-def main(kernel: configs.Kernel, part: int) -> None:
+def main(kernel: str, part: int) -> None:
     """Print one line of JSON per variant: its label, what became of it, and what is wrong with that."""
-    for variant in gemm_variants(kernel, part):
+    for variant in narrow_variants(part) if kernel == "narrow" else gemm_variants(kernel, part):  # type: ignore[arg-type]
         report = compiled(variant)
         found = faults(variant, report, configs.SHARED_MEMORY[part])
         print(json.dumps({**dataclasses.asdict(report), "faults": found}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))  # type: ignore[arg-type]
+    main(sys.argv[1], int(sys.argv[2]))

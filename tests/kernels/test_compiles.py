@@ -1,4 +1,4 @@
-"""Every configuration of the two GEMM kernels, compiled for three kinds of GPU without one."""
+"""Every configuration of every kernel, compiled for three kinds of GPU without one."""
 
 from __future__ import annotations
 
@@ -20,28 +20,44 @@ from slora.kernels import configs
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", configs.PARTS)
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
-def test_every_configuration_compiles_to_code_that_can_be_fast(
-    kernel: configs.Kernel, part: int, tmp_path: Path
-) -> None:
-    # In a process of its own: the kernels imported here may be the interpreter's.
+def reports(kernel: str, part: int, folder: Path) -> list[dict[str, Any]]:
+    """What the variants of `kernel` are compiled to, by a process of its own: here kernels may be the interpreter's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["TRITON_CACHE_DIR"] = str(folder)
     command = [sys.executable, "-m", "benchmarks.variants", kernel, str(part)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    reports = [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def faulty(found: list[dict[str, Any]]) -> dict[str, Any]:
+    return {f"{report['kernel']} {report['label']}": report["faults"] for report in found if report["faults"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", configs.PARTS)
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_every_configuration_of_a_gemm_compiles_to_code_that_can_be_fast(
+    kernel: configs.Kernel, part: int, tmp_path: Path
+) -> None:
+    found = reports(kernel, part, tmp_path)
     cases = [row for row in configs.GEMM if row.part == part and kernel in row.kernels]
-    assert len(reports) >= sum(
-        len(row.candidates) * len(row.ranks) for row in cases if row.forms != ("given, dropout",)
-    )
+    assert len(found) >= sum(len(row.candidates) * len(row.ranks) for row in cases if row.forms != ("given, dropout",))
     if Version(triton.__version__) >= Version("3.9"):
         # The ptxas of this release serializes some input gradients' products; results on GPUs are made with 3.6.
-        for report in reports:
+        for report in found:
             report["faults"] = [fault for fault in report["faults"] if "serializes" not in fault]
-    assert not {report["label"]: report["faults"] for report in reports if report["faults"]}
+    assert not faulty(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", configs.PARTS)
+def test_every_configuration_of_the_other_kernels_compiles_to_code_that_can_be_fast(part: int, tmp_path: Path) -> None:
+    found = reports("narrow", part, tmp_path)
+    assert {report["kernel"] for report in found} == {
+        "_partial_sums", "_reduce", "_S", "_T", "_probe", "_probe_table", "_sample_rows"
+    }  # fmt: skip
+    assert not faulty(found)
 
 
 @pytest.mark.parametrize("r", [1, 16, 17, 64, 65, 256])
@@ -72,7 +88,7 @@ def test_tiles_that_would_compute_in_vain_come_last() -> None:
 GOOD = Report(
     kernel="linear_forward", part=90, label="", registers=168, stack=0, spilled=0, shared=200 * 1024, tensor_memory=0,
     warps=8, occupancy=1, products={"wgmma": 9, "tcgen05": 0, "mma.sync": 0, "fma": 0}, bulk_loads=("A", "W", "x"),
-    bulk_stores=1, serialized=False, seconds=1.0,
+    bulk_stores=1, async_copies=4, serialized=False, seconds=1.0,
 )  # fmt: skip
 FAULTS: dict[str, dict[str, Any]] = {
     "16 bytes of stack": {"stack": 16},
@@ -82,13 +98,14 @@ FAULTS: dict[str, dict[str, Any]] = {
     "serializes": {"serialized": True},
     "meant to share a multiprocessor": {"occupancy": 0},
     "expected wgmma alone": {"products": {"wgmma": 9, "tcgen05": 0, "mma.sync": 0, "fma": 1}},
+    "asynchronous copies": {"async_copies": 0},
     "does not bring A": {"bulk_loads": ("W", "x")},
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_of_a_compiled_kernel_is_found(fault: str) -> None:
-    variant = Variant(None, 90, "", {}, {}, {"num_warps": 8}, described=("x", "W", "A"))
+    variant = Variant(None, 90, "", {}, {}, {"num_warps": 8}, copies_ahead=True, described=("x", "W", "A"))
     limit = configs.SHARED_MEMORY[90]
     assert faults(variant, GOOD, limit) == []
     (found,) = faults(variant, dataclasses.replace(GOOD, **FAULTS[fault]), limit)

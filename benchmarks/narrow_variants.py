@@ -1,0 +1,180 @@
+"""The kernels beside the two GEMMs with every configuration of `kernels/narrow_configs.py`, to be compiled."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import triton.language as tl
+
+from benchmarks.compiled import Variant
+from slora.kernels import configs, gate_probe, narrow_configs, skinny, weight_gradients
+
+# What is multiplied: the dtype of the rows as Triton writes it, and the precision of the product.
+_KINDS: dict[configs.Precision, tuple[str, str]] = {
+    "16-bit": ("bf16", "ieee"),
+    "tf32": ("fp32", "tf32"),
+    "ieee": ("fp32", "ieee"),
+}
+_DTYPES = {"bf16": tl.bfloat16, "fp32": tl.float32}
+
+
+def narrow_variants(part: int) -> Iterator[Variant]:
+    """Yield every case of one kind of GPU."""
+    for precision in _KINDS:
+        yield from _weight_gradients(part, precision)
+        yield from _skinny(part, precision)
+        yield from _probes(part, precision)
+    for element in _DTYPES:
+        yield from _others(part, element)
+
+
+def _variant(
+    kernel: Any,
+    part: int,
+    label: str,
+    types: dict[str, str],
+    meta: dict[str, Any],
+    constants: dict[str, Any],
+    aligned: Iterable[str] = (),
+    **more: Any,
+) -> Variant:
+    """A variant whose arguments are integers where `types` and `constants` say nothing."""
+    options = {name: value for name, value in meta.items() if name.startswith("num_")}
+    constants = constants | {name: value for name, value in meta.items() if name not in options}
+    integers = [name for name in kernel.arg_names if name not in types and name not in constants]
+    return Variant(
+        kernel=kernel,
+        part=part,
+        label=label,
+        types=types | dict.fromkeys(integers, "i32"),
+        constants=constants,
+        options=options,
+        unaligned=frozenset(integers) - frozenset(aligned),
+        **more,
+    )
+
+
+def _weight_gradients(part: int, precision: configs.Precision) -> Iterator[Variant]:
+    element, multiplied = _KINDS[precision]
+    pointers = {
+        "S": f"*{element}", "T": f"*{element}", "gate": "*fp32", "seed": "*i64", "partial_A": "*fp32",
+        "partial_B": "*fp32", "threshold": "fp32",
+    }  # fmt: skip
+    # T is at least as wide as the S of a block.
+    for low_A, low_B in ((16, 16), (32, 16), (64, 16), (64, 64), (128, 16), (128, 128)):
+        tiles = narrow_configs.weight_gradients(part, precision, max(low_A, low_B))
+        paths = (True, False) if part >= 90 else (False,)
+        for tile, bulk, dropout in itertools.product(tiles, paths, (False, True)):
+            rows = f"tensordesc<{element}[{tile.ROWS}, {tile.TILE}]>" if bulk else f"*{element}"
+            constants = {
+                "LOW_A": low_A, "LOW_B": low_B, "DROPOUT": dropout, "DESCRIPTORS": bulk, "PRECISION": multiplied,
+            }  # fmt: skip
+            yield _variant(
+                weight_gradients._partial_sums,
+                part,
+                f"{precision}, {'bulk' if bulk else 'pointers'}{', dropout' * dropout}, {low_A} and {low_B}, {tile}",
+                pointers | {"x": rows, "dy": rows},
+                tile.meta(),
+                constants | ({} if dropout else {"seed": None}),
+                ("K", "N", "n", "r", "stride_x", "stride_dy"),
+                tensor_cores=precision != "ieee",
+                # Before sm_90 there is nothing else; after it, tiles are tall enough for the own instructions.
+                older_products=part < 90,
+                described=("x", "dy") if bulk else (),
+            )
+
+
+def _skinny(part: int, precision: configs.Precision) -> Iterator[Variant]:
+    element, multiplied = _KINDS[precision]
+    common = {"gate": "*fp32", "threshold": "fp32"}
+    lora = dict.fromkeys(("fp32", element))
+    for low_dtype, low, rows in itertools.product(lora, (16, 32, 64, 128), (8, 64, 128)):
+        tile = narrow_configs.skinny(precision, rows, low)
+        head = f"{precision}, A and B {low_dtype}"
+        types = dict.fromkeys(("x", "S", "room"), f"*{element}")
+        types |= common | {"A": f"*{low_dtype}", "seed": "*i64", "factor": "fp32"}
+        # The room is filled after the loop that masks: with both, the kernel is at its largest.
+        for dropout, room in ((False, False), (True, False), (True, True)):
+            absent = [name for name, there in (("seed", dropout), ("room", room)) if not there]
+            yield _variant(
+                skinny._S,
+                part,
+                f"{head}{', dropout' * dropout}{', room' * room}, {low}, {tile}",
+                types,
+                tile.meta(),
+                {"PRECISION": multiplied, "LOW": low, "DROPOUT": dropout, "ROOM": room, **dict.fromkeys(absent)},
+                ("K", "r", "stride_x"),
+                tensor_cores=precision != "ieee",
+                older_products=True,
+                copies_ahead=True,
+            )
+        yield _variant(
+            skinny._T,
+            part,
+            f"{head}, {low}, {tile}",
+            common | {"dy": f"*{element}", "B": f"*{low_dtype}", "T": f"*{element}"},
+            tile.meta(),
+            {"PRECISION": multiplied, "LOW": low},
+            ("n", "r", "stride_dy"),
+            tensor_cores=precision != "ieee",
+            older_products=True,
+            copies_ahead=True,
+        )
+
+
+def _probes(part: int, precision: configs.Precision) -> Iterator[Variant]:
+    element, multiplied = _KINDS[precision]
+    for low_dtype, low, m in itertools.product(dict.fromkeys(("fp32", element)), (16, 32, 64), (512, 50432)):
+        tile = narrow_configs.gate_probe(precision, m, low)
+        yield _variant(
+            gate_probe._probe,
+            part,
+            f"{precision}, A and B {low_dtype}, {low}, {tile}",
+            {
+                "dy": f"*{element}", "x": f"*{element}", "A": f"*{low_dtype}", "B": f"*{low_dtype}", "gate": "*fp32",
+                "out": "*fp32", "threshold": "fp32", "scaling": "fp32",
+            },
+            tile.meta(),
+            {"PRECISION": multiplied, "LOW": low},
+            ("K", "n", "r", "stride_dy", "stride_x"),
+            tensor_cores=precision != "ieee",
+            older_products=True,
+            copies_ahead=True,
+        )  # fmt: skip
+
+
+def _others(part: int, element: str) -> Iterator[Variant]:
+    """The reduction of the weight gradients, the copy of sampled rows and the probe of several layers."""
+    fp32 = ("partial_A", "partial_B", "dA", "dB", "B", "dots", "gate")
+    yield _variant(
+        weight_gradients._reduce,
+        part,
+        "all three",
+        dict.fromkeys(fp32, "*fp32") | {"threshold": "fp32", "scaling": "fp32"},
+        {"num_warps": 2, "TILE": 128, "LOW_A": 64, "LOW_B": 16, "WIDE": 32, "NARROW": 16},
+        {"NEED_A": True, "NEED_B": True, "NEED_GATE": True},
+        tensor_cores=False,
+    )
+    yield _variant(
+        gate_probe._sample_rows,
+        part,
+        element,
+        {"x": f"*{element}", "out": f"*{element}"},
+        {"num_warps": 2, "BM": 8, "BK": 256},
+        {},
+        tensor_cores=False,
+    )
+    precision: configs.Precision = "16-bit" if element == "bf16" else "ieee"
+    tile = narrow_configs.gate_probe(precision, 512, 16, layers=64)
+    yield _variant(
+        gate_probe._probe_table,
+        part,
+        f"{element}, 64 layers, 16, {tile}",
+        {"table": "*i64", "factors": "*fp32", "out": "*fp32"},
+        tile.meta(),
+        {"LAYERS": 64, "ROW_DTYPE": _DTYPES[element], "LORA_DTYPE": tl.float32, "PRECISION": "ieee", "LOW": 16},
+        tensor_cores=element == "bf16",
+        older_products=True,
+    )
