@@ -63,7 +63,7 @@ def skinny(precision: Precision, rows: int, low: int) -> Rows:
     BM = 128 if rows >= 128 else 64 if rows >= 64 else 16
     if precision == "ieee" and low == 64:
         BM = min(BM, 64)
-    num_warps = 1 if BM == 16 else 4
+    num_warps = (1 if low < 64 else 2) if BM == 16 else 4
     if low > 64:
         num_warps = 8 if BM == 128 or (BM == 64 and precision == "ieee") else 4
     # 128 bytes of a row per step.
