@@ -1,4 +1,7 @@
-"""The kernels beside the two GEMMs with every configuration of `kernels/narrow_configs.py`, to be compiled."""
+"""The kernels beside the two GEMMs with every configuration of `kernels/narrow_configs.py`, to be compiled.
+
+A and B are fp32, the more demanding case.
+"""
 
 from __future__ import annotations
 
@@ -89,22 +92,20 @@ def _weight_gradients(part: int, precision: configs.Precision) -> Iterator[Varia
 def _skinny(part: int, precision: configs.Precision) -> Iterator[Variant]:
     element, multiplied = _KINDS[precision]
     common = {"gate": "*fp32", "threshold": "fp32"}
-    lora = dict.fromkeys(("fp32", element))
-    for low_dtype, low, rows in itertools.product(lora, (16, 32, 64, 128), (8, 64, 128)):
+    for low, rows in itertools.product((16, 32, 64, 128), (8, 64, 128)):
         tile = narrow_configs.skinny(precision, rows, low)
-        head = f"{precision}, A and B {low_dtype}"
+        constants = {"PRECISION": multiplied, "LOW": low}
         types = dict.fromkeys(("x", "S", "room"), f"*{element}")
-        types |= common | {"A": f"*{low_dtype}", "seed": "*i64", "factor": "fp32"}
-        # The room is filled after the loop that masks: with both, the kernel is at its largest.
-        for dropout, room in ((False, False), (True, False), (True, True)):
-            absent = [name for name, there in (("seed", dropout), ("room", room)) if not there]
+        types |= common | {"A": "*fp32", "seed": "*i64", "factor": "fp32"}
+        # Room is filled after the loop that masks: with both, the kernel is at its largest.
+        for whole in (False, True):
             yield _variant(
                 skinny._S,
                 part,
-                f"{head}{', dropout' * dropout}{', room' * room}, {low}, {tile}",
+                f"{precision}{', dropout, room' * whole}, {low}, {tile}",
                 types,
                 tile.meta(),
-                {"PRECISION": multiplied, "LOW": low, "DROPOUT": dropout, "ROOM": room, **dict.fromkeys(absent)},
+                constants | {"DROPOUT": whole, "ROOM": whole} | ({} if whole else {"seed": None, "room": None}),
                 ("K", "r", "stride_x"),
                 tensor_cores=precision != "ieee",
                 older_products=True,
@@ -113,10 +114,10 @@ def _skinny(part: int, precision: configs.Precision) -> Iterator[Variant]:
         yield _variant(
             skinny._T,
             part,
-            f"{head}, {low}, {tile}",
-            common | {"dy": f"*{element}", "B": f"*{low_dtype}", "T": f"*{element}"},
+            f"{precision}, {low}, {tile}",
+            common | {"dy": f"*{element}", "B": "*fp32", "T": f"*{element}"},
             tile.meta(),
-            {"PRECISION": multiplied, "LOW": low},
+            constants,
             ("n", "r", "stride_dy"),
             tensor_cores=precision != "ieee",
             older_products=True,
@@ -126,15 +127,15 @@ def _skinny(part: int, precision: configs.Precision) -> Iterator[Variant]:
 
 def _probes(part: int, precision: configs.Precision) -> Iterator[Variant]:
     element, multiplied = _KINDS[precision]
-    for low_dtype, low, m in itertools.product(dict.fromkeys(("fp32", element)), (16, 32, 64), (512, 50432)):
+    for low, m in itertools.product((16, 32, 64), (512, 50432)):
         tile = narrow_configs.gate_probe(precision, m, low)
         yield _variant(
             gate_probe._probe,
             part,
-            f"{precision}, A and B {low_dtype}, {low}, {tile}",
+            f"{precision}, {low}, {tile}",
             {
-                "dy": f"*{element}", "x": f"*{element}", "A": f"*{low_dtype}", "B": f"*{low_dtype}", "gate": "*fp32",
-                "out": "*fp32", "threshold": "fp32", "scaling": "fp32",
+                "dy": f"*{element}", "x": f"*{element}", "A": "*fp32", "B": "*fp32", "gate": "*fp32", "out": "*fp32",
+                "threshold": "fp32", "scaling": "fp32",
             },
             tile.meta(),
             {"PRECISION": multiplied, "LOW": low},
