@@ -1,7 +1,7 @@
-"""What the GEMM kernels are, without a GPU: `python -m benchmarks.audit` writes results/audit/linear_kernels.{json,md}.
+"""What the kernels are, without a GPU: `python -m benchmarks.audit` writes results/audit/linear_kernels.{json,md}.
 
-    compiled    registers, stack, shared memory, programs per multiprocessor and instructions of every configuration,
-                by compiling it for sm_80, sm_90 and sm_100
+    compiled    registers, stack, shared memory, programs per multiprocessor and instructions of every configuration
+                of every kernel, by compiling it for sm_80, sm_90 and sm_100
     counted     FLOPs and bytes of a layer's forward, input gradient and weight gradients, from the kernels' loops
     predicted   the larger of FLOPs over one ceiling and bytes over another, added over the kernels
 
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.compiled import Report, compiled, faults
+from benchmarks.narrow_variants import narrow_variants
 from benchmarks.record import environment, write_result
 from benchmarks.report.tables import table
 from benchmarks.variants import gemm_variants
@@ -24,6 +26,7 @@ from slora.flops import linear_flops
 from slora.kernels import configs
 
 CASE = "linear_kernels"
+GEMMS: tuple[configs.Kernel, ...] = ("forward", "backward")
 # Of an H200: a large bf16 product and a large copy. Predictions divide by these.
 FLOPS_PER_S, BYTES_PER_S = 790e12, 4.3e12
 M, RANK, ELEMENT = 50432, 16, 2
@@ -96,13 +99,13 @@ def compile_all(parts: Sequence[int]) -> list[dict[str, Any]]:
     """Compile every configuration; one entry per variant, with what is wrong with it."""
     entries = []
     for part in parts:
-        for kernel in ("forward", "backward"):
-            for variant in gemm_variants(kernel, part):
-                report = compiled(variant)
-                wrong = faults(variant, report, configs.SHARED_MEMORY[part])
-                entry = {name: value for name, value in dataclasses.asdict(report).items() if name != "seconds"}
-                entries.append({**entry, "faults": wrong})
-                print(f"sm_{part} {variant.kernel.fn.__name__} {variant.label}: {_resources(report)} {wrong or ''}")
+        gemms = (gemm_variants(kernel, part) for kernel in GEMMS)
+        for variant in itertools.chain(*gemms, narrow_variants(part)):
+            report = compiled(variant)
+            wrong = faults(variant, report, configs.SHARED_MEMORY[part])
+            entry = {name: value for name, value in dataclasses.asdict(report).items() if name != "seconds"}
+            entries.append({**entry, "faults": wrong})
+            print(f"sm_{part} {variant.kernel.fn.__name__} {variant.label}: {_resources(report)} {wrong or ''}")
     return entries
 
 
@@ -126,23 +129,16 @@ def text(payload: dict[str, Any]) -> str:
         ]
         for shape in payload["shapes"]
     ]
-    kernels = [
-        [
-            f"sm_{entry['part']}",
-            entry["kernel"].removeprefix("linear_"),
-            *_case(entry["label"]),
-            str(entry["registers"]),
-            str(entry["stack"] + entry["spilled"]),
-            f"{entry['shared'] / 1024:.0f}",
-            f"{entry['occupancy']} x {entry['warps']}",
-            " ".join(f"{count} {name}" for name, count in entry["products"].items() if count),
-            ", ".join(entry["bulk_loads"]) or "-",
-        ]
-        for entry in payload["kernels"]
-    ]
+    kernels, others = [], []
+    for entry in payload["kernels"]:
+        gemm = entry["kernel"].startswith("linear_")
+        cells = [f"sm_{entry['part']}", entry["kernel"].removeprefix("linear_").strip("_").replace("_", " ")]
+        cells += _case(entry["label"]) if gemm else _narrow_case(entry["label"])
+        cells += _compiled(entry)
+        (kernels if gemm else others).append(cells)
     packages = payload["environment"]["packages"]
     tera = {name: payload["ceilings"][name] / 1e12 for name in ("flops_per_s", "bytes_per_s")}
-    return f"""# The two GEMM kernels, without a GPU
+    return f"""# The kernels, without a GPU
 
 Written by `python -m benchmarks.audit` with Triton {packages["triton"]}, torch {packages["torch"]}. Nothing here was \
 run: the first table is counted and predicted, the second is what the compiler made.
@@ -163,6 +159,13 @@ Every configuration of `kernels/configs.py`. "Fit" is how many programs of how m
 products are those of tiles, by the instruction that does them; the copy engine brings the operands named last.
 
 {table(_KERNEL_HEADS, kernels)}
+
+## Compiled, the kernels beside the two
+
+Every configuration of `kernels/narrow_configs.py`: the pass over x and dy for dA, dB and the gates (`partial sums`) and
+its reduction, S and T by themselves, the gate probe. "Columns" are those of S or T that a program holds.
+
+{table(_NARROW_HEADS, others)}
 """
 
 
@@ -171,10 +174,31 @@ _SHAPE_HEADS = [
     "layer", "TFLOP", "GB", "GB from L2", "frozen TFLOP", "frozen GB", "forward µs, predicted", "dx µs, predicted",
     "dA, dB µs, predicted", "frozen µs, predicted", "over frozen, predicted", "bar", "over frozen, measured",
 ]  # fmt: skip
-_KERNEL_HEADS = [
-    "GPU", "kernel", "path", "numbers", "form", "R", "tile", "blocks", "registers", "stack and spills, bytes",
-    "shared, KiB", "fit", "products", "bulk copies",
-]  # fmt: skip
+_COMPILED_HEADS = ["registers", "stack and spills, bytes", "shared, KiB", "fit", "products", "bulk copies"]
+_KERNEL_HEADS = ["GPU", "kernel", "path", "numbers", "form", "R", "tile", "blocks", *_COMPILED_HEADS]
+_NARROW_HEADS = ["GPU", "kernel", "case", "columns", "tile", *_COMPILED_HEADS]
+
+
+def _compiled(entry: dict[str, Any]) -> list[str]:
+    return [
+        str(entry["registers"]),
+        str(entry["stack"] + entry["spilled"]),
+        f"{entry['shared'] / 1024:.0f}",
+        f"{entry['occupancy']} x {entry['warps']}",
+        " ".join(f"{count} {name}" for name, count in entry["products"].items() if count),
+        ", ".join(entry["bulk_loads"]) or "-",
+    ]
+
+
+def _narrow_case(label: str) -> list[str]:
+    """The label of a variant beside the GEMMs as cells: what it is, columns, tile."""
+    head, _, tile = label.partition(" Rows(" if " Rows(" in label else " Columns(")
+    words = head.rstrip(",").split(", ")
+    if not tile:
+        return [head, "-", "-"]
+    values = dict(field.split("=") for field in tile.rstrip(")").split(", "))
+    rows, columns = ("ROWS", "TILE") if "TILE" in values else ("BM", "BK")
+    return [", ".join(words[:-1]), words[-1], f"{values[rows]}x{values[columns]}, {values['num_stages']} stages"]
 
 
 def _case(label: str) -> list[str]:

@@ -92,8 +92,8 @@ def _weight_gradients(part: int, precision: configs.Precision) -> Iterator[Varia
 def _skinny(part: int, precision: configs.Precision) -> Iterator[Variant]:
     element, multiplied = _KINDS[precision]
     common = {"gate": "*fp32", "threshold": "fp32"}
-    for low, rows in itertools.product((16, 32, 64, 128), (8, 64, 128)):
-        tile = narrow_configs.skinny(precision, rows, low)
+    cases = [(low, narrow_configs.skinny(precision, rows, low)) for low in (16, 32, 64, 128) for rows in (8, 64, 128)]
+    for low, tile in dict.fromkeys(cases):
         constants = {"PRECISION": multiplied, "LOW": low}
         types = dict.fromkeys(("x", "S", "room"), f"*{element}")
         types |= common | {"A": "*fp32", "seed": "*i64", "factor": "fp32"}
@@ -127,8 +127,8 @@ def _skinny(part: int, precision: configs.Precision) -> Iterator[Variant]:
 
 def _probes(part: int, precision: configs.Precision) -> Iterator[Variant]:
     element, multiplied = _KINDS[precision]
-    for low, m in itertools.product((16, 32, 64), (512, 50432)):
-        tile = narrow_configs.gate_probe(precision, m, low)
+    cases = [(low, narrow_configs.gate_probe(precision, m, low)) for low in (16, 32, 64) for m in (512, 50432)]
+    for low, tile in dict.fromkeys(cases):
         yield _variant(
             gate_probe._probe,
             part,
