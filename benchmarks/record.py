@@ -18,6 +18,7 @@ import platform
 import re
 import statistics
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,8 @@ from slora.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 SCHEMA = 2
+# Measures that are spreads or numbers, wherever they occur.
+TIMES = {"seconds", "device_seconds", "forward", "forward_backward", "eager"}
 PACKAGES = ("torch", "triton", "timm", "peft", "transformers", "open_clip_torch")
 
 
@@ -105,7 +108,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read a result file.
 
     Raises:
-        BenchmarkError: it is missing, no JSON, or of another schema.
+        BenchmarkError: it is missing, no JSON, of another schema, or not of the form above.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -120,7 +123,55 @@ def read_result(path: Path) -> dict[str, Any]:
             f"{path} has schema {content['schema']}, this version reads {SCHEMA}; "
             f"run the case {content['case']!r} again"
         )
+    missing = fault(content)
+    if missing:
+        raise BenchmarkError(f"{path} is damaged: {missing}; run the case {content['case']!r} again")
     return content
+
+
+def fault(content: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file of measurements or of the proof's parts, None where nothing is."""
+    if "rows" not in content and "parts" not in content:
+        return None
+    about = content.get("environment")
+    known = {"commit", "dirty", "date", "device", "packages"}
+    if not isinstance(about, dict) or not isinstance(about.get("packages", {}), dict) or not known <= about.keys():
+        return f"its environment lacks one of {', '.join(sorted(known))}"
+    if "rows" not in content:
+        parts = content["parts"]
+        whole = isinstance(parts, dict) and all(
+            isinstance(part, dict) and {"state", "seconds"} <= part.keys() for part in parts.values()
+        )
+        return None if whole else "a part has no state or no seconds"
+    rows = content["rows"]
+    if not isinstance(rows, list):
+        return "its rows are no list"
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict) or not isinstance(row.get("point"), dict) or "contender" not in row:
+            return f"row {i} has no point or no contender"
+        for name in row.keys() & TIMES:
+            measure = row[name]
+            numbers = [measure.get(key) for key in ("median", "p20", "p80")] if isinstance(measure, dict) else [measure]
+            if not all(isinstance(number, int | float) for number in numbers):
+                return f"row {i} has no numbers in {name!r}"
+    return None
+
+
+def require_writable(folder: Path) -> None:
+    """Find out before anything is measured whether files can be written into `folder`, which need not exist yet.
+
+    Raises:
+        BenchmarkError: they cannot.
+    """
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = error.strerror if there.is_dir() else f"{there} is no folder"
+        raise BenchmarkError(f"{folder} cannot be written into ({reason}); choose another folder") from error
 
 
 def results_in(folder: Path) -> dict[str, dict[str, Any]]:

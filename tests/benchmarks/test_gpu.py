@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks import bars, gpu
+from benchmarks.proof import parts, process
 from benchmarks.record import BenchmarkError, read_result
 
 # Each of these tools is replaced by a program that finds the Python in its arguments and runs that.
@@ -27,38 +28,40 @@ NCU_SAYS = '''"ID","Kernel Name","Grid Size","Block Size","gpu__time_duration.su
 
 
 @pytest.fixture
-def proof(tmp_path: Path) -> gpu.Proof:
-    environ = {**gpu.environ_of(True, tmp_path / "scratch"), "SLORA_COMMIT": "0123456789ab"}
-    return gpu.Proof(tmp_path, True, False, time.monotonic() + 100, environ)
+def proof(tmp_path: Path) -> process.Proof:
+    environ = {**process.environ_of(True, tmp_path / "scratch"), "SLORA_COMMIT": "0123456789ab"}
+    return process.Proof(tmp_path, True, False, time.monotonic() + 100, environ)
 
 
-def test_a_command_is_cut_at_its_limit_with_all_it_has_started(proof: gpu.Proof) -> None:
+def test_a_command_is_cut_at_its_limit_with_all_it_has_started(proof: process.Proof) -> None:
     child = "import subprocess, sys; print('here', flush=True); subprocess.run(['sleep', '60'])"
     start = time.monotonic()
     code, text = proof.call([sys.executable, "-c", child], 2.0)
     assert code is None
     assert time.monotonic() - start < 20
     assert "here" in text
-    assert gpu.state_of(code, text) == {"state": "cut", "exit_code": None, "last_lines": ["here"]}
+    assert process.state_of(code, text) == {"state": "cut", "exit_code": None, "last_lines": ["here"]}
     assert "here" in (proof.out / "gpu.log").read_text()
 
 
 def test_a_proof_that_is_terminated_ends_what_it_runs_and_keeps_what_it_has(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(tmp_path), "--parts", "linear"]
-    with subprocess.Popen(command, cwd=gpu.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert "linear: at most" in process.stdout.readline()
+    with subprocess.Popen(command, cwd=process.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert "linear: at most" in run.stdout.readline()
         time.sleep(1.0)
-        process.terminate()
-        assert "what was measured so far is kept" in process.communicate(timeout=60)[1]
-    assert process.returncode == 2
+        run.terminate()
+        assert "what was measured so far is kept" in run.communicate(timeout=60)[1]
+    assert run.returncode == 2
     assert read_result(tmp_path / "proof.json")["parts"] == {}
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert str(tmp_path) not in running
 
 
-def test_a_failing_part_is_recorded_and_the_next_one_runs(proof: gpu.Proof, capsys: pytest.CaptureFixture[str]) -> None:
-    def raises(proof: gpu.Proof, limit: float) -> dict[str, Any]:
+def test_a_failing_part_is_recorded_and_the_next_one_runs(
+    proof: process.Proof, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def raises(proof: process.Proof, limit: float) -> dict[str, Any]:
         raise ValueError("of all things")
 
     gpu.run_part(proof, gpu.Part("first", raises, 1, 1), 10.0)
@@ -78,25 +81,25 @@ def test_tests_are_counted_whether_they_ran_in_one_process_or_in_several() -> No
     )
     several = "[gw0] [ 10%] PASSED tests/a.py::test_x \n[gw1] [ 20%] FAILED tests/a.py::test_y[1-a b] \n"
     for text in (one, several):
-        assert gpu.outcomes(text, "PASSED") == ["tests/a.py::test_x"]
-        assert gpu.outcomes(text, "FAILED") == ["tests/a.py::test_y[1-a b]"]
-    assert gpu.outcomes(one, "SKIPPED") == ["tests/a.py::test_z"]
+        assert parts.outcomes(text, "PASSED") == ["tests/a.py::test_x"]
+        assert parts.outcomes(text, "FAILED") == ["tests/a.py::test_y[1-a b]"]
+    assert parts.outcomes(one, "SKIPPED") == ["tests/a.py::test_z"]
 
 
 def test_what_the_profiler_prints_is_read() -> None:
-    assert gpu.profiled(f"==PROF== Connected\n{NCU_SAYS}\n") == [
+    assert parts.profiled(f"==PROF== Connected\n{NCU_SAYS}\n") == [
         {
             "kernel": "_kernel", "grid": "(132, 1, 1)", "block": "(256, 1, 1)", "duration": "212.50 us",
             "registers": "168 register/thread",
         }
     ]  # fmt: skip
-    assert gpu.profiled("==ERROR== no permission") == []
+    assert parts.profiled("==ERROR== no permission") == []
 
 
-def test_a_tool_that_is_missing_is_a_part_skipped(proof: gpu.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "found", lambda tool: None)
-    assert gpu.sanitizer(proof, 10.0)["reason"] == "compute-sanitizer was not found"
-    assert gpu.profile(proof, 10.0)["state"] == "skipped"
+def test_a_tool_that_is_missing_is_a_part_skipped(proof: process.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "found", lambda tool: None)
+    assert parts.sanitizer(proof, 10.0)["reason"] == "compute-sanitizer was not found"
+    assert parts.profile(proof, 10.0)["state"] == "skipped"
 
 
 def test_shares_make_nine_minutes_and_the_quick_proof_ninety_seconds() -> None:
@@ -124,19 +127,19 @@ def test_the_whole_proof_runs_dry_on_the_cpu_with_the_kernels_interpreted(tmp_pa
     environ = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", out, "--seconds", "1500"],
-        cwd=gpu.ROOT, env=environ, capture_output=True, text=True,
+        cwd=process.ROOT, env=environ, capture_output=True, text=True,
     )  # fmt: skip
     log = (out / "gpu.log").read_text()
-    parts = json.loads((out / "proof.json").read_text())["parts"]
+    states = json.loads((out / "proof.json").read_text())["parts"]
     expected = {part.name: "ok" for part in gpu.PARTS}
-    if not parts["build"]["extension"]["available"]:
+    if not states["build"]["extension"]["available"]:
         expected["merge"] = "failed"
-    assert {name: part["state"] for name, part in parts.items()} == expected, f"{done.stdout}\n{log[-3000:]}"
+    assert {name: part["state"] for name, part in states.items()} == expected, f"{done.stdout}\n{log[-3000:]}"
     assert done.returncode == int("failed" in expected.values()), done.stderr
-    assert not any("failed" in part for name, part in parts.items() if name not in ("tests", "merge"))
-    assert not any("refused" in part for part in parts.values())
-    assert set(parts["sanitizer"]["runs"]) == {"memcheck", "racecheck"}
-    assert parts["profile"]["kernels"][0]["registers"] == "168 register/thread"
+    assert not any("failed" in part for name, part in states.items() if name not in ("tests", "merge"))
+    assert not any("refused" in part for part in states.values())
+    assert set(states["sanitizer"]["runs"]) == {"memcheck", "racecheck"}
+    assert states["profile"]["kernels"][0]["registers"] == "168 register/thread"
     # The kernels took part, interpreted.
     linear = read_result(out / "linear.json")
     assert any(row["contender"] == "slora, triton" and "forward_backward" in row for row in linear["rows"])

@@ -1,0 +1,1 @@
+"""What the proof on a GPU (`benchmarks/gpu.py`) is made of."""
