@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.record import BenchmarkError
 from benchmarks.registry import CASES
 from benchmarks.settings import GRIDS
+from slora.errors import WriteError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["SLORA_COMMIT"] = args.commit
     try:
         return COMMANDS[args.command](args)
-    except BenchmarkError as error:
+    except (BenchmarkError, WriteError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -85,8 +86,9 @@ def _run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise BenchmarkError(f"--threads {args.threads} is not a positive number")
         torch.set_num_threads(args.threads)
+    Settings(args.device, args.grid, args.rounds)  # refuses what it does not know before anything is chosen by it
     known = [name for name, case in CASES.items() if args.device in case.devices]
-    cases = [find(name) for name in (known if args.case == ["all"] else args.case)]
+    cases = [find(name) for name in (known if args.case == ["all"] else dict.fromkeys(args.case))]
     if args.out is None and (args.only or args.grid in ("tiny", "quick")):
         raise BenchmarkError("a part of the contenders, or of the grid, needs --out: the committed results are whole")
     for case in cases:

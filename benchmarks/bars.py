@@ -82,14 +82,20 @@ def value(bar: Bar, result: dict[str, Any] | None) -> float | None:
     return own / other if other else None
 
 
-def judged(folder: Path | None = None) -> Iterator[tuple[Bar, float | None]]:
-    """Every bar and what was measured: under `results/`, or in `folder`, where only its device's bars count."""
+def judged(folder: Path | None = None, results: Path = RESULTS) -> Iterator[tuple[Bar, float | None]]:
+    """Every bar and what was measured: under `results`, or in `folder`, where only its device's bars count.
+
+    Raises:
+        BenchmarkError: `folder` is none, or a result file in it cannot be read.
+    """
+    if folder is not None and not folder.is_dir():
+        raise BenchmarkError(f"{folder} is no folder; --results takes the folder of one device's result files")
     cache: dict[Path, dict[str, dict[str, Any]]] = {}
     device = _device_of(folder)
     for bar in load():
         if device not in (None, bar.device):
             continue
-        where = RESULTS / bar.device if folder is None else folder
+        where = results / bar.device if folder is None else folder
         if where not in cache:
             cache[where] = results_in(where)
         yield bar, value(bar, cache[where].get(bar.case))

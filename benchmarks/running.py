@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import ceilings
 from benchmarks.contenders.peers import need
-from benchmarks.record import BenchmarkError, environment, folder_name, write_result
+from benchmarks.record import RESULTS, BenchmarkError, environment, folder_name, require_writable, write_result
 from benchmarks.registry import Case
 from benchmarks.settings import Settings
 
@@ -22,19 +22,21 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
     marked incomplete until the end.
 
     Raises:
-        BenchmarkError: the device or a package is missing, nothing was measured, or a result was wrong.
+        BenchmarkError: the device or a package is missing, the folder cannot be written into, nothing was measured, or
+            a result was wrong.
     """
     if settings.device not in case.devices:
         raise BenchmarkError(
             f"case {case.name!r} is measured on {', '.join(case.devices)} only, not on {settings.device}"
         )
+    device = folder_name(settings.device)
+    require_writable(RESULTS / device if folder is None else folder)
     for package in case.packages:
         need(package)
     run = case.load()
     # fp32 means fp32: a GPU's TF32 would be another precision under the same name.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     limits = ceilings.measure(settings)
-    device = folder_name(settings.device)
     payload: dict[str, Any] = {
         "environment": environment(settings.device),
         "settings": {"grid": settings.grid, "rounds": settings.rounds, "only": list(settings.only)},
@@ -48,9 +50,10 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
         if keep_partial:
             path = write_result(case.name, device, payload, folder)
     if not payload["rows"]:
-        raise BenchmarkError(
-            f"case {case.name!r} measured nothing: the time or --only left no point; nothing was written"
-        )
+        reason = f"no contender has {' or '.join(map(repr, settings.only))} in its name"
+        if settings.over() or not settings.only:
+            reason = "the time was up before its first point"
+        raise BenchmarkError(f"case {case.name!r} measured nothing: {reason}; nothing was written")
     payload["complete"] = not settings.over()
     path = write_result(case.name, device, payload, folder)
     refused = [f"{row['contender']} at {row['point']}: {row['refused']}" for row in payload["rows"] if "refused" in row]

@@ -75,6 +75,8 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
 def measure(settings: Settings, ceilings: dict[str, Any], model: Model, batch: int, dtype: str) -> list[dict[str, Any]]:
     """Check the outputs against each other, then time the forwards in turns."""
     wanted = {name: how for name, how in CONTENDERS.items() if settings.wanted(name)}
+    if not wanted:
+        return []
     point = {"model": model.name, "batch": batch, "r": RANK, "dtype": dtype}
     rows: dict[str, dict[str, Any]] = {name: {"point": point, "contender": name} for name in wanted}
     train_step.check_outputs(model, settings.device)

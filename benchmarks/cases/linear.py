@@ -85,6 +85,9 @@ def measure(
     point: Shape, settings: Settings, ceilings: dict[str, Any], names: set[str], inference: bool = True
 ) -> list[dict[str, Any]]:
     """Check the contenders called `names`, then time those that are right; the forward alone if `inference`."""
+    wanted = [name for name in CONTENDERS if settings.wanted(name) and name in names]
+    if not wanted:
+        return []
     device = settings.device
     element = 4 if point.dtype == "fp32" else 2
     per_set = point.M * (point.K + point.N) * element
@@ -92,12 +95,10 @@ def measure(
     problem = Problem(point, device, turns.sets)
     rows: dict[str, dict[str, Any]] = {}
     layers: dict[str, Layer] = {}
-    for name, build in CONTENDERS.items():
-        if not settings.wanted(name) or name not in names:
-            continue
+    for name in wanted:
         rows[name] = {"point": point.point, "contender": name}
         try:
-            layer = build(problem)
+            layer = CONTENDERS[name](problem)
             rows[name].update(checked(layer, problem))
         except Missing as reason:
             rows[name]["skipped"] = str(reason)

@@ -82,6 +82,8 @@ def measure(
     """Check the model, then time its contenders in turns."""
     model = find(name)
     wanted = [contender for contender in contenders if settings.wanted(contender)]
+    if not wanted:
+        return []
     point = {"model": model.name, "batch": batch, "r": RANK, "precision": precision, "mode": mode}
     rows: dict[str, dict[str, Any]] = {c: {"point": point, "contender": c} for c in wanted}
     try:

@@ -39,13 +39,12 @@ def filled(readme: str, root: Path = ROOT) -> str:
     """Return the text of the README with every marked table made anew from the files under `root`.
 
     Raises:
-        BenchmarkError: a mark is missing or there twice, or a result file is of another schema.
+        BenchmarkError: a mark is missing or there twice, or a result file cannot be read.
     """
     cpu = all_results(root)["cpu"]
     demo_file = root / "docs" / "demo.json"
-    demo = json.loads(demo_file.read_text(encoding="utf-8")) if demo_file.exists() else None
     texts = {
-        "demo-table": NOT_MEASURED if demo is None else tables.demo_table(demo),
+        "demo-table": demo_table(demo_file) if demo_file.exists() else NOT_MEASURED,
         "train-step-table": NOT_MEASURED
         if "train_step" not in cpu
         else tables.train_step_table(cpu["train_step"], cpu.get("train_memory")),
@@ -58,12 +57,25 @@ def filled(readme: str, root: Path = ROOT) -> str:
     return readme
 
 
+def demo_table(path: Path) -> str:
+    """The table of `path`, which `slora demo` has written.
+
+    Raises:
+        BenchmarkError: it is no such file.
+    """
+    try:
+        return tables.demo_table(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BenchmarkError(f"{path} is not what `slora demo` writes ({reason}); run `make demo` again") from error
+
+
 def page(root: Path = ROOT) -> str:
     """The text of `benchmarks/README.md`."""
     from benchmarks.report import figures
 
     results = all_results(root)
-    parts = [INTRODUCTION, "## The bars", tables.bars_table(list(results))]
+    parts = [INTRODUCTION, "## The bars", tables.bars_table(list(results), root / "benchmarks" / "results")]
     for device, cases in results.items():
         parts.append(f"## {device}")
         if not cases:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks import bars
@@ -212,10 +213,10 @@ def proof_tables(proof: dict[str, Any]) -> list[str]:
     return found
 
 
-def bars_table(devices: Sequence[str]) -> str:
-    """Every bar of these devices: what was measured, the limit, and whether it is met."""
+def bars_table(devices: Sequence[str], results: Path) -> str:
+    """Every bar of these devices: what was measured under `results`, the limit, and whether it is met."""
     rows = []
-    for bar, found in bars.judged():
+    for bar, found in bars.judged(results=results):
         if bar.device in devices:
             shown = NOT_MEASURED if found is None else f"{found:.3f}"
             sign = "at least" if bar.least else "at most"

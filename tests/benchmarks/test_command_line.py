@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import ceilings, registry
+from benchmarks import ceilings, registry, running
 from benchmarks.contenders import layer as layers
 from benchmarks.record import SCHEMA, read_result
 
@@ -51,6 +51,13 @@ def _row(contender: str = "a", **measures: Any) -> dict[str, Any]:
     [
         (["run", "--case", "liner"], "case 'liner' is unknown; there are linear,"),
         (["run", "--case", "linear", "--device", "tpu"], "device 'tpu' is unknown; use cpu or cuda"),
+        (["run", "--case", "all", "--device", "tpu"], "device 'tpu' is unknown; use cpu or cuda"),
+        (["run", "--case", "linear", *TINY, "--only", "PETF", "--out", "x"], "no contender has 'PETF' in its name"),
+        (["run", "--case", "linear", *TINY, "--out", __file__], "is no folder); choose another folder"),
+        (["run", "--case", "linear", *TINY, "--out", "/proc/out"], "cannot be written into"),
+        (["bars", "--results", "nowhere"], "nowhere is no folder"),
+        (["gpu", "--dry-run", "--out", "x", "--seconds", "-1"], "--seconds -1 leaves no time"),
+        (["gpu", "--dry-run", "--out", __file__], "is no folder); choose another folder"),
         (["run", "--case", "linear", "--rounds", "1"], "--rounds 1 is below 3"),
         (["run", "--case", "linear", "--threads", "0"], "--threads 0 is not a positive number"),
         (["run", "--case", "linear", "--quick"], "needs --out"),
@@ -59,12 +66,18 @@ def _row(contender: str = "a", **measures: Any) -> dict[str, Any]:
         (["gpu", "--dry-run"], "name a folder with --out"),
         (["gpu", "--dry-run", "--out", "x", "--parts", "bild"], "part 'bild' is unknown; there are build,"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(Path(word).name for word in value) if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert run(*arguments) == 2
+    assert not list(tmp_path.iterdir())
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
@@ -157,6 +170,44 @@ def test_a_file_of_another_schema_is_refused(tmp_path: Path, capsys: pytest.Capt
     old.write_text("{half")
     assert run("compare", old, old) == 2
     assert "is not readable JSON" in capsys.readouterr().err
+
+
+ENVIRONMENT = {"commit": None, "dirty": None, "date": "2026-01-02", "device": "a", "packages": {}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"rows": []}, "its environment lacks one of commit, date, device"),
+        ({"environment": ENVIRONMENT, "rows": 5}, "its rows are no list"),
+        ({"environment": ENVIRONMENT, "rows": [{"contender": "a"}]}, "row 0 has no point"),
+        ({"environment": ENVIRONMENT, "rows": [_row(), _row(seconds={"median": 1.0})]}, "row 1 has no numbers in 'sec"),
+        ({"environment": ENVIRONMENT, "rows": [_row(forward="fast")]}, "row 0 has no numbers in 'forward'"),
+        ({"environment": ENVIRONMENT, "parts": {"build": {}}}, "a part has no state"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_damaged_file_is_named_with_what_is_wrong(
+    content: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "linear.json"
+    path.write_text(json.dumps({"schema": SCHEMA, "case": "linear", **content}))
+    assert run("compare", path, path) == 2
+    said = capsys.readouterr().err
+    assert f"{path} is damaged: {message}" in said
+    assert said.endswith("run the case 'linear' again\n")
+
+
+def test_a_folder_that_can_no_longer_be_written_into_is_one_sentence(
+    tmp_path: Path, case: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case(_row(seconds=1.0))
+    (tmp_path / "out").write_text("a file has come between")
+    monkeypatch.setattr(running, "require_writable", lambda folder: None)
+    assert run("run", "--case", "own", "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert "own.json could not be written" in said
+    assert said.count("\n") == 1
 
 
 def test_a_result_says_what_was_measured_on_what_and_from_which_source(

@@ -13,7 +13,8 @@ from benchmarks.record import SCHEMA, BenchmarkError, spread
 
 
 def _file(rows: list[dict[str, Any]], case: str = "linear", device: str = "nvidia-h200") -> dict[str, Any]:
-    environment = {"commit": "0123456789ab", "dirty": False, "date": "2026-01-02T00:00:00", "device": device}
+    environment = {"commit": "0123456789ab", "dirty": False, "date": "2026-01-02T00:00:00", "device": device,
+                   "packages": {}}  # fmt: skip
     return {"schema": SCHEMA, "case": case, "device": device, "environment": environment, "rows": rows}
 
 

@@ -71,7 +71,11 @@ def test_a_missing_result_says_not_measured(tmp_path: Path) -> None:
     assert "old" not in text
     assert text.startswith("a\n")
     assert text.endswith("c\n")
-    assert "Not measured" in page.page(tmp_path)
+    text = page.page(tmp_path)
+    assert "Not measured: linear, train_step" in text
+    # No bar is met or missed by what stands elsewhere.
+    assert "| met |" not in text
+    assert "| missed |" not in text
 
 
 def test_the_demo_table_holds_means_and_spreads_of_its_runs(tmp_path: Path) -> None:
@@ -147,6 +151,14 @@ def test_the_proof_on_a_gpu_is_reported_by_its_parts(tmp_path: Path) -> None:
     assert "| tests | ok | 41 | passed: 12, failed: 0 |" in text
     assert "| sanitizer | cut | 80 | memcheck: ok |" in text
     assert "| `_kernel` | 212 us |" in text
+
+
+def test_a_damaged_file_of_the_demo_is_named(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    for text in ("{", "[]", '{"runs": [{}]}'):
+        (tmp_path / "docs" / "demo.json").write_text(text)
+        with pytest.raises(BenchmarkError, match=r"demo.json is not what `slora demo` writes"):
+            page.filled(TEXT, tmp_path)
 
 
 def test_nothing_is_written_where_one_text_cannot_be_made(tmp_path: Path) -> None:
