@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,8 +23,9 @@ def check_inputs(
     gate: Tensor,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    active: Sequence[int] | None = None,
 ) -> None:
-    """Raise `ShapeError` unless the tensors fit together; the same text on every backend and under tracing."""
+    """Raise `ShapeError` unless the arguments fit together; the same text on every backend and under tracing."""
     if x.dtype not in DTYPES:
         raise ShapeError(f"x has dtype {x.dtype}; expected one of {', '.join(map(str, DTYPES))}")
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
@@ -63,6 +67,8 @@ def check_inputs(
     ):
         if tensor is not None and tensor.device != x.device:
             raise ShapeError(f"{name} is on {tensor.device} but x is on {x.device}; move the module or the input")
+    if active and not (active[0] >= 0 and active[-1] < blocks and all(i < j for i, j in itertools.pairwise(active))):
+        raise ShapeError(f"active is {list(active)}; expected the active ones of {blocks} blocks in rising order")
     if dropout != 0.0:
         _check_dropout(x, dropout, seed)
 

@@ -7,11 +7,13 @@
 | `torch` | PyTorch calls (`slora.addmm`) | the same |
 | `reference` | `slora.reference`, differentiable any number of times | the same |
 
-fp64 and layers of more than 64 blocks are computed by PyTorch calls under `auto` and `triton` as well.
+fp64, layers of more than 64 blocks and GPUs before compute capability 8.0 are served by PyTorch calls under `auto` and
+`triton` as well.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -61,15 +63,22 @@ def check_device(x: Tensor) -> None:
         )
 
 
-def kernels_serve(x: Tensor, gate: Tensor) -> bool:
+def kernels_serve(x: Tensor, gate: Tensor | None = None) -> bool:
     """Return whether the Triton kernels compute for `x` and the blocks of `gate`, by the table above."""
     wanted = backend()
-    if x.dtype not in _KERNEL_DTYPES or gate.shape[0] > _MAX_BLOCKS or wanted in ("torch", "reference"):
+    if x.dtype not in _KERNEL_DTYPES or wanted in ("torch", "reference"):
+        return False
+    if gate is not None and gate.shape[0] > _MAX_BLOCKS:
         return False
     if wanted == "triton":
         check_device(x)
-        return True
-    return x.device.type == "cuda" and has_triton()
+        return x.device.type != "cuda" or _new_enough(x.device)
+    return x.device.type == "cuda" and has_triton() and _new_enough(x.device)
+
+
+@functools.cache
+def _new_enough(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def computed_by(gpu: bool) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,35 @@ from slora import addmm, room, tuning
 from slora.backends import backend
 from slora.dropout import rescaling
 
-if TYPE_CHECKING:
-    from slora.kernels import configs, narrow_configs
+
+class Form(NamedTuple):
+    """One way to compute an operation."""
+
+    name: str
+    config: Any = None
+    """Tile sizes, for one of our kernels."""
+
+
+class Shape(NamedTuple):
+    """What a choice of form depends on, but for the number of rows."""
+
+    operation: str
+    K: int
+    N: int
+    blocks: int
+    slots: int
+    r: int
+    rows: torch.dtype
+    lora: torch.dtype
+    precision: str | None
+    """How products of fp32 are computed; None for other dtypes."""
+    options: tuple[str, ...]
+    """What else there is: bias, dropout, room, unaligned."""
+
+    def __str__(self) -> str:
+        sizes = f"K={self.K} N={self.N} blocks={self.blocks} slots={self.slots} r={self.r}"
+        words = [self.operation, sizes, f"{self.rows}/{self.lora}".replace("torch.", ""), self.precision, *self.options]
+        return " ".join(word for word in words if word)
 
 
 def forward(
@@ -57,12 +84,6 @@ def forward(
         c = scaling * rescaling(dropout)
         return skinny.products_S(x_rows, A, gate, threshold, slots, dropout, seed, behind, c)
 
-    def one_kernel(config: configs.Gemm, given: bool) -> tuple[Tensor, Tensor]:
-        products = S() if given else None
-        return linear_forward.forward(
-            x_rows, W, bias, A, B, gate, threshold, scaling, slots, dropout, seed, products, config
-        )
-
     def vendor() -> tuple[Tensor, Tensor]:
         products, c = S(), scaling * rescaling(dropout)
         y = F.linear(x_rows, weight, bias)
@@ -83,13 +104,24 @@ def forward(
             update[i * n : (i + 1) * n, slot * r : (slot + 1) * r] = B_i
         return F.linear(wide, torch.cat([W, update], 1), bias), products
 
-    candidates = _one_kernel_candidates("forward", x_rows, W, A, dropout, one_kernel)
-    candidates["addmm"] = vendor
+    def compute(form: Form) -> tuple[Tensor, Tensor]:
+        if form.name == "addmm":
+            return vendor()
+        if form.name == "concat":
+            assert wide is not None
+            return concatenated(wide)
+        products = S() if form.name == "accumulate" else None
+        return linear_forward.forward(
+            x_rows, W, bias, A, B, gate, threshold, scaling, slots, dropout, seed, products, form.config
+        )
+
+    def candidates() -> list[Form]:
+        others = [Form("addmm"), Form("concat")] if wide is not None else [Form("addmm")]
+        return _gemm_forms(linear_forward.plan, x_rows, W, A, dropout) + others
+
     wide = room.widened(x_rows, slots * lora_A.shape[1])
-    if wide is not None:
-        candidates["concat"] = functools.partial(concatenated, wide)
-    shape = _shape("forward", x_rows, lora_A, lora_B, slots, dropout, bias is not None, wide is not None)
-    y, products = _run(shape, x_rows, candidates)
+    present = {"bias": bias is not None, "dropout": dropout > 0, "room": wide is not None}
+    y, products = _run(_shape("forward", x_rows, W, lora_A, lora_B, slots, present), x_rows, candidates, compute)
     return y.view(*x.shape[:-1], weight.shape[0]), products
 
 
@@ -142,22 +174,26 @@ def _input_gradient(
     def T() -> Tensor:
         return skinny.products_T(dy, B, gate, threshold, slots)
 
-    def one_kernel(config: configs.Gemm, given: bool) -> tuple[Tensor, Tensor]:
-        products = T() if given else None
-        return linear_backward.input_gradient(
-            dy, W, A, B, gate, threshold, scaling, slots, dropout, seed, products, config
-        )
-
     def vendor() -> tuple[Tensor, Tensor]:
         products = T()
         low = _present(A, gate, threshold, active, dy.dtype).reshape(-1, A.shape[2])
         return (dy @ weight).addmm_(products, low, alpha=scaling), products
 
-    candidates = _one_kernel_candidates("backward", dy, W, A, dropout, one_kernel)
-    if not dropout:
+    def compute(form: Form) -> tuple[Tensor, Tensor]:
+        if form.name == "addmm":
+            return vendor()
+        products = T() if form.name == "accumulate" else None
+        return linear_backward.input_gradient(
+            dy, W, A, B, gate, threshold, scaling, slots, dropout, seed, products, form.config
+        )
+
+    def candidates() -> list[Form]:
         # cuBLAS would need the update in memory, to mask it.
-        candidates["addmm"] = vendor
-    result: tuple[Tensor, Tensor] = _run(_shape("input gradient", dy, A, B, slots, dropout), dy, candidates)
+        others = [] if dropout else [Form("addmm")]
+        return _gemm_forms(linear_backward.plan, dy, W, A, dropout) + others
+
+    shape = _shape("input gradient", dy, W, A, B, slots, {"dropout": dropout > 0})
+    result: tuple[Tensor, Tensor] = _run(shape, dy, candidates, compute)
     return result
 
 
@@ -168,72 +204,88 @@ def _weight_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     from slora.kernels import weight_gradients
 
-    def one_pass(config: narrow_configs.Columns) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def compute(form: Form) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        if form.name == "addmm":
+            assert active is not None
+            return addmm.weight_gradients(x, dy, S, T, A, B, active, scaling, needs)
         return weight_gradients.weight_gradients(
             x, dy, S if needs[1] or needs[2] else None, T if needs[0] else None, A, B, gate, threshold, scaling, needs,
-            dropout, seed, config,
+            dropout, seed, form.config,
         )  # fmt: skip
 
-    def vendor() -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        assert active is not None
-        return addmm.weight_gradients(x, dy, S, T, A, B, active, scaling, needs)
+    def candidates() -> list[Form]:
+        forms = [Form("one pass", config) for config in weight_gradients.candidates(A, dy, slots, needs)]
+        return forms + ([Form("addmm")] if active is not None and not dropout else [])
 
-    candidates: dict[str, Callable[[], Any]] = {
-        f"one pass {i}" if i else "one pass": functools.partial(one_pass, config)
-        for i, config in enumerate(weight_gradients.candidates(A, dy, slots, needs))
-    }
-    if active is not None and not dropout:
-        candidates["addmm"] = vendor
-    shape = _shape(f"weight gradients {''.join('01'[need] for need in needs)}", dy, A, B, slots, dropout)
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = _run(shape, dy, candidates)
+    operation = f"weight gradients {''.join('01'[need] for need in needs)}"
+    options = {"dropout": dropout > 0, "listed": active is not None, "unaligned x": not _aligned(x)}
+    shape = _shape(operation, dy, None, A, B, slots, options)
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = _run(shape, dy, candidates, compute)
     return gradients
 
 
-def _one_kernel_candidates(
-    kernel: configs.Kernel,
-    rows: Tensor,
-    weight: Tensor,
-    A: Tensor,
-    dropout: float,
-    call: Callable[[configs.Gemm, bool], tuple[Tensor, Tensor]],
-) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
+def _gemm_forms(plan: Callable[..., Any], rows: Tensor, weight: Tensor, A: Tensor, dropout: float) -> list[Form]:
     """`fused` and `accumulate` with each of their tile sizes, the default ones first."""
-    from slora.kernels import configs, linear_backward, linear_forward
+    from slora.kernels import configs
 
-    plan = linear_forward.plan if kernel == "forward" else linear_backward.plan
-    candidates: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {}
-    for form, given in (("fused", False), ("accumulate", True)):
+    forms = []
+    for name, given in (("fused", False), ("accumulate", True)):
         # Above this rank S and T do not fit into the registers beside the accumulator of the base product.
         if given or A.shape[1] <= configs.MAX_FUSED_RANK:
-            for i, config in enumerate(plan(rows, weight, A, given, dropout > 0.0).candidates):
-                candidates[f"{form} {i}" if i else form] = functools.partial(call, config, given)
-    return candidates
+            forms += [Form(name, config) for config in plan(rows, weight, A, given, dropout > 0.0).candidates]
+    return forms
 
 
-def _run(shape: str, rows: Tensor, candidates: Mapping[str, Callable[[], Any]]) -> Any:
-    """Run the first candidate where the backend is pinned to the kernels, else the fastest."""
-    if backend() == "triton":
-        return next(iter(candidates.values()))()
-    return candidates[tuning.choose(shape, rows.shape[0], rows.device, candidates)]()
+# What was chosen before, so that a call does not build the candidates anew.
+_chosen: dict[tuple[Any, ...], Form] = {}
+
+
+def _run(shape: Shape, rows: Tensor, candidates: Callable[[], list[Form]], compute: Callable[[Form], Any]) -> Any:
+    """Compute with the first of our kernels where the backend is pinned to them, else with the fastest form."""
+    pinned = backend() == "triton"
+    place = shape, rows.device, "pinned" if pinned else tuning.scope(rows.shape[0])
+    form = _chosen.get(place)
+    if form is None:
+        forms = candidates()
+        found = forms[0] if pinned else _fastest(shape, rows, forms, compute)
+        form = found or forms[0]
+        if found is not None:
+            _chosen[place] = found
+    return compute(form)
+
+
+def _fastest(shape: Shape, rows: Tensor, forms: list[Form], compute: Callable[[Form], Any]) -> Form | None:
+    if shape.precision == "ieee":
+        # Exact products of fp32 use no tensor cores, and there our tiles have nothing that cuBLAS has not.
+        forms.sort(key=lambda form: form.config is not None)
+    names: dict[str, Form] = {}
+    for form in forms:
+        number = sum(other.name == form.name for other in names.values())
+        names[f"{form.name} {number}" if number else form.name] = form
+    calls = {name: functools.partial(compute, form) for name, form in names.items()}
+    name = tuning.choose(str(shape), rows.shape[0], rows.device, calls)
+    return None if name is None else names[name]
 
 
 def _shape(
-    operation: str,
-    rows: Tensor,
-    A: Tensor,
-    B: Tensor,
-    slots: int,
-    dropout: float,
-    bias: bool = False,
-    wide: bool = False,
-) -> str:
-    """The shape class without the rows, as the cache of choices spells it."""
+    operation: str, rows: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, slots: int, options: Mapping[str, bool]
+) -> Shape:
     blocks, r, K = A.shape
-    words = [operation, f"K={K} N={blocks * B.shape[1]} blocks={blocks} slots={slots} r={r}"]
-    words.append(f"{rows.dtype}/{A.dtype}".replace("torch.", ""))
-    if rows.dtype == torch.float32:
-        words.append(torch.backends.cuda.matmul.fp32_precision)
-    return " ".join(words + ["bias"] * bias + ["dropout"] * (dropout > 0) + ["room"] * wide)
+    words = [name for name, there in options.items() if there]
+    words += [f"unaligned {name}" for name, t in (("rows", rows), ("W", weight), ("A", A[0])) if not _aligned(t)]
+    precision = torch.backends.cuda.matmul.fp32_precision if rows.dtype == torch.float32 else None
+    # "none" is PyTorch's default, which is exact.
+    precision = "ieee" if precision == "none" else precision
+    N = blocks * B.shape[1]
+    return Shape(operation, K, N, blocks, slots, r, rows.dtype, A.dtype, precision, tuple(words))
+
+
+def _aligned(matrix: Tensor | None) -> bool:
+    """Whether rows begin at multiples of 16 bytes and do not overlap, as the copy engine wants."""
+    if matrix is None:
+        return True
+    stride = matrix.stride(0)
+    return matrix.data_ptr() % 16 == 0 and stride * matrix.element_size() % 16 == 0 and stride >= matrix.shape[1]
 
 
 def _present(

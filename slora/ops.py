@@ -69,11 +69,12 @@ def selective_linear(
     supplies it). In the backward only what `requires_grad` asks for is computed.
 
     Raises:
-        ShapeError: shapes, dtypes or devices disagree; names the tensor, what it is and what it should be.
+        ShapeError: shapes, dtypes or devices disagree, or `active` is no rising list of blocks; names the argument,
+            what it is and what it should be.
         ConfigError: `SLORA_BACKEND` is unknown, or asks for kernels that cannot run on the device of `x`.
     """
     if backend() == "reference":
-        return _reference(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, dropout, seed)
+        return _reference(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
     check_device(x)
     y: Tensor = torch.ops.slora.selective_linear(
         x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed
@@ -90,10 +91,11 @@ def _reference(
     gate: Tensor,
     threshold: float,
     scaling: float,
+    active: Sequence[int] | None,
     dropout: float,
     seed: Tensor | None,
 ) -> Tensor:
-    check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed)
+    check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed, active)
     x_lora = None
     if dropout:
         assert seed is not None
@@ -118,7 +120,7 @@ def _forward(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed)
+    check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed, active)
     compute = forms.forward if x.numel() and kernels_serve(x, gate) else addmm.gated_forward
     return compute(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
 
@@ -166,7 +168,7 @@ def _forward_fake(
     dropout: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed)
+    check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed, active)
     count = gate.shape[0] if active is None else len(active)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty(math.prod(x.shape[:-1]), count * lora_A.shape[1])

@@ -92,14 +92,11 @@ class ProbeGates(torch.autograd.Function):
 
 
 def _sample_rows(x: Tensor, m: int, seed: int) -> Tensor:
-    if x.is_cuda and x.dtype != torch.float64 and x.stride(1) == 1:
-        # The kernel is PyTorch's indexing without its dozen small launches; it depends on no choice of backend.
-        from slora.backends import has_triton
+    if x.is_cuda and x.stride(1) == 1 and kernels_serve(x):
+        # The kernel is PyTorch's indexing without its dozen small launches.
+        from slora.kernels import gate_probe
 
-        if has_triton():
-            from slora.kernels import gate_probe
-
-            return gate_probe.sample_rows(x, m, seed)
+        return gate_probe.sample_rows(x, m, seed)
     return x[sampled_rows(x.shape[0], m, seed, x.device)]
 
 

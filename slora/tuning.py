@@ -4,8 +4,8 @@
 `forms.json` in the folder `SLORA_CACHE` (default: `slora` in `XDG_CACHE_HOME` or `~/.cache`). An entry holds for one
 device name, one version of torch and of Triton and one text of the kernels. Delete the file to measure anew.
 
-Rows are counted in powers of two, rounded up. A number of rows that was not measured takes the choice of the next
-larger one that was, so that a ragged last batch measures nothing.
+Rows are counted in powers of two, rounded up, and each such number is measured by itself. Times are those of calls from
+Python, launches included, as training without CUDA graphs has them.
 
 Nothing is measured, and the first candidate taken unless the file knows better, while a CUDA graph is captured; and the
 first is always taken under `torch.use_deterministic_algorithms`, because a measurement may turn out otherwise in the
@@ -37,8 +37,8 @@ _lock = threading.Lock()
 _known: dict[tuple[Path, str], _Entries] = {}
 
 
-def choose(shape: str, M: int, device: torch.device, candidates: Candidates) -> str:
-    """Return the name of the fastest of `candidates`.
+def choose(shape: str, M: int, device: torch.device, candidates: Candidates) -> str | None:
+    """Return the name of the fastest of `candidates`, or None where that cannot be known now and the first has to do.
 
     Args:
         shape: the shape class without its rows: operation, sizes, dtypes.
@@ -51,17 +51,29 @@ def choose(shape: str, M: int, device: torch.device, candidates: Candidates) -> 
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
         return default
     with _lock:
-        entries = _entries(device)
-        found = _lookup(entries, shape, M)
-        if found is not None and found in candidates:
-            return found
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return default
+        key = _key(shape, _bucket(M))
+        entry = _entries(device).get(key)
+        if entry is not None and entry["choice"] in candidates:
+            return str(entry["choice"])
+        if _capturing(device):
+            return None
         times = _times(candidates, device)
         fastest = min(times, key=times.__getitem__)
-        entry = {"choice": fastest, "milliseconds": {name: round(t, 5) for name, t in times.items()}}
-        _remember(device, _key(shape, _bucket(M)), entry)
+        _remember(device, key, {"choice": fastest, "milliseconds": {name: round(t, 5) for name, t in times.items()}})
         return fastest
+
+
+def scope(M: int) -> tuple[Any, ...]:
+    """Return what a choice depends on beside shape and device: the class of rows, and where choices come from."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _bucket(M), deterministic, os.environ.get("SLORA_CACHE"), os.environ.get("XDG_CACHE_HOME")
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def cache_file() -> Path:
@@ -87,30 +99,25 @@ def _key(shape: str, bucket: int) -> str:
     return f"{shape} M<={bucket}"
 
 
-def _lookup(entries: _Entries, shape: str, M: int) -> str | None:
-    bucket = _bucket(M)
-    while bucket <= 1 << 40:
-        entry = entries.get(_key(shape, bucket))
-        if entry is not None:
-            return str(entry["choice"])
-        bucket *= 2
-    return None
-
-
 def _times(candidates: Candidates, device: torch.device) -> dict[str, float]:
-    """Milliseconds of each candidate; those that the device has no room for are left out."""
+    """Milliseconds of each candidate; those that the device cannot run are left out.
+
+    One that is too large for the device is nothing to speak of; any other failure is worth a warning, unless all fail.
+    """
     from triton.runtime.errors import OutOfResources
 
-    times = {}
-    failure: Exception | None = None
+    times: dict[str, float] = {}
+    failures: dict[str, Exception] = {}
     for name, call in candidates.items():
         try:
             times[name] = _milliseconds(call, device)
-        except (OutOfResources, torch.cuda.OutOfMemoryError) as error:
-            failure = error
+        except Exception as error:
+            failures[name] = error
     if not times:
-        assert failure is not None
-        raise failure
+        raise next(iter(failures.values()))
+    for name, failure in failures.items():
+        if not isinstance(failure, (OutOfResources, torch.cuda.OutOfMemoryError)):
+            _warn(f"{name} is left out on {device}, because it fails ({type(failure).__name__}: {failure})")
     return times
 
 
@@ -175,7 +182,7 @@ def _warn(message: str) -> None:
 
 @functools.cache
 def environment(device: torch.device) -> str:
-    """Return what a choice depends on beside the shape: device, versions, the kernels' own text."""
+    """Return what a choice holds for: device, versions, the text of the kernels and of the forms."""
     import importlib.metadata
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -185,6 +192,7 @@ def environment(device: torch.device) -> str:
 @functools.cache
 def _kernels() -> str:
     digest = hashlib.sha256()
-    for source in sorted((Path(__file__).parent / "kernels").glob("*.py")):
+    here = Path(__file__).parent
+    for source in (*sorted((here / "kernels").glob("*.py")), here / "forms.py", here / "addmm.py"):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

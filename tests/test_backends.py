@@ -83,9 +83,26 @@ def test_auto_without_triton_computes_in_pytorch(monkeypatch: pytest.MonkeyPatch
         dtype, device = torch.float32, torch.device("cuda")
 
     x: Any = OnCuda()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    backends._new_enough.cache_clear()
     assert backends.kernels_serve(x, GATES) == backends.has_triton()
     monkeypatch.setattr(backends, "has_triton", lambda: False)
     assert not backends.kernels_serve(x, GATES)
+
+
+@pytest.mark.parametrize("wanted", ["auto", "triton"])
+def test_gpus_older_than_the_kernels_are_served_by_pytorch(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnCuda:
+        dtype, device = torch.float32, torch.device("cuda")
+
+    x: Any = OnCuda()
+    monkeypatch.setenv("SLORA_BACKEND", wanted)
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    for capability, serves in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        backends._new_enough.cache_clear()
+        assert backends.kernels_serve(x, GATES) == serves
+    backends._new_enough.cache_clear()
 
 
 @pytest.mark.parametrize(

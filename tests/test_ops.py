@@ -625,6 +625,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"dropout": 0.5, "seed": torch.empty((), dtype=torch.int64, device="meta")},
         r"seed is on meta but x is on cpu; draw one with torch.randint",
     ),
+    "falling active": ({"active": [2, 0]}, r"active is [2, 0]; expected the active ones of 3 blocks in rising order"),
+    "active twice": ({"active": [1, 1]}, r"active is [1, 1]; expected"),
+    "active block beyond the last": ({"active": [0, 3]}, r"active is [0, 3]; expected"),
     "certain dropout": ({"dropout": 1.0, "seed": torch.tensor(1)}, r"dropout=1.0 is not a probability below 1"),
     "negative dropout": ({"dropout": -0.1, "seed": torch.tensor(1)}, r"dropout=-0.1 is not a probability below 1"),
 }

@@ -191,9 +191,10 @@ class LoRABlocks(nn.Module):
             weight = weight[first * n : (first + count) * n]
             bias = None if bias is None else bias[first * n : (first + count) * n]
             lora_A, lora_B, gate = (t[first : first + count] for t in (lora_A, lora_B, gate))
-        if self.merged or not self.enabled or (self.released and torch.compiler.is_compiling()):
+        capturing = _capturing(x)
+        if self.merged or not self.enabled or (self.released and (capturing or torch.compiler.is_compiling())):
             return addmm.base(x, weight, bias)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (capturing and not self._off_for_good()):
             # The device's own gates decide, so that one graph serves while they move.
             active = None
             inactive = None
@@ -217,6 +218,10 @@ class LoRABlocks(nn.Module):
         if self.inactive != "frozen" and inactive != () and torch.is_grad_enabled() and gate.requires_grad:
             y = self._probed(y, gate, x, lora_A, lora_B, inactive, first)
         return y
+
+    def _off_for_good(self) -> bool:
+        """Whether no block is active and none will be; without looking at the gates, which a graph cannot."""
+        return self.inactive == "frozen" and self._activity is not None and not self._activity.active
 
     def _probed(
         self,
@@ -314,6 +319,11 @@ class LoRABlocks(nn.Module):
 
     def _describe(self) -> str:
         return f"r={self.r}, lora_alpha={self.lora_alpha}, blocks={self.blocks}, inactive={self.inactive!r}"
+
+
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph records what happens to `x`."""
+    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def of_layer(name: str) -> str:

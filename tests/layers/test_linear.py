@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import slora
+from slora import ops
 from slora.errors import ConfigError, ShapeError
-from slora.layers import SelectiveLoRALinear
+from slora.layers import SelectiveLoRALinear, blocks
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -459,6 +460,26 @@ def fresh_dynamo() -> Any:
 def compiled_of(layer: Callable[..., Any]) -> Callable[..., Any]:
     # aot_eager: everything but the code generation of inductor, which a test of a whole ViT block covers.
     return torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("policy", ["exact", "probe", "frozen"])
+def test_what_a_cuda_graph_records_depends_on_no_gate_but_those_frozen_for_good(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = layer_of(inactive=policy, probe_rows=4)
+    x = torch.randn(7, 10)
+    listed = []
+    compute = ops.selective_linear
+    monkeypatch.setattr(ops, "selective_linear", lambda *args: listed.append(args[8]) or compute(*args))
+    for gates, expected in (([0.15, 0.0, 0.15], [None]), ([0.0, 0.0, 0.0], [] if policy == "frozen" else [None])):
+        with torch.no_grad():
+            layer.gate.copy_(torch.tensor(gates))
+        y = layer(x)
+        listed.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks, "_capturing", lambda x: True)
+            torch.testing.assert_close(layer(x), y)
+        assert listed == expected
 
 
 @pytest.mark.parametrize("policy", ["exact", "probe", "frozen"])
