@@ -16,7 +16,6 @@ Of a call of a whole model `Compulsory` says what is counted.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import slora
-from slora.flops import count_flops, register
+from slora.flops import count_flops
 
 
 class Extra(NamedTuple):
@@ -49,39 +48,7 @@ FORMS = {
 
 def flops(call: Callable[[], Any]) -> int:
     """FLOPs of the matrix products of one call, backward included where it runs one."""
-    _complete_counter()
     return count_flops(call)
-
-
-@functools.cache
-def _complete_counter() -> None:
-    """Teach PyTorch's counter `addmm_`, which it leaves out, and attention whose heads share keys and values."""
-    from torch.utils.flop_counter import flop_registry, register_flop_formula
-
-    if torch.ops.aten.addmm_ not in flop_registry:
-
-        @register_flop_formula(torch.ops.aten.addmm_)
-        def addmm_(y: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-            return 2 * int(a[0]) * int(a[1]) * int(b[1])
-
-    register()
-    for operator, formula in list(flop_registry.items()):
-        if "_scaled_dot_product" in str(operator):
-            flop_registry[operator] = _with_shared_heads(formula, "backward" in str(operator))
-
-
-def _with_shared_heads(formula: Callable[..., Any], backward: bool) -> Callable[..., Any]:
-    """`formula` for `(query, key, value, ...)`, or `(dy, query, key, value, ...)`, each of `[batch, heads, ...]`.
-
-    It takes shapes for tensors, and refuses keys with fewer heads than queries; each of those is used several times.
-    """
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        heads = args[backward].shape[1]
-        shapes = (torch.Size((t.shape[0], heads, *t.shape[2:])) for t in args[backward : 3 + backward])
-        return formula(*args[:backward], *shapes, *args[3 + backward :], **kwargs)
-
-    return counted
 
 
 def bytes_moved(form: str, M: int, N: int, K: int, element: int, share: float = 1.0, backward: bool = True) -> int:

@@ -86,6 +86,13 @@ def register() -> None:
         blocks, r, K = lora_A
         return probe_flops(x[0], lora_B[1] * blocks, K, r, blocks, blocks if present is None else len(present))
 
+    # PyTorch leaves out the product that adds in place.
+    if torch.ops.aten.addmm_ not in flop_registry:
+
+        @register_flop_formula(torch.ops.aten.addmm_)
+        def addmm_(y: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+            return linear_flops(a[0], b[1], a[1])
+
     # PyTorch counts attention on GPUs only; on the CPU a vision transformer's would be missing from every figure.
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if on_cpu not in flop_registry:
@@ -97,3 +104,21 @@ def register() -> None:
         @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
         def attention_backward(dy: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
             return int(sdpa_backward_flop_count(dy, query, key, value))  # type: ignore[no-untyped-call]
+
+    for operator, formula in list(flop_registry.items()):
+        if "_scaled_dot_product" in str(operator):
+            flop_registry[operator] = _with_shared_heads(formula, "backward" in str(operator))
+
+
+def _with_shared_heads(formula: Callable[..., Any], backward: bool) -> Callable[..., Any]:
+    """`formula` for `(query, key, value, ...)`, or `(dy, query, key, value, ...)`, each of `[batch, heads, ...]`.
+
+    PyTorch's formulas refuse keys with fewer heads than queries, as Llama has them; each of those serves several.
+    """
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        heads = args[backward].shape[1]
+        shapes = (torch.Size((t.shape[0], heads, *t.shape[2:])) for t in args[backward : 3 + backward])
+        return formula(*args[:backward], *shapes, *args[3 + backward :], **kwargs)
+
+    return counted
