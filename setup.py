@@ -1,6 +1,6 @@
 """Builds `slora._C`, the batched merge in C++ and CUDA, where that is possible; pyproject.toml says the rest.
 
-`SLORA_SKIP_EXT=1` touches neither torch nor a compiler. One line says what is built, or why it is not.
+`SLORA_SKIP_EXT=1` touches neither torch nor a compiler. One line says what was built, or why it is not.
 """
 
 import os
@@ -29,8 +29,10 @@ def why_no_cuda(torch_cuda: str | None, cuda_home: str | None) -> str | None:
     """The reason to build without CUDA, None where nvcc fits this torch. A visible GPU is not asked for."""
     if torch_cuda is None:
         return "this torch has no CUDA"
-    if cuda_home is None or not Path(cuda_home, "bin", "nvcc").exists():
+    if cuda_home is None:
         return "nvcc was not found; set CUDA_HOME"
+    if not Path(cuda_home, "bin", "nvcc").exists():
+        return f"CUDA_HOME={cuda_home} has no bin/nvcc; set it to the folder of the CUDA toolkit"
     text = subprocess.run([f"{cuda_home}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.", text)
     if release is None or release[1] != torch_cuda.split(".")[0]:
@@ -38,8 +40,15 @@ def why_no_cuda(torch_cuda: str | None, cuda_home: str | None) -> str | None:
     return None
 
 
+def architectures_of(cuda_home: str | None) -> str:
+    """What to compile for, as TORCH_CUDA_ARCH_LIST: of 8.0, 9.0 and 10.0 what this nvcc knows, the last with PTX."""
+    listed = subprocess.run([f"{cuda_home}/bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = [name for name in ("8.0", "9.0", "10.0") if f"compute_{name.replace('.', '')}" in listed]
+    return ";".join(known or ["8.0"]) + "+PTX"
+
+
 def extension() -> tuple[dict[str, Any], str]:
-    """Arguments for setup(), and the line to print."""
+    """Arguments for setup(), and the line to print: now, where nothing is built, or after the build."""
     if is_set("SLORA_SKIP_EXT"):
         return {}, "not built: SLORA_SKIP_EXT is set"
     if not Path("csrc/bindings.cpp").exists():
@@ -54,7 +63,8 @@ def extension() -> tuple[dict[str, Any], str]:
     except ImportError as error:
         return {}, f"not built: {error}; install torch first and give pip --no-build-isolation"
     # OpenMP's symbols come from the copy that torch has loaded: linking another would bring threads of its own.
-    flags = {"cxx": ["-O3", *(["-fopenmp"] if sys.platform == "linux" else [])], "nvcc": ["-O3"]}
+    # Python's own flags ask for debugging information, which is most of the file.
+    flags = {"cxx": ["-O3", "-g0", *(["-fopenmp"] if sys.platform == "linux" else [])], "nvcc": ["-O3"]}
     module: dict[str, Any] = {
         "name": "slora._C",
         "sources": sorted(glob("csrc/*.cpp")),
@@ -67,17 +77,22 @@ def extension() -> tuple[dict[str, Any], str]:
         line = f"C++ only: {no_cuda}"
     else:
         # Stated, because torch would otherwise ask a GPU, and the build must be the same without one.
-        release = tuple(int(part) for part in str(torch.version.cuda).split(".")[:2])
-        newest = "9.0;10.0+PTX" if release >= (12, 8) else "9.0+PTX"
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"8.0;{newest}")
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures_of(cpp_extension.CUDA_HOME))
         module["sources"] += sorted(glob("csrc/*.cu"))
         macros = [("SLORA_WITH_CUDA", None), ("SLORA_ARCHITECTURES", f'"{architectures}"')]
         built = cpp_extension.CUDAExtension(**module, define_macros=macros)
         line = f"C++ and CUDA for {architectures}"
-    return {"ext_modules": [built], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}, line
+
+    class Build(cpp_extension.BuildExtension):
+        def run(self) -> None:
+            super().run()
+            print(f"slora: extension slora._C: {line}", flush=True)
+
+    return {"ext_modules": [built], "cmdclass": {"build_ext": Build}}, line
 
 
 os.chdir(Path(__file__).resolve().parent)
 arguments, line = extension()
-print(f"slora: extension slora._C: {line}", flush=True)
+if not arguments:
+    print(f"slora: extension slora._C: {line}", flush=True)
 setuptools.setup(**arguments)

@@ -57,7 +57,7 @@ def knows(compiler: str | None, architecture: str) -> bool:
 
 
 def shared_bytes(rank: int, tensor: bool) -> int:
-    """Shared memory of a block, as `cuda_shared_bytes` in csrc/merge_kernel.cuh."""
+    """Shared memory of a block whose whole panel of A fits, as `launch_of` in csrc/merge_kernel.cuh."""
     step = 64 if tensor else 32
     return 4 * (-(-rank // 8) * 8 * (TILE_COLS + 8) + 32 * (step + 8))
 
