@@ -19,13 +19,15 @@ enum class Dtype : int32_t { f32, bf16, f16, f64 };
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-// A weight [rows, cols] with unit column stride; strides count elements. In place: target == source.
+// A weight [rows, cols] with unit column stride; strides count elements. In place: target == source. Where `kept` is
+// set, the old weight is written there, rows next to each other, in the same pass (on the CPU).
 struct Weight {
   const void* source;
   void* target;
   int64_t rows, cols;
   int64_t source_stride, target_stride;
   Dtype dtype;
+  void* kept = nullptr;
 };
 
 // A is [rank, cols], B is [rows, rank], both with any strides; they change rows first_row .. first_row + rows - 1.
@@ -58,6 +60,7 @@ struct Segment {
   int64_t first_piece, pieces;
   int64_t rank, padded_rank;  // of all pieces together; each rounded up to a multiple of eight
   Dtype dtype;
+  char* kept;  // rows of `cols`, or nullptr
 };
 
 struct Plan {
@@ -66,7 +69,8 @@ struct Plan {
 };
 
 // Checks everything and throws std::invalid_argument, naming the index, before anything is written. Rows without a
-// term are left out of a merge in place; out of place they are copied. A scale of 0 drops its term.
+// term are left out of a merge in place unless they are kept; out of place they are copied. A scale of 0 drops its
+// term.
 Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& terms);
 
 // A part of a segment that one thread (CPU) or one thread block (CUDA) works on, in units of the tile's shape.
@@ -104,7 +108,7 @@ class CpuMerge {
   int64_t workers_, scratch_per_worker_;
   std::vector<TileShape> shapes_;
   std::vector<Tile> tiles_;
-  std::unique_ptr<char[]> scratch_;
+  std::vector<std::unique_ptr<char[]>> scratch_;  // of each worker, so that a sanitizer tells them apart
   std::shared_ptr<Queue> queue_;
 };
 
@@ -121,14 +125,25 @@ struct CudaTable {
 };
 CudaTable make_cuda_table(const Plan& plan, Dtype dtype);
 
+// Throws std::invalid_argument where the plan has fp64, for which there is no kernel.
+void refuse_f64(const Plan& plan);
+
 // The rest is in merge_cuda.cu, which exists only where there is nvcc.
 int cuda_version();
 
 // Whether `stream` records a graph, which would replay a merge from a table that is gone by then.
 bool is_capturing(void* stream);
 
-// Launches the one kernel of `dtype` on `stream`; `device_table` holds table.bytes once the stream gets there.
-// Throws std::runtime_error with CUDA's message where the launch is refused.
-void launch_cuda_merge(const CudaTable& table, const void* device_table, Dtype dtype, void* stream);
+// The kernel that runs a table on the current device, loaded and allowed its shared memory. Every kernel of a call is
+// prepared before the first is launched. Both functions throw std::runtime_error with CUDA's message.
+struct CudaLaunch {
+  const void* kernel;
+  int panel, threads;
+  int64_t shared_bytes;
+};
+CudaLaunch prepare_cuda_merge(const CudaTable& table, Dtype dtype);
+
+// Launches on `stream`; `device_table` holds table.bytes once the stream gets there.
+void launch_cuda_merge(const CudaLaunch& launch, const CudaTable& table, const void* device_table, void* stream);
 
 }  // namespace slora

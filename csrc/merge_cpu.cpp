@@ -214,6 +214,20 @@ void pack_B(const Plan& plan, const Segment& s, int64_t row, int64_t rows, T* pa
   }
 }
 
+void copy_rows(const Segment& s, int64_t first, int64_t rows, int64_t col, int64_t cols) {
+  const int64_t size = bytes_of(s.dtype);
+  for (int64_t row = first; row < first + rows; ++row)
+    std::memcpy(s.target + (row * s.target_stride + col) * size, s.source + (row * s.source_stride + col) * size,
+                static_cast<size_t>(cols * size));
+}
+
+void keep_rows(const Segment& s, int64_t first, int64_t rows, int64_t col, int64_t cols) {
+  const int64_t size = bytes_of(s.dtype);
+  for (int64_t row = first; row < first + rows; ++row)
+    std::memcpy(s.kept + (row * s.cols + col) * size, s.source + (row * s.source_stride + col) * size,
+                static_cast<size_t>(cols * size));
+}
+
 // The rows `first .. first + rows - 1` and columns `col .. col + cols - 1` of segment s.
 template <class T>
 void run_tile(const Plan& plan, const Segment& s, int64_t first, int64_t rows, int64_t col, int64_t cols,
@@ -232,6 +246,8 @@ void run_tile(const Plan& plan, const Segment& s, int64_t first, int64_t rows, i
     const int64_t count = std::min(kRows, rows - row);
     const char* source = s.source + (first + row) * source_stride + col * size;
     char* target = s.target + (first + row) * target_stride + col * size;
+    // The rows come into the cache here, from which the blocks then read them.
+    if (s.kept != nullptr) keep_rows(s, first + row, count, col, cols);
     for (int64_t i = 0; i < cols; i += width, source += width * size, target += width * size) {
       const T* A = panel + i * s.rank;
       if (count == kRows && cols - i >= width) {
@@ -250,13 +266,6 @@ void run_tile(const Plan& plan, const Segment& s, int64_t first, int64_t rows, i
 }
 
 int64_t accumulator_bytes(const Segment& s) { return s.dtype == Dtype::f64 ? 8 : 4; }
-
-void copy_rows(const Segment& s, int64_t first, int64_t rows, int64_t col, int64_t cols) {
-  const int64_t size = bytes_of(s.dtype);
-  for (int64_t row = first; row < first + rows; ++row)
-    std::memcpy(s.target + (row * s.target_stride + col) * size, s.source + (row * s.source_stride + col) * size,
-                static_cast<size_t>(cols * size));
-}
 
 }  // namespace
 
@@ -295,15 +304,16 @@ CpuMerge::CpuMerge(Plan plan, int64_t threads, Isa isa)
     tiles_.insert(tiles_.end(), tiles.begin(), tiles.end());
   }
   workers_ = std::min<int64_t>(std::max<int64_t>(threads, 1), static_cast<int64_t>(tiles_.size()));
-  scratch_.reset(new char[static_cast<size_t>(scratch_bytes() + 64)]);
+  for (int64_t worker = 0; worker < workers_; ++worker)
+    scratch_.emplace_back(new char[static_cast<size_t>(scratch_per_worker_ + 64)]);
 }
 
 int64_t CpuMerge::scratch_bytes() const { return workers_ * scratch_per_worker_; }
 
 void CpuMerge::run(int64_t worker) noexcept {
   const Code code = code_of(isa_);
-  const auto start = reinterpret_cast<uintptr_t>(scratch_.get());
-  char* scratch = scratch_.get() + (64 - start % 64) % 64 + worker * scratch_per_worker_;
+  char* scratch = scratch_[static_cast<size_t>(worker)].get();
+  scratch += (64 - reinterpret_cast<uintptr_t>(scratch) % 64) % 64;
   const auto count = static_cast<int64_t>(tiles_.size());
   for (int64_t i = queue_->next.fetch_add(1); i < count; i = queue_->next.fetch_add(1)) {
     const Tile& tile = tiles_[i];
@@ -312,7 +322,8 @@ void CpuMerge::run(int64_t worker) noexcept {
     const int64_t row = tile.row * shape.rows, col = tile.col * shape.cols;
     const int64_t rows = std::min(shape.rows, s.rows - row), cols = std::min(shape.cols, s.cols - col);
     if (s.rank == 0) {
-      copy_rows(s, row, rows, col, cols);
+      if (s.kept != nullptr) keep_rows(s, row, rows, col, cols);
+      if (s.source != s.target) copy_rows(s, row, rows, col, cols);
     } else if (s.dtype == Dtype::f64) {
       run_tile<double>(plan_, s, row, rows, col, cols, code, scratch);
     } else {

@@ -31,24 +31,26 @@ bool is_capturing(void* stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-void launch_cuda_merge(const CudaTable& table, const void* device_table, Dtype dtype, void* stream) {
-  if (table.tile_count == 0) return;
+CudaLaunch prepare_cuda_merge(const CudaTable& table, Dtype dtype) {
   int device = 0, limit = 0;
   require(cudaGetDevice(&device), "cudaGetDevice");
   require(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  Launch launch = launch_of(table, limit);
+  const Launch launch = launch_of(table, limit);
   const void* kernel = launch.tensor ? kernel_of<true>(dtype) : kernel_of<false>(dtype);
-  require(
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(launch.shared_bytes)),
-      "cudaFuncSetAttribute");
+  // The limit itself, always: what this launch needs could be undercut by another thread before the launch.
+  require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit), "cudaFuncSetAttribute");
+  return {kernel, launch.panel, launch.tensor ? Shape<true>::kThreads : Shape<false>::kThreads, launch.shared_bytes};
+}
 
+void launch_cuda_merge(const CudaLaunch& launch, const CudaTable& table, const void* device_table, void* stream) {
   const char* base = static_cast<const char*>(device_table);
   const auto* segments = reinterpret_cast<const Segment*>(base + table.segments);
   const auto* pieces = reinterpret_cast<const Piece*>(base + table.pieces);
   const auto* tiles = reinterpret_cast<const Tile*>(base + table.tiles);
-  void* arguments[] = {&segments, &pieces, &tiles, &launch.panel};
-  const dim3 threads(launch.tensor ? Shape<true>::kThreads : Shape<false>::kThreads);
-  require(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(table.tile_count)), threads, arguments,
+  int panel = launch.panel;
+  void* arguments[] = {&segments, &pieces, &tiles, &panel};
+  require(cudaLaunchKernel(launch.kernel, dim3(static_cast<unsigned>(table.tile_count)),
+                           dim3(static_cast<unsigned>(launch.threads)), arguments,
                            static_cast<size_t>(launch.shared_bytes), static_cast<cudaStream_t>(stream)),
           "the launch");
 }

@@ -8,9 +8,11 @@
 //   rank <= 32   fused multiply-adds in the order merge.h states: the bits of the CPU path.
 //   rank > 32    arithmetic would be the limit: tensor cores, TF32 with fp32 accumulators. 16-bit factors are exact in
 //                TF32. An fp32 factor x is split into hi + lo, both TF32, |x - hi - lo| <= 2^-24 |x|, and
-//                hi hi + hi lo + lo hi is summed: each product is off by at most 3 * 2^-24 of itself, and the R / 8
-//                accumulations of eight products round less often than R fused multiply-adds. A or B that is infinite,
-//                or above the largest TF32 number, gives NaN here where the other way may give infinity.
+//                hi hi + hi lo + lo hi is summed: each product is off by at most 3 * 2^-24 of itself. How the hardware
+//                rounds the R / 8 accumulations of eight products is not documented; that they stay within the bound
+//                of R fused multiply-adds is assumed and unverified until tests/merging/test_batched_cuda.py has run on
+//                a GPU. NaN gives NaN; A or B that is infinite, or above the largest TF32 number, gives NaN here
+//                where the other way may give infinity.
 //
 // This file is also compiled for the host by a test that runs blocks of threads in turn, so everything that only a GPU
 // has stands behind the few functions at the top.
@@ -101,7 +103,9 @@ SLORA_DEVICE void mma(float& d0, float& d1, float& d2, float& d3, const uint32_t
 }
 #endif
 
-// Nearest TF32 number (ties away from zero), as bits whose lower 13 are zero.
+// Nearest TF32 number (ties away from zero), as bits whose lower 13 are zero. The carry out of a NaN's bits would make
+// it 0, hence `quiet` where factors are staged: that NaN stays one.
+SLORA_DEVICE float quiet(float x) { return x == x ? x : float_of(0x7fc00000u); }
 SLORA_DEVICE uint32_t tf32(float x) { return (bits_of(x) + 0x1000u) & 0xffffe000u; }
 SLORA_DEVICE uint32_t tf32_rest(float x, uint32_t high) { return tf32(x - float_of(high)); }
 
@@ -131,31 +135,36 @@ SLORA_DEVICE int place_of(int col) {
 }
 
 // `count` ranks of A from `first` on, zeros beyond column `cols` and up to a multiple of eight ranks.
-template <Dtype dtype, int kThreads>
+template <Dtype dtype, bool kTensor>
 SLORA_DEVICE void stage_A(float* As, const Piece& piece, int first, int count, int64_t first_col, int cols,
                           int thread) {
+  constexpr int kThreads = Shape<kTensor>::kThreads;
   const int c = thread % kCudaTileCols;
   const int64_t column = (first_col + c) * piece.A_strides[1];
   As += place_of<dtype>(c);
   SLORA_UNROLL_TWICE
-  for (int k = thread / kCudaTileCols; k < padded(count); k += kThreads / kCudaTileCols)
-    As[k * kStrideA] =
+  for (int k = thread / kCudaTileCols; k < padded(count); k += kThreads / kCudaTileCols) {
+    const float a =
         c < cols && k < count ? read_factor(piece.A, (first + k) * piece.A_strides[0] + column, piece.A_dtype) : 0.0f;
+    As[k * kStrideA] = kTensor ? quiet(a) : a;
+  }
 }
 
 // `count` ranks of scale * B from `first` on for the rows at hand, zeros beyond `rows` and up to a multiple of eight
 // ranks.
-template <int kStrideB>
+template <bool kTensor>
 SLORA_DEVICE void stage_B(float* Bs, const Piece& piece, float scale, int first, int count, int64_t first_row, int rows,
                           int thread) {
   const int r = row_at(thread / 4);
   const int64_t row = (first_row + r) * piece.B_strides[0];
   Bs += thread / 4;
   SLORA_UNROLL_TWICE
-  for (int j = thread % 4; j < padded(count); j += 4)
-    Bs[j * kStrideB] = r < rows && j < count
-                           ? scale * read_factor(piece.B, row + (first + j) * piece.B_strides[1], piece.B_dtype)
-                           : 0.0f;
+  for (int j = thread % 4; j < padded(count); j += 4) {
+    const float b = r < rows && j < count
+                        ? scale * read_factor(piece.B, row + (first + j) * piece.B_strides[1], piece.B_dtype)
+                        : 0.0f;
+    Bs[j * Shape<kTensor>::kStrideB] = kTensor ? quiet(b) : b;
+  }
 }
 
 template <int kStrideB>
@@ -284,8 +293,7 @@ SLORA_KERNEL(Shape<kTensor>::kThreads, (kBlocks<dtype, kTensor>))
 merge_kernel(const Segment* __restrict__ segments, const Piece* __restrict__ pieces, const Tile* __restrict__ tiles,
              int panel) {
   constexpr int64_t size = dtype == Dtype::f32 ? 4 : 2;
-  constexpr int kThreads = Shape<kTensor>::kThreads, kStep = Shape<kTensor>::kStep;
-  constexpr int kStrideB = Shape<kTensor>::kStrideB;
+  constexpr int kStep = Shape<kTensor>::kStep, kStrideB = Shape<kTensor>::kStrideB;
   SLORA_SHARED(shared);
   float* As = reinterpret_cast<float*>(shared);
   float* Bs = As + panel * kStrideA;
@@ -330,8 +338,8 @@ merge_kernel(const Segment* __restrict__ segments, const Piece* __restrict__ pie
           const int chunk = ranks - j < kChunk ? ranks - j : kChunk;
           __syncthreads();
           if (j == 0 && (row == 0 || !resident))
-            stage_A<dtype, kThreads>(A, piece, first, ranks, first_col, cols, thread);
-          stage_B<kStrideB>(Bs, piece, scale, first + j, chunk, first_row + row, rows - row, thread);
+            stage_A<dtype, kTensor>(A, piece, first, ranks, first_col, cols, thread);
+          stage_B<kTensor>(Bs, piece, scale, first + j, chunk, first_row + row, rows - row, thread);
           __syncthreads();
           if (tensor) {
             multiply_tensor<kStrideB>(sum, A + (j + q) * kStrideA + part_col + g * 4,

@@ -14,10 +14,11 @@ namespace {
 
 std::string item(const char* list, int64_t index) { return std::string(list) + "[" + std::to_string(index) + "]"; }
 
-// Bytes [begin, end) that a matrix may touch, and what it is for the error message.
+// Bytes [begin, end) that a matrix may touch, and what it is for the error message: runs of `width` bytes, `stride`
+// apart. A single run has stride 0.
 struct Span {
   uintptr_t begin, end;
-  int64_t stride, width;  // in bytes; width of a row
+  int64_t stride, width;
   const char* list;
   int64_t index;
 };
@@ -28,15 +29,21 @@ void add_span(std::vector<Span>& spans, const char* list, int64_t index, const v
   if (rows == 0 || cols == 0) return;
   const auto begin = reinterpret_cast<uintptr_t>(data);
   const int64_t size = bytes_of(dtype), last = (rows - 1) * row_stride + (cols - 1) * col_stride;
-  spans.push_back(
-      {begin, begin + static_cast<uintptr_t>((last + 1) * size), row_stride * size, cols * size, list, index});
+  // The runs go along the smaller stride; that of a single row or column says nothing.
+  const bool along_rows = rows == 1 ? col_stride == 1 : cols == 1 ? row_stride != 1 : col_stride <= row_stride;
+  const int64_t count = along_rows ? rows : cols, apart = along_rows ? row_stride : col_stride;
+  const int64_t run = 1 + (along_rows ? (cols - 1) * col_stride : (rows - 1) * row_stride);
+  spans.push_back({begin, begin + static_cast<uintptr_t>((last + 1) * size), count > 1 ? apart * size : 0, run * size,
+                   list, index});
 }
 
-// Two matrices whose bytes interleave are disjoint where both are column windows of one row stride.
-bool disjoint_columns(const Span& a, const Span& b) {
-  if (a.stride != b.stride || a.stride == 0) return false;
-  const auto stride = static_cast<uintptr_t>(a.stride);
-  const uintptr_t offset = (b.begin - a.begin) % stride;
+// Two matrices whose bytes interleave are disjoint where both are windows of one stride that do not meet.
+bool disjoint_windows(const Span& a, const Span& b) {
+  if (a.stride != b.stride && a.stride != 0 && b.stride != 0) return false;
+  const auto stride = static_cast<uintptr_t>(std::max(a.stride, b.stride));
+  if (stride == 0) return false;
+  const uintptr_t ahead = b.begin >= a.begin ? (b.begin - a.begin) % stride : stride - (a.begin - b.begin) % stride;
+  const uintptr_t offset = ahead % stride;
   return offset >= static_cast<uintptr_t>(a.width) && offset + static_cast<uintptr_t>(b.width) <= stride;
 }
 
@@ -50,17 +57,16 @@ void check_overlaps(std::vector<Span> written, const std::vector<Span>& read) {
   std::vector<uintptr_t> reach;  // the furthest end among the first i + 1
   for (size_t i = 0; i < written.size(); ++i) {
     for (size_t j = i + 1; j < written.size() && written[j].begin < written[i].end; ++j)
-      if (!disjoint_columns(written[i], written[j])) refuse_overlap(written[i], written[j]);
+      if (!disjoint_windows(written[i], written[j])) refuse_overlap(written[i], written[j]);
     reach.push_back(i == 0 ? written[i].end : std::max(reach.back(), written[i].end));
   }
   for (const Span& span : read) {
     const auto after = std::lower_bound(written.begin(), written.end(), span.end,
                                         [](const Span& w, uintptr_t end) { return w.begin < end; });
-    auto i = after - written.begin();
-    if (i == 0 || reach[i - 1] <= span.begin) continue;
-    while (written[--i].end <= span.begin) {
+    for (auto i = after - written.begin(); i > 0 && reach[i - 1] > span.begin; --i) {
+      const Span& other = written[i - 1];
+      if (other.end > span.begin && !disjoint_windows(other, span)) refuse_overlap(other, span);
     }
-    refuse_overlap(written[i], span);
   }
 }
 
@@ -107,6 +113,7 @@ Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& term
       refuse(item("weights", index) + " has two row strides");
     add_span(written, in_place ? "weights" : "results", index, w.target, w.rows, w.cols, w.target_stride, 1, w.dtype);
     if (!in_place) add_span(read, "weights", index, w.source, w.rows, w.cols, w.source_stride, 1, w.dtype);
+    if (w.kept != nullptr) add_span(written, "kept", index, w.kept, w.rows, w.cols, w.cols, 1, w.dtype);
   }
   std::vector<std::vector<size_t>> of_weight(weights.size());
   for (size_t i = 0; i < terms.size(); ++i) {
@@ -141,6 +148,7 @@ Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& term
       s.rows = cuts[c + 1] - first, s.cols = w.cols;
       s.source_stride = w.source_stride, s.target_stride = w.target_stride;
       s.dtype = w.dtype;
+      if (w.kept != nullptr) s.kept = static_cast<char*>(w.kept) + first * w.cols * size;
       s.first_piece = static_cast<int64_t>(plan.pieces.size());
       for (size_t t : of_weight[i]) {
         const Term& term = terms[t];
@@ -159,7 +167,7 @@ Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& term
         s.padded_rank += (term.rank + 7) / 8 * 8;
       }
       s.pieces = static_cast<int64_t>(plan.pieces.size()) - s.first_piece;
-      if (s.pieces > 0 || s.source != s.target) plan.segments.push_back(s);
+      if (s.pieces > 0 || s.source != s.target || s.kept != nullptr) plan.segments.push_back(s);
     }
   }
   return plan;
@@ -181,6 +189,13 @@ std::vector<Tile> make_tiles(const Plan& plan, Dtype dtype, const std::function<
         tiles.push_back({static_cast<int32_t>(i), static_cast<int32_t>(row), static_cast<int32_t>(col), 0});
   }
   return tiles;
+}
+
+void refuse_f64(const Plan& plan) {
+  bool wide = false;
+  for (const Segment& s : plan.segments) wide = wide || s.dtype == Dtype::f64;
+  for (const Piece& p : plan.pieces) wide = wide || p.A_dtype == Dtype::f64 || p.B_dtype == Dtype::f64;
+  if (wide) refuse("float64 has no CUDA kernel; slora.merging.batched_merge_ takes it");
 }
 
 CudaTable make_cuda_table(const Plan& plan, Dtype dtype) {

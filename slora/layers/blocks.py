@@ -304,7 +304,21 @@ class LoRABlocks(nn.Module):
         self._activity = None
         return result
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + "merged"] = torch.ones((), dtype=torch.bool)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name = prefix[:-1] or type(self).__name__
+        if self.merged:
+            # `slora.unmerge` would put the old weight back over the loaded one.
+            raise StateError(f"{name!r} is merged; call slora.unmerge(model) before load_state_dict")
+        if prefix + "merged" in state_dict:
+            raise StateError(
+                f"this state was saved while {name!r} was merged, so that its weight holds the update already; "
+                f"save it after slora.unmerge(model)"
+            )
         incoming = state_dict.get(prefix + "lora_A")
         if isinstance(incoming, Tensor) and incoming.dim() == 3 and incoming.shape[1] == 0 and not self.released:
             self.release()

@@ -20,19 +20,22 @@ Without the extension PyTorch computes the same in fp32 with an order of summati
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import re
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slora.backends import backend
 from slora.merging import fallback
-from slora.merging.terms import Term, check, grouped
+from slora.merging.signals import signals_held
+from slora.merging.terms import Term, check, grouped, is_plain
 
 Matrices = Tensor | Sequence[Tensor]
 Scales = float | Sequence[float]
@@ -56,8 +59,9 @@ def batched_merge_(
     all terms of its weight. Row slices and column windows of one tensor may be passed as weights of their own as
     long as they do not meet.
 
-    Every check precedes the first write, and an exception leaves all weights as they were. Nothing is recorded for
-    autograd. A term whose scale is 0 or whose rank is 0 leaves the bits of its rows alone.
+    Every check precedes the first write, and an exception leaves all weights as they were; a signal such as Ctrl-C
+    waits until all of them are written. Nothing is recorded for autograd. A term whose scale is 0 or whose rank is 0
+    leaves the bits of its rows alone.
 
     Args:
         weights: `[N, K]` each, fp32, bf16, fp16 or fp64, with any strides, all on one device.
@@ -70,20 +74,47 @@ def batched_merge_(
     Raises:
         ShapeError: sizes, dtypes or devices disagree, weights share memory with each other or with a matrix.
         StateError: a weight is an inference tensor, or requires grad while autograd records.
-        ConfigError: a scale is not finite.
+        ConfigError: a scale is no finite number, or a row no integer.
     """
-    terms = grouped(weights, lora_As, lora_Bs, scales, rows, names)
-    check(weights, terms, names, in_place=True, whole=rows is None)
-    with torch.no_grad():
-        if not weights:
+    merge_terms_(weights, grouped(weights, lora_As, lora_Bs, scales, rows, names), names, whole=rows is None)
+
+
+def merge_terms_(
+    weights: Sequence[Tensor],
+    terms: Sequence[Term],
+    names: Sequence[str] | None,
+    *,
+    whole: bool = False,
+    copies: Sequence[Tensor] | None = None,
+) -> None:
+    """Do what `batched_merge_` says; `whole` refuses terms that cover a part of the rows.
+
+    `copies`, contiguous tensors like `weights`, receive the old weights. Once the version counter of a weight has
+    moved, its copy is complete.
+    """
+    weights = list(weights)
+    extension = _extension_for(weights, terms)
+    adjacent = extension and all(W.shape[1] <= 1 or W.stride(1) == 1 for W in weights)
+    if not adjacent or (torch.is_grad_enabled() and any(W.requires_grad for W in weights)):
+        check(weights, terms, names, in_place=True, whole=whole)
+    if not weights:
+        return
+    with torch.no_grad(), signals_held():
+        if extension and adjacent:
+            with _better_errors(weights, terms, names, in_place=True, whole=whole):
+                torch.ops.slora.batched_merge_(weights, *_flat(terms, whole), copies or [])
             return
-        if not _use_extension(weights, terms):
-            fallback.merge_(weights, terms)
+        for W, copy in zip(weights, copies or weights, strict=True):
+            if copy is not W:
+                copy.copy_(W)
+        if not extension:
+            fallback.merge_(weights, terms, copies)
             return
         # The extension wants adjacent columns; other layouts go through a copy, made before anything is written.
-        adjacent = [W if W.shape[1] <= 1 or W.stride(1) == 1 else W.contiguous() for W in weights]
-        torch.ops.slora.batched_merge_(adjacent, *_flat(terms))
-        for W, merged in zip(weights, adjacent, strict=True):
+        with torch.inference_mode(False), torch.no_grad():
+            standing_in = _adjacent(weights)
+        torch.ops.slora.batched_merge_(standing_in, *_flat(terms, whole), [])
+        for W, merged in zip(weights, standing_in, strict=True):
             if merged is not W:
                 W.copy_(merged)
 
@@ -103,30 +134,48 @@ def batched_merge(
 
     Raises:
         ShapeError: sizes, dtypes or devices disagree.
-        ConfigError: a scale is not finite.
+        ConfigError: a scale is no finite number, or a row no integer.
     """
-    terms = grouped(weights, lora_As, lora_Bs, scales, rows, names)
-    check(weights, terms, names, in_place=False, whole=rows is None)
+    terms, whole = grouped(weights, lora_As, lora_Bs, scales, rows, names), rows is None
+    weights = list(weights)
     with torch.no_grad():
-        if not weights:
-            return []
-        if not _use_extension(weights, terms):
+        if not _extension_for(weights, terms):
+            check(weights, terms, names, in_place=False, whole=whole)
             return fallback.merge(weights, terms)
-        adjacent = [W if W.shape[1] <= 1 or W.stride(1) == 1 else W.contiguous() for W in weights]
-        results: list[Tensor] = torch.ops.slora.batched_merge(adjacent, *_flat(terms))
+        with _better_errors(weights, terms, names, in_place=False, whole=whole):
+            results: list[Tensor] = torch.ops.slora.batched_merge(_adjacent(weights), *_flat(terms, whole))
         return results
+
+
+@contextlib.contextmanager
+def _better_errors(
+    weights: Sequence[Tensor], terms: Sequence[Term], names: Sequence[str] | None, *, in_place: bool, whole: bool
+) -> Iterator[None]:
+    """Where the operator refuses something, say it as `check` does, which knows the names; it would cost each call."""
+    try:
+        yield
+    except Exception:
+        check(weights, terms, names, in_place=in_place, whole=whole)
+        raise
+
+
+def _adjacent(weights: Sequence[Tensor]) -> list[Tensor]:
+    return [W if W.shape[1] <= 1 or W.stride(1) == 1 else W.contiguous() for W in weights]
 
 
 def extension_info() -> dict[str, Any]:
     """Return what is known of `slora._C`: `available`, and `reason` where it is not.
 
-    Where it is: `compiler`, `torch` (the version it was built for), `cpu` (the instructions it runs on), `cuda` (the
-    toolkit's version, or None for a build without CUDA) and `architectures` (a list, such as ["8.0", "9.0+PTX"]).
+    Where it is: `compiler`, `torch` (the version it was built for), `cpu` (the instructions it runs on, or that it
+    leaves a processor without fused multiply-adds to PyTorch), `cuda` (the toolkit's version, or None for a build
+    without CUDA) and `architectures` (a list, such as ["8.0", "9.0+PTX"]).
     """
     module, reason = _extension()
     if module is None:
         return {"available": False, "reason": reason}
     info = dict(module.info())
+    if info["cpu"] == "portable" and _is_x86():
+        info["cpu"] = "not used: this processor has no fused multiply-adds, so PyTorch is faster"
     return {"available": True, "reason": None, **info, "architectures": info["architectures"].replace(";", " ").split()}
 
 
@@ -135,42 +184,53 @@ def _extension() -> tuple[Any, str | None]:
     try:
         return importlib.import_module("slora._C"), None
     except ModuleNotFoundError:
-        return None, "it was not built"
+        return None, _NOT_BUILT
     except (ImportError, OSError) as error:
         return None, f"it does not load, which is so when it was built for another torch ({error})"
 
 
+_NOT_BUILT = "it was not built"
+_BUILD = "run, in slora's sources: pip install --no-build-isolation --no-deps --force-reinstall ."
+
+
 @functools.cache
-def _warn_once(reason: str) -> None:
+def _warn_once(reason: str, remedy: str) -> None:
+    # The line that merges is what the reader knows, not one of slora's or of torch's decorators.
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("slora", "torch"):
+        level, frame = level + 1, frame.f_back
     warnings.warn(
         f"slora._C cannot be used: {reason}. Merging runs in plain PyTorch, which is several times slower. For the "
-        f"fast one, install a C++ compiler (for CUDA also nvcc, and set CUDA_HOME) and run, in slora's sources: "
-        f"pip install --no-build-isolation --no-deps --force-reinstall .",
+        f"fast one, {remedy}",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=level,
     )
 
 
-def _use_extension(weights: Sequence[Tensor], terms: Sequence[Term]) -> bool:
+def _extension_for(weights: Sequence[Tensor], terms: Sequence[Term]) -> bool:
+    """Whether the extension takes these tensors; what is wrong with them is not asked here."""
     tensors = [*weights, *(matrix for term in terms for matrix in (term.A, term.B))]
+    if not all(map(is_plain, tensors)) or not weights or any(W.dim() != 2 for W in weights):
+        return False
     device = weights[0].device.type
     if backend() in ("torch", "reference") or device not in ("cpu", "cuda"):
-        return False
-    if any(type(tensor) not in (Tensor, nn.Parameter) or tensor.is_neg() for tensor in tensors):
         return False
     if device == "cuda" and any(tensor.dtype == torch.float64 for tensor in tensors):
         return False
     module, reason = _extension()
     if module is None:
-        _warn_once(str(reason))
+        _warn_once(str(reason), f"install a C++ compiler and {_BUILD}" if reason == _NOT_BUILT else _BUILD)
         return False
     info = module.info()
     if device == "cuda" and info["cuda"] is None:
-        _warn_once("it was built without CUDA")
+        _warn_once("it was built without CUDA", f"install the CUDA toolkit of this torch, set CUDA_HOME and {_BUILD}")
         return False
-    if device == "cuda" and not serves(torch.cuda.get_device_capability(weights[0].device), info["architectures"]):
-        _warn_once(f"it has no code for this GPU, only for {info['architectures']}")
-        return False
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability(weights[0].device)
+        if not serves((major, minor), info["architectures"]):
+            remedy = f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and {_BUILD}"
+            _warn_once(f"it has no code for this GPU, only for {info['architectures']}", remedy)
+            return False
     # Without fused multiply-adds in the processor the extension is right, but slower than PyTorch.
     return device == "cuda" or info["cpu"] != "portable" or not _is_x86()
 
@@ -179,12 +239,14 @@ def _use_extension(weights: Sequence[Tensor], terms: Sequence[Term]) -> bool:
 def serves(capability: tuple[int, int], architectures: str) -> bool:
     """Whether code for `architectures`, such as "8.0;9.0;10.0+PTX", runs on a GPU of `capability`."""
     for name in architectures.replace(";", " ").split():
-        known = re.fullmatch(r"(\d+)\.(\d+)(\+PTX)?", name)
+        known = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
         # Other names, such as "Hopper", are torch's to understand.
         if known is None:
             return True
         major, minor = int(known[1]), int(known[2])
-        if (major, minor) <= capability and (known[3] or major == capability[0]):
+        # "9.0a" runs on 9.0 alone, "10.0f" on its family; neither has PTX that others could use.
+        exactly = known[3] == "a" and (major, minor) != capability
+        if (major, minor) <= capability and not exactly and (major == capability[0] or (known[4] and not known[3])):
             return True
     return False
 
@@ -196,11 +258,13 @@ def _is_x86() -> bool:
     return platform.machine().lower() in ("x86_64", "amd64")
 
 
-def _flat(terms: Sequence[Term]) -> tuple[list[Tensor], list[Tensor], list[float], list[int], list[int]]:
+def _flat(
+    terms: Sequence[Term], whole: bool
+) -> tuple[list[Tensor], list[Tensor], list[float], list[int], list[int] | None]:
     return (
         [term.A for term in terms],
         [term.B for term in terms],
         [term.scale for term in terms],
         [term.weight for term in terms],
-        [term.first_row for term in terms],
+        None if whole else [term.first_row for term in terms],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,14 @@ _CHUNK = 1 << 20
 
 
 @torch.no_grad()
-def merge_(weights: Sequence[Tensor], terms: Sequence[Term]) -> None:
+def merge_(weights: Sequence[Tensor], terms: Sequence[Term], copies: Sequence[Tensor] | None = None) -> None:
     """Add all terms to `weights` in place, after `slora.merging.terms.check` has passed.
 
-    The rows that change are kept until the last one is written, so an exception puts them back.
+    The rows that change are kept until the last one is written, so an exception puts them back. `copies` of the
+    weights, where the caller has them, serve for that.
     """
     work = _by_rows(weights, terms)
-    kept = [weights[i][first:last].clone() for i, first, last, _ in work]
+    kept = [copies[i][first:last] if copies else weights[i][first:last].clone() for i, first, last, _ in work]
     done = 0
     try:
         with _full_precision(weights):
@@ -76,13 +78,17 @@ def _add(source: Tensor, target: Tensor, first: int, terms: Sequence[Term]) -> N
 
 @contextlib.contextmanager
 def _full_precision(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Keep TF32 and autocast out of the products."""
-    before = torch.get_float32_matmul_precision()
+    """Keep TF32, bf16 and autocast out of the products."""
+    # Not torch.get_float32_matmul_precision, which raises once anyone has set one of these.
+    products: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [product.fp32_precision for product in products]
     try:
-        torch.set_float32_matmul_precision("highest")
+        for product in products:
+            product.fp32_precision = "ieee"
         with contextlib.ExitStack() as stack:
             for device in {W.device.type for W in weights}:
                 stack.enter_context(torch.autocast(device, enabled=False))
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for product, precision in zip(products, before, strict=True):
+            product.fp32_precision = precision

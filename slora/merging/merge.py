@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, StateError
-from slora.gate import adapted_layers
+from slora.gate import adapted_layers, version
 from slora.inject import unload
 from slora.layers import LoRABlocks
 from slora.merging import batched
-from slora.merging.terms import Span, check, disjoint, grouped, span
+from slora.merging.signals import signals_held
+from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
 
 Model = TypeVar("Model", bound=nn.Module)
 Keep = Literal["device", "cpu"]
@@ -25,9 +26,14 @@ def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> 
     """Fold `scale` times the update of every active block into its base weight, in place; return `model`.
 
     All weights of a device are merged in one call (`slora.merging.batched_merge_`): the sum is formed in fp32 and
-    rounded once to the dtype of the weight. Parameters keep their addresses, layers without an active
-    block are left untouched, and so is the whole model when anything fails. While merged, gates and LoRA parameters
-    have no effect on the output.
+    rounded once to the dtype of the weight. Parameters keep their addresses, layers without an active block are left
+    untouched, and so is the whole model when anything fails; Ctrl-C waits until the model is merged. While merged,
+    gates and LoRA parameters have no effect on the output.
+
+    A merged model is for inference. `load_state_dict` refuses it, since `unmerge` would put the old weights back over
+    the loaded ones. Its own `state_dict()` holds the merged weights beside the matrices and is marked, so that no
+    adapted model takes it and adds the update again. To save what an adapted model can load, unmerge first; to save
+    plain merged weights, call `merge_and_unload`.
 
     Args:
         model: an adapted model.
@@ -45,22 +51,22 @@ def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> 
         raise ConfigError(f'keep={keep!r} is unknown; use "device", "cpu" or None')
     updates = _checked_updates(model, layers, scale)
     # Everything that needs memory comes before the first weight changes.
-    weights: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
     taken_off: dict[str, list[Update]] = {}
     for name, update in updates.items():
-        weight = layers[name].base_weight.detach()
         if keep is None:
             # Copies: the parameters may be trained or loaded over before the model is unmerged.
             taken_off[name] = [(A.clone(), B.clone(), -c, row) for A, B, c, row in update]
         else:
-            weights[name] = weight.to("cpu" if keep == "cpu" else weight.device, copy=True)
-    _run(_calls(layers, updates))
-    for name in updates:
-        layers[name]._cast.clear()
-        layers[name]._kept_weight = weights.get(name)
-        layers[name]._kept_update = taken_off.get(name, [])
-    for layer in layers.values():
-        layer.merged = True
+            kept[name] = _room(layers[name].base_weight, keep)
+    with signals_held():
+        _run(_calls(layers, updates), kept)
+        for name in updates:
+            layers[name]._cast.clear()
+            layers[name]._kept_weight = kept.get(name)
+            layers[name]._kept_update = taken_off.get(name, [])
+        for layer in layers.values():
+            layer.merged = True
     return model
 
 
@@ -71,6 +77,7 @@ def unmerge(model: Model) -> Model:
     After `merge(model, keep=None)` the update is subtracted instead. Two roundings then separate a weight from its
     base: at most one unit in the last place of the larger of the base and the merged weight, in their dtype, and
     for fp32 twice the error of the sums (`slora.merging.batched`) more. What overflowed does not come back.
+    Ctrl-C waits until the model is unmerged.
 
     Raises:
         StateError: the model has no adapted layer, or is not merged.
@@ -83,33 +90,48 @@ def unmerge(model: Model) -> Model:
         device = layer.base_weight.device
         if layer._kept_update:
             taken_off[name] = [(A.to(device), B.to(device), c, row) for A, B, c, row in layer._kept_update]
-    _run(_calls(layers, taken_off))
-    for layer in layers.values():
-        if layer._kept_weight is not None:
-            layer.base_weight.copy_(layer._kept_weight)
-        layer._cast.clear()
-        layer._kept_weight, layer._kept_update, layer.merged = None, [], False
+    with signals_held():
+        _run(_calls(layers, taken_off))
+        # Each layer by itself, so that after a failure the next call goes on where this one stopped.
+        for name in taken_off:
+            _forget(layers[name])
+        for layer in layers.values():
+            if layer._kept_weight is not None:
+                layer.base_weight.copy_(layer._kept_weight)
+            _forget(layer)
     return model
+
+
+def _forget(layer: LoRABlocks) -> None:
+    layer._cast.clear()
+    layer._kept_weight, layer._kept_update, layer.merged = None, [], False
 
 
 @torch.no_grad()
 def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
     """Merge and remove every trace of slora, in place; return `model` with plain layers and plain keys.
 
-    The weights are written in place, without a copy: whatever can fail does so before the first of them changes.
-    A model that is merged already keeps its weights as they are.
+    The weights are written in place, without a copy: whatever can fail does so before the first of them changes, and
+    Ctrl-C waits until the last module is plain. A model that is merged already keeps its weights as they are.
 
     Raises:
-        StateError: the model has no adapted layer, is merged in part, or shares a weight that would change.
+        StateError: the model has no adapted layer, is merged in part, shares a weight that would change, or is merged
+            already and `scale` is given.
         ShapeError: two weights that would change share memory.
         ConfigError: `scale` is not finite.
     """
     layers = _adapted(model)
-    if not all(layer.merged for layer in layers.values()):
-        _run(_calls(layers, _checked_updates(model, layers, scale)))
-    for layer in layers.values():
-        layer.merged, layer._kept_weight, layer._kept_update = False, None, []
-    return unload(model)
+    if all(layer.merged for layer in layers.values()):
+        if scale != 1.0:
+            raise StateError(f"the model is merged already, so scale={scale!r} has no effect; call slora.unmerge first")
+        calls = []
+    else:
+        calls = _calls(layers, _checked_updates(model, layers, scale))
+    with signals_held():
+        _run(calls)
+        for layer in layers.values():
+            _forget(layer)
+        return unload(model)
 
 
 Update = tuple[Tensor, Tensor, float, int]
@@ -117,13 +139,10 @@ Update = tuple[Tensor, Tensor, float, int]
 
 
 class _Call(NamedTuple):
-    """Arguments of `batched_merge_` for the weights of one device."""
+    """Arguments of `batched.merge_terms_` for the weights of one device."""
 
     weights: list[Tensor]
-    lora_As: list[list[Tensor]]
-    lora_Bs: list[list[Tensor]]
-    scales: list[list[float]]
-    rows: list[list[int]]
+    terms: list[Term]
     names: list[str]
 
 
@@ -132,14 +151,17 @@ def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: 
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise StateError(f"{merged[0]!r} is merged already; call slora.unmerge(model) first")
-    if not math.isfinite(scale):
+    number = real(scale)
+    if number is None:
+        raise ConfigError(f"scale={scale!r} is not a number; 1.0 merges the full update")
+    if not math.isfinite(number):
         raise ConfigError(f"scale={scale} is not finite; 1.0 merges the full update")
     _refuse_shared(model, layers)
-    updates = {name: _updates(layer, scale) for name, layer in layers.items() if layer.activity().active}
+    updates = {name: _updates(layer, number) for name, layer in layers.items() if layer.activity().active}
     calls = _calls(layers, updates)
     # A call checks its own weights; where there are several devices, the last is checked before the first is merged.
-    for weights, lora_As, lora_Bs, scales, rows, names in calls if len(calls) > 1 else []:
-        check(weights, grouped(weights, lora_As, lora_Bs, scales, rows, names), names, in_place=True, whole=False)
+    for weights, terms, names in calls if len(calls) > 1 else []:
+        check(weights, terms, names, in_place=True, whole=False)
     return updates
 
 
@@ -153,27 +175,39 @@ def _calls(layers: Mapping[str, LoRABlocks], updates: Mapping[str, Sequence[Upda
     calls: dict[torch.device, _Call] = {}
     for name, mine in updates.items():
         weight = layers[name].base_weight
-        call = calls.setdefault(weight.device, _Call([], [], [], [], [], []))
+        call = calls.setdefault(weight.device, _Call([], [], []))
+        call.terms.extend(Term(len(call.weights), A, B, c, row) for A, B, c, row in mine)
         call.weights.append(weight)
         call.names.append(name)
-        call.lora_As.append([A for A, _, _, _ in mine])
-        call.lora_Bs.append([B for _, B, _, _ in mine])
-        call.scales.append([c for _, _, c, _ in mine])
-        call.rows.append([row for _, _, _, row in mine])
     return list(calls.values())
 
 
-def _run(calls: Sequence[_Call]) -> None:
-    """Merge device after device; a failure on a later one takes back the earlier ones."""
-    before: list[tuple[Tensor, Tensor]] = []
+def _room(weight: Tensor, keep: Keep) -> Tensor:
+    """A tensor for the copy of `weight`; in other memory than the weight's, the copy itself."""
+    if keep == "cpu" and weight.device.type != "cpu":
+        return weight.detach().cpu().contiguous()
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+def _run(calls: Sequence[_Call], kept: Mapping[str, Tensor] | None = None) -> None:
+    """Merge device after device, filling what `_room` made for each name; on failure, take back what was written."""
+    before: list[tuple[Tensor, int, Tensor]] = []
     try:
-        for i, (weights, lora_As, lora_Bs, scales, rows, names) in enumerate(calls):
-            if i + 1 < len(calls):
-                before += [(weight, weight.clone()) for weight in weights]
-            batched.batched_merge_(weights, lora_As, lora_Bs, scales, rows=rows, names=names)
+        for i, (weights, terms, names) in enumerate(calls):
+            copies = None
+            if kept:
+                copies = [kept[name] for name in names]
+            elif i + 1 < len(calls):
+                copies = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
+            if copies is not None:
+                before += zip(weights, map(version, weights), copies, strict=True)
+            here = copies is not None and copies[0].device == weights[0].device
+            batched.merge_terms_(weights, terms, names, copies=copies if here else None)
     except BaseException:
-        for weight, copy in before:
-            weight.copy_(copy)
+        for weight, written, copy in before:
+            # Where the counter stands still, nothing was written, and the copy may still be empty.
+            if version(weight) != written:
+                weight.copy_(copy)
         raise
 
 
@@ -191,8 +225,7 @@ def _refuse_shared(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
     for name, module in model.named_modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             # A tensor of another kind (quantised, distributed) has no bytes of its own to compare.
-            plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-            if plain and tensor.numel() and tensor.device.type != "meta":
+            if is_plain(tensor) and tensor.numel() and tensor.device.type != "meta":
                 held.append((span(tensor, name), name in changing and tensor is layers[name].base_weight))
     held.sort(key=lambda entry: entry[0])
     for i, (one, changes) in enumerate(held):

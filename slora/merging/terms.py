@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import bisect
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from slora.errors import ConfigError, ShapeError, StateError
 
@@ -36,10 +38,23 @@ def grouped(
     """Return the terms in order; an entry per weight is one value, or a sequence with one value per term.
 
     Raises:
-        ShapeError: the lists differ in length.
+        ShapeError: an argument is no list, or the lists differ in length.
+        ConfigError: a scale is not a real number, or a row not an integer.
     """
-    for name, entries in (("lora_As", lora_As), ("lora_Bs", lora_Bs), ("scales", scales), ("rows", rows)):
-        if entries is not None and len(entries) != len(weights):
+    lists: dict[str, Any] = {
+        "weights": weights,
+        "lora_As": lora_As,
+        "lora_Bs": lora_Bs,
+        "scales": scales,
+        "rows": rows,
+        "names": names,
+    }
+    for name, entries in lists.items():
+        if entries is None and name in ("rows", "names"):
+            continue
+        if isinstance(entries, str) or not hasattr(entries, "__getitem__") or getattr(entries, "ndim", 1) == 0:
+            raise ShapeError(f"{name} is {_described(entries)}; give a list with one entry per weight")
+        if len(entries) != len(weights):
             raise ShapeError(f"{name} has {len(entries)} entries for {len(weights)} weights; give each weight one")
     terms: list[Term] = []
     for i in range(len(weights)):
@@ -51,8 +66,51 @@ def grouped(
                 f"{_item('weights', i, names)} has {len(As)} lora_As, {len(Bs)} lora_Bs, {len(factors)} scales and "
                 f"{len(first)} rows; each term needs one of each"
             )
-        terms += [Term(i, A, B, float(c), int(row)) for A, B, c, row in zip(As, Bs, factors, first, strict=True)]
+        for A, B, c, row in zip(As, Bs, factors, first, strict=True):
+            scale, start = real(c), _integer(row)
+            if scale is None:
+                raise ConfigError(
+                    f"the scale of term {len(terms)}, of {_item('weights', i, names)}, is {_quoted(c)}; use a number, "
+                    f"such as scale.item() of a tensor, or a list with one number per term"
+                )
+            if start is None:
+                raise ConfigError(
+                    f"the first row of term {len(terms)}, of {_item('weights', i, names)}, is {_quoted(row)}; "
+                    f"use an integer"
+                )
+            terms.append(Term(i, A, B, scale, start))
     return terms
+
+
+def real(value: Any) -> float | None:
+    """Return a number, or a tensor of one that autograd does not follow, as a float; None for anything else."""
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor):
+        followed = value.requires_grad or value.is_complex() or value.dtype == torch.bool
+        return None if followed or value.numel() != 1 or value.device.type == "meta" else float(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _integer(value: Any) -> int | None:
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def is_plain(tensor: Any) -> bool:
+    """Whether `tensor` is no subclass of Tensor, strided, and holds its numbers as they are."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg()
 
 
 def check(
@@ -70,6 +128,8 @@ def check(
         if not isinstance(W, Tensor) or W.dim() != 2:
             raise ShapeError(f"{name} is {_described(W)}; expected a tensor [N, K]")
         _check_dtype(W, name)
+        if i == 0 and W.device.type == "meta":
+            raise ShapeError(f"{name} is on meta, where weights have no values; materialise the model first")
         if W.device != weights[0].device:
             raise ShapeError(
                 f"{name} is on {W.device}, but {_item('weights', 0, names)} on {weights[0].device}; "
@@ -126,12 +186,12 @@ def _check_dtype(tensor: Tensor, name: str) -> None:
 
 
 class Span(NamedTuple):
-    """The bytes `begin, ..., end - 1`, in which a tensor lies, and its name."""
+    """The bytes `begin, ..., end - 1`, in which a tensor lies, and its name: runs of `width` bytes, `stride` apart."""
 
     begin: int
     end: int
     stride: int
-    """Bytes from row to row where columns are adjacent, else 0."""
+    """0 for a single run, and for tensors that are no matrices."""
     width: int
     name: str
 
@@ -140,25 +200,29 @@ def span(tensor: Tensor, name: str) -> Span:
     """Where the elements of `tensor` lie; it has at least one."""
     size, begin = tensor.element_size(), tensor.data_ptr()
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.dim() == 2 and tensor.stride(1) == 1:
-        return Span(begin, begin + (reach + 1) * size, tensor.stride(0) * size, tensor.shape[1] * size, name)
-    return Span(begin, begin + (reach + 1) * size, 0, 0, name)
+    end = begin + (reach + 1) * size
+    if tensor.dim() != 2:
+        return Span(begin, end, 0, end - begin, name)
+    # The runs go along the smaller stride; that of a single row or column says nothing.
+    (rows, cols), (down, right) = tensor.shape, tensor.stride()
+    along_rows = right == 1 if rows == 1 else down != 1 if cols == 1 else right <= down
+    apart, count, run = (down, rows, (cols - 1) * right) if along_rows else (right, cols, (rows - 1) * down)
+    return Span(begin, end, apart * size if count > 1 else 0, (run + 1) * size, name)
 
 
 def disjoint(a: Span, b: Span) -> bool:
-    """Whether no byte belongs to both: neither reaches the other, or they are column windows that do not meet."""
+    """Whether no byte belongs to both: they lie apart, or are windows of one stride that do not meet."""
     if a.end <= b.begin or b.end <= a.begin:
         return True
-    if a.stride != b.stride or not a.stride:
+    stride = max(a.stride, b.stride)
+    if not stride or (a.stride != b.stride and a.stride and b.stride):
         return False
-    offset = (b.begin - a.begin) % a.stride
-    return offset >= a.width and offset + b.width <= a.stride
+    offset = (b.begin - a.begin) % stride
+    return offset >= a.width and offset + b.width <= stride
 
 
 def _check_overlaps(weights: Sequence[Tensor], terms: Sequence[Term], names: Sequence[str] | None) -> None:
-    if any(W.device.type == "meta" for W in weights):
-        return
-    written = sorted(span(W, _item("weights", i, names)) for i, W in enumerate(weights) if W.numel())
+    written = sorted(span(W, _item("weights", i, names)) for i, W in enumerate(weights) if _has_memory(W))
     reach: list[int] = []
     for i, one in enumerate(written):
         for other in written[i + 1 :]:
@@ -170,13 +234,14 @@ def _check_overlaps(weights: Sequence[Tensor], terms: Sequence[Term], names: Seq
     begins = [one.begin for one in written]
     for index, term in enumerate(terms):
         for matrix, letter in ((term.A, "A"), (term.B, "B")):
-            if not matrix.numel():
+            if not _has_memory(matrix):
                 continue
             read = span(matrix, f"lora_{letter} of {_item('weights', term.weight, names)} (term {index})")
             i = bisect.bisect_left(begins, read.end)
-            if i and reach[i - 1] > read.begin:
-                meeting = next(other for other in reversed(written[:i]) if other.end > read.begin)
-                raise _shared(meeting.name, read.name)
+            while i and reach[i - 1] > read.begin:
+                i -= 1
+                if not disjoint(written[i], read):
+                    raise _shared(written[i].name, read.name)
 
 
 def _shared(first: str, second: str) -> ShapeError:
@@ -184,6 +249,16 @@ def _shared(first: str, second: str) -> ShapeError:
         f"{first} and {second} share memory; pass each weight once, with all its terms in its entry of lora_As, "
         f"lora_Bs and scales, and clone what is tied"
     )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether there are bytes that others could share; a subclass may wrap other tensors and have none of its own."""
+    if not tensor.numel():
+        return False
+    try:
+        return tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
 
 
 def _overlaps_itself(W: Tensor) -> bool:
@@ -201,6 +276,12 @@ def _several(entry: Any) -> list[Any]:
 
 def _item(argument: str, index: int, names: Sequence[str] | None) -> str:
     return f"{argument}[{index}]" if names is None else f"{argument}[{index}] ({names[index]!r})"
+
+
+def _quoted(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{_described(value)}{' that requires grad' if value.requires_grad else ''}"
+    return repr(value)
 
 
 def _described(value: Any) -> str:

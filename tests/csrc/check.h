@@ -105,9 +105,10 @@ struct Case {
   std::vector<slora::Term> terms;
 };
 
-// A call with up to `most` weights, their terms on ragged slices, strided factors; in place or not.
+// A call with up to three weights of at most `most_rows` columns, and that many rows beyond `more_rows`, their terms on
+// ragged slices, strided factors; in place or not.
 inline Case random_case(std::mt19937_64& random, const std::vector<Dtype>& dtypes, int64_t most_rows, int64_t most_rank,
-                        bool in_place) {
+                        bool in_place, int64_t more_rows = 0) {
   const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % static_cast<uint64_t>(n)); };
   const std::vector<Dtype> factors = {Dtype::f32, Dtype::bf16, Dtype::f16};
   Case c;
@@ -115,7 +116,8 @@ inline Case random_case(std::mt19937_64& random, const std::vector<Dtype>& dtype
   const bool ties = below(3) == 0;
   for (int64_t w = 0; w < count; ++w) {
     const Dtype dtype = dtypes[static_cast<size_t>(below(static_cast<int64_t>(dtypes.size())))];
-    const int64_t rows = below(8) == 0 ? 0 : 1 + below(most_rows), cols = below(8) == 0 ? 0 : 1 + below(most_rows);
+    const int64_t rows = below(8) == 0 ? 0 : more_rows + 1 + below(more_rows > 0 ? 500 : most_rows);
+    const int64_t cols = below(8) == 0 ? 0 : 1 + below(more_rows > 0 ? 40 : most_rows);
     const int64_t aligned = (cols + 7) / 8 * 8;
     const int64_t stride = below(2) == 0 ? aligned : cols + below(9);
     c.weights.emplace_back(rows, cols, stride, 1, dtype, below(2) == 0 ? 0 : below(5));

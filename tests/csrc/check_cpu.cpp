@@ -24,14 +24,26 @@ void run(const Case& c, Isa isa, int64_t threads) {
 
 void compare(uint64_t seed, Isa isa, bool in_place) {
   std::mt19937_64 random(seed);
-  Case c = check::random_case(random, {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64}, 200, 300, in_place);
+  // Two in ten calls have more rows than a tile, so that several threads share a weight.
+  const bool tall = seed % 10 < 2;
+  Case c = check::random_case(random, {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64}, 200, tall ? 20 : 300, in_place,
+                              tall ? 400 : 0);
   std::vector<std::vector<double>> before;
   std::vector<std::string> memory;
+  std::vector<Matrix> kept;
+  for (size_t w = 0; seed % 3 == 0 && w < c.weights.size(); ++w) {
+    const Matrix& W = c.weights[w];
+    kept.emplace_back(W.rows, W.cols, W.cols, 1, W.dtype);
+    c.plan_weights[w].kept = kept.back().data;
+  }
   for (const Matrix& W : c.weights) {
     before.push_back(check::values(W));
     memory.emplace_back(W.memory.get(), static_cast<size_t>(W.bytes));
   }
-  run(c, isa, 1 + static_cast<int64_t>(seed % 3));
+  run(c, isa, 1 + static_cast<int64_t>(seed % 4));
+  for (size_t w = 0; w < kept.size(); ++w)
+    CHECK(check::values(kept[w]) == before[w], "seed %llu, %s: weight %zu was kept wrong",
+          static_cast<unsigned long long>(seed), name_of(isa), w);
   for (size_t w = 0; w < c.weights.size(); ++w) {
     const Matrix &W = c.weights[w], &result = in_place ? W : c.results[w];
     for (int64_t i = 0; i < W.rows; ++i) {
@@ -95,15 +107,37 @@ void check_refusals() {
     w[1].source = w[1].target = static_cast<float*>(w[0].target) + 2;
     w[1].cols = 3, w[0].cols = 3;
   });
+  refused("weights[0] and kept[0] share memory", [](W& w, T&) { w[0].kept = static_cast<float*>(w[0].target) + 23; });
   refused("weights[0] and lora_As[0] share memory", [](W& w, T& t) { t[0].A = static_cast<float*>(w[0].target) + 23; });
   refused("weights[0] and lora_Bs[0] share memory", [](W& w, T& t) { t[0].B = static_cast<float*>(w[0].target) - 11; });
 }
 
-void check_that_column_windows_are_no_overlap() {
-  float data[24] = {};
-  const std::vector<Weight> weights = {{data, data, 6, 2, 4, 4, Dtype::f32},
-                                       {data + 2, data + 2, 6, 2, 4, 4, Dtype::f32}};
+void check_that_windows_which_do_not_meet_are_no_overlap() {
+  float data[48] = {};
+  const std::vector<Weight> weights = {{data, data, 6, 2, 8, 8, Dtype::f32},
+                                       {data + 2, data + 2, 6, 1, 8, 8, Dtype::f32}};
   CHECK(make_plan(weights, {}).segments.empty(), "a weight without a term has a segment");
+  // B [6, 2] and A [3, 1] in columns 3 to 4 and 5 of the same rows.
+  const Term term = {data + 5, data + 3, {8, 1}, {8, 1}, 2, 6, 1, 0, 1.0, Dtype::f32, Dtype::f32};
+  CHECK(make_plan(weights, {term}).segments.size() == 1, "windows of one buffer are taken for an overlap");
+}
+
+void check_that_cuda_refuses_what_it_has_no_kernel_for() {
+  double W[24] = {}, A[8] = {}, B[12] = {};
+  const std::vector<Weight> wide = {{W, W, 6, 4, 4, 4, Dtype::f64}}, narrow = {{W, W, 6, 4, 4, 4, Dtype::f32}};
+  Term term = {A, B, {4, 1}, {2, 1}, 2, 6, 0, 0, 1.0, Dtype::f32, Dtype::f32};
+  refuse_f64(make_plan(narrow, {term}));
+  const auto refuses = [](const Plan& plan) {
+    try {
+      refuse_f64(plan);
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+    return false;
+  };
+  CHECK(refuses(make_plan(wide, {term})), "a float64 weight");
+  term.B_dtype = Dtype::f64;
+  CHECK(refuses(make_plan(narrow, {term})), "a float64 factor");
 }
 
 void check_sizes_beyond_32_bits() {
@@ -126,7 +160,8 @@ int main(int argc, char** argv) {
   const uint64_t cases = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 100;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
   check_refusals();
-  check_that_column_windows_are_no_overlap();
+  check_that_windows_which_do_not_meet_are_no_overlap();
+  check_that_cuda_refuses_what_it_has_no_kernel_for();
   check_sizes_beyond_32_bits();
   std::vector<Isa> isas = {Isa::portable};
   if (best_isa() != Isa::portable) isas.push_back(Isa::avx2);

@@ -91,11 +91,35 @@ void compare(uint64_t seed, bool in_place) {
   }
 }
 
+// A factor that is not a number reaches exactly its row or column, whichever bits say so; an infinite one leaves
+// nothing finite there.
+void check_what_is_not_finite() {
+  for (const bool in_A : {true, false}) {
+    for (const int64_t rank : {8, 40}) {
+      for (const uint32_t bits : {0x7fc00000u, 0x7fffffffu, 0x7ffff000u, 0x7f800001u, 0xffffffffu, 0x7f800000u}) {
+        std::vector<float> W(64, 1.0f), A(static_cast<size_t>(rank * 8), 1.0f), B(static_cast<size_t>(rank * 8), 1.0f);
+        (in_A ? A[3 * 8 + 2] : B[static_cast<size_t>(2 * rank + 3)]) = bits_as<float>(bits);
+        const Term term = {A.data(), B.data(), {8, 1}, {rank, 1}, rank, 8, 0, 0, 0.5, Dtype::f32, Dtype::f32};
+        launch<Dtype::f32>(make_plan({{W.data(), W.data(), 8, 8, 8, 8, Dtype::f32}}, {term}), 163 * 1024, rank);
+        for (size_t i = 0; i < 64; ++i) {
+          const bool reached = (in_A ? i % 8 : i / 8) == 2;
+          const bool right = !reached              ? W[i] == 1.0f + 0.5f * static_cast<float>(rank)
+                             : bits == 0x7f800000u ? !std::isfinite(W[i])
+                                                   : std::isnan(W[i]);
+          CHECK(right, "%s has %08x at rank %lld: W[%zu] = %g", in_A ? "A" : "B", bits, static_cast<long long>(rank), i,
+                static_cast<double>(W[i]));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const uint64_t cases = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 100;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
+  check_what_is_not_finite();
   for (uint64_t i = 0; i < cases; ++i) compare(seed + i, i % 3 != 0);
   std::printf("%llu cases\n", static_cast<unsigned long long>(cases));
   return 0;

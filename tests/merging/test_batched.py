@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import warnings
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError, ShapeError, StateError
 from slora.merging import batched, batched_merge, batched_merge_, extension_info, fallback
+from slora.merging.signals import signals_held
 
 BUILT = extension_info()["available"]
 needs_extension = pytest.mark.skipif(not BUILT, reason="slora._C is not built")
@@ -268,6 +270,114 @@ def test_autocast_and_the_matmul_precision_have_no_say(monkeypatch: pytest.Monke
         assert torch.equal(batched_merge([W], [A], [B], [1.0])[0], expected)
 
 
+@pytest.mark.parametrize("setting", ["legacy", "cuda.matmul", "mkldnn.matmul"])
+def test_whichever_way_the_precision_of_products_was_lowered_it_has_no_say(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_BACKEND", "torch")
+    W, A, B = torch.zeros(300, 256), torch.randn(64, 256), torch.randn(300, 64)
+    expected = batched_merge([W], [A], [B], [1.0])[0]
+    products = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [product.fp32_precision for product in products]
+    try:
+        if setting == "legacy":
+            torch.set_float32_matmul_precision("medium")
+        elif setting == "cuda.matmul":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        lowered = [product.fp32_precision for product in products]
+        batched_merge_([W], [A], [B], [1.0])
+        assert [product.fp32_precision for product in products] == lowered != before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for product, precision in zip(products, before, strict=True):
+            product.fp32_precision = precision
+    assert torch.equal(W, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windows_of_one_buffer_that_do_not_meet_may_be_weights_and_factors(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_BACKEND", backend)
+    # [N, K + r]: a weight and its B; and two row slices of a matrix whose rows are adjacent, of one row and of several.
+    side_by_side, tall = torch.randn(6, 6), torch.randn(4, 12).T
+    weights = [side_by_side[:, :4], tall[:5], tall[5:6], tall[6:]]
+    As = [torch.randn(2, 4) for _ in weights]
+    Bs = [side_by_side[:, 4:], *(torch.randn(W.shape[0], 2) for W in weights[1:])]
+    expected = [W + B @ A for W, A, B in zip(weights, As, Bs, strict=True)]
+    batched_merge_(weights, As, Bs, [1.0] * 4)
+    for W, want in zip(weights, expected, strict=True):
+        torch.testing.assert_close(W, want)
+
+
+def test_a_transposed_weight_is_merged_inside_inference_mode() -> None:
+    W, A, B = torch.zeros(4, 6).T, torch.randn(2, 4), torch.randn(6, 2)
+    with torch.inference_mode():
+        batched_merge_([W], [A], [B], [1.0])
+    torch.testing.assert_close(W, B @ A)
+
+
+class Interrupted(Exception):
+    """What the handler of this test raises."""
+
+
+@needs_extension
+@pytest.mark.parametrize("layout", ["adjacent", "one transposed"])
+def test_a_signal_during_the_call_comes_when_all_weights_are_written(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batched._extension()
+    real = torch.ops.slora.batched_merge_
+
+    def interrupted(*args: Any) -> None:
+        real(*args)
+        signal.raise_signal(signal.SIGALRM)
+
+    def raises(*_: Any) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(torch.ops.slora, "batched_merge_", interrupted)
+    weights = [torch.zeros(6, 4), torch.zeros(4, 6).T if layout == "one transposed" else torch.zeros(6, 4)]
+    before = signal.signal(signal.SIGALRM, raises)
+    try:
+        with pytest.raises(Interrupted):
+            batched_merge_(weights, [A0] * 2, [B0] * 2, [1.0] * 2)
+        assert signal.getsignal(signal.SIGALRM) is raises
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    for W in weights:
+        torch.testing.assert_close(W, B0 @ A0)
+
+
+def test_every_held_signal_is_delivered_even_where_a_handler_raises() -> None:
+    seen: list[int] = []
+
+    def raises(number: int, frame: Any) -> None:
+        seen.append(number)
+        raise Interrupted
+
+    numbers = [signal.SIGALRM, signal.SIGUSR1]
+    before = {number: signal.signal(number, raises) for number in numbers}
+
+    def work() -> None:
+        with signals_held():
+            with signals_held():
+                for number in numbers:
+                    signal.raise_signal(number)
+            assert seen == []
+
+    try:
+        with pytest.raises(Interrupted):
+            work()
+        assert sorted(seen) == sorted(numbers)
+        assert all(signal.getsignal(number) is raises for number in numbers)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 # Bad input: an error that names the index, and nothing written
 
 W0, A0, B0 = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
@@ -317,6 +427,19 @@ BAD = {
     "nan": (ConfigError, r"scale of term 1, of weights\[1\].*, is nan", {"scales": [1.0, float("nan")]}),
     "infinite in fp32": (ConfigError, r"scale of term 1.*is 1e\+39", {"scales": [1.0, 1e39]}),
     "lengths": (ShapeError, r"scales has 1 entries for 2 weights", {"scales": [1.0]}),
+    "no list of scales": (ShapeError, r"scales is float; give a list with one entry per weight", {"scales": 1.0}),
+    "no scales": (ShapeError, r"scales is NoneType; give a list", {"scales": None}),
+    "all on meta": (ShapeError, r"weights\[0\].* is on meta, where weights have no values; materialise",
+                    {key: [M.to("meta") for M in good[key]] for key in ("weights", "lora_As", "lora_Bs")}),
+    **{f"scale {c!r}": (ConfigError, rf"scale of term 1, of weights\[1\].*, is {said}; use a number",
+                        {"scales": [1.0, c]})
+       for c, said in (("2", "'2'"), (True, "True"), (None, "None"), (1j, "1j"),
+                       (torch.ones((), requires_grad=True), r"a tensor \[\] that requires grad"),
+                       (torch.ones((), device="meta"), r"a tensor \[\]"), (torch.ones(2), r"a tensor \[2\]"))},
+    **{f"row {row!r}": (ConfigError, rf"first row of term 1, of weights\[1\].*, is {said}; use an integer",
+                        {"rows": [0, row]})
+       for row, said in ((1.9, "1.9"), ("2", "'2'"), (True, "True"), (float("nan"), "nan"), (None, "None"),
+                         (torch.tensor(1.5), r"a tensor \[\]"))},
     "terms": (ShapeError, r"weights\[1\].*has 2 lora_As, 1 lora_Bs", {"lora_As": [A0, [A0, A0]]}),
 }  # fmt: skip
 
@@ -333,9 +456,21 @@ def test_bad_input_is_refused_by_name_and_nothing_is_written(
     before = [W.clone() for W in call["weights"]]
     with pytest.raises(error, match=message) as caught:
         batched_merge_(**call, names=names)
-    assert any(name in str(caught.value) for name in names) or what == "lengths"
+    assert any(name in str(caught.value) for name in names) or what in ("lengths", "no list of scales", "no scales")
     for W, old in zip(call["weights"], before, strict=True):
         assert W.device.type == "meta" or torch.equal(W, old)
+
+
+def test_weights_and_names_are_lists_of_one_length() -> None:
+    W = torch.zeros(6, 4)
+    for message, call, names in (
+        ("weights is generator; give a list", (w for w in [W]), None),
+        ("names has 1 entries for 2 weights", [W, W.clone()], ["a"]),
+        ("names is str; give a list", [W, W.clone()], "ab"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            batched_merge_(call, [A0] * 2, [B0] * 2, [1.0, float("inf")], names=names)
+    assert not W.any()
 
 
 def test_out_of_place_reads_what_may_not_be_written() -> None:
@@ -357,7 +492,8 @@ def test_operators_pass_opcheck(dtype: torch.dtype) -> None:
     weights = [torch.randn(6, 10).to(dtype), torch.randn(7, 5).to(dtype)]
     flat = ([torch.randn(2, 10), torch.randn(3, 5)], [torch.randn(6, 2), torch.randn(4, 3)], [0.5, 1.0], [0, 1], [0, 3])
     torch.library.opcheck(torch.ops.slora.batched_merge, (weights, *flat))
-    torch.library.opcheck(torch.ops.slora.batched_merge_, (weights, *flat))
+    torch.library.opcheck(torch.ops.slora.batched_merge_, (weights, *flat, []))
+    torch.library.opcheck(torch.ops.slora.batched_merge_, (weights, *flat, [torch.empty_like(W) for W in weights]))
 
 
 @needs_extension
@@ -379,7 +515,14 @@ def test_the_operator_itself_refuses_what_would_reach_beyond_memory() -> None:
         "expected .N, K.": ([W[0]], [A], [B], [1.0], [0], [0]),
     }.items():
         with pytest.raises(ValueError, match=message):
-            merge_(*call)
+            merge_(*call, [])
+    with pytest.raises(ValueError, match="covers 6 rows from row 1 on"):
+        merge_([W.to("meta")], [A.to("meta")], [B.to("meta")], [1.0], [0], [1], [])
+    for kept in (W[:3], W.double(), torch.zeros(4, 6).T):
+        with pytest.raises(ValueError, match=r"kept\[0\] cannot hold weights\[0\]"):
+            merge_([W], [A], [B], [1.0], [0], [0], [kept])
+    with pytest.raises(ValueError, match=r"weights\[0\] and kept\[0\] share memory"):
+        merge_([W], [A], [B], [1.0], [0], [0], [W])
     assert not W.any()
 
 
@@ -429,6 +572,10 @@ def test_where_there_is_a_compiler_the_extension_is_built_and_loads() -> None:
         ((12, 0), "8.0;9.0", False),
         ((7, 5), "8.0;9.0+PTX", False),
         ((8, 0), "8.6", False),
+        ((9, 0), "9.0a", True),
+        ((10, 0), "8.0;9.0a", False),
+        ((10, 3), "10.0a", False),
+        ((10, 3), "10.0f", True),
         ((8, 0), "Ampere", True),
     ],
 )

@@ -69,6 +69,42 @@ def test_above_that_the_sum_is_within_one_unit_of_the_accumulate(
         assert bool(((low <= W) & (high >= W)).all())
 
 
+@pytest.mark.parametrize("rank", [16, 40])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0x7FFFF000, 0x7F800001, -1, 0x7F800000], ids=hex)
+def test_a_factor_that_is_not_finite_reaches_its_row_or_column(bits: int, rank: int) -> None:
+    odd = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    for in_A in (True, False):
+        W, A, B = torch.ones(40, 70), torch.ones(rank, 70), torch.ones(40, rank)
+        (A[3:4, 2] if in_A else B[2:3, 3]).copy_(odd)
+        merged = batched_merge([W.cuda()], [A.cuda()], [B.cuda()], [0.5])[0].cpu()
+        reached = torch.zeros(40, 70, dtype=torch.bool)
+        (reached[:, 2] if in_A else reached[2]).fill_(True)
+        assert bool((merged[~reached] == 1 + rank / 2).all())
+        assert not merged[reached].isfinite().any()
+        assert bits == 0x7F800000 or bool(merged[reached].isnan().all())
+
+
+def test_the_operator_itself_refuses_float64_before_it_does_anything() -> None:
+    W, A, B = (torch.ones(8, 8, device="cuda") for _ in range(3))
+    flat = ([1.0], [0], [0])
+    for call in (([W.double()], [A], [B]), ([W], [A.double()], [B]), ([W], [A], [B.double()])):
+        with pytest.raises(ValueError, match="float64 has no CUDA kernel"):
+            torch.ops.slora.batched_merge_(*call, *flat, [])
+        with pytest.raises(ValueError, match="float64 has no CUDA kernel"):
+            torch.ops.slora.batched_merge(*call, *flat)
+        assert bool((call[0][0] == 1).all())
+
+
+def test_the_old_weights_are_kept_before_the_first_is_written() -> None:
+    weights = [torch.randn(300, 64, device="cuda").to(dtype) for dtype in NARROW]
+    before, kept = [W.clone() for W in weights], [torch.empty_like(W) for W in weights]
+    A, B = torch.randn(2, 64, device="cuda"), torch.randn(300, 2, device="cuda")
+    torch.ops.slora.batched_merge_(weights, [A] * 3, [B] * 3, [1.0] * 3, [0, 1, 2], None, kept)
+    for W, old, copy in zip(weights, before, kept, strict=True):
+        assert torch.equal(copy, old)
+        assert not torch.equal(W, old)
+
+
 def test_a_merge_in_place_writes_the_weights_and_nothing_else() -> None:
     whole = torch.randn(130, 300, device="cuda", dtype=torch.bfloat16)
     window = whole[3:120, 5:261]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import slora
 from slora.errors import ConfigError, StateError
 from slora.gate import adapted_layers
 from slora.layers import LoRABlocks
-from slora.merging import fallback
+from slora.merging import batched, extension_info, fallback
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -325,20 +327,129 @@ def test_no_room_for_the_copy_leaves_the_model_as_it_was(
     vit: nn.Module, randomise: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(vit, randomise)
-    before, real, calls = snapshot(model), Tensor.to, []
+    before, real, calls = snapshot(model), torch.empty, []
 
-    def fails(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("copy"):
-            calls.append(self)
-            if len(calls) == 3:
-                raise torch.OutOfMemoryError("out of memory")
-        return real(self, *args, **kwargs)
+    def fails(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(*args, **kwargs)
 
-    monkeypatch.setattr(Tensor, "to", fails)
+    monkeypatch.setattr(torch, "empty", fails)
     with pytest.raises(torch.OutOfMemoryError):
         slora.merge(model)
     monkeypatch.undo()
     assert_restored(model, before)
+
+
+class Interrupted(BaseException):
+    """What the handler of a signal raises here, as that of Ctrl-C raises KeyboardInterrupt."""
+
+
+@pytest.fixture
+def interrupting(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A signal arrives in the middle of every call of the operator, so Python sees it right after."""
+    batched._extension()
+    real = torch.ops.slora.batched_merge_
+
+    def interrupted(*args: Any) -> None:
+        real(*args)
+        signal.raise_signal(signal.SIGALRM)
+
+    def raises(*_: Any) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(torch.ops.slora, "batched_merge_", interrupted)
+    before = signal.signal(signal.SIGALRM, raises)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+needs_extension = pytest.mark.skipif(not extension_info()["available"], reason="slora._C is not built")
+
+
+@needs_extension
+@pytest.mark.parametrize("keep", ["device", "cpu", None])
+def test_ctrl_c_during_a_merge_leaves_a_model_that_knows_what_it_is(
+    keep: Any, vit: nn.Module, randomise: Any, interrupting: None
+) -> None:
+    model = adapted(vit, randomise)
+    x = torch.randn(2, 3, 16, 16)
+    before, expected = snapshot(model), model(x)
+    with slora.disabled(model):
+        base = model(x)
+    with pytest.raises(Interrupted):
+        slora.merge(model, keep=keep)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    assert all(layer.merged for _, layer in adapted_layers(model))
+    if keep is None:
+        with pytest.raises(Interrupted):
+            slora.unmerge(model)
+    else:
+        assert_restored(slora.unmerge(model), before)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+    with slora.disabled(model):
+        torch.testing.assert_close(model(x), base, rtol=1e-4, atol=1e-5)
+
+
+@needs_extension
+def test_ctrl_c_during_merge_and_unload_leaves_a_plain_model(
+    vit: nn.Module, randomise: Any, interrupting: None
+) -> None:
+    model = adapted(vit, randomise)
+    x = torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    with pytest.raises(Interrupted):
+        slora.merge_and_unload(model)
+    assert not list(adapted_layers(model))
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_extension
+@pytest.mark.parametrize("written", [False, True], ids=["before it has written", "after it has written"])
+def test_an_operator_that_fails_leaves_every_bit_where_there_is_a_copy(
+    written: bool, vit: nn.Module, randomise: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(vit, randomise)
+    before = snapshot(model)
+    batched._extension()
+    real = torch.ops.slora.batched_merge_
+
+    def fails(*args: Any) -> None:
+        if written:
+            real(*args)
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(torch.ops.slora, "batched_merge_", fails)
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        slora.merge(model)
+    assert_restored(model, before)
+
+
+def test_no_state_goes_into_or_out_of_a_merged_model_unnoticed(vit: nn.Module, randomise: Any) -> None:
+    model = adapted(vit, randomise)
+    clean = {key: value.clone() for key, value in model.state_dict().items()}
+    slora.merge(model)
+    with pytest.raises(StateError, match=r"is merged; call slora.unmerge\(model\) before load_state_dict"):
+        model.load_state_dict(clean)
+    of_merged = {key: value.clone() for key, value in model.state_dict().items()}
+    slora.unmerge(model)
+    with pytest.raises(StateError, match=r"saved while 'blocks.0.attn.qkv' was merged.*slora.unmerge\(model\)"):
+        model.load_state_dict(of_merged)
+    assert list(model.state_dict()) == list(clean)
+    model.load_state_dict(clean)
+    # Without slora's keys it is a plain state with merged weights.
+    plain = slora.merge_and_unload(model)
+    plain.load_state_dict(of_merged, strict=False)
+
+
+def test_a_scale_for_a_model_that_is_merged_already_is_refused(vit: nn.Module, randomise: Any) -> None:
+    model = slora.merge(adapted(vit, randomise))
+    merged = snapshot(model)
+    with pytest.raises(StateError, match=r"merged already, so scale=0.5 has no effect; call slora.unmerge first"):
+        slora.merge_and_unload(model, 0.5)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, merged[name][1])
 
 
 def test_states_that_do_not_allow_a_call_are_refused(vit: nn.Module, randomise: Any) -> None:
@@ -374,6 +485,8 @@ def test_a_scale_that_is_not_finite_is_refused(scale: float, vit: nn.Module, ran
     for call in (slora.merge, slora.merge_and_unload):
         with pytest.raises(ConfigError, match=f"scale={scale} is not finite; 1.0 merges the full update"):
             call(model, scale)
+        with pytest.raises(ConfigError, match=r"scale='1' is not a number; 1.0 merges the full update"):
+            call(model, "1")
         assert_restored(model, before)
 
 
