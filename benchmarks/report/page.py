@@ -131,7 +131,7 @@ python -m benchmarks gpu                                       # the proof on a 
 | the result files | `record.py` (their form), `results/<device>/<case>.json` |
 | this page and the figures | `report/` |
 | the bars | `bars.toml` |
-| the proof on a GPU | `gpu.py` |
+| the proof on a GPU | `gpu.py` (its order and table), `proof/` (its parts) |
 
 "% GEMM" and "% copy" are parts of the ceilings that the same run measured. "MB" is the least that the form of the
 computation moves (`counting.py`)."""
