@@ -215,6 +215,9 @@ def _adapted(model: nn.Module) -> dict[str, LoRABlocks]:
     layers = dict(adapted_layers(model))
     if not layers:
         raise StateError("the model has no adapted layer; call slora.inject(model, config) first")
+    for name, layer in layers.items():
+        if "meta" in (layer.base_weight.device.type, layer.gate.device.type):
+            raise StateError(f"{name!r} is on meta, where weights have no values; materialise the model first")
     return layers
 
 

@@ -456,6 +456,10 @@ def test_states_that_do_not_allow_a_call_are_refused(vit: nn.Module, randomise: 
     for call in (slora.merge, slora.unmerge, slora.merge_and_unload):
         with pytest.raises(StateError, match=r"no adapted layer; call slora.inject\(model, config\) first"):
             call(vit)
+    with torch.device("meta"):
+        empty = slora.inject(nn.Sequential(nn.Linear(8, 8)), slora.SelectiveLoRAConfig(r=2, target_modules=["0"]))
+    with pytest.raises(StateError, match="'0' is on meta, where weights have no values; materialise the model first"):
+        slora.merge(empty)
     model = adapted(vit, randomise)
     with pytest.raises(StateError, match="not merged; there is nothing to undo"):
         slora.unmerge(model)
