@@ -1,7 +1,9 @@
 """Folding LoRA into all linear layers of a ViT-L/16: slora, PEFT, and what copying those weights once costs.
 
 Putting the adapters on is not timed. `device_seconds` is the time between two events on a GPU's stream,
-`added_memory_mib` what one call adds at its peak.
+`added_memory_mib` what one call adds at its peak. `flops` and `bytes` are by formula, the least that the result takes.
+
+All calls work on one set of weights, which is larger than the last cache.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 import slora
+from benchmarks import counting
 from benchmarks.contenders import merge
 from benchmarks.record import BenchmarkError, spread
 from benchmarks.settings import DTYPES, FEWEST_ROUNDS, Settings
@@ -49,10 +52,10 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     for model, dtype, rank in grid(settings):
         if settings.over():
             return
-        yield from measure(settings, model, dtype, rank)
+        yield from measure(settings, ceilings, model, dtype, rank)
 
 
-def measure(settings: Settings, model: str, dtype: str, rank: int) -> list[dict[str, Any]]:
+def measure(settings: Settings, ceilings: dict[str, Any], model: str, dtype: str, rank: int) -> list[dict[str, Any]]:
     """Check, then time all contenders in turns."""
     case = merge.Case(model, DTYPES[dtype], rank, settings.device)
     merge.check(case)
@@ -74,8 +77,10 @@ def measure(settings: Settings, model: str, dtype: str, rank: int) -> list[dict[
             "contender": name,
             **{kind: spread(values) for kind, values in taken[name].items()},
         }
-        if name in ("copy", "slora batched_merge_"):
-            row["bytes"] = 2 * sum(W.nbytes for W in case.weights)
+        seconds = row.get("device_seconds", row["seconds"])["median"]
+        row.update(flops=case.flops(name), bytes=case.bytes(name))
+        # Merging computes in fp32, whatever the weights' dtype.
+        row.update(counting.beside_time(ceilings, "fp32", seconds, row["flops"], row["bytes"]))
         if settings.on_gpu:
             row["added_memory_mib"] = added_memory(case, name)
             if name == "slora batched_merge_":

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import slora
 from benchmarks.record import BenchmarkError
 from benchmarks.settings import DTYPES
+from slora.flops import linear_flops
 from slora.gate import adapted_layers
 from slora.inject import unload
 
@@ -90,6 +91,17 @@ class Case:
     def plain(self) -> Iterator[None]:
         """Without adapters."""
         yield
+
+    def flops(self, name: str) -> int:
+        """FLOPs of the sum of products that a call adds to the weights."""
+        return 0 if name == "copy" else sum(linear_flops(*W.shape, self.rank) for W in self.weights)
+
+    def bytes(self, name: str) -> int:
+        """Bytes that have to move: the weights read and written, a kept copy written, A and B read."""
+        weights = sum(W.nbytes for W in self.weights)
+        if name == "copy":
+            return 2 * weights
+        return (3 if "copy kept" in name else 2) * weights + sum(M.nbytes for M in (*self.As, *self.Bs))
 
     @property
     def contenders(self) -> dict[str, tuple[Callable[[], Any], Callable[[], None]]]:

@@ -143,6 +143,10 @@ def _merge(row: Row, rows: Sequence[Row]) -> list[str]:
         ratio(median(row.get(kind)), of(rows, "copy", kind)),
         ratio(median(row.get("seconds")), of(rows, "PEFT merge_and_unload", "seconds")),
         _number(row, "added_memory_mib", ",.1f"),
+        _number(row, "flops", ".2f", 1e9),
+        _number(row, "bytes", ",.0f", 1e6),
+        _number(row, "percent_of_gemm", ".0f"),
+        _number(row, "percent_of_copy", ".0f"),
     ]
 
 
@@ -155,7 +159,7 @@ COLUMNS: dict[str, tuple[list[str], Cells]] = {
     "gates": (_STEP_HEADS, _step),
     "train_memory": (["peak MiB", "over PEFT, all"], _memory),
     "inference": (["forward", "over base", *_MODEL_HEADS], _inference),
-    "merge": (["call", "device", "over copy", "over PEFT", "added MiB"], _merge),
+    "merge": (["call", "device", "over copy", "over PEFT", "added MiB", "GFLOP", "MB", "% GEMM", "% copy"], _merge),
 }
 
 
