@@ -133,7 +133,7 @@ def text(payload: dict[str, Any]) -> str:
     for entry in payload["kernels"]:
         gemm = entry["kernel"].startswith("linear_")
         cells = [f"sm_{entry['part']}", entry["kernel"].removeprefix("linear_").strip("_").replace("_", " ")]
-        cells += _case(entry["label"]) if gemm else _narrow_case(entry["label"])
+        cells += _case(entry["kernel"], entry["label"]) if gemm else _narrow_case(entry["label"])
         cells += _compiled(entry)
         (kernels if gemm else others).append(cells)
     packages = payload["environment"]["packages"]
@@ -155,7 +155,9 @@ predicted in the same way; the bar is for the same quotient, measured.
 
 ## Compiled
 
-Every configuration of `kernels/configs.py`. "Fit" is how many programs of how many warps fit on a multiprocessor;
+Every configuration of `kernels/configs.py`, in the most demanding case that it serves: fp32 A and B, a bias, any rank
+that "r" allows and any K and N that "access" allows. "Fit" is how many programs of how many warps fit on a
+multiprocessor;
 products are those of tiles, by the instruction that does them; the copy engine brings the operands named last.
 
 {table(_KERNEL_HEADS, kernels)}
@@ -175,7 +177,7 @@ _SHAPE_HEADS = [
     "dA, dB µs, predicted", "frozen µs, predicted", "over frozen, predicted", "bar", "over frozen, measured",
 ]  # fmt: skip
 _COMPILED_HEADS = ["registers", "stack and spills, bytes", "shared, KiB", "fit", "products", "bulk copies"]
-_KERNEL_HEADS = ["GPU", "kernel", "path", "numbers", "form", "R", "tile", "blocks", *_COMPILED_HEADS]
+_KERNEL_HEADS = ["GPU", "kernel", "access", "numbers", "form", "R", "r", "tile", "blocks", *_COMPILED_HEADS]
 _NARROW_HEADS = ["GPU", "kernel", "case", "columns", "tile", *_COMPILED_HEADS]
 
 
@@ -201,16 +203,19 @@ def _narrow_case(label: str) -> list[str]:
     return [", ".join(words[:-1]), words[-1], f"{values[rows]}x{values[columns]}, {values['num_stages']} stages"]
 
 
-def _case(label: str) -> list[str]:
+def _case(kernel: str, label: str) -> list[str]:
     """The label of a variant as cells."""
     head, rest = label.split(", R=")
     R, rest = rest.split(", Gemm(")
+    R, ranks = R.split(", ")
     fields, blocks = rest.split("), ")
     values = dict(field.split("=") for field in fields.split(", "))
-    path, numbers, form = head.split(", ", 2)
+    access, numbers, form = head.split(", ", 2)
     tile = f"{values['BM']}x{values['BN']}x{values['BK']}, {values['num_stages']} stages"
-    flags = [word for name, word in (("HALVES", "halves"), ("FLATTEN", "flat")) if values[name] == "True"]
-    return [path, numbers, form, R, ", ".join([tile, *flags]), blocks.removesuffix(" blocks").removesuffix(" block")]
+    # The loops that read S or T, and those of the input gradient over several blocks, end with each tile.
+    one_pipeline = not form.startswith("given") and (kernel == "linear_forward" or blocks == "one block")
+    flags = ["halves"] * (values["HALVES"] == "True") + ["flat"] * (values["FLATTEN"] == "True" and one_pipeline)
+    return [access, numbers, form, R, ranks, ", ".join([tile, *flags]), blocks.split()[0]]
 
 
 def main() -> None:

@@ -46,6 +46,8 @@ class Variant:
     """Whether its loop should load by asynchronous copies."""
     described: tuple[str, ...] = ()
     """Arguments whose tiles the copy engine should bring."""
+    stores_described: bool = False
+    """Whether the copy engine should take its results away."""
     programs: int = 1
     """How many programs are meant to share a multiprocessor."""
 
@@ -139,7 +141,7 @@ def _report(variant: Variant, made: Any, log: str, seconds: float) -> Report:
             "fma": sum(not layout.startswith("mma") for layout in dots),
         },
         bulk_loads=tuple(sorted(set(re.findall(r"async_tma_copy_global_to_local %(\w+?)(?:_\d+)?\[", code)))),
-        bulk_stores=made.asm["ptx"].count("cp.async.bulk.tensor.2d.global.shared"),
+        bulk_stores=len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.global\.shared", made.asm["ptx"])),
         async_copies=made.asm["ptx"].count("cp.async.c"),
         serialized="wgmma.mma_async instructions are serialized" in log,
         seconds=seconds,
@@ -176,4 +178,6 @@ def faults(variant: Variant, report: Report, limit: int) -> list[str]:
     missing = set(variant.described) - set(report.bulk_loads)
     if missing:
         found.append(f"the copy engine does not bring {', '.join(sorted(missing))}")
+    if variant.stores_described and not report.bulk_stores:
+        found.append("the copy engine does not take its results away")
     return found

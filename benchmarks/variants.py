@@ -18,34 +18,35 @@ from slora.kernels.linear_backward import linear_backward
 from slora.kernels.linear_forward import linear_forward
 
 _INTEGERS = ("drop", "M", "N", "K", "n", "r", "blocks", "slots", "stride_x", "stride_dy", "stride_w")
-# What Triton is told not to look at (`do_not_specialize`), so nothing is known of it.
-_ANY = frozenset({"drop", "M", "blocks", "slots"})
+# What Triton is told not to look at (`do_not_specialize`), so nothing is known of it, and the rank.
+_ANY = frozenset({"drop", "M", "r", "blocks", "slots"})
 
 
 def gemm_variant(
-    kernel: configs.Kernel, part: int, path: configs.Path, precision: configs.Precision, form: configs.Form, R: int,
-    tile: configs.Gemm, one_block: bool,
+    kernel: configs.Kernel, part: int, access: configs.Access, precision: configs.Precision, form: configs.Form, R: int,
+    tile: configs.Gemm, one_block: bool, unit: int,
 ) -> Variant:  # fmt: skip
-    """Return `linear_forward` or `linear_backward` with a bias and with fp32 A and B, the more demanding case."""
+    """Return `linear_forward` or `linear_backward` in the most demanding case: a bias, fp32 A and B, and no more known
+    of its numbers than holds for every shape that the configuration serves."""
     element = "bf16" if precision == "16-bit" else "fp32"
-    given, dropout, bulk = form.startswith("given"), "dropout" in form, path == "bulk"
+    given, dropout, bulk = form.startswith("given"), "dropout" in form, access == "bulk"
 
-    def matrix(rows: int, columns: int) -> str:
-        return f"tensordesc<{element}[{rows}, {columns}]>" if bulk else f"*{element}"
+    def matrix(*shape: int) -> str:
+        return f"tensordesc<{element}{list(shape)}>" if bulk else f"*{element}"
 
     types = dict.fromkeys(_INTEGERS, "i32")
     types |= {"gate": "*fp32", "seed": "*i64", "threshold": "fp32", "scaling": "fp32", "bias": f"*{element}"}
     if kernel == "forward":
         types |= {"x": matrix(tile.BM, tile.BK), "W": matrix(tile.BN, tile.BK), "A": matrix(R, tile.BK)}
-        types |= {"B": "*fp32", "S": f"*{element}", "y": matrix(tile.BM, tile.store_width)}
+        types |= {"B": "*fp32", "S": f"*{element}", "y": matrix(tile.BM, 1, tile.store_width)}
         described = ("x", "W") if given else ("x", "W", "A")
     else:
         types |= {"dy": matrix(tile.BM, tile.BK), "W": matrix(tile.BK, tile.BN), "B": matrix(tile.BK, R)}
-        types |= {"A": "*fp32", "T": f"*{element}", "dx": matrix(tile.BM, tile.store_width)}
+        types |= {"A": "*fp32", "T": f"*{element}", "dx": matrix(tile.BM, 1, tile.store_width)}
         described = ("dy", "W") if given else ("dy", "W", "B")
     constants = {
-        "GIVEN": given, "DROPOUT": dropout, "ONE_BLOCK": one_block, "DESCRIBED": bulk, "STORE_DESCRIBED": bulk,
-        "PRECISION": "tf32" if precision == "tf32" else "ieee", "R": R, **tile.kernel_arguments(),
+        "GIVEN": given, "DROPOUT": dropout, "ONE_BLOCK": one_block, "DESCRIBED": bulk,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee", "R": R, "UNIT": unit, **tile.kernel_arguments(),
     }  # fmt: skip
     if given:
         constants["A" if kernel == "forward" else "B"] = None
@@ -54,13 +55,15 @@ def gemm_variant(
     return Variant(
         kernel=linear_forward if kernel == "forward" else linear_backward,
         part=part,
-        label=f"{path}, {precision}, {form}, R={R}, {tile}, {'one block' if one_block else 'several blocks'}",
+        label=f"{access}, {precision}, {form}, R={R}, {'r % 4 == 0' if unit > 1 else 'any r'}, {tile}, "
+        f"{'one block' if one_block else 'several blocks'}",
         types=types,
         constants=constants,
         options=tile.options(),
-        unaligned=_ANY if bulk or part == 80 else _ANY | {"N", "K", "n", "r", "stride_x", "stride_dy", "stride_w"},
+        unaligned=_ANY if access == "vectors" else frozenset(_INTEGERS),
         tensor_cores=precision != "ieee",
         described=described if bulk else (),
+        stores_described=bulk,
         programs=tile.programs,
     )
 
@@ -74,11 +77,12 @@ def gemm_variants(kernel: configs.Kernel, part: int) -> Iterator[Variant]:
             if form == "given, dropout" and kernel == "forward":
                 continue
             for R in row.ranks:
-                for tile in row.candidates:
+                for tile in dict.fromkeys(row.candidates + (row.odd or ())):
+                    unit = 1 if row.odd is None or tile in row.odd else configs.UNIT
                     for one_block in (True, False) if row.one_block else (False,):
                         # The input gradient of a given T is one code for any number of blocks.
                         if not (one_block and kernel == "backward" and form.startswith("given")):
-                            yield gemm_variant(kernel, part, row.path, row.precision, form, R, tile, one_block)
+                            yield gemm_variant(kernel, part, row.access, row.precision, form, R, tile, one_block, unit)
 
 
 def main(kernel: str, part: int) -> None:

@@ -10,8 +10,10 @@ import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
-Path = Literal["bulk", "pointers"]
-"""How tiles reach shared memory: by the copy engine through tensor descriptors, or by the threads' own loads."""
+Access = Literal["bulk", "vectors", "elements"]
+"""How tiles reach shared memory: by the copy engine through tensor descriptors, or by the threads' own loads of 16
+bytes or, where rows do not start or end at multiples of 16 elements, of single elements. GPUs that have the engine use
+it wherever 16 bytes would do."""
 Precision = Literal["16-bit", "tf32", "ieee"]
 """What a product multiplies: bf16 or fp16, fp32 rounded to TF32, or fp32 itself (which no tensor core does)."""
 Kernel = Literal["forward", "backward"]
@@ -24,7 +26,8 @@ PARTS = (80, 90, 100)
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Above this rank S and T are not computed in the main loop: their fp32 sums would not fit beside those of the tile.
 MAX_FUSED_RANK = 64
-
+# Of ranks that are multiples of this, rows of A, B, S and T are read and written in vectors.
+UNIT = 4
 
 _OPTIONS = {"num_warps", "num_stages", "maxnreg"}
 
@@ -82,7 +85,7 @@ class Row(NamedTuple):
 
     kernels: tuple[Kernel, ...]
     part: int
-    path: Path
+    access: Access
     precision: Precision
     forms: tuple[Form, ...]
     ranks: tuple[int, ...]
@@ -90,6 +93,9 @@ class Row(NamedTuple):
     candidates: tuple[Gemm, ...]
     one_block: bool = False
     """Whether a layer of one block gets code of its own, without a search for its block and with one pipeline."""
+    odd: tuple[Gemm, ...] | None = None
+    """The candidates for ranks that are no multiples of 4, where not all of them serve those: every element of A, B, S
+    and T then has an address and a mask of its own in registers. Where none does, such calls read by elements."""
 
 
 _F: tuple[Kernel, ...] = ("forward",)
@@ -104,66 +110,89 @@ _PAIR = Gemm(128, 128, 32, 4, 5, programs=2, HALVES=True, FLATTEN=True)
 _LOW = Gemm(64, 128, 64, 8, 4, FLATTEN=True)
 # Elements that are not aligned are loaded one by one, each with its address and mask in registers.
 _UNALIGNED = Gemm(64, 64, 32, 8, 3)
+_NARROW = Gemm(128, 64, 64, 8, 4)
+_TINY = Gemm(64, 32, 32, 8, 3)
+_SMALL = Gemm(64, 64, 64, 8, 4)
 
 _EXACT = Gemm(16, 32, 16, 8, 2, maxnreg=255)
 
 GEMM: tuple[Row, ...] = (
-    Row(_FB, 90, "bulk", "16-bit", ("fused",), (16,), (_WIDE, _PAIR, _SQUARE), True),
-    Row(_FB, 90, "bulk", "16-bit", ("fused",), (32,), (_WIDE, _SQUARE), True),
-    Row(_FB, 90, "bulk", "16-bit", ("fused",), (64,), (_SQUARE,), True),
+    Row(_FB, 90, "bulk", "16-bit", ("fused",), (16,), (_WIDE, _PAIR, _SQUARE), True, (_SQUARE,)),
+    Row(_F, 90, "bulk", "16-bit", ("fused",), (32,), (_WIDE, _SQUARE), True, (_SQUARE,)),
+    Row(_B, 90, "bulk", "16-bit", ("fused",), (32,), (_SQUARE,), True),
+    Row(_F, 90, "bulk", "16-bit", ("fused",), (64,), (_SQUARE,), True, (_SMALL,)),
+    Row(_B, 90, "bulk", "16-bit", ("fused",), (64,), (_SQUARE,), True, ()),
     Row(_F, 90, "bulk", "16-bit", ("dropout",), (16,), (_SQUARE,), True),
-    Row(_F, 90, "bulk", "16-bit", ("dropout",), (32, 64), (_LOW,), True),
+    Row(_F, 90, "bulk", "16-bit", ("dropout",), (32,), (_LOW,), True),
+    Row(_F, 90, "bulk", "16-bit", ("dropout",), (64,), (_LOW,), True, (_SMALL,)),
     Row(_B, 90, "bulk", "16-bit", ("dropout",), (16, 32, 64), (_LOW,), True),
     Row(_FB, 90, "bulk", "16-bit", ("given",), (16,), (_WIDE, _SQUARE), True),
-    Row(_FB, 90, "bulk", "16-bit", ("given",), (64,), (_SQUARE,), True),
-    Row(_B, 90, "bulk", "16-bit", ("given, dropout",), (16, 64), (_SQUARE,)),
-    Row(_FB, 90, "bulk", "tf32", ("fused",), (16, 64), (Gemm(128, 128, 32, 8, 3, FLATTEN=True),)),
-    Row(_F, 90, "bulk", "tf32", ("dropout",), (16, 64), (Gemm(64, 128, 32, 8, 3, FLATTEN=True),)),
-    Row(_B, 90, "bulk", "tf32", ("dropout",), (16, 64), (Gemm(64, 64, 32, 8, 3),)),
-    Row(_FB, 90, "bulk", "tf32", ("given",), (64,), (Gemm(128, 128, 32, 8, 3),)),
+    Row(_FB, 90, "bulk", "16-bit", ("given",), (64,), (_SQUARE,), True, (_LOW,)),
+    Row(_B, 90, "bulk", "16-bit", ("given, dropout",), (16,), (_SQUARE,)),
+    Row(_B, 90, "bulk", "16-bit", ("given, dropout",), (64,), (_SQUARE,), odd=(_LOW,)),
+    Row(_FB, 90, "bulk", "tf32", ("fused",), (16,), (Gemm(128, 128, 32, 8, 3, FLATTEN=True),)),
+    Row(_F, 90, "bulk", "tf32", ("fused",), (64,), (Gemm(64, 128, 32, 8, 3, FLATTEN=True),), odd=(_UNALIGNED,)),
+    Row(_B, 90, "bulk", "tf32", ("fused",), (64,), (_UNALIGNED,), odd=(_TINY,)),
+    Row(_F, 90, "bulk", "tf32", ("dropout",), (16,), (Gemm(64, 128, 32, 8, 3, FLATTEN=True),)),
+    Row(_F, 90, "bulk", "tf32", ("dropout",), (64,), (Gemm(64, 128, 32, 8, 3, FLATTEN=True),), odd=(_UNALIGNED,)),
+    Row(_B, 90, "bulk", "tf32", ("dropout",), (16,), (_UNALIGNED,)),
+    Row(_B, 90, "bulk", "tf32", ("dropout",), (64,), (_UNALIGNED,), odd=(_TINY,)),
+    Row(_FB, 90, "bulk", "tf32", ("given",), (64,), (Gemm(128, 128, 32, 8, 3),), odd=(_UNALIGNED,)),
     Row(_B, 90, "bulk", "tf32", ("given, dropout",), (64,), (Gemm(64, 128, 32, 8, 3),)),
-    Row(_FB, 100, "bulk", "16-bit", ("fused",), (16,), (Gemm(128, 128, 64, 4, 3),), True),
-    Row(_FB, 100, "bulk", "16-bit", ("fused",), (64,), (Gemm(128, 128, 64, 8, 3),), True),
-    Row(_FB, 100, "bulk", "16-bit", ("dropout",), (16,), (Gemm(128, 64, 64, 8, 4),), True),
-    Row(_F, 100, "bulk", "16-bit", ("dropout",), (64,), (Gemm(128, 128, 64, 8, 3),), True),
-    Row(_B, 100, "bulk", "16-bit", ("dropout",), (64,), (Gemm(128, 64, 64, 8, 4),), True),
+    Row(_FB, 100, "bulk", "16-bit", ("fused",), (16,), (Gemm(128, 128, 64, 4, 3),), True, (_NARROW,)),
+    Row(_F, 100, "bulk", "16-bit", ("fused",), (64,), (Gemm(128, 128, 64, 8, 3),), True, (_NARROW,)),
+    Row(_B, 100, "bulk", "16-bit", ("fused",), (64,), (Gemm(128, 128, 64, 8, 3),), True, (_SMALL,)),
+    Row(_FB, 100, "bulk", "16-bit", ("dropout",), (16,), (_NARROW,), True),
+    Row(_F, 100, "bulk", "16-bit", ("dropout",), (64,), (Gemm(128, 128, 64, 8, 3),), True, (_SMALL,)),
+    Row(_B, 100, "bulk", "16-bit", ("dropout",), (64,), (_NARROW,), True, (_SMALL,)),
     Row(_FB, 100, "bulk", "16-bit", ("given",), (16,), (Gemm(128, 256, 64, 8, 3, HALVES=True),), True),
-    Row(_FB, 100, "bulk", "16-bit", ("given",), (64,), (Gemm(128, 128, 64, 8, 3),), True),
-    Row(_B, 100, "bulk", "16-bit", ("given, dropout",), (16, 64), (Gemm(128, 64, 64, 8, 4),)),
-    Row(_FB, 100, "bulk", "tf32", ("fused",), (16, 64), (Gemm(64, 128, 32, 8, 3),)),
+    Row(_FB, 100, "bulk", "16-bit", ("given",), (64,), (Gemm(128, 128, 64, 8, 3),), True, (_NARROW,)),
+    Row(_B, 100, "bulk", "16-bit", ("given, dropout",), (16, 64), (_NARROW,)),
+    Row(_F, 100, "bulk", "tf32", ("fused",), (16, 64), (Gemm(64, 128, 32, 8, 3),)),
+    Row(_B, 100, "bulk", "tf32", ("fused",), (16,), (Gemm(64, 128, 32, 8, 3),)),
+    Row(_B, 100, "bulk", "tf32", ("fused",), (64,), (Gemm(64, 128, 32, 8, 3),), odd=(Gemm(64, 32, 16, 8, 3),)),
     Row(_F, 100, "bulk", "tf32", ("dropout",), (16, 64), (Gemm(64, 128, 32, 8, 3),)),
     Row(_B, 100, "bulk", "tf32", ("dropout",), (16,), (Gemm(64, 128, 32, 8, 3),)),
-    Row(_B, 100, "bulk", "tf32", ("dropout",), (64,), (Gemm(64, 64, 32, 8, 3),)),
+    Row(_B, 100, "bulk", "tf32", ("dropout",), (64,), (_UNALIGNED,), odd=(_TINY,)),
     Row(_FB, 100, "bulk", "tf32", ("given", "given, dropout"), (64,), (Gemm(64, 64, 32, 8, 3, maxnreg=255),)),
-    Row(_F, 80, "pointers", "16-bit", ("fused",), (16,), (Gemm(128, 128, 32, 8, 4),), True),
-    Row(_F, 80, "pointers", "16-bit", ("fused",), (32, 64), (Gemm(128, 64, 32, 8, 4),), True),
-    Row(_B, 80, "pointers", "16-bit", ("fused",), (16,), (Gemm(128, 64, 32, 8, 4),), True),
-    Row(_B, 80, "pointers", "16-bit", ("fused",), (32, 64), (Gemm(64, 64, 32, 8, 4),), True),
-    Row(_FB, 80, "pointers", "16-bit", ("given",), (16, 64), (Gemm(128, 128, 32, 8, 4),), True),
-    Row(_FB, 80, "pointers", "16-bit", ("dropout",), (16, 64), (Gemm(64, 64, 32, 8, 4),)),
-    Row(_B, 80, "pointers", "16-bit", ("given, dropout",), (16, 64), (Gemm(128, 64, 32, 8, 4),)),
-    Row(_FB, 80, "pointers", "tf32", ("fused",), (16, 64), (Gemm(64, 64, 32, 8, 3),)),
-    Row(_FB, 80, "pointers", "tf32", ("dropout",), (16, 64), (Gemm(64, 64, 16, 8, 3),)),
-    Row(_FB, 80, "pointers", "tf32", ("given", "given, dropout"), (64,), (Gemm(64, 64, 32, 8, 3),)),
-    Row(_F, 90, "pointers", "16-bit", ("fused", "dropout"), (16, 64), (_UNALIGNED,)),
-    Row(_B, 90, "pointers", "16-bit", ("fused", "dropout"), (16, 64), (Gemm(64, 64, 16, 8, 2),)),
-    Row(_FB, 90, "pointers", "16-bit", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
-    Row(_FB, 100, "pointers", "16-bit", ("fused", "dropout"), (16, 64), (_UNALIGNED,)),
-    Row(_FB, 100, "pointers", "16-bit", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
+    Row(_F, 80, "vectors", "16-bit", ("fused",), (16,), (Gemm(128, 128, 32, 8, 4),), True),
+    Row(_F, 80, "vectors", "16-bit", ("fused",), (32, 64), (Gemm(128, 64, 32, 8, 4),), True),
+    Row(_B, 80, "vectors", "16-bit", ("fused",), (16,), (Gemm(128, 64, 32, 8, 4),), True),
+    Row(_B, 80, "vectors", "16-bit", ("fused",), (32,), (Gemm(64, 64, 32, 8, 4),), True),
+    Row(_B, 80, "vectors", "16-bit", ("fused",), (64,), (Gemm(64, 64, 32, 8, 4),), True, (Gemm(64, 32, 32, 8, 4),)),
+    Row(_FB, 80, "vectors", "16-bit", ("given",), (16,), (Gemm(128, 128, 32, 8, 4),), True),
+    Row(_FB, 80, "vectors", "16-bit", ("given",), (64,), (Gemm(128, 128, 32, 8, 4),), True, (Gemm(128, 64, 32, 8, 4),)),
+    Row(_F, 80, "vectors", "16-bit", ("dropout",), (16, 64), (Gemm(64, 64, 32, 8, 4),)),
+    Row(_B, 80, "vectors", "16-bit", ("dropout",), (16,), (Gemm(64, 64, 32, 8, 4),)),
+    Row(_B, 80, "vectors", "16-bit", ("dropout",), (64,), (Gemm(64, 64, 32, 8, 4),), odd=(Gemm(64, 32, 32, 8, 4),)),
+    Row(_B, 80, "vectors", "16-bit", ("given, dropout",), (16, 64), (Gemm(128, 64, 32, 8, 4),)),
+    Row(_F, 80, "vectors", "tf32", ("fused",), (16, 64), (Gemm(64, 64, 32, 8, 3),)),
+    Row(_B, 80, "vectors", "tf32", ("fused",), (16,), (Gemm(64, 64, 32, 8, 3),)),
+    Row(_B, 80, "vectors", "tf32", ("fused",), (64,), (Gemm(64, 64, 32, 8, 3),), odd=(Gemm(64, 64, 16, 8, 3),)),
+    Row(_FB, 80, "vectors", "tf32", ("dropout",), (16, 64), (Gemm(64, 64, 16, 8, 3),)),
+    Row(_FB, 80, "vectors", "tf32", ("given", "given, dropout"), (64,), (Gemm(64, 64, 32, 8, 3),)),
+    Row(_F, 80, "elements", "16-bit", ("fused", "dropout"), (16, 64), (_UNALIGNED,)),
+    Row(_B, 80, "elements", "16-bit", ("fused", "dropout"), (16, 64), (Gemm(64, 64, 16, 8, 2),)),
+    Row(_FB, 80, "elements", "16-bit", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
+    Row(_F, 80, "elements", "tf32", ("fused", "dropout"), (16, 64), (Gemm(64, 64, 16, 8, 2),)),
+    Row(_B, 80, "elements", "tf32", ("fused", "dropout"), (16,), (Gemm(64, 64, 16, 8, 2),)),
+    Row(_B, 80, "elements", "tf32", ("fused", "dropout"), (64,), (Gemm(32, 64, 16, 8, 2),)),
+    Row(_FB, 80, "elements", "tf32", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
+    Row(_F, 90, "elements", "16-bit", ("fused", "dropout"), (16, 64), (_UNALIGNED,)),
+    Row(_B, 90, "elements", "16-bit", ("fused", "dropout"), (16, 64), (Gemm(64, 64, 16, 8, 2),)),
+    Row(_FB, 90, "elements", "16-bit", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
+    Row(_FB, 100, "elements", "16-bit", ("fused", "dropout"), (16, 64), (_UNALIGNED,)),
+    Row(_FB, 100, "elements", "16-bit", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
     # Products of fp32 itself are for being exact, not for being fast: cuBLAS has more registers to spend.
-    *(Row(_FB, part, "pointers", "ieee", ("fused", "dropout"), (16, 64), (_EXACT,)) for part in PARTS),
-    *(Row(_FB, part, "pointers", "ieee", ("given", "given, dropout"), (64,), (_EXACT,)) for part in PARTS),
+    *(Row(_FB, part, "elements", "ieee", ("fused", "dropout"), (16, 64), (_EXACT,)) for part in PARTS),
+    *(Row(_FB, part, "elements", "ieee", ("given", "given, dropout"), (64,), (_EXACT,)) for part in PARTS),
 )
-
-
-# The longest step of a main loop.
-DEEPEST = max(tile.BK for row in GEMM for tile in row.candidates)
 
 
 class Choice(NamedTuple):
     """What the table says about one call."""
 
-    path: Path
+    access: Access
     precision: Precision
     R: int
     """The padded rank, or that of one of the pieces in which a given S or T is read."""
@@ -171,6 +200,8 @@ class Choice(NamedTuple):
     """Whether a layer of one block has code of its own."""
     candidates: tuple[Gemm, ...]
     """Tile sizes, the best guess first."""
+    unit: int
+    """4 where the rank is a multiple of it, else 1."""
 
     @property
     def dot(self) -> str:
@@ -181,7 +212,7 @@ class Choice(NamedTuple):
 def gemm(
     kernel: Kernel,
     part: int,
-    path: Path,
+    access: Access,
     precision: Precision,
     r: int,
     width: int,
@@ -197,18 +228,21 @@ def gemm(
         form: Form = "given, dropout" if dropout and kernel == "backward" else "given"
     else:
         form = "dropout" if dropout else "fused"
-    choices = _choices()[kernel, part, path, precision, form]
-    choice = next((c for c in choices if r <= c.R), choices[-1])
-    return choice._replace(candidates=tuple(sorted(choice.candidates, key=lambda c: 8 * (-width % c.BN) > width)))
+    rows = _rows()[kernel, part, access, precision, form]
+    R, row = next((found for found in rows if r <= found[0]), rows[-1])
+    unit = 1 if r % UNIT else UNIT
+    candidates = row.candidates if unit > 1 or row.odd is None else row.odd
+    by_waste = sorted(candidates, key=lambda c: 8 * (-width % c.BN) > width)
+    return Choice(access, precision, R, row.one_block, tuple(by_waste), unit)
 
 
 @functools.cache
-def _choices() -> dict[tuple[Kernel, int, Path, Precision, Form], list[Choice]]:
-    """The table by case, with rising ranks."""
-    result: dict[tuple[Kernel, int, Path, Precision, Form], list[Choice]] = {}
+def _rows() -> dict[tuple[Kernel, int, Access, Precision, Form], list[tuple[int, Row]]]:
+    """The table by case, with rising padded ranks."""
+    result: dict[tuple[Kernel, int, Access, Precision, Form], list[tuple[int, Row]]] = {}
     for row in GEMM:
         for kernel in row.kernels:
             for form in row.forms:
-                choices = result.setdefault((kernel, row.part, row.path, row.precision, form), [])
-                choices += [Choice(row.path, row.precision, R, row.one_block, row.candidates) for R in row.ranks]
-    return {case: sorted(choices, key=lambda choice: choice.R) for case, choices in result.items()}
+                found = result.setdefault((kernel, row.part, row.access, row.precision, form), [])
+                found += [(R, row) for R in row.ranks]
+    return {case: sorted(found, key=lambda entry: entry[0]) for case, found in result.items()}

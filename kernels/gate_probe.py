@@ -51,9 +51,20 @@ def seed_word(seed: int) -> int:
     return (seed * 0x9E3779B1 + 0x80000000 & 0xFFFFFFFF) - 0x80000000
 
 
+def check_rows(M: int, m: int) -> None:
+    """Raise where `sampled_row` would overflow.
+
+    Raises:
+        ValueError: `m * M` is 2**39 or more.
+    """
+    if m < M and m * M >= 2**39:
+        raise ValueError(f"m={m} of M={M} rows cannot be drawn in 64 bits; m * M must be below 2**39, so take fewer")
+
+
 @triton.jit
 def sampled_row(k, M, m, word):
-    """Return the row drawn from stratum `k [...]`, int64; `word` is `seed_word(seed)`."""
+    """Return the row drawn from stratum `k [...]`, int64, of M and m that passed `check_rows`; `word` is
+    `seed_word(seed)`."""
     u = (counter.mix((k.to(tl.int64) + word).to(tl.uint32)) >> 8).to(tl.int64)
     return (((k.to(tl.int64) << 24) + u) * M // m) >> 24
 
@@ -106,9 +117,9 @@ def _probe(
     dy, x, A, B, gate, out, threshold, scaling, M, m, K, n, r, stride_dy, stride_x, word, tiles,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of sampled rows, block) of one layer."""
-    tile = tl.program_id(0)
-    block = tl.program_id(1)
+    """Program (block, tile of sampled rows) of one layer; a single number, because blocks or tiles may be many."""
+    tile = tl.program_id(0) % tiles
+    block = tl.program_id(0) // tiles
     result = 0.0
     if tl.load(gate + block) < threshold:
         k = tile * BM + tl.arange(0, BM)
@@ -127,9 +138,9 @@ def _probe_table(
     table, factors, out, layers, tiles, LAYERS: tl.constexpr, ROW_DTYPE: tl.constexpr, LORA_DTYPE: tl.constexpr,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of sampled rows, block of any layer): finds its layer by the number of its first block."""
-    tile = tl.program_id(0)
-    number = tl.program_id(1)
+    """Program (block of any layer, tile of sampled rows): finds its layer by the number of its first block."""
+    tile = tl.program_id(0) % tiles
+    number = tl.program_id(0) // tiles
     i = tl.arange(0, LAYERS)
     firsts = tl.load(table + i * _FIELDS + 13, mask=i < layers, other=2147483647)
     layer = tl.sum((firsts <= number).to(tl.int32), 0) - 1
@@ -155,6 +166,7 @@ def _probe_table(
 def sample_rows(x: Tensor, m: int, seed: int) -> Tensor:
     """Return the `[m, K]` rows of `x [M, K]` that `slora.probe.sampled_rows(M, m, seed)` names; m below M."""
     M, K = x.shape
+    check_rows(M, m)
     out = torch.empty(m, K, dtype=x.dtype, device=x.device)
     BM, BK = 8, 256
     with launch.on(x.device):
@@ -173,6 +185,8 @@ def gate_probe(layers: Sequence[Layer]) -> list[Tensor]:
     """
     if not layers:
         return []
+    for layer in layers:
+        check_rows(layer.dy.shape[0], layer.x.shape[0])
     first = layers[0]
     device, rows, lora = first.dy.device, first.dy.dtype, first.lora_A.dtype
     LOW = min(WIDEST, triton.next_power_of_2(max(16, *(layer.lora_A.shape[1] for layer in layers))))
@@ -187,13 +201,13 @@ def gate_probe(layers: Sequence[Layer]) -> list[Tensor]:
     with launch.on(device):
         if len(layers) == 1:
             dy, x, A, B, gate, threshold, scaling, seed = first
-            _probe[(tiles, total)](
+            _probe[(total * tiles,)](
                 dy, x, A, B, gate, out, threshold, scaling, dy.shape[0], x.shape[0], x.shape[1], B.shape[1], A.shape[1],
                 dy.stride(0), x.stride(0), seed_word(seed), tiles, **meta,
             )  # fmt: skip
         else:
             table, factors = _table(layers)
-            _probe_table[(tiles, total)](
+            _probe_table[(total * tiles,)](
                 table, factors, out, len(layers), tiles, LAYERS=triton.next_power_of_2(len(layers)),
                 ROW_DTYPE=_TYPES[rows], LORA_DTYPE=_TYPES[lora], **meta,
             )  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,11 +15,6 @@ from slora.kernels import configs
 
 # What the interpreter pretends to have: few enough that small tensors fill it, so that tests see several programs.
 _INTERPRETED_MULTIPROCESSORS = 3
-
-
-def interpreted() -> bool:
-    """Return whether kernels run in Triton's interpreter; it decides when they are defined."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @functools.cache
@@ -51,10 +45,10 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def describable(rows: Tensor) -> bool:
-    """Return whether the GPU's copy engine can read `rows [M, columns]`: from compute capability 9.0 on, aligned to 16
-    bytes, unit column stride, not empty."""
+    """Return whether the kernels let the GPU's copy engine read `rows [M, columns]`: where their configurations are
+    made for it, aligned to 16 bytes, unit column stride, not empty."""
     return (
-        capability(rows.device) >= 90
+        part(rows.device) >= 90
         and rows.numel() > 0
         and rows.stride(1) == 1
         and rows.data_ptr() % 16 == 0
@@ -64,17 +58,34 @@ def describable(rows: Tensor) -> bool:
     )
 
 
-def path(*matrices: Tensor, others: bool = True) -> tuple[configs.Path, configs.Precision]:
+def in_vectors(rows: Tensor) -> bool:
+    """Return whether threads can read `rows [M, columns]` 16 bytes at a time, by what Triton knows of its numbers."""
+    return (
+        rows.stride(1) == 1
+        and rows.data_ptr() % 16 == 0
+        and all(number % 16 == 0 for number in (rows.stride(0), rows.shape[1]))
+    )
+
+
+def access(*matrices: Tensor, multiple: int, others: bool = True) -> tuple[configs.Access, configs.Precision]:
     """Return how tiles of `matrices`, all of one dtype, are read and what their products multiply.
 
-    The copy engine reads them where it can read them all and `others` says that nothing else is against it; it does not
-    for exact products of fp32, which are not fast anyway. Products of fp32 matrices that it cannot read are exact on
-    GPUs that have the engine, even where TF32 is allowed.
+    `multiple` is a number of columns after which a block of them ends. The copy engine reads them where it can read
+    them all and `others` says that nothing else is against it. Exact products of fp32, which are not fast anyway, have
+    one code for all matrices, and on GPUs that have the engine so have TF32 products that it does not serve.
     """
-    newer, multiplied = part(matrices[0].device) >= 90, kind(matrices[0].dtype)
-    if newer and others and multiplied != "ieee" and all(describable(matrix) for matrix in matrices):
+    first = matrices[0]
+    multiplied = kind(first.dtype)
+    if multiplied == "ieee":
+        return "elements", multiplied
+    if part(first.device) < 90:
+        if others and multiple % 16 == 0 and all(in_vectors(matrix) for matrix in matrices):
+            return "vectors", multiplied
+        return "elements", multiplied
+    aligned = multiple * first.element_size() % 16 == 0
+    if others and aligned and all(describable(matrix) for matrix in matrices):
         return "bulk", multiplied
-    return "pointers", "ieee" if newer and multiplied == "tf32" else multiplied
+    return "elements", "16-bit" if multiplied == "16-bit" else "ieee"
 
 
 def descriptor(rows: Tensor, block: Sequence[int]) -> Any:

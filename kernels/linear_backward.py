@@ -9,7 +9,9 @@ of dy, which is what the gradient of A will read, and `t (c A_i)` is added to ac
 The programs that have the first tile of columns store T; it is never read here.
 
 Read: dy once per group of row tiles, W once per program wave from L2; A and B, a few columns wide, from L2.
-Written: dx and T once. Beyond a frozen layer that is `2 M r` bytes and no launch.
+Written: dx and T once. Beyond a frozen layer that is `2 M r` bytes, and no launch where B has the dtype of dy and rows
+that the copy engine can read: fp32 B is cast by a small launch of its own per call, and rows that are no multiple of
+16 bytes long are padded by another.
 
 The loop runs over the active blocks first, then in a second loop over the inactive ones, for which nothing of LoRA is
 loaded or multiplied; which is which is read from the gates on the device. A layer of one block has one loop over all
@@ -42,13 +44,13 @@ def _low_rank_update(
     """
     dtype: tl.constexpr = T.dtype.element_ty
     if not GIVEN and column == 0:
-        tiles.store(T + slot * r, t.to(dtype), row, 0, M, r, slots * r, BM, R, False, False)
+        tiles.store_low(T + slot * r, t.to(dtype), row, M, r, slots * r, BM, R)
     A += tl.cast(block, tl.int64) * r * K
     low = t.to(dtype)
     for start in tl.range(0, r if GIVEN else 1, R, num_stages=1):
         if GIVEN:
-            low = tiles.load(T + slot * r, row, start, M, r, slots * r, BM, R, False)
-        a = tiles.load(A, start, column, r, K, K, R, BN, False)
+            low = tiles.load_low(T + slot * r, row, start, M, r, slots * r, BM, R)
+        a = tiles.load_low(A, start, column, r, K, K, R, BN)
         a = (a.to(tl.float32) * scaling).to(dtype)
         if DROPOUT:
             update = tl.dot(low, a, input_precision=PRECISION)
@@ -62,8 +64,7 @@ def _low_rank_update(
 @triton.jit
 def _one_block(
     dy, W, A, B, T, dx, keys, scaling, drop, M, K, n, r, slots, stride_dy, stride_w,
-    UPDATE: tl.constexpr, DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr,
-    STORE_DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    UPDATE: tl.constexpr, DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
     GROUP: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -87,14 +88,14 @@ def _one_block(
                 acc, t, T, A, keys, row, column, 0, 0, M, K, r, 1, scaling, drop, False, DROPOUT, PRECISION, BM, BN, R
             )
         elif slots > 0 and column == 0:
-            tiles.store(T, t.to(dtype), row, 0, M, r, r, BM, R, False, False)
-        tiles.store(dx, acc.to(dtype), row, column, M, K, K, BM, BN, HALVES, STORE_DESCRIBED)
+            tiles.store_low(T, t.to(dtype), row, M, r, r, BM, R)
+        tiles.store(dx, acc.to(dtype), row, 0, column, M, K, K, BM, BN, HALVES, DESCRIBED)
 
 
 @triton.jit
 def _blocks(
     dy, W, A, B, T, dx, on, off, count, keys, scaling, drop, M, K, n, r, blocks, slots, stride_dy, stride_w,
-    DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr, STORE_DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """All tiles of this program, for a layer of several blocks: `count` active ones, the bits of `on`, and `off`."""
@@ -138,15 +139,15 @@ def _blocks(
         if slots == blocks and column == 0:
             block = activity.first_from(off, 0)
             for _ in range(blocks - count):
-                tiles.store(T + block * r, tl.zeros((BM, R), dtype), row, 0, M, r, slots * r, BM, R, False, False)
+                tiles.store_low(T + block * r, tl.zeros((BM, R), dtype), row, M, r, slots * r, BM, R)
                 block = activity.first_from(off, block + 1)
-        tiles.store(dx, acc.to(dtype), row, column, M, K, K, BM, BN, HALVES, STORE_DESCRIBED)
+        tiles.store(dx, acc.to(dtype), row, 0, column, M, K, K, BM, BN, HALVES, DESCRIBED)
 
 
 @triton.jit
 def _given(
     dy, W, A, T, dx, on, count, keys, scaling, drop, M, N, K, r, blocks, slots, stride_dy, stride_w,
-    DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr, STORE_DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, GROUP: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """All tiles of this program where T is read: the base product, then the updates of the `count` blocks `on`."""
@@ -166,7 +167,7 @@ def _given(
                 M, K, r, slots, scaling, drop, True, DROPOUT, PRECISION, BM, BN, R,
             )  # fmt: skip
             block = activity.first_from(on, block + 1)
-        tiles.store(dx, acc.to(T.dtype.element_ty), row, column, M, K, K, BM, BN, HALVES, STORE_DESCRIBED)
+        tiles.store(dx, acc.to(T.dtype.element_ty), row, 0, column, M, K, K, BM, BN, HALVES, DESCRIBED)
 
 
 @triton.jit(do_not_specialize=["drop", "M", "blocks", "slots"])
@@ -174,36 +175,40 @@ def linear_backward(
     dy, W, A, B, T, dx, gate, seed, threshold, scaling, drop,
     M, N, K, n, r, blocks, slots, stride_dy, stride_w,
     GIVEN: tl.constexpr, DROPOUT: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    DESCRIBED: tl.constexpr, STORE_DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     GROUP: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """See the head of this file. dy [M, N], W [N, K], B [N, r] and dx [M, K] are descriptors or pointers."""
+    """See the head of this file. dy [M, N], W [N, K], B [N, r] and dx [M, 1, K] are descriptors or pointers."""
     tl.assume(n > 0)
+    r = r // UNIT * UNIT
+    if DESCRIBED:
+        # Rows of W start at multiples of 16 bytes.
+        K = K // 4 * 4
     keys = (0, 0, 0)
     if DROPOUT:
         keys = counter.keys(tl.load(seed))
     if GIVEN or not ONE_BLOCK:
-        on, off, count = activity.as_bits(gate, threshold, blocks)
+        on, off, count = activity.as_bits(gate, threshold, blocks, slots)
     if GIVEN:
         _given(
             dy, W, A, T, dx, on, count, keys, scaling, drop, M, N, K, r, blocks, slots, stride_dy, stride_w,
-            DROPOUT, DESCRIBED, STORE_DESCRIBED, PRECISION, BM, BN, BK, R, GROUP, HALVES,
+            DROPOUT, DESCRIBED, PRECISION, BM, BN, BK, R, GROUP, HALVES,
         )  # fmt: skip
     elif not ONE_BLOCK:
         _blocks(
             dy, W, A, B, T, dx, on, off, count, keys, scaling, drop, M, K, n, r, blocks, slots, stride_dy, stride_w,
-            DROPOUT, DESCRIBED, STORE_DESCRIBED, PRECISION, BM, BN, BK, R, GROUP, HALVES,
+            DROPOUT, DESCRIBED, PRECISION, BM, BN, BK, R, GROUP, HALVES,
         )  # fmt: skip
-    elif tl.load(gate) >= threshold:
+    elif (tl.load(gate) >= threshold) & (slots > 0):
         _one_block(
             dy, W, A, B, T, dx, keys, scaling, drop, M, K, n, r, slots, stride_dy, stride_w,
-            True, DROPOUT, DESCRIBED, STORE_DESCRIBED, PRECISION, BM, BN, BK, R, GROUP, HALVES, FLATTEN,
+            True, DROPOUT, DESCRIBED, PRECISION, BM, BN, BK, R, GROUP, HALVES, FLATTEN,
         )  # fmt: skip
     else:
         _one_block(
             dy, W, A, B, T, dx, keys, scaling, drop, M, K, n, r, slots, stride_dy, stride_w,
-            False, DROPOUT, DESCRIBED, STORE_DESCRIBED, PRECISION, BM, BN, BK, R, GROUP, HALVES, FLATTEN,
+            False, DROPOUT, DESCRIBED, PRECISION, BM, BN, BK, R, GROUP, HALVES, FLATTEN,
         )  # fmt: skip
 
 
@@ -211,9 +216,15 @@ def plan(dy: Tensor, W: Tensor, A: Tensor, given: bool, dropout: bool) -> config
     """Return how `input_gradient` reads these operands, and its candidates for `config`."""
     blocks, r, K = A.shape
     n = W.shape[0] // blocks
+    ends = n * blocks if given else n
+    part = launch.part(dy.device)
+    choice = configs.gemm("backward", part, *launch.access(dy, W, multiple=ends), r, K, given, dropout)
     # A tile that the copy engine brings must not reach over the end of a block.
-    path, precision = launch.path(dy, W, others=given or blocks == 1 or n % configs.DEEPEST == 0)
-    return configs.gemm("backward", launch.part(dy.device), path, precision, r, K, given, dropout)
+    fit = tuple(tile for tile in choice.candidates if given or blocks == 1 or n % tile.BK == 0)
+    if fit or choice.access != "bulk":
+        return choice._replace(candidates=fit or choice.candidates)
+    access, precision = launch.access(dy, W, multiple=ends, others=False)
+    return configs.gemm("backward", part, access, precision, r, K, given, dropout)
 
 
 def input_gradient(
@@ -237,7 +248,7 @@ def input_gradient(
         W: `[N, K]` with unit column stride, in the dtype of dy.
         A: `[blocks, r, K]` contiguous, in the dtype of dy or fp32; read by the epilogue, which casts and scales it.
         B: `[blocks, N / blocks, r]` contiguous, in the dtype of A. Cast here where that differs from that of dy, and
-            padded to a multiple of 16 bytes per row for the copy engine: 2 N r bytes.
+            padded to a multiple of 16 bytes per row for the copy engine: 2 N r bytes each.
         gate: `[blocks]` fp32, at most 64 blocks. Block i is active while `gate[i] >= threshold`.
         scaling: the factor c.
         slots: blocks of columns of T: `blocks`, where those of inactive blocks are written as zeros, or the number of
@@ -245,7 +256,8 @@ def input_gradient(
         dropout, seed: those of the forward; the mask is drawn anew.
         T: the products of an earlier pass over dy, `[M, slots * r]` contiguous in the dtype of dy. They are then read
             once per tile of dx instead of computed, and returned as they are. A rank above 64 needs this form.
-        config: tile sizes; by default the first candidate of `plan`.
+        config: tile sizes, one of the candidates of `plan`; by default the first. Where the copy engine brings tiles of
+            several blocks, its steps divide a block.
     """
     M, N = dy.shape
     blocks, r, K = A.shape
@@ -258,13 +270,12 @@ def input_gradient(
         return dx, T
     choice = plan(dy, W, A, given, dropout > 0.0)
     tile = config or choice.candidates[0]
-    bulk = choice.path == "bulk"
+    bulk = choice.access == "bulk"
     low = None
     if not given:
         low = B.to(dy.dtype).view(N, r)
         if bulk and not launch.describable(low):
             low = F.pad(low, (0, -r % (16 // low.element_size())))
-    bulk_store = bulk and launch.describable(dx)
     tiles_of_dx = triton.cdiv(M, tile.BM) * triton.cdiv(K, tile.BN)
     with launch.on(dy.device):
         linear_backward[(min(tiles_of_dx, tile.programs * launch.multiprocessors(dy.device)),)](
@@ -273,10 +284,10 @@ def input_gradient(
             A,
             launch.descriptor(low, [tile.BK, choice.R]) if bulk and low is not None else low,
             T,
-            launch.descriptor(dx, [tile.BM, tile.store_width]) if bulk_store else dx,
+            launch.descriptor(dx.view(M, 1, K), [tile.BM, 1, tile.store_width]) if bulk else dx,
             gate, seed, threshold, scaling * rescaling(dropout), drop_units(dropout),
             M, N, K, n, r, blocks, slots, dy.stride(0), W.stride(0),
             GIVEN=given, DROPOUT=dropout > 0.0, ONE_BLOCK=blocks == 1 and choice.one_block,
-            DESCRIBED=bulk, STORE_DESCRIBED=bulk_store, PRECISION=choice.dot, R=choice.R, **tile.meta(),
+            DESCRIBED=bulk, PRECISION=choice.dot, R=choice.R, UNIT=choice.unit, **tile.meta(),
         )  # fmt: skip
     return dx, T

@@ -9,7 +9,8 @@ rounded to the dtype of x, which is what the backward will read, `s (c B_i)^T` i
 The program that has the first tile of columns of a block stores s; S is never read here.
 
 Read: x once per group of row tiles, W once per program wave from L2; A and B, a few columns wide, from L2.
-Written: y and S once. Beyond a frozen layer that is `2 M r` bytes and no launch.
+Written: y and S once. Beyond a frozen layer that is `2 M r` bytes, and no launch where A has the dtype of x; fp32 A is
+cast by a small launch of its own per call.
 
 Tiles of active blocks come first, then those of inactive ones, in a second loop that neither loads nor multiplies
 anything of LoRA; which is which is read from the gates on the device, so that one CUDA graph serves while they move.
@@ -39,22 +40,22 @@ def _low_rank_update(
     low = s.to(dtype)
     for start in tl.range(0, r if GIVEN else 1, R, num_stages=1):
         if GIVEN:
-            low = tiles.load(S + slot * r, row, start, M, r, slots * r, BM, R, False)
-        b = tiles.load(B, column, start, stop, r, r, BN, R, False)
+            low = tiles.load_low(S + slot * r, row, start, M, r, slots * r, BM, R)
+        b = tiles.load_low(B, column, start, stop, r, r, BN, R)
         acc = tl.dot(low, (b.to(tl.float32) * scaling).to(dtype).T, acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
 def _finish(
-    acc, bias, y, dtype: tl.constexpr, row, column, M, stop, N,
-    BM: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, STORE_DESCRIBED: tl.constexpr,
+    acc, bias, y, dtype: tl.constexpr, row, block, column, M, n, N,
+    BM: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Add the bias, round and store."""
     if bias is not None:
         columns = column + tl.arange(0, BN)
-        acc += tl.load(bias + columns, mask=columns < stop, other=0.0).to(tl.float32)[None, :]
-    tiles.store(y, acc.to(dtype), row, column, M, stop, N, BM, BN, HALVES, STORE_DESCRIBED)
+        acc += tl.load(bias + block * n + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+    tiles.store(y, acc.to(dtype), row, block, column, M, n, N, BM, BN, HALVES, DESCRIBED)
 
 
 @triton.jit(do_not_specialize=["drop", "M", "blocks", "slots"])
@@ -62,17 +63,18 @@ def linear_forward(
     x, W, bias, A, B, S, y, gate, seed, threshold, scaling, drop,
     M, N, K, n, r, blocks, slots, stride_x, stride_w,
     GIVEN: tl.constexpr, DROPOUT: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    DESCRIBED: tl.constexpr, STORE_DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
+    DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, UNIT: tl.constexpr,
     GROUP: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """See the head of this file. x [M, K], W [N, K], A [blocks * r, K] and y [M, N] are descriptors or pointers."""
+    """See the head of this file. x [M, K], W [N, K], A [blocks r, K] and y [M, blocks, n]: descriptors or pointers."""
     tl.assume(K > 0)
+    r = r // UNIT * UNIT
     dtype: tl.constexpr = S.dtype.element_ty
     if ONE_BLOCK:
-        order, count = 0, (tl.load(gate) >= threshold).to(tl.int32)
+        order, count = 0, ((tl.load(gate) >= threshold) & (slots > 0)).to(tl.int32)
     else:
-        order, count = activity.in_order(gate, threshold, blocks)
+        order, count = activity.in_order(gate, threshold, blocks, slots)
     row_tiles, per_block = tl.cdiv(M, BM), tl.cdiv(n, BN)
     low = tl.arange(0, R)
     if DROPOUT:
@@ -103,9 +105,9 @@ def linear_forward(
         if not GIVEN:
             s = tl.where((low < r)[None, :], s, 0.0)
             if j % per_block == 0:
-                tiles.store(S + slot * r, s.to(dtype), row, 0, M, r, slots * r, BM, R, False, False)
+                tiles.store_low(S + slot * r, s.to(dtype), row, M, r, slots * r, BM, R)
         acc = _low_rank_update(acc, s, S, B, row, column, slot, M, stop, r, slots, scaling, GIVEN, PRECISION, BM, BN, R)
-        _finish(acc, bias, y, dtype, row, column, M, stop, N, BM, BN, HALVES, STORE_DESCRIBED)
+        _finish(acc, bias, y, dtype, row, block, column - block * n, M, n, N, BM, BN, HALVES, DESCRIBED)
 
     # The program whose turn it is goes on.
     turns = tl.cdiv(max(with_update - tl.program_id(0), 0), tl.num_programs(0))
@@ -123,16 +125,17 @@ def linear_forward(
             acc = tl.dot(x_tile, w_tile.T, acc, input_precision=PRECISION)
         if not GIVEN and slots == blocks and j % per_block == 0:
             zero = tl.zeros((BM, R), dtype)
-            tiles.store(S + block * r, zero, row, 0, M, r, slots * r, BM, R, False, False)
-        _finish(acc, bias, y, dtype, row, column, M, stop, N, BM, BN, HALVES, STORE_DESCRIBED)
+            tiles.store_low(S + block * r, zero, row, M, r, slots * r, BM, R)
+        _finish(acc, bias, y, dtype, row, block, column - block * n, M, n, N, BM, BN, HALVES, DESCRIBED)
 
 
 def plan(x: Tensor, W: Tensor, A: Tensor, given: bool, dropout: bool) -> configs.Choice:
     """Return how `forward` reads these operands, and its candidates for `config`."""
-    _, r, K = A.shape
+    blocks, r, K = A.shape
+    n = W.shape[0] // blocks
     aligned = given or (K * x.element_size() % 16 == 0 and (A.dtype != x.dtype or A.data_ptr() % 16 == 0))
-    path, precision = launch.path(x, W, others=aligned)
-    return configs.gemm("forward", launch.part(x.device), path, precision, r, W.shape[0] // len(A), given, dropout)
+    access, precision = launch.access(x, W, multiple=n, others=aligned)
+    return configs.gemm("forward", launch.part(x.device), access, precision, r, n, given, dropout)
 
 
 def forward(
@@ -183,9 +186,7 @@ def forward(
     low = None if given else A.to(x.dtype).view(blocks * r, K)
     choice = plan(x, W, A, given, dropout > 0.0)
     tile = config or choice.candidates[0]
-    bulk = choice.path == "bulk"
-    # A box of the copy engine would overwrite the next block.
-    bulk_store = bulk and launch.describable(y) and (blocks == 1 or n % tile.BN == 0)
+    bulk = choice.access == "bulk"
     tiles_of_y = triton.cdiv(M, tile.BM) * triton.cdiv(n, tile.BN) * blocks
     with launch.on(x.device):
         linear_forward[(min(tiles_of_y, tile.programs * launch.multiprocessors(x.device)),)](
@@ -194,10 +195,10 @@ def forward(
             bias,
             launch.descriptor(low, [choice.R, tile.BK]) if bulk and low is not None else low,
             B, S,
-            launch.descriptor(y, [tile.BM, tile.store_width]) if bulk_store else y,
+            launch.descriptor(y.view(M, blocks, n), [tile.BM, 1, tile.store_width]) if bulk else y,
             gate, seed, threshold, scaling * rescaling(dropout), drop_units(dropout),
             M, N, K, n, r, blocks, slots, x.stride(0), W.stride(0),
             GIVEN=given, DROPOUT=dropout > 0.0 and not given, ONE_BLOCK=blocks == 1 and choice.one_block,
-            DESCRIBED=bulk, STORE_DESCRIBED=bulk_store, PRECISION=choice.dot, R=choice.R, **tile.meta(),
+            DESCRIBED=bulk, PRECISION=choice.dot, R=choice.R, UNIT=choice.unit, **tile.meta(),
         )  # fmt: skip
     return y, S

@@ -1,6 +1,6 @@
 """Tile sizes of the kernels beside the two GEMMs; the table of those is `configs.py`.
 
-Every configuration is compiled by tests/kernels/test_narrow_kernels_compile.py, which asserts that it spills nothing,
+Every configuration is compiled by tests/kernels/test_compiles.py, which asserts that it spills nothing,
 fits into shared memory and uses the tensor cores.
 """
 

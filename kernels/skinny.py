@@ -24,7 +24,7 @@ from slora.kernels import launch, narrow_configs, slots
 WIDEST = 128
 
 
-@triton.jit(do_not_specialize=["drop"])
+@triton.jit(do_not_specialize=["drop", "M", "blocks", "n_slots", "room_columns"])
 def _S(
     x, A, S, room, gate, seed, threshold, drop, factor, M, K, r, blocks, n_slots, stride_x, room_columns,
     ROOM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
@@ -59,7 +59,7 @@ def _S(
         tl.store(place, scaled, mask=inside[:, None] & (column < room_columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks", "n_slots"])
 def _T(
     dy, B, T, gate, threshold, M, n, r, blocks, n_slots, stride_dy,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr,

@@ -3,6 +3,9 @@
 S and T hold `slots * r` columns. Where the host knows the active blocks, there is a slot for each of them, in rising
 order. Where it does not (`slots == blocks`), every block has its own, active or not. Nothing is uploaded: a program
 reads the gates, at most 64 numbers.
+
+Gates that moved since the host counted them reach nothing out of bounds: an active block for which no slot is left
+counts as inactive, and so does a slot that no block takes.
 """
 
 import triton
@@ -13,6 +16,16 @@ _MAX_BLOCKS = tl.constexpr(MAX_BLOCKS)
 
 
 @triton.jit
+def _present(gate, threshold, blocks, slots):
+    """Return `(i, on, place)`, each [64]: the blocks, whether each is active and has a slot, and its place among
+    those."""
+    i = tl.arange(0, _MAX_BLOCKS)
+    on = (tl.load(gate + i, mask=i < blocks, other=float("-inf")) >= threshold) & (i < blocks)
+    place = tl.cumsum(on.to(tl.int32), 0) - 1
+    return i, on & (place < slots), place
+
+
+@triton.jit
 def block_of(slot, gate, threshold, blocks, slots):
     """Return `(block, active)` of `slot`, scalars; `gate [blocks]` fp32."""
     block = slot
@@ -20,10 +33,10 @@ def block_of(slot, gate, threshold, blocks, slots):
     if slots == blocks:
         active = tl.load(gate + slot) >= threshold
     else:
-        i = tl.arange(0, _MAX_BLOCKS)
-        on = (tl.load(gate + i, mask=i < blocks, other=float("-inf")) >= threshold) & (i < blocks)
-        place = tl.cumsum(on.to(tl.int32), 0) - 1
-        block = tl.sum(tl.where(on & (place == slot), i, 0), 0)
+        i, on, place = _present(gate, threshold, blocks, slots)
+        here = on & (place == slot)
+        block = tl.sum(tl.where(here, i, 0), 0)
+        active = tl.max(here.to(tl.int32), 0) > 0
     return block, active
 
 
@@ -35,10 +48,10 @@ def blocks_of(slots_wanted, valid, gate, threshold, blocks, slots):
     if slots == blocks:
         active &= tl.load(gate + slots_wanted, mask=valid, other=float("-inf")) >= threshold
     else:
-        i = tl.arange(0, _MAX_BLOCKS)
-        on = (tl.load(gate + i, mask=i < blocks, other=float("-inf")) >= threshold) & (i < blocks)
-        place = tl.where(on, tl.cumsum(on.to(tl.int32), 0) - 1, -1)
-        block = tl.sum(tl.where(place[None, :] == slots_wanted[:, None], i[None, :], 0), 1)
+        i, on, place = _present(gate, threshold, blocks, slots)
+        here = on[None, :] & (place[None, :] == slots_wanted[:, None])
+        block = tl.sum(tl.where(here, i[None, :], 0), 1)
+        active &= tl.max(here.to(tl.int32), 1) > 0
     return block, active
 
 
@@ -51,17 +64,16 @@ def slot_of(block, gate, threshold, blocks, slots):
         i = tl.arange(0, _MAX_BLOCKS)
         on = (tl.load(gate + i, mask=i < blocks, other=float("-inf")) >= threshold) & (i < block)
         slot = tl.sum(on.to(tl.int32), 0)
+        active &= slot < slots
     return slot, active
 
 
 @triton.jit
-def in_order(gate, threshold, blocks):
+def in_order(gate, threshold, blocks, slots):
     """Return `(order, count)`: the place of each block when the `count` active ones come first, [64], both rising."""
-    i = tl.arange(0, _MAX_BLOCKS)
-    score = tl.load(gate + i, mask=i < blocks, other=float("-inf"))
-    on = ((score >= threshold) & (i < blocks)).to(tl.int32)
-    count = tl.sum(on, 0)
-    return tl.where(on > 0, tl.cumsum(on, 0) - 1, count + tl.cumsum(1 - on, 0) - 1), count
+    _, on, place = _present(gate, threshold, blocks, slots)
+    count = tl.sum(on.to(tl.int32), 0)
+    return tl.where(on, place, count + tl.cumsum(1 - on.to(tl.int32), 0) - 1), count
 
 
 @triton.jit
@@ -71,20 +83,19 @@ def at_place(order, place):
 
 
 @triton.jit
-def as_bits(gate, threshold, blocks):
+def as_bits(gate, threshold, blocks, slots):
     """Return `(on, off, count)`: the active and the inactive blocks as bits of a uint64, and how many are active."""
-    i = tl.arange(0, _MAX_BLOCKS)
-    score = tl.load(gate + i, mask=i < blocks, other=float("-inf"))
-    active = ((score >= threshold) & (i < blocks)).to(tl.uint64)
+    i, on, _ = _present(gate, threshold, blocks, slots)
     bit = i.to(tl.uint64)
-    on = tl.sum(active << bit, 0)
-    return on, tl.sum((i < blocks).to(tl.uint64) << bit, 0) - on, tl.sum(active.to(tl.int32), 0)
+    bits = tl.sum(on.to(tl.uint64) << bit, 0)
+    return bits, tl.sum((i < blocks).to(tl.uint64) << bit, 0) - bits, tl.sum(on.to(tl.int32), 0)
 
 
 @triton.jit
 def first_from(bits, block):
     """Return the first block from `block` on whose bit is set; what it returns where there is none means nothing."""
-    rest = bits >> tl.cast(block, tl.uint64)
+    # A shift by all 64 bits, as it follows on the last block, is undefined.
+    rest = bits >> tl.minimum(block, _MAX_BLOCKS - 1).to(tl.uint64)
     lowest = rest & (0 - rest)
     # A power of two is exact in fp64, where its logarithm is the exponent: bits 52 to 62, from 1023 up.
     return block + ((lowest.to(tl.float64).to(tl.uint64, bitcast=True) >> 52).to(tl.int32) & 0x7FF) - 1023

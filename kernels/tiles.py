@@ -39,23 +39,43 @@ def load(
 
 
 @triton.jit
+def load_low(source, row, column, rows, columns, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Return what `load` does of A, B, S or T at a pointer: a tile of theirs spans less than 2^31 elements, so that
+    its elements share one address and differ by an int32, half the registers."""
+    i, j = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
+    place = source + tl.cast(row, tl.int64) * stride + column
+    inside = (i < rows - row)[:, None] & (j < columns - column)[None, :]
+    return tl.load(place + (i[:, None] * stride + j[None, :]), mask=inside, other=0.0)
+
+
+@triton.jit
+def store_low(target, tile, row, rows, columns, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Write `tile [HEIGHT, WIDTH]` to `target[row:]`, S or T from the first column of a slot on, clipped to `rows` and
+    `columns`."""
+    i, j = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
+    place = target + tl.cast(row, tl.int64) * stride
+    inside = (i < rows - row)[:, None] & (j < columns)[None, :]
+    tl.store(place + (i[:, None] * stride + j[None, :]), tile, mask=inside)
+
+
+@triton.jit
 def store(
-    target, tile, row, column, rows, columns, stride,
+    target, tile, row, block, column, rows, n, stride,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Write `tile [HEIGHT, WIDTH]` to `target[row:, column:]`, clipped to `rows` and `columns`.
+    """Write `tile [HEIGHT, WIDTH]` to `target[row:, block * n + column:]`, clipped to `rows` and to the block.
 
-    With HALVES a descriptor's box is half as wide, and the left half of the tile leaves before the right one: the
-    copy engine's buffer in shared memory is half as large.
+    A descriptor is that of `[rows, blocks, n]`. With HALVES its box is half as wide, and the left half of the tile
+    leaves before the right one: the copy engine's buffer in shared memory is half as large.
     """
     if DESCRIBED:
         if HALVES:
             left, right = tl.split(tl.permute(tl.reshape(tile, (HEIGHT, 2, WIDTH // 2)), (0, 2, 1)))
-            target.store([row, column], left)
-            target.store([row, column + WIDTH // 2], right)
+            target.store([row, block, column], tl.reshape(left, (HEIGHT, 1, WIDTH // 2)))
+            target.store([row, block, column + WIDTH // 2], tl.reshape(right, (HEIGHT, 1, WIDTH // 2)))
         else:
-            target.store([row, column], tile)
+            target.store([row, block, column], tl.reshape(tile, (HEIGHT, 1, WIDTH)))
     else:
         i, j = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
-        place = target + i[:, None].to(tl.int64) * stride + j[None, :]
-        tl.store(place, tile, mask=(i < rows)[:, None] & (j < columns)[None, :])
+        place = target + block * n + i[:, None].to(tl.int64) * stride + j[None, :]
+        tl.store(place, tile, mask=(i < rows)[:, None] & (j < n)[None, :])

@@ -74,7 +74,7 @@ def _sum_over_rows(
     return acc if TALL else tl.trans(acc)
 
 
-@triton.jit(do_not_specialize=["drop", "splits", "rows_per_split", "x_tiles", "dy_tiles"])
+@triton.jit(do_not_specialize=["drop", "M", "blocks", "slots", "rows_per_split", "x_tiles", "dy_tiles"])
 def _partial_sums(
     x, dy, S, T, gate, seed, partial_A, partial_B, threshold, drop,
     M, K, N, n, r, blocks, slots, stride_x, stride_dy, rows_per_split, x_tiles, dy_tiles,
@@ -133,16 +133,16 @@ def _total(partial, at, active, inside, size, splits, WIDE: tl.constexpr, NARROW
     return acc
 
 
-@triton.jit(do_not_specialize=["splits", "x_tiles", "dy_tiles", "parts_A", "parts_B"])
+@triton.jit(do_not_specialize=["blocks", "slots", "splits", "x_tiles", "dy_tiles", "parts_A", "parts_B"])
 def _reduce(
     partial_A, partial_B, dA, dB, B, dots, gate, threshold, scaling,
     K, n, r, blocks, slots, splits, x_tiles, dy_tiles, parts_A, parts_B,
     NEED_A: tl.constexpr, NEED_B: tl.constexpr, NEED_GATE: tl.constexpr,
     TILE: tl.constexpr, LOW_A: tl.constexpr, LOW_B: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, part): WIDE x NARROW elements of dA_i^T (the first `parts_A` parts) or of dB_i."""
-    block = tl.program_id(0)
-    part = tl.program_id(1)
+    """Program (part, block): WIDE x NARROW elements of dA_i^T (the first `parts_A` parts) or of dB_i."""
+    part = tl.program_id(0)
+    block = tl.program_id(1)
     slot, active = activity.slot_of(block, gate, threshold, blocks, slots)
     narrow_parts = tl.cdiv(r, NARROW)
     if part < parts_A:
@@ -172,8 +172,11 @@ def _reduce(
         if NEED_B:
             tl.store(dB + of_B, acc.to(dB.dtype.element_ty), mask=inside)
         if NEED_GATE:
-            product = acc * tl.load(B + of_B, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dots + block * parts_B + part, tl.sum(tl.sum(product, 1), 0))
+            dot = 0.0
+            if active:
+                product = acc * tl.load(B + of_B, mask=inside, other=0.0).to(tl.float32)
+                dot = tl.sum(tl.sum(product, 1), 0)
+            tl.store(dots + block * parts_B + part, dot)
 
 
 def weight_gradients(
@@ -231,7 +234,7 @@ def weight_gradients(
         torch.empty(splits * tiles * config.TILE * low, dtype=torch.float32, device=dy.device)
         for tiles, low in ((x_tiles, LOW_A), (dy_tiles, LOW_B))
     )
-    # A copy must start at a multiple of 16 bytes, so the blocks have to.
+    # Triton wants a copy to start at a multiple of 16 bytes, so the blocks have to.
     described = launch.describable(x) and launch.describable(dy) and n * dy.element_size() % 16 == 0
     shape = [config.ROWS, config.TILE]
     with launch.on(dy.device):
@@ -246,7 +249,7 @@ def weight_gradients(
         parts_A = triton.cdiv(K, WIDE) * narrow_parts if need_A else 0
         parts_B = triton.cdiv(n, WIDE) * narrow_parts if need_dy else 0
         dots = torch.empty(blocks, parts_B, dtype=torch.float32, device=dy.device) if need_gate else None
-        _reduce[(blocks, parts_A + parts_B)](
+        _reduce[(parts_A + parts_B, blocks)](
             partial_A, partial_B, dA, dB, lora_B, dots, gate, threshold, scaling * rescaling(dropout),
             K, n, r, blocks, slots, splits, x_tiles, dy_tiles, parts_A, parts_B,
             NEED_A=need_A, NEED_B=need_B, NEED_GATE=need_gate,

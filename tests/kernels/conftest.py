@@ -1,10 +1,12 @@
-"""Where the kernels' tests run, on the GPU if there is one, else in Triton's interpreter on CPU tensors; and problems
-for the two GEMM kernels with what PyTorch makes of them."""
+"""Where the kernels' tests run, on the GPU if there is one, else in Triton's interpreter on CPU tensors; gates, memory
+and precisions for them; and problems for the two GEMM kernels with what PyTorch makes of them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,50 @@ _DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pyte
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Every dtype of activations that the kernels take."""
     return request.param
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Let products of fp32 matrices be computed in TF32. The interpreter computes them in fp32 all the same."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.fixture
+def fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Put 1024 elements behind what kernels write to, and fail if the test changed one of them."""
+    fences = []
+
+    def fence(allocate: Callable[..., Tensor], *shape: Any, **options: Any) -> Tensor:
+        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        size = math.prod(sizes)
+        memory = allocate(size + 1024, **options)
+        fences.append(memory[size:].fill_(7.0))
+        return memory[:size].view(sizes)
+
+    empty, new_empty = torch.empty, Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: fence(empty, *shape, **options))
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda self, *shape, **options: fence(lambda n, **o: new_empty(self, n, **o), *shape)
+    )
+    yield
+    monkeypatch.undo()
+    assert fences
+    assert all(bool((elements == 7.0).all()) for elements in fences)
+
+
+def _as_multiplied(t: Tensor) -> Tensor:
+    if t.device.type != "cuda" or t.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return t
+    return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.fixture
+def as_multiplied() -> Callable[[Tensor], Tensor]:
+    """Return `f(t)`: t as products on a GPU read it. In TF32 the tensor cores drop the last 13 bits of fp32."""
+    return _as_multiplied
 
 
 @dataclasses.dataclass
@@ -69,7 +115,7 @@ class Problem:
 
     def forward(self, dtype: torch.dtype, slots: int) -> tuple[Tensor, Tensor]:
         """Return `(y, S)` of the reference, computed in `dtype`."""
-        x, W, A, B = (t.to(dtype) for t in (self.x, self.W, self.A, self.B))
+        x, W, A, B = (_as_multiplied(t.to(dtype)) for t in (self.x, self.W, self.A, self.B))
         bias = None if self.bias is None else self.bias.to(dtype)
         masked = x * self.mask(dtype)
         x_lora = masked * rescaling(self.dropout)
@@ -78,7 +124,7 @@ class Problem:
 
     def backward(self, dtype: torch.dtype, slots: int) -> tuple[Tensor, Tensor]:
         """Return `(dx, T)` of the reference, computed in `dtype`."""
-        dy, x, W, A, B = (t.to(dtype) for t in (self.dy, self.x, self.W, self.A, self.B))
+        dy, x, W, A, B = (_as_multiplied(t.to(dtype)) for t in (self.dy, self.x, self.W, self.A, self.B))
         base, lora = x.clone().requires_grad_(), x.clone().requires_grad_()
         mask = self.mask(dtype) * rescaling(self.dropout)
         gate = self.gate.to(dtype)

@@ -15,6 +15,7 @@ import triton
 from torch.torch_version import TorchVersion as Version
 
 from benchmarks.compiled import Report, Variant, faults
+from benchmarks.variants import gemm_variant, gemm_variants
 from slora.kernels import configs
 
 ROOT = Path(__file__).parents[2]
@@ -67,12 +68,13 @@ def test_every_configuration_of_the_other_kernels_compiles_to_code_that_can_be_f
 def test_every_call_finds_its_configurations(kernel: configs.Kernel, dropout: bool, given: bool, r: int) -> None:
     if r > configs.MAX_FUSED_RANK and not given:
         pytest.skip("such a rank needs S or T to be given")
-    for part, path, precision in (
-        (80, "pointers", "16-bit"), (80, "pointers", "tf32"), (80, "pointers", "ieee"),
-        (90, "bulk", "16-bit"), (90, "bulk", "tf32"), (90, "pointers", "16-bit"), (90, "pointers", "ieee"),
-        (100, "bulk", "16-bit"), (100, "bulk", "tf32"), (100, "pointers", "16-bit"), (100, "pointers", "ieee"),
+    for part, access, precision in (
+        (80, "vectors", "16-bit"), (80, "vectors", "tf32"), (80, "elements", "16-bit"), (80, "elements", "tf32"),
+        (80, "elements", "ieee"),
+        (90, "bulk", "16-bit"), (90, "bulk", "tf32"), (90, "elements", "16-bit"), (90, "elements", "ieee"),
+        (100, "bulk", "16-bit"), (100, "bulk", "tf32"), (100, "elements", "16-bit"), (100, "elements", "ieee"),
     ):  # fmt: skip
-        choice = configs.gemm(kernel, part, path, precision, r, 768, given, dropout)
+        choice = configs.gemm(kernel, part, access, precision, r, 768, given, dropout)
         assert choice.candidates
         assert given or r <= choice.R
 
@@ -100,13 +102,44 @@ FAULTS: dict[str, dict[str, Any]] = {
     "expected wgmma alone": {"products": {"wgmma": 9, "tcgen05": 0, "mma.sync": 0, "fma": 1}},
     "asynchronous copies": {"async_copies": 0},
     "does not bring A": {"bulk_loads": ("W", "x")},
+    "does not take its results away": {"bulk_stores": 0},
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_of_a_compiled_kernel_is_found(fault: str) -> None:
-    variant = Variant(None, 90, "", {}, {}, {"num_warps": 8}, copies_ahead=True, described=("x", "W", "A"))
+    variant = Variant(
+        None, 90, "", {}, {}, {"num_warps": 8}, copies_ahead=True, described=("x", "W", "A"), stores_described=True
+    )
     limit = configs.SHARED_MEMORY[90]
     assert faults(variant, GOOD, limit) == []
     (found,) = faults(variant, dataclasses.replace(GOOD, **FAULTS[fault]), limit)
     assert fault in found
+
+
+@pytest.mark.parametrize("part", configs.PARTS)
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_what_a_call_may_get_is_what_is_compiled(kernel: configs.Kernel, part: int) -> None:
+    compiled = {variant.label for variant in gemm_variants(kernel, part)}
+    cases = {(row.access, row.precision, form) for row in configs.GEMM if row.part == part for form in row.forms}
+    for access, precision, form in cases:
+        if form == "given, dropout" and kernel == "forward":
+            continue
+        for r in (1, 4, 5, 16, 20, 30, 32, 33, 64):
+            given, dropout = form.startswith("given"), "dropout" in form
+            choice = configs.gemm(kernel, part, access, precision, r, 768, given, dropout)
+            assert choice.unit == (4 if r % 4 == 0 else 1)
+            for tile in choice.candidates:
+                # Code for any rank asks for more registers than code for multiples of 4.
+                labels = {
+                    gemm_variant(kernel, part, access, precision, form, choice.R, tile, False, unit).label
+                    for unit in (1, choice.unit)
+                }
+                assert labels & compiled, labels
+
+
+def test_ranks_that_are_no_multiples_of_4_keep_to_what_fits_with_them() -> None:
+    common, odd = (configs.gemm("forward", 90, "bulk", "16-bit", r, 768).candidates for r in (8, 7))
+    assert common[0].BN == 256
+    assert odd
+    assert all(tile.BN <= 128 for tile in odd)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slora.kernels import configs
-from slora.kernels.linear_backward import input_gradient
+from slora.kernels import configs, launch, tiles
+from slora.kernels.linear_backward import input_gradient, plan
 
 # Small tiles, so that small problems have several in every direction, and more of them than programs.
 SMALL = configs.Gemm(32, 32, 32, 4, 2)
@@ -59,7 +59,8 @@ def test_tile_sizes_change_nothing_but_rounding(
     M: int, K: int, n: int, blocks: int, r: int, config: configs.Gemm | None, dtype: torch.dtype,
     make_problem: Callable[..., Any], assert_as_exact_as: Callable[..., None],
 ) -> None:  # fmt: skip
-    p = make_problem(M, K, n, blocks, r, "some", dtype)
+    # Tiles of exact products are small enough for fewer rows.
+    p = make_problem(M // 4 if dtype == torch.float32 else M, K, n, blocks, r, "some", dtype)
     slots = len(p.active)
     for ours, eager, exact in zip(
         run(p, slots, config=config), p.backward(dtype, slots), p.backward(torch.float64, slots), strict=True
@@ -135,7 +136,7 @@ def test_no_rows_give_no_rows(dtype: torch.dtype, make_problem: Callable[..., An
 
 @pytest.mark.parametrize("r", [16, 128])
 def test_two_runs_give_the_same_bits(r: int, dtype: torch.dtype, make_problem: Callable[..., Any]) -> None:
-    p = make_problem(123, 80, 64, 3, r, "some", dtype)
+    p = make_problem(37, 72, 64, 3, r, "some", dtype)
     T = p.backward(dtype, 3)[1] if r > configs.MAX_FUSED_RANK else None
     first, second = run(p, 3, T, None), run(p, 3, T, None)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -153,3 +154,64 @@ def test_a_gradient_of_more_than_2_to_the_31_elements_is_right_at_its_end(
     dx_end, T_end = run(p, 1, config=None)
     assert torch.equal(dx[-200:], dx_end)
     assert torch.equal(T[-200:], T_end)
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize(
+    ("M", "K", "n", "blocks", "r", "which", "dropout"),
+    [(37, 48, 40, 1, 16, "all", 0.0), (37, 72, 64, 3, 5, "some", 0.0), (33, 40, 32, 2, 8, "all", 0.3)],
+)
+def test_tf32_products_go_through_descriptors_and_are_as_exact_as_those_of_pytorch(
+    M: int, K: int, n: int, blocks: int, r: int, which: str, dropout: float,
+    make_problem: Callable[..., Any], assert_as_exact_as: Callable[..., None],
+) -> None:  # fmt: skip
+    p = make_problem(M, K, n, blocks, r, which, dropout=dropout)
+    slots = len(p.active)
+    choice = plan(p.dy, p.W, p.A, False, dropout > 0)
+    assert (choice.access, choice.precision) == ("bulk" if launch.part(p.x.device) >= 90 else "elements", "tf32")
+    eager, exact = p.backward(torch.float32, slots), p.backward(torch.float64, slots)
+    found = run(p, slots)
+    for ours, theirs, wide in zip((*found, *run(p, slots, found[1])), eager * 2, exact * 2, strict=True):
+        assert_as_exact_as(ours, theirs, wide)
+
+
+@pytest.mark.usefixtures("fenced")
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("blocks", "slots"), [(3, 1), (4, 2), (1, 0)])
+def test_a_gate_that_moved_since_the_host_counted_writes_and_reads_nothing_out_of_bounds(
+    blocks: int, slots: int, given: bool, make_problem: Callable[..., Any], assert_as_exact_as: Callable[..., None]
+) -> None:
+    p = make_problem(40, 48, 32, blocks, 4, "all", torch.float16)
+    moved = p.gate.clone()
+    # What the host counted: the kernel gives the slots to the first of the active blocks.
+    p.gate[slots:], p.active = 0.0, list(range(slots))
+    eager, exact = p.backward(torch.float16, slots), p.backward(torch.float64, slots)
+    p.gate = moved
+    for ours, theirs, wide in zip(run(p, slots, eager[1] if given else None), eager, exact, strict=True):
+        assert_as_exact_as(ours, theirs, wide)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels call nothing that could be counted")
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_each_tile_of_T_is_stored_once(
+    blocks: int, make_problem: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = make_problem(70, 80, 32, blocks, 4, "some")
+    stored = []
+    store = tiles.store_low
+    monkeypatch.setattr(tiles, "store_low", lambda *arguments: (stored.append(1), store(*arguments)))
+    run(p, blocks)
+    # Three tiles of rows, and three tiles of columns of dx.
+    assert len(stored) == 3 * blocks
+
+
+def test_blocks_that_steps_of_64_do_not_fit_are_read_in_steps_of_32(device: torch.device) -> None:
+    def chosen(n: int) -> configs.Choice:
+        dy = torch.zeros(8, 3 * n, dtype=torch.float16, device=device)
+        return plan(dy, dy.new_zeros(3 * n, 64), dy.new_zeros(3, 16, 64), False, False)
+
+    if launch.part(device) != 90:
+        pytest.skip("other GPUs have other steps")
+    assert {tile.BK for tile in chosen(128).candidates} == {32, 64}
+    assert {tile.BK for tile in chosen(96).candidates} == {32}
+    assert (chosen(96).access, chosen(80).access) == ("bulk", "elements")

@@ -13,10 +13,7 @@ from slora import dropout as counter
 from slora import room
 from slora.kernels import skinny
 
-pytestmark = pytest.mark.usefixtures("poisoned")
-
 THRESHOLD = 0.1
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 # M, K, blocks, n, r, active
 CASES = {
     "one row": (1, 37, 1, 19, 4, (0,)),
@@ -55,7 +52,6 @@ def expected(products: Tensor, active: tuple[int, ...], known: bool) -> Tensor:
 @pytest.mark.parametrize("known", [True, False], ids=["slots of the active", "slots of all"])
 @pytest.mark.parametrize("lora", ["same", "fp32"])
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_S_and_T_agree_with_einsum_and_hold_nothing_of_an_inactive_block(
     dtype: torch.dtype, case: str, lora: str, known: bool, device: torch.device, assert_as_exact_as: Callable[..., None]
 ) -> None:
@@ -74,7 +70,6 @@ def test_S_and_T_agree_with_einsum_and_hold_nothing_of_an_inactive_block(
         assert_as_exact_as(ours, eager, exact, name)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_S_is_that_of_the_masked_rows_and_not_scaled_up(
     dtype: torch.dtype, device: torch.device, assert_as_exact_as: Callable[..., None]
 ) -> None:
@@ -133,3 +128,54 @@ def test_the_room_behind_x_holds_the_scaled_S_and_zeros_and_x_stays(
     assert torch.equal(x, given)
     beyond = room.widened(x, slots * r + 8)[:, wide.shape[1] :]
     assert beyond.isnan().all()
+
+
+@pytest.mark.usefixtures("tf32")
+def test_tf32_products_are_as_exact_as_those_of_pytorch(
+    device: torch.device, as_multiplied: Callable[[Tensor], Tensor], assert_as_exact_as: Callable[..., None]
+) -> None:
+    M, _, blocks, n, _, active = CASES["aligned"]
+    x, dy, A, B, gate = operands("aligned", torch.float32, torch.float32, device)
+    for ours, rows, low, formula in (
+        (skinny.products_S(x, A, gate, THRESHOLD, 2), x, A, "mk,brk->mbr"),
+        (skinny.products_T(dy, B, gate, THRESHOLD, 2), dy.view(M, blocks, n), B, "mbn,bnr->mbr"),
+    ):
+        eager = expected(torch.einsum(formula, as_multiplied(rows), as_multiplied(low)), active, True)
+        assert_as_exact_as(ours, eager, expected(torch.einsum(formula, rows.double(), low.double()), active, True))
+
+
+def test_an_element_may_lie_beyond_2_to_the_31(device: torch.device) -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    M, K, r, stride = 3, 48, 4, 2**30 + 8
+    # Three rows, 4 GiB of addresses, of which three pages are touched; behind each row there is room for S.
+    far = torch.empty(2 * stride + K + 8, dtype=torch.float16, device=device).as_strided((M, K + 8), (stride, 1))
+    rows = torch.randn(M, K).to(far)
+    far[:, :K] = rows
+    A, B, gate = torch.randn(1, r, K).to(far), torch.randn(1, K, r).to(far), torch.ones(1, device=device)
+    S = skinny.products_S(far[:, :K], A, gate, THRESHOLD, 1, room=far[:, K:], factor=0.5)
+    assert torch.equal(S, skinny.products_S(rows, A, gate, THRESHOLD, 1))
+    assert torch.equal(far[:, K:], torch.nn.functional.pad(0.5 * S, (0, 4)))
+    assert torch.equal(
+        skinny.products_T(far[:, :K], B, gate, THRESHOLD, 1), skinny.products_T(rows, B, gate, THRESHOLD, 1)
+    )
+
+
+@pytest.mark.usefixtures("fenced")
+@pytest.mark.parametrize(("on", "slots"), [((0, 1, 2), 1), ((0, 1, 2), 2), ((1,), 2)], ids=["2 more", "1 more", "less"])
+def test_gates_that_moved_since_the_host_counted_fill_the_slots_there_are(
+    on: tuple[int, ...], slots: int, device: torch.device, assert_as_exact_as: Callable[..., None]
+) -> None:
+    M, K, n, r = 20, 32, 16, 4
+    x, dy = torch.randn(M, K, device=device), torch.randn(M, 3, n, device=device)
+    A, B = torch.randn(3, r, K, device=device), torch.randn(3, n, r, device=device)
+    gate = torch.zeros(3, device=device)
+    gate[list(on)] = 1.0
+    for ours, rows, low, formula in (
+        (skinny.products_S(x, A, gate, THRESHOLD, slots), x, A, "mk,brk->mbr"),
+        (skinny.products_T(dy.flatten(1), B, gate, THRESHOLD, slots), dy, B, "mbn,bnr->mbr"),
+    ):
+        exact = torch.einsum(formula, rows.double(), low.double())[:, list(on)[:slots]].flatten(1)
+        eager = torch.einsum(formula, rows, low)[:, list(on)[:slots]].flatten(1)
+        # A slot that no block takes holds zeros.
+        pad = (0, slots * r - exact.shape[1])
+        assert_as_exact_as(ours, torch.nn.functional.pad(eager, pad), torch.nn.functional.pad(exact, pad))
