@@ -73,14 +73,16 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
 
 @needs_extension
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
-def test_every_bit_is_that_of_the_stated_order(dtype: torch.dtype, exact: Any) -> None:
+def test_every_bit_is_that_of_the_stated_order_and_near_the_sum_in_fp64(dtype: torch.dtype, exact: Any) -> None:
     @fuzzed
     @given(cases([dtype]))
     def run(case: dict[str, Any]) -> None:
-        expected = [
-            exact.merged_in_order(W, [exact.Update(*u) for u in mine])
-            for W, mine in zip(case["weights"], case["updates"], strict=True)
-        ]
+        expected = []
+        for W, mine in zip(case["weights"], case["updates"], strict=True):
+            updates = [exact.Update(*u) for u in mine]
+            expected.append(exact.merged_in_order(W, updates))
+            low, high = exact.rounding_interval(*exact.bound(W, updates), dtype)
+            assert bool(((low <= expected[-1]) & (high >= expected[-1])).all())
         fresh = batched_merge(case["weights"], **arguments(case))
         batched_merge_(case["weights"], **arguments(case))
         for W, new, want in zip(case["weights"], fresh, expected, strict=True):
