@@ -31,7 +31,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--rounds", type=int, help="repetitions of every contender (default: what suits the case)")
     run.add_argument("--only", nargs="+", default=[], metavar="PART", help="parts of contender names")
     run.add_argument("--threads", type=int, help="threads of PyTorch on the CPU (default: its own choice)")
-    run.add_argument("--seconds", type=float, help="begin no new point of a case after this time")
+    run.add_argument(
+        "--seconds", type=float, help="begin no new point of a case after this time; its first is measured in any case"
+    )
     run.add_argument("--out", type=Path, help="folder to write into (default: benchmarks/results/<device>)")
     run.add_argument("--keep-partial", action="store_true", help="write after every point, marked incomplete")
     run.add_argument("--commit", help="what to record as the commit where the source is no git repository")
@@ -50,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
     gpu = commands.add_parser("gpu", help="the proof on a GPU: build, tests, cases, sanitizer, profile; 9 minutes")
     gpu.add_argument("--out", type=Path, help="folder to write into (default: benchmarks/results/<device>)")
-    gpu.add_argument("--quick", action="store_true", help="90 seconds instead of 9 minutes")
+    gpu.add_argument("--quick", action="store_true", help="90 seconds instead of 9 minutes; needs --out")
     gpu.add_argument("--commit", help="what to record as the commit where the source is no git repository")
     gpu.add_argument("--seconds", type=float, help="all the time there is (default 530, with --quick 88)")
     gpu.add_argument("--parts", nargs="+", metavar="PART", help="only these parts")

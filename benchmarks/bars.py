@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+import importlib
+import operator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.record import RESULTS, BenchmarkError, median, results_in
+from benchmarks.record import RESULTS, TIMES, BenchmarkError, median, results_in
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
+# How a limit is spelled in the file, in a line and in a table, and what it asks.
+SIGNS = {
+    "at_most": ("<=", "at most", operator.le),
+    "at_least": (">=", "at least", operator.ge),
+    "exactly": ("=", "exactly", operator.eq),
+}
+KEYS = {"name", "device", "case", "where", "contender", "measure", "against", "limits"}
 FILE = Path(__file__).with_name("bars.toml")
 
 
@@ -30,8 +33,8 @@ class Bar:
     measure: str
     against: str | None
     limit: float
-    least: bool
-    """Whether the limit is the least that is asked, rather than the most."""
+    asks: str
+    """A key of `SIGNS`."""
     apart: tuple[str, ...]
     """Keys of `where` in which it differs from the other bars of its name."""
 
@@ -41,24 +44,41 @@ class Bar:
         return ", ".join([self.name, *(f"{key} {self.where[key]}" for key in self.apart)])
 
 
+class Found(NamedTuple):
+    """What was measured of a bar.
+
+    Attributes:
+        number: None where it was not measured.
+        notes: why not, or what is wrong with the file that it is from.
+    """
+
+    number: float | None
+    notes: tuple[str, ...] = ()
+
+
 def load(path: Path = FILE) -> list[Bar]:
     """Read the bars.
 
     Raises:
-        BenchmarkError: an entry lacks a key.
+        BenchmarkError: an entry lacks a key or has an unknown one, or nothing here reads TOML.
     """
     bars = []
-    with open(path, "rb") as file:
-        entries = tomllib.load(file)["bars"]
-    for entry in entries:
+    for entry in _toml().loads(path.read_text(encoding="utf-8"))["bars"]:
+        unknown = sorted(entry.keys() - KEYS)
+        if unknown:
+            raise BenchmarkError(f"{path}: the bar {entry.get('name')!r} has the unknown key {unknown[0]!r}")
         try:
             for limit in entry["limits"]:
-                own = {key: value for key, value in limit.items() if key not in ("at_most", "at_least")}
+                asked = [key for key in SIGNS if key in limit]
+                if len(asked) != 1:
+                    raise BenchmarkError(
+                        f"{path}: a limit of the bar {entry['name']!r} needs one of {', '.join(SIGNS)}"
+                    )
+                own = {key: value for key, value in limit.items() if key not in SIGNS}
                 bars.append(
                     Bar(
                         entry["name"], entry["device"], entry["case"], {**entry["where"], **own}, entry["contender"],
-                        entry["measure"], entry.get("against"), limit.get("at_most", limit.get("at_least")),
-                        "at_least" in limit, tuple(own),
+                        entry["measure"], entry.get("against"), limit[asked[0]], asked[0], tuple(own),
                     )
                 )  # fmt: skip
         except KeyError as error:
@@ -66,24 +86,43 @@ def load(path: Path = FILE) -> list[Bar]:
     return bars
 
 
-def value(bar: Bar, result: dict[str, Any] | None) -> float | None:
-    """What was measured, None where it was not."""
+def _toml() -> Any:
+    """The standard library's reader, or the package that it comes from where Python is older than 3.11."""
+    for name in ("tomllib", "tomli"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise BenchmarkError("the bars cannot be read: Python 3.10 needs the package tomli for that")
+
+
+def value(bar: Bar, result: dict[str, Any] | None) -> Found:
+    """What was measured of a bar; nothing where its two times were taken in different ways."""
     if result is None:
-        return None
+        return Found(None)
     rows = [row for row in result["rows"] if all(row["point"].get(k) == v for k, v in bar.where.items())]
 
-    def of(contender: str) -> float | None:
-        return next((median(row.get(bar.measure)) for row in rows if row["contender"] == contender), None)
+    def of(contender: str | None) -> dict[str, Any]:
+        return next((row for row in rows if row["contender"] == contender), {})
 
-    own = of(bar.contender)
-    if bar.against is None or own is None:
-        return own
-    other = of(bar.against)
-    return own / other if other else None
+    own, other = of(bar.contender), of(bar.against)
+    number, base = median(own.get(bar.measure)), median(other.get(bar.measure))
+    if number is None or (bar.against is not None and not base):
+        return Found(None)
+    if bar.against is not None and bar.measure in TIMES and own.get("clock") != other.get("clock"):
+        clocks = " and ".join(str(row.get("clock", "unknown")) for row in (own, other))
+        return Found(None, (f"taken by different clocks, {clocks}",))
+    notes = ["incomplete"] * (not result.get("complete", True))
+    notes += ["source with changes"] * bool(result["environment"]["dirty"])
+    return Found(number / base if base and bar.against is not None else number, tuple(notes))
 
 
-def judged(folder: Path | None = None, results: Path = RESULTS) -> Iterator[tuple[Bar, float | None]]:
+def judged(
+    folder: Path | None = None, results: Path = RESULTS, cases: Container[str] | None = None
+) -> Iterator[tuple[Bar, Found]]:
     """Every bar and what was measured: under `results`, or in `folder`, where only its device's bars count.
+
+    What is no result of `cases` was not measured.
 
     Raises:
         BenchmarkError: `folder` is none, or a result file in it cannot be read.
@@ -93,37 +132,52 @@ def judged(folder: Path | None = None, results: Path = RESULTS) -> Iterator[tupl
     cache: dict[Path, dict[str, dict[str, Any]]] = {}
     device = _device_of(folder)
     for bar in load():
-        if device not in (None, bar.device):
+        if device is not None and not is_device(device, bar.device):
             continue
-        where = results / bar.device if folder is None else folder
+        where = _folder_of(bar.device, results) if folder is None else folder
         if where not in cache:
             cache[where] = results_in(where)
-        yield bar, value(bar, cache[where].get(bar.case))
+        counts = cases is None or bar.case in cases
+        yield bar, value(bar, cache[where].get(bar.case) if counts else None)
 
 
-def met(bar: Bar, found: float) -> bool:
+def is_device(name: str, asked: str) -> bool:
+    """Whether `name` is the device `asked`, or a variant such as "nvidia-h200-nvl" of "nvidia-h200"."""
+    return f"{name}-".startswith(f"{asked}-")
+
+
+def met(bar: Bar, number: float) -> bool:
     """Whether a measured bar is met."""
-    return found >= bar.limit if bar.least else found <= bar.limit
+    return bool(SIGNS[bar.asks][2](number, bar.limit))
 
 
-def verdict(bar: Bar, found: float | None) -> str:
+def verdict(bar: Bar, found: Found) -> str:
     """In words."""
-    return "not measured" if found is None else "met" if met(bar, found) else "missed"
+    return "not measured" if found.number is None else "met" if met(bar, found.number) else "missed"
 
 
-def lines(folder: Path | None = None) -> list[str]:
-    """A table: measured, limit, verdict; the last line counts."""
-    rows = list(judged(folder))
+def lines(folder: Path | None = None, cases: Container[str] | None = None) -> list[str]:
+    """A table: measured, limit, verdict; the last line counts. `cases` as for `judged`."""
+    rows = list(judged(folder, cases=cases))
     if not rows:
         return [f"no bars are set for {_device_of(folder) if folder else 'any device'}; see {FILE.name}"]
     width = max(len(bar.label) for bar, _ in rows)
-    found = [f"{'bar':{width}}  device       measured    limit"]
-    for bar, number in rows:
-        shown = "-" if number is None else f"{number:.3f}"
-        sign = ">=" if bar.least else "<="
-        found.append(f"{bar.label:{width}}  {bar.device:11} {shown:>9}  {sign} {bar.limit:<6g} {verdict(bar, number)}")
-    counts = [sum(verdict(bar, number) == word for bar, number in rows) for word in ("met", "missed", "not measured")]
-    return [*found, f"{counts[0]} met, {counts[1]} missed, {counts[2]} not measured"]
+    shown = [f"{'bar':{width}}  device       measured    limit"]
+    for bar, found in rows:
+        number = "-" if found.number is None else f"{found.number:.3f}"
+        sign = SIGNS[bar.asks][0]
+        said = ", ".join((verdict(bar, found), *found.notes))
+        shown.append(f"{bar.label:{width}}  {bar.device:11} {number:>9}  {sign:2} {bar.limit:<6g} {said}")
+    counts = [sum(verdict(bar, found) == word for bar, found in rows) for word in ("met", "missed", "not measured")]
+    partial = sum(found.number is not None and bool(found.notes) for _, found in rows)
+    last = f"{counts[0]} met, {counts[1]} missed, {counts[2]} not measured"
+    return [*shown, last + (f"; {partial} of them by incomplete files or changed source" if partial else "")]
+
+
+def _folder_of(device: str, results: Path) -> Path:
+    """The folder of `device` under `results`, or the first one of a variant."""
+    variants = sorted(path for path in results.glob(f"{device}-*") if path.is_dir())
+    return next((path for path in (results / device, *variants) if path.is_dir()), results / device)
 
 
 def _device_of(folder: Path | None) -> str | None:

@@ -1,6 +1,6 @@
 """The proof on a GPU, in one command: build, tests, cases, sanitizer, profile, and which bars are met.
 
-    python -m benchmarks gpu [--quick] [--out FOLDER] [--parts NAME ...]
+    python -m benchmarks gpu [--out FOLDER] [--quick --out FOLDER] [--parts NAME ...]
 
 Every part is a process of its own with an end of its own: part i has to end when the shares of parts 1 to i are used
 up, so what one part leaves is the next one's. A part that fails or is cut costs the others nothing. The order is that
@@ -73,9 +73,12 @@ def prove(args: argparse.Namespace) -> int:
     """Run the parts, write what they say, print the table; 1 where a part failed or was cut, else 0.
 
     Raises:
-        BenchmarkError: there is no GPU, no such part, no time, or the folder cannot be written into.
+        BenchmarkError: there is no GPU, no such part, no time, no folder where one is needed, or it cannot be written
+            into.
     """
     began = time.monotonic()
+    if args.quick and args.out is None:
+        raise BenchmarkError("--quick needs --out: the committed results are whole")
     if not args.dry_run and not torch.cuda.is_available():
         raise BenchmarkError("no CUDA GPU is visible (torch.cuda.is_available() is False); --dry-run needs none")
     if args.dry_run and args.out is None:
@@ -91,7 +94,7 @@ def prove(args: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "gpu.log").write_bytes(b"")
     with tempfile.TemporaryDirectory(prefix="slora-proof-") as scratch:
-        proof = Proof(out, args.dry_run, args.quick, began + whole, environ_of(args.dry_run, Path(scratch)))
+        proof = Proof(out, args.dry_run, args.quick, environ_of(args.dry_run, Path(scratch)))
         proof.about = {**environment(device), **machine()}
         proof.write()
         # A `timeout` around the proof must not leave a part running.
@@ -135,7 +138,7 @@ def finish(proof: Proof, took: float) -> None:
         note = note or ("" if state.get("complete", True) else "incomplete")
         print(f"{name:12} {state['state']:8} {state['seconds']:7.1f}  {note}")
     try:
-        table = bars.lines(proof.out)
+        table = bars.lines(proof.out, proof.measured)
     except BenchmarkError as error:
         table = [str(error)]
     print(f"\n{proof.about['device']}, in {took:.0f} s; results in {proof.out}\n")

@@ -51,10 +51,10 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
             path = write_result(case.name, device, payload, folder)
     if not payload["rows"]:
         reason = f"no contender has {' or '.join(map(repr, settings.only))} in its name"
-        if settings.over() or not settings.only:
-            reason = "the time was up before its first point"
+        if not settings.only:
+            reason = "its grid is empty"
         raise BenchmarkError(f"case {case.name!r} measured nothing: {reason}; nothing was written")
-    payload["complete"] = not settings.over()
+    payload["complete"] = not settings.stopped
     path = write_result(case.name, device, payload, folder)
     refused = [f"{row['contender']} at {row['point']}: {row['refused']}" for row in payload["rows"] if "refused" in row]
     if refused:

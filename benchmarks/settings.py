@@ -27,7 +27,9 @@ class Settings:
             "full" is the whole grid.
         rounds: repetitions of every contender; None: what suits the grid.
         only: parts of contender names; empty: all.
-        seconds: the time that the case may take, None without limit. A case asks `over` between two points.
+        seconds: the time that the case may take, its start included, None without limit. A case asks `stop` before
+            every point: its first one is measured in any case, with the fewest repetitions where the time is up.
+        stopped: whether the grid was left before its end.
     """
 
     device: str = "cpu"
@@ -36,6 +38,8 @@ class Settings:
     only: tuple[str, ...] = ()
     seconds: float | None = None
     started: float = field(default_factory=time.monotonic)
+    stopped: bool = False
+    begun: int = 0
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -71,7 +75,18 @@ class Settings:
         """Seconds left, None without limit."""
         return None if self.seconds is None else self.seconds - (time.monotonic() - self.started)
 
+    def at_most(self, seconds: float) -> float:
+        """`seconds`, or what is left where that is less: how long repetitions may go on."""
+        left = self.left()
+        return seconds if left is None else max(0.0, min(seconds, left))
+
     def over(self) -> bool:
         """Whether the time is up."""
         left = self.left()
         return left is not None and left <= 0
+
+    def stop(self) -> bool:
+        """Whether to leave the grid before its next point, which otherwise begins."""
+        self.stopped = self.begun > 0 and self.over()
+        self.begun += 1
+        return self.stopped

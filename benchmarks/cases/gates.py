@@ -28,6 +28,6 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
         model, batch = "tiny", 2
     precisions = ["bf16" if settings.on_gpu else "fp32"] + ["amp"] * (settings.grid == "full")
     for precision in precisions:
-        if settings.over():
+        if settings.stop():
             return
         yield from train_step.measure(settings, ceilings, model, batch, precision, "eager", NAMES)

@@ -67,7 +67,7 @@ def grid(settings: Settings) -> list[tuple[str, int, str]]:
 def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the rows of every point; stops between two points when the time is up."""
     for name, batch, dtype in grid(settings):
-        if settings.over():
+        if settings.stop():
             return
         yield from measure(settings, ceilings, find(name), batch, dtype)
 
@@ -117,7 +117,7 @@ def measure(settings: Settings, ceilings: dict[str, Any], model: Model, batch: i
                      settings.most_inputs)  # fmt: skip
     inputs += [model.inputs(batch, settings.device, DTYPES[dtype]) for _ in range(turns.sets - 1)]
     calls = {name: [forward(net, given) for given in inputs] for name, net in nets.items()}
-    taken = interleaved(calls, settings.device, settings.repetitions(15), seconds=60.0)
+    taken = interleaved(calls, settings.device, settings.repetitions(15), seconds=settings.at_most(60.0))
     for name, (seconds, contestant) in taken.items():
         kind, each = model.items
         row = rows[name]

@@ -69,7 +69,7 @@ def grid(settings: Settings) -> list[Shape]:
 def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the rows of every point; stops between two points when the time is up."""
     for point in grid(settings):
-        if settings.over():
+        if settings.stop():
             return
         compiled = settings.grid == "full" or not settings.on_gpu or (point.K, point.N) in COMPILED
         yield from measure(
@@ -114,7 +114,9 @@ def measure(
     kinds += [("eager", True, False)] * settings.on_gpu
     for kind, backward, graphs in kinds:
         calls = {name: layer.calls(problem, backward) for name, layer in layers.items()}
-        for name, (seconds, contestant) in interleaved(calls, device, rounds, graphs, seconds=10.0).items():
+        for name, (seconds, contestant) in interleaved(
+            calls, device, rounds, graphs, seconds=settings.at_most(10.0)
+        ).items():
             rows[name][kind] = spread(seconds)
             if kind == "forward_backward":
                 rows[name]["clock"] = contestant.clock

@@ -50,7 +50,7 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     if settings.on_gpu and extension["cuda"] is None:
         raise BenchmarkError("slora._C was built without CUDA; nothing was timed")
     for model, dtype, rank in grid(settings):
-        if settings.over():
+        if settings.stop():
             return
         yield from measure(settings, ceilings, model, dtype, rank)
 

@@ -45,7 +45,7 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     if not settings.on_gpu:
         names -= {"slora, auto", "slora, triton"}  # "auto" is "torch" there
     for curve, shape in grid(settings):
-        if settings.over():
+        if settings.stop():
             return
         rows = linear.measure(shape, settings, ceilings, names, inference=False)
         limit = next((row for row in rows if row["contender"] == FROZEN and "forward_backward" in row), None)

@@ -30,7 +30,7 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     for name, batch, precision in grid(settings):
         train_step.check_outputs(find(name), "cpu")
         for contender in train_step.USUAL:
-            if settings.over():
+            if settings.stop():
                 return
             if not settings.wanted(contender):
                 continue

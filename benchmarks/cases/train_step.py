@@ -70,7 +70,7 @@ def grid(settings: Settings) -> list[Point]:
 def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the rows of every point; stops between two points when the time is up."""
     for name, batch, precision, mode, contenders in grid(settings):
-        if settings.over():
+        if settings.stop():
             return
         yield from measure(settings, ceilings, name, batch, precision, mode, contenders)
 
@@ -124,7 +124,11 @@ def measure(
     inputs += [model.inputs(batch, settings.device, dtype_of(precision)) for _ in range(turns.sets - 1)]
     rounds = settings.repetitions(11 if settings.on_gpu else 15)
     taken = interleaved(
-        {c: step.calls(inputs) for c, step in steps.items()}, settings.device, rounds, mode == "graph", seconds=150.0
+        {c: step.calls(inputs) for c, step in steps.items()},
+        settings.device,
+        rounds,
+        mode == "graph",
+        seconds=settings.at_most(150.0),
     )
     for contender, (seconds, contestant) in taken.items():
         per_step = [value / steps[contender].count for value in seconds]

@@ -21,8 +21,9 @@ from benchmarks.proof import process
 from benchmarks.proof.process import Proof, State, state_of
 from benchmarks.record import read_result
 
-# Of the time of a case: what its start takes, and what is left to it to end in order before it is killed.
-START, GRACE = 12.0, 6.0
+# Of the time of a case: what is left to it to end the point that it is in before it is killed. Its own clock begins
+# after Python and torch have started, which has to fit in there, too.
+GRACE = 6.0
 METRICS = {
     "gpu__time_duration.sum": "duration",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
@@ -54,11 +55,18 @@ def architecture() -> str:
 
 
 def tests(proof: Proof, limit: float) -> State:
-    """The tests marked `gpu`; counts and the names of those that failed are read from what was printed."""
+    """The tests marked `gpu`; counts and the names of those that failed are read from what was printed.
+
+    Files that need a package which is not here are left out, by name.
+    """
+    if find_spec("pytest") is None:
+        return {"state": "skipped", "reason": "pytest is not installed"}
+    left_out = needing_hypothesis() if find_spec("hypothesis") is None else []
     several = ["-n", "4"] if find_spec("xdist") and not proof.dry else []
     where = ["tests/benchmarks/test_timing.py"] if proof.dry else []
+    ignored = [f"--ignore={path}" for path in left_out]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--no-header", "-p", "no:cacheprovider",
-               "--continue-on-collection-errors", *several, *where]  # fmt: skip
+               "--continue-on-collection-errors", *several, *where, *ignored]  # fmt: skip
     code, text = proof.call(command, limit)
     # 5: nothing was collected, which a dry run may do.
     state = state_of(0 if code == 5 and proof.dry else code, text)
@@ -66,7 +74,16 @@ def tests(proof: Proof, limit: float) -> State:
         word.lower(): len(set(outcomes(text, word))) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")
     }
     state["failed"] = sorted({*outcomes(text, "FAILED"), *outcomes(text, "ERROR")})[:40]
+    if left_out:
+        state["left_out"] = {"reason": "hypothesis is not installed", "files": left_out}
     return state
+
+
+def needing_hypothesis() -> list[str]:
+    """Test files that import hypothesis."""
+    imports = re.compile(r"^(?:from|import) hypothesis\b", re.M)
+    files = sorted((process.ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(process.ROOT)) for file in files if imports.search(file.read_text(encoding="utf-8"))]
 
 
 def outcomes(text: str, word: str) -> list[str]:
@@ -80,13 +97,16 @@ def case(name: str) -> Run:
 
     def run(proof: Proof, limit: float) -> State:
         grid = ["--grid", "tiny"] if proof.dry else ["--quick"] if proof.quick else []
-        seconds = f"{max(1.0, limit - GRACE - START):.0f}"
+        seconds = f"{max(1.0, limit - GRACE):.0f}"
         command = [sys.executable, "-m", "benchmarks", "run", "--case", name, "--device", proof.device,
                    "--keep-partial", "--seconds", seconds, "--out", proof.out, *grid]  # fmt: skip
+        path = proof.out / f"{name}.json"
+        before = written(path)
         code, text = proof.call(command, limit)
         state = state_of(code, text)
-        path = proof.out / f"{name}.json"
-        if path.exists():
+        # A file that was there already is another run's.
+        if written(path) not in (None, before):
+            proof.measured.add(name)
             result = read_result(path)
             state["complete"] = result["complete"]
             state["rows"] = len(result["rows"])
@@ -97,6 +117,11 @@ def case(name: str) -> Run:
         return state
 
     return run
+
+
+def written(path: Path) -> tuple[int, int] | None:
+    """What differs after a file was written anew, None where there is none."""
+    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
 def sanitizer(proof: Proof, limit: float) -> State:
@@ -131,7 +156,13 @@ def profile(proof: Proof, limit: float) -> State:
                "--csv", "--page", "raw", "--metrics", ",".join(METRICS),
                sys.executable, "-m", "benchmarks.small", "profile"]  # fmt: skip
     code, text = proof.call(command, limit)
-    return {**state, **state_of(code, text), "kernels": profiled(text)}
+    kernels = profiled(text)
+    state.update(state_of(code, text), kernels=kernels)
+    if code == 0 and not kernels:
+        # Without permission to read the counters it ends well all the same.
+        said = [line for line in text.splitlines() if "ERROR" in line]
+        state.update(state="failed", reason=said[-1] if said else "ncu saw no kernel")
+    return state
 
 
 def profiled(text: str) -> list[dict[str, str]]:

@@ -25,10 +25,11 @@ class Proof:
     out: Path
     dry: bool
     quick: bool
-    ends: float
     environ: dict[str, str]
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    measured: set[str] = field(default_factory=set)
+    """Cases whose files this run has written."""
 
     @property
     def device(self) -> str:

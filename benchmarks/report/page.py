@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.contenders.peers import need
 from benchmarks.record import BenchmarkError, read_result, results_in
 from benchmarks.registry import CASES
 from benchmarks.report import tables
@@ -61,10 +62,13 @@ def demo_table(path: Path) -> str:
     """The table of `path`, which `slora demo` has written.
 
     Raises:
-        BenchmarkError: it is no such file.
+        BenchmarkError: it is no such file, or what `slora demo` needs is missing.
     """
+    need("rich")
+    from benchmarks.report import demo
+
     try:
-        return tables.demo_table(json.loads(path.read_text(encoding="utf-8")))
+        return demo.demo_table(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, LookupError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise BenchmarkError(f"{path} is not what `slora demo` writes ({reason}); run `make demo` again") from error

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import bars
 from benchmarks.record import median
-from slora.demo.run import aims
 
 NOT_MEASURED = "not measured"
 COMPULSORY = (
@@ -221,16 +219,15 @@ def bars_table(devices: Sequence[str], results: Path) -> str:
     """Every bar of these devices: what was measured under `results`, the limit, and whether it is met."""
     rows = []
     for bar, found in bars.judged(results=results):
-        if bar.device in devices:
-            shown = NOT_MEASURED if found is None else f"{found:.3f}"
-            sign = "at least" if bar.least else "at most"
+        if any(bars.is_device(device, bar.device) for device in devices):
+            shown = NOT_MEASURED if found.number is None else f"{found.number:.3f}"
             rows.append(
                 [
                     bar.label,
                     bar.device,
                     shown,
-                    f"{sign} {bar.limit:g}",
-                    "" if found is None else bars.verdict(bar, found),
+                    f"{bars.SIGNS[bar.asks][1]} {bar.limit:g}",
+                    ", ".join([*[bars.verdict(bar, found)] * (found.number is not None), *found.notes]),
                 ]
             )
     return table(["bar", "device", "measured", "limit", ""], rows)
@@ -267,52 +264,3 @@ def train_step_table(step: dict[str, Any], memory: dict[str, Any] | None) -> str
     # A column of memory that nobody measured says nothing.
     used = [i for i in range(len(heads)) if i <= len(by_precision) or any(row[i] != NOT_MEASURED for row in rows)]
     return note + "\n\n" + table([heads[i] for i in used], [[row[i] for i in used] for row in rows])
-
-
-def demo_table(demo: dict[str, Any]) -> str:
-    """One row per method: mean and standard deviation over seeds."""
-    labels = {
-        "full": "full fine-tuning",
-        "linear": "linear probe",
-        "lora": "LoRA on all blocks",
-        "selective": "selective",
-    }
-    rows = []
-    for method in dict.fromkeys(run["method"] for run in demo["runs"]):
-        runs = [run for run in demo["runs"] if run["method"] == method]
-        lost = [100 * (demo["source_before"] - run["source_after"]) for run in runs]
-        blocks = f"{mean(runs, 'active'):.1f} of {runs[0]['blocks']}" if runs[0]["blocks"] else "none"
-        rows.append(
-            [
-                labels[method],
-                _mean_and_spread([100 * run["target_accuracy"] for run in runs]),
-                _mean_and_spread(lost),
-                blocks,
-                f"{mean(runs, 'trainable'):,.0f}",
-                f"{mean(runs, 'flops') / 1e12:.2f}",
-                f"{mean(runs, 'seconds'):.1f}",
-            ]
-        )
-    heads = [
-        "method",
-        "digits, accuracy %",
-        "letters, k-NN points lost",
-        "active blocks",
-        "trained",
-        "TFLOP",
-        "seconds",
-    ]
-    seeds = len({run["seed"] for run in demo["runs"]})
-    before = f"Letters before fine-tuning: {100 * demo['source_before']:.2f} % (k-NN). "
-    note = f"{before}Mean and standard deviation over {seeds} seeds, from `docs/demo.json`. The aims that were set:"
-    return "\n\n".join([table(heads, rows), note, "\n".join(f"* {sentence}" for sentence in aims(demo))])
-
-
-def mean(runs: Sequence[dict[str, Any]], key: str) -> float:
-    """Mean of one figure over runs."""
-    return statistics.fmean(run[key] for run in runs)
-
-
-def _mean_and_spread(values: Sequence[float]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):.2f} ± {spread:.2f}"

@@ -73,8 +73,59 @@ def test_a_bar_is_a_ratio_at_one_point(ours: float, word: str, tmp_path: Path) -
     assert f"{ours:.3f}" in line
     (other,) = [line for line in lines if line.startswith("linear, all active, over frozen, K 768, N 3072")]
     assert other.endswith("not measured")
+    # A file that is not whole, or of changed source, is shown as such.
+    result = {**_file(_bar_rows(ours)), "complete": False}
+    result["environment"]["dirty"] = True
+    (tmp_path / "linear.json").write_text(json.dumps(result))
+    (line,) = [
+        line for line in bars.lines(tmp_path) if line.startswith("linear, all active, over frozen, K 768, N 768")
+    ]
+    assert line.endswith(f"{word}, incomplete, source with changes")
     # Bars of other devices say nothing about this one.
     assert not any("cpu" in line for line in lines[1:-1])
+
+
+def test_times_by_different_clocks_are_no_ratio() -> None:
+    bar = next(bar for bar in bars.load() if bar.name == "linear, all active, over frozen")
+    frozen, ours = _bar_rows(1.1)
+    found = bars.value(bar, _file([{**frozen, "clock": "graph"}, {**ours, "clock": "graph"}]))
+    assert bars.verdict(bar, found) == "met"
+    found = bars.value(bar, _file([{**frozen, "clock": "events"}, {**ours, "clock": "graph"}]))
+    assert bars.verdict(bar, found) == "not measured"
+    assert found.notes == ("taken by different clocks, graph and events",)
+
+
+@pytest.mark.parametrize(("count", "word"), [(0, "missed"), (1, "met"), (2, "missed")])
+def test_a_merge_starts_exactly_one_kernel(count: int, word: str) -> None:
+    bar = next(bar for bar in bars.load() if bar.measure == "launches")
+    row = {"point": dict(bar.where), "contender": bar.contender, "launches": count}
+    assert bars.verdict(bar, bars.value(bar, _file([row], "merge"))) == word
+
+
+def test_a_bar_holds_for_the_variants_of_its_device(tmp_path: Path) -> None:
+    assert bars.is_device("nvidia-h200-nvl", "nvidia-h200")
+    assert not bars.is_device("nvidia-h20", "nvidia-h200")
+    assert not bars.is_device("nvidia-h2000", "nvidia-h200")
+    result = _file(_bar_rows(1.2), device="nvidia-h200-nvl")
+    (tmp_path / "nvidia-h200-nvl").mkdir()
+    (tmp_path / "nvidia-h200-nvl" / "linear.json").write_text(json.dumps(result))
+    assert "1 met" in bars.lines(tmp_path / "nvidia-h200-nvl")[-1]
+    assert sum(found.number is not None for _, found in bars.judged(results=tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('per = "seconds"\nlimits = [{ at_most = 1 }]', "has the unknown key 'per'"),
+        ("limits = [{ most = 1 }]", "needs one of at_most, at_least, exactly"),
+        ("limits = [{ at_most = 1, at_least = 0 }]", "needs one of at_most, at_least, exactly"),
+    ],
+)
+def test_a_bar_that_says_something_else_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    head = '[[bars]]\nname = "a"\ndevice = "cpu"\ncase = "linear"\nwhere = {}\ncontender = "b"\nmeasure = "seconds"\n'
+    (tmp_path / "bars.toml").write_text(head + text)
+    with pytest.raises(BenchmarkError, match=message):
+        bars.load(tmp_path / "bars.toml")
 
 
 def test_every_bar_names_a_case_and_contenders_that_exist() -> None:

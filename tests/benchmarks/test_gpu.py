@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import bars, gpu
+from benchmarks import __main__ as command_line
+from benchmarks import bars, gpu, registry, running
 from benchmarks.proof import parts, process
-from benchmarks.record import BenchmarkError, read_result
+from benchmarks.record import RESULTS, BenchmarkError, read_result
+from benchmarks.settings import Settings
 
 # Each of these tools is replaced by a program that finds the Python in its arguments and runs that.
 FAKE = """#!/bin/sh
@@ -30,7 +34,7 @@ NCU_SAYS = '''"ID","Kernel Name","Grid Size","Block Size","gpu__time_duration.su
 @pytest.fixture
 def proof(tmp_path: Path) -> process.Proof:
     environ = {**process.environ_of(True, tmp_path / "scratch"), "SLORA_COMMIT": "0123456789ab"}
-    return process.Proof(tmp_path, True, False, time.monotonic() + 100, environ)
+    return process.Proof(tmp_path, True, False, environ)
 
 
 def test_a_command_is_cut_at_its_limit_with_all_it_has_started(proof: process.Proof) -> None:
@@ -93,7 +97,18 @@ def test_what_the_profiler_prints_is_read() -> None:
             "registers": "168 register/thread",
         }
     ]  # fmt: skip
-    assert parts.profiled("==ERROR== no permission") == []
+
+
+def test_a_profiler_that_may_not_look_has_failed_and_says_why(
+    proof: process.Proof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "found", lambda tool: tool)
+    said = "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - no permission\nright\n"
+    monkeypatch.setattr(process.Proof, "call", lambda *args, **environ: (0, said))
+    state = parts.profile(proof, 10.0)
+    assert (state["state"], state["reason"]) == ("failed", "==ERROR== ERR_NVGPUCTRPERM - no permission")
+    monkeypatch.setattr(process.Proof, "call", lambda *args, **environ: (0, NCU_SAYS))
+    assert parts.profile(proof, 10.0)["state"] == "ok"
 
 
 def test_a_tool_that_is_missing_is_a_part_skipped(proof: process.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +124,111 @@ def test_shares_make_nine_minutes_and_the_quick_proof_ninety_seconds() -> None:
     assert gpu.QUICK_SECONDS <= 90
     quick = argparse.Namespace(quick=True, parts=None)
     assert [part.name for part in gpu.chosen(quick)] == ["build", "tests", "linear", "train_step", "merge"]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_case_has_all_its_share_to_measure_and_measures_its_first_point_in_any_case(
+    quick: bool, proof: process.Proof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock of its own: the start takes 5 s, or more than there is, and every point 3 s."""
+    now = 0.0
+    monkeypatch.setattr("benchmarks.settings.time.monotonic", lambda: now)
+    monkeypatch.setattr("benchmarks.running.write_result", lambda *args: None)
+    monkeypatch.setattr("benchmarks.running.ceilings.measure", lambda settings: wait(start))
+    taken: list[float] = []
+
+    def wait(seconds: float) -> dict[str, Any]:
+        nonlocal now
+        now += seconds
+        return {}
+
+    def grid(settings: Settings, limits: object) -> Iterator[dict[str, Any]]:
+        for i in range(1000):
+            if settings.stop():
+                return
+            wait(3.0)
+            taken.append(now)
+            yield {"point": {"i": i}, "contender": "a"}
+
+    def call(self: process.Proof, command: list[object], limit: float, **environ: str) -> tuple[int, str]:
+        asked = command_line.parser().parse_args([str(word) for word in command[3:]])
+        running.run_case(registry.Case("own", ""), Settings("cpu", started=now, seconds=asked.seconds))
+        return 0, ""
+
+    monkeypatch.setattr(registry.Case, "load", lambda self: grid)
+    monkeypatch.setattr(process.Proof, "call", call)
+    cases = [part for part in gpu.PARTS if part.name in registry.CASES and (part.quick or not quick)]
+    assert len(cases) == (3 if quick else 6)
+    for part in cases:
+        limit = part.quick if quick else part.seconds
+        now, start = 0.0, 5.0
+        taken.clear()
+        part.run(proof, limit)
+        # Ended before it is killed, and with no room for another point and the grace.
+        assert taken[-1] <= limit
+        assert taken[-1] + 3.0 > limit - parts.GRACE
+        now, start = 0.0, 1000.0
+        taken.clear()
+        part.run(proof, limit)
+        assert taken == [1003.0]
+
+
+def test_a_file_of_an_earlier_run_is_not_this_ones(
+    proof: process.Proof, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(RESULTS / "cpu" / "train_step.json", proof.out)
+    bar = "train step, all blocks active, over PEFT, precision fp32"
+
+    def said() -> str:
+        gpu.finish(proof, 1.0)
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith(bar))
+
+    proof.about = {"device": "a"}
+    monkeypatch.setattr(process.Proof, "call", lambda *args, **environ: (1, "ModuleNotFoundError"))
+    state = parts.case("train_step")(proof, 10.0)
+    assert state == {"state": "failed", "exit_code": 1, "last_lines": ["ModuleNotFoundError"]}
+    assert said().endswith("not measured")
+
+    def writes(*args: object, **environ: str) -> tuple[int, str]:
+        shutil.copy(RESULTS / "cpu" / "train_step.json", proof.out)
+        return 0, ""
+
+    monkeypatch.setattr(process.Proof, "call", writes)
+    assert parts.case("train_step")(proof, 10.0)["complete"] is True
+    assert "not measured" not in said()
+
+
+def test_without_pytest_the_tests_are_skipped_and_without_hypothesis_those_that_need_it(
+    proof: process.Proof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(process.Proof, "call", lambda self, command, limit: (seen.append(command), (0, ""))[1])
+    monkeypatch.setattr(parts, "find_spec", lambda name: None)
+    assert parts.tests(proof, 10.0) == {"state": "skipped", "reason": "pytest is not installed"}
+    assert seen == []
+    monkeypatch.setattr(parts, "find_spec", lambda name: name != "hypothesis" or None)
+    left_out = parts.tests(proof, 10.0)["left_out"]
+    assert "tests/merging/test_batched.py" in left_out["files"]
+    assert "--ignore=tests/merging/test_batched.py" in seen[0]
+
+
+def test_a_case_needs_no_more_than_the_packages_that_the_proof_promises(tmp_path: Path) -> None:
+    """What torch, timm and peft bring with them is there; the rest is not asked for, least of all after measuring."""
+    blocked = ("hypothesis", "matplotlib", "open_clip", "pytest", "rich", "sklearn",
+               "tensorboard", "tomli", "tomllib", "torchmetrics", "typer")  # fmt: skip
+    arguments = ["run", "--case", "linear", "--grid", "tiny", "--rounds", "3", "--only", "frozen", "--out", tmp_path]
+    program = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
+        "import benchmarks.gpu, benchmarks.small\n"
+        "from benchmarks import registry, __main__\n"
+        "for case in registry.CASES.values(): case.load()\n"
+        "sys.exit(__main__.main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], cwd=process.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert read_result(tmp_path / "linear.json")["complete"] is True
 
 
 def test_an_unknown_part_is_refused() -> None:
