@@ -31,7 +31,8 @@ def kernels(device: str) -> None:
         ):
             problem = Problem(shape, device, sets=1)
             layer = CONTENDERS[KERNELS](problem)
-            wrong = mistake(layer.trained(problem.xs[0], problem.dys[0]), problem.exact(updates=True))
+            found = layer.trained(problem.xs[0], problem.dys[0])
+            wrong = mistake(found, problem.exact(updates=True), layer.wanted(shape))
             if wrong:
                 raise BenchmarkError(f"{KERNELS} at {shape.point}: {wrong}")
 

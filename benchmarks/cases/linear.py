@@ -135,11 +135,11 @@ def measure(
 def checked(layer: Layer, problem: Problem) -> dict[str, Any]:
     """What one forward and backward says before any is timed: whether it is right, its FLOPs and its memory."""
     found = layer.trained(problem.xs[0], problem.dys[0])
-    wrong = mistake(found, problem.exact(layer.updates))
+    wrong = mistake(found, problem.exact(layer.updates), layer.wanted(problem.shape))
     if wrong:
         return {"refused": wrong}
     # Inference takes paths of its own.
-    wrong = mistake({"y": layer.inferred(problem.xs[0])}, problem.exact(layer.updates))
+    wrong = mistake({"y": layer.inferred(problem.xs[0])}, problem.exact(layer.updates), {"y"})
     if wrong:
         return {"refused": f"without gradients {wrong}"}
     again = layer.trained(problem.xs[0], problem.dys[0])

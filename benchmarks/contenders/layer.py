@@ -14,7 +14,7 @@ wanted beside that of `x`. All share one `W`, `b`, `A`, `B`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,6 +124,11 @@ class Layer:
     """A context that every call runs in."""
     shaped: Callable[[str, Tensor], Tensor] = field(default=lambda name, gradient: gradient)
     """Gradients in the shape of the reference's."""
+
+    def wanted(self, shape: Shape) -> set[str]:
+        """What `trained` has to give: y, dx and the gradients of all parameters; those of an update where it is on."""
+        trained = set() if self.updates and not shape.active else set(self.parameters)
+        return {"y", "dx", *trained}
 
     def calls(self, problem: Problem, backward: bool) -> list[Callable[[], Any]]:
         """One call per set of inputs: the forward as in inference, or forward and backward."""
@@ -295,12 +300,19 @@ CONTENDERS: dict[str, Callable[[Problem], Layer]] = {
 FROZEN = "frozen F.linear"
 
 
-def mistake(found: dict[str, Tensor], exact: dict[str, tuple[Tensor, Tensor, float]]) -> str | None:
+def mistake(
+    found: dict[str, Tensor], exact: dict[str, tuple[Tensor, Tensor, float]], wanted: Collection[str]
+) -> str | None:
     """What is wrong with a contender's result, None where nothing is; `exact` as `Problem.exact` gives it.
+
+    Everything `wanted` has to be there.
 
     A result may be twice as far from the exact one as the same mathematics in PyTorch calls of its dtype, plus one
     unit of that dtype for what happens to be exact there; both in the Frobenius norm.
     """
+    missing = sorted(set(wanted) - found.keys())
+    if missing:
+        return f"{' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not computed"
     for name, value in found.items():
         wide, own, magnitude = exact[name]
         allowed = 2 * float((own.to(wide.dtype) - wide).norm()) + torch.finfo(own.dtype).eps * magnitude

@@ -21,7 +21,7 @@ def test_every_way_is_right_or_says_why_it_cannot(name: str, shape: Shape) -> No
     except Missing as reason:
         pytest.skip(str(reason))
     found = layer.trained(problem.xs[0], problem.dys[0])
-    assert mistake(found, problem.exact(layer.updates)) is None
+    assert mistake(found, problem.exact(layer.updates), layer.wanted(shape)) is None
     torch.testing.assert_close(layer.inferred(problem.xs[0]), found["y"], rtol=0.02, atol=1e-2)
     # By hand, in fp64, for what is wrong in contender and reference alike.
     x, W, b = (t.detach().double() for t in (problem.xs[0], problem.W, problem.b))
@@ -39,11 +39,27 @@ def test_a_mistake_in_any_result_is_found(name: str) -> None:
     layer = CONTENDERS["slora, torch"](problem)
     found = layer.trained(problem.xs[0], problem.dys[0])
     exact = problem.exact(layer.updates)
-    assert mistake(found, exact) is None
+    wanted = layer.wanted(problem.shape)
+    assert wanted == set(found)
+    assert mistake(found, exact, wanted) is None
     found[name] = found[name] * 1.001 + 1e-3
-    assert str(mistake(found, exact)).startswith(f"{name} is off by")
+    assert str(mistake(found, exact, wanted)).startswith(f"{name} is off by")
     found[name] = found[name] * float("nan")
-    assert mistake(found, exact) is not None
+    assert mistake(found, exact, wanted) is not None
+    del found[name]
+    assert mistake(found, exact, wanted) == f"{name} was not computed"
+
+
+def test_a_layer_whose_update_is_not_trained_is_refused() -> None:
+    from benchmarks.cases.linear import checked
+
+    problem = Problem(SHAPES[0], "cpu", sets=1)
+    layer = CONTENDERS["addmm function"](problem)
+    assert "refused" not in checked(layer, problem)
+    # The right output and dx, but A and B stand outside the graph.
+    A, B = (t.detach() for t in layer.parameters.values())
+    layer.forward = lambda x: torch.nn.functional.linear(x, problem.W, problem.b) + SCALING * (x @ A.T) @ B.T
+    assert checked(layer, problem) == {"refused": "lora_A and lora_B were not computed"}
 
 
 def test_a_contender_restores_the_backend_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
