@@ -153,7 +153,7 @@ GEMM: tuple[Row, ...] = (
     Row(_B, 100, "bulk", "tf32", ("fused",), (64,), (Gemm(64, 128, 32, 8, 3),), odd=(Gemm(64, 32, 16, 8, 3),)),
     Row(_F, 100, "bulk", "tf32", ("dropout",), (16, 64), (Gemm(64, 128, 32, 8, 3),)),
     Row(_B, 100, "bulk", "tf32", ("dropout",), (16,), (Gemm(64, 128, 32, 8, 3),)),
-    Row(_B, 100, "bulk", "tf32", ("dropout",), (64,), (_UNALIGNED,), odd=(_TINY,)),
+    Row(_B, 100, "bulk", "tf32", ("dropout",), (64,), (_UNALIGNED,), odd=(Gemm(64, 64, 16, 8, 3),)),
     Row(_FB, 100, "bulk", "tf32", ("given", "given, dropout"), (64,), (Gemm(64, 64, 32, 8, 3, maxnreg=255),)),
     Row(_F, 80, "vectors", "16-bit", ("fused",), (16,), (Gemm(128, 128, 32, 8, 4),), True),
     Row(_F, 80, "vectors", "16-bit", ("fused",), (32, 64), (Gemm(128, 64, 32, 8, 4),), True),
