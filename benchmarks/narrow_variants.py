@@ -1,6 +1,7 @@
 """The kernels beside the two GEMMs with every configuration of `kernels/narrow_configs.py`, to be compiled.
 
-A and B are fp32, the more demanding case.
+Each is compiled in the most demanding cases that it serves: A and B are fp32 and nothing is known of the rank; where a
+kernel reads rows that are aligned in another way than others ("elements"), it is compiled for both.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _variant(
     **more: Any,
 ) -> Variant:
     """A variant whose arguments are integers where `types` and `constants` say nothing."""
-    options = {name: value for name, value in meta.items() if name.startswith("num_")}
+    options = {name: value for name, value in meta.items() if name.startswith("num_") or name == "maxnreg"}
     constants = constants | {name: value for name, value in meta.items() if name not in options}
     integers = [name for name in kernel.arg_names if name not in types and name not in constants]
     return Variant(
@@ -65,11 +66,14 @@ def _weight_gradients(part: int, precision: configs.Precision) -> Iterator[Varia
         "S": f"*{element}", "T": f"*{element}", "gate": "*fp32", "seed": "*i64", "partial_A": "*fp32",
         "partial_B": "*fp32", "threshold": "fp32",
     }  # fmt: skip
+    # By elements only with the mask, which asks for more registers still.
+    vectors = "bulk" if part >= 90 else "vectors"
+    cases = [(vectors, False), (vectors, True), ("elements", True)]
     # T is at least as wide as the S of a block.
     for low_A, low_B in ((16, 16), (32, 16), (64, 16), (64, 64), (128, 16), (128, 128)):
         tiles = narrow_configs.weight_gradients(part, precision, max(low_A, low_B))
-        paths = (True, False) if part >= 90 else (False,)
-        for tile, bulk, dropout in itertools.product(tiles, paths, (False, True)):
+        for tile, (access, dropout) in itertools.product(tiles, cases):
+            bulk = access == "bulk"
             rows = f"tensordesc<{element}[{tile.ROWS}, {tile.TILE}]>" if bulk else f"*{element}"
             constants = {
                 "LOW_A": low_A, "LOW_B": low_B, "DROPOUT": dropout, "DESCRIPTORS": bulk, "PRECISION": multiplied,
@@ -77,11 +81,11 @@ def _weight_gradients(part: int, precision: configs.Precision) -> Iterator[Varia
             yield _variant(
                 weight_gradients._partial_sums,
                 part,
-                f"{precision}, {'bulk' if bulk else 'pointers'}{', dropout' * dropout}, {low_A} and {low_B}, {tile}",
+                f"{precision}, {access}{', dropout' * dropout}, {low_A} and {low_B}, {tile}",
                 pointers | {"x": rows, "dy": rows},
                 tile.meta(),
                 constants | ({} if dropout else {"seed": None}),
-                ("K", "N", "n", "r", "stride_x", "stride_dy"),
+                ("K", "N", "n", "stride_x", "stride_dy") if access == "vectors" else (),
                 tensor_cores=precision != "ieee",
                 # Before sm_90 there is nothing else; after it, tiles are tall enough for the own instructions.
                 older_products=part < 90,
@@ -92,57 +96,66 @@ def _weight_gradients(part: int, precision: configs.Precision) -> Iterator[Varia
 def _skinny(part: int, precision: configs.Precision) -> Iterator[Variant]:
     element, multiplied = _KINDS[precision]
     common = {"gate": "*fp32", "threshold": "fp32"}
-    cases = [(low, narrow_configs.skinny(precision, rows, low)) for low in (16, 32, 64, 128) for rows in (8, 64, 128)]
-    for low, tile in dict.fromkeys(cases):
+    cases = [
+        (low, narrow_configs.skinny(precision, rows, low, aligned), aligned)
+        for aligned in (True, False) for low in (16, 32, 64, 128) for rows in (8, 64, 128)
+    ]  # fmt: skip
+    for low, tile, aligned in dict.fromkeys(cases):
         constants = {"PRECISION": multiplied, "LOW": low}
         types = dict.fromkeys(("x", "S", "room"), f"*{element}")
         types |= common | {"A": "*fp32", "seed": "*i64", "factor": "fp32"}
+        elements = ", elements" * (not aligned)
         # Room is filled after the loop that masks: with both, the kernel is at its largest.
-        for whole in (False, True):
+        for whole in (False, True) if aligned else (True,):
             yield _variant(
                 skinny._S,
                 part,
-                f"{precision}{', dropout, room' * whole}, {low}, {tile}",
+                f"{precision}{', dropout, room' * whole}{elements}, {low}, {tile}",
                 types,
                 tile.meta(),
                 constants | {"DROPOUT": whole, "ROOM": whole} | ({} if whole else {"seed": None, "room": None}),
-                ("K", "r", "stride_x"),
+                ("K", "stride_x") if aligned else (),
+                tensor_cores=precision != "ieee",
+                older_products=True,
+                copies_ahead=aligned,
+            )
+        # By elements T takes what S does without its mask and room.
+        if aligned:
+            yield _variant(
+                skinny._T,
+                part,
+                f"{precision}, {low}, {tile}",
+                common | {"dy": f"*{element}", "B": "*fp32", "T": f"*{element}"},
+                tile.meta(),
+                constants,
+                ("n", "stride_dy"),
                 tensor_cores=precision != "ieee",
                 older_products=True,
                 copies_ahead=True,
             )
-        yield _variant(
-            skinny._T,
-            part,
-            f"{precision}, {low}, {tile}",
-            common | {"dy": f"*{element}", "B": "*fp32", "T": f"*{element}"},
-            tile.meta(),
-            constants,
-            ("n", "r", "stride_dy"),
-            tensor_cores=precision != "ieee",
-            older_products=True,
-            copies_ahead=True,
-        )
 
 
 def _probes(part: int, precision: configs.Precision) -> Iterator[Variant]:
     element, multiplied = _KINDS[precision]
-    cases = [(low, narrow_configs.gate_probe(precision, m, low)) for low in (16, 32, 64) for m in (512, 50432)]
-    for low, tile in dict.fromkeys(cases):
+    cases = [
+        (low, narrow_configs.gate_probe(precision, m, low, aligned=aligned), aligned)
+        for aligned in (True, False) for low in (16, 32, 64) for m in (512, 50432)
+    ]  # fmt: skip
+    for low, tile, aligned in dict.fromkeys(cases):
         yield _variant(
             gate_probe._probe,
             part,
-            f"{precision}, {low}, {tile}",
+            f"{precision}{'' if aligned else ', elements'}, {low}, {tile}",
             {
                 "dy": f"*{element}", "x": f"*{element}", "A": "*fp32", "B": "*fp32", "gate": "*fp32", "out": "*fp32",
                 "threshold": "fp32", "scaling": "fp32",
             },
             tile.meta(),
             {"PRECISION": multiplied, "LOW": low},
-            ("K", "n", "r", "stride_dy", "stride_x"),
+            ("K", "n", "stride_dy", "stride_x") if aligned else (),
             tensor_cores=precision != "ieee",
             older_products=True,
-            copies_ahead=True,
+            copies_ahead=aligned,
         )  # fmt: skip
 
 
@@ -168,14 +181,14 @@ def _others(part: int, element: str) -> Iterator[Variant]:
         tensor_cores=False,
     )
     precision: configs.Precision = "16-bit" if element == "bf16" else "ieee"
-    tile = narrow_configs.gate_probe(precision, 512, 16, layers=64)
+    tile = narrow_configs.gate_probe(precision, 512, 64, layers=64)
     yield _variant(
         gate_probe._probe_table,
         part,
-        f"{element}, 64 layers, 16, {tile}",
+        f"{element}, 64 layers, 64, {tile}",
         {"table": "*i64", "factors": "*fp32", "out": "*fp32"},
         tile.meta(),
-        {"LAYERS": 64, "ROW_DTYPE": _DTYPES[element], "LORA_DTYPE": tl.float32, "PRECISION": "ieee", "LOW": 16},
+        {"LAYERS": 64, "ROW_DTYPE": _DTYPES[element], "LORA_DTYPE": tl.float32, "PRECISION": "ieee", "LOW": 64},
         tensor_cores=element == "bf16",
         older_products=True,
     )

@@ -194,7 +194,8 @@ def gate_probe(layers: Sequence[Layer]) -> list[Tensor]:
     total = sum(layer.lora_A.shape[0] for layer in layers)
     if most == 0:
         return [torch.zeros(layer.gate.shape, device=device) for layer in layers]
-    tile = narrow_configs.gate_probe(launch.kind(rows), most, LOW, len(layers))
+    aligned = all(launch.in_vectors(t) for t in (first.dy, first.x)) and first.lora_B.shape[1] % 16 == 0
+    tile = narrow_configs.gate_probe(launch.kind(rows), most, LOW, len(layers), aligned)
     tiles = triton.cdiv(most, tile.BM)
     out = torch.empty(total, tiles, dtype=torch.float32, device=device)
     meta: dict[str, Any] = {"PRECISION": launch.precision(rows), "LOW": LOW, **tile.meta()}

@@ -24,6 +24,8 @@ class Columns:
     """Whether the product is formed as TILE x LOW, which wgmma wants, or as LOW x TILE, which mma can pipeline."""
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+    """As for `configs.Gemm`."""
 
     def meta(self) -> dict[str, Any]:
         """Return what the kernel takes as compile-time arguments and launch options."""
@@ -34,14 +36,17 @@ def weight_gradients(part: int, precision: Precision, low: int) -> tuple[Columns
     """Return the tile sizes for products with `low` padded columns of S or T, at most 128, the best guess first."""
     # Without tensor cores the tall product spills less; transposed, it is the masked tile that is spread over threads.
     tall = part >= 90 or precision == "ieee"
-    if precision != "16-bit":
-        if low <= 64:
-            return (Columns(128, 32, tall, 4, 3),)
-        return (Columns(128, 16 if precision == "ieee" else 32, tall, 8, 2),)
+    if precision == "ieee":
+        return (Columns(128, 32, tall, 4, 3) if low <= 32 else Columns(64, 16, tall, 8, 2, 255),)
+    if precision == "tf32":
+        return (Columns(128, 32, tall, 4, 3) if low <= 64 else Columns(128, 32, tall, 8, 2),)
     if low > 64:
         return (Columns(128, 32, tall, 8, 3), Columns(128, 64, tall, 8, 2))
+    short, long = Columns(128, 32, tall, 4, 4), Columns(128, 64, tall, 4, 3)
+    if low > 32:
+        return (short,)
     wide = (Columns(256, 64, tall, 8, 3),) if part >= 90 else ()
-    return (Columns(128, 64, tall, 4, 3), Columns(128, 32, tall, 4, 4), *wide)
+    return (long, short, *wide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +57,21 @@ class Rows:
     BK: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+    """As for `configs.Gemm`."""
 
     def meta(self) -> dict[str, Any]:
         """Return what the kernels take as compile-time arguments and launch options."""
         return dataclasses.asdict(self)
 
 
-def skinny(precision: Precision, rows: int, low: int) -> Rows:
-    """Return the tile sizes for `rows` rows per multiprocessor and `low` padded columns of S or T, at most 128."""
+def skinny(precision: Precision, rows: int, low: int, aligned: bool = True) -> Rows:
+    """Return the tile sizes for `rows` rows per multiprocessor and `low` padded columns of S or T, at most 128.
+
+    `aligned` says that rows are read in vectors, not by elements, each with an address and a mask in registers.
+    """
+    if not aligned:
+        return Rows(64, 32, 8, 2, 255) if rows >= 64 else Rows(16, 32, 4, 2, 255)
     BM = 128 if rows >= 128 else 64 if rows >= 64 else 16
     if precision == "ieee" and low == 64:
         BM = min(BM, 64)
@@ -71,15 +83,18 @@ def skinny(precision: Precision, rows: int, low: int) -> Rows:
     return Rows(BM, BK, num_warps, 2 if BM == 128 and low > 64 and precision == "16-bit" else 3)
 
 
-def gate_probe(precision: Precision, m: int, low: int, layers: int = 1) -> Rows:
+def gate_probe(precision: Precision, m: int, low: int, layers: int = 1, aligned: bool = True) -> Rows:
     """Return the tile sizes for `m` rows, `low` padded columns of S and T, at most 64, and `layers` layers.
 
-    A few hundred rows are spread over the GPU; all of them come in larger tiles.
+    A few hundred rows are spread over the GPU; all of them come in larger tiles. `aligned` is as for `skinny`; where
+    several layers share a launch, the compiler knows nothing of their rows.
     """
     if precision != "16-bit" and layers > 1:
-        return Rows(16, 16, 8, 1)
-    if precision != "16-bit":
-        return Rows(16, 64, 4, 3) if precision == "tf32" else Rows(16, 32, 8, 2)
+        return Rows(16, 16, 8, 1, 255)
+    if precision == "tf32":
+        return Rows(16, 64, 4, 3) if aligned and low < 64 else Rows(16, 32, 4, 2, 255)
+    if not aligned or layers > 1 or precision == "ieee":
+        return Rows(16, 32, 8, 2, 255)
     if m > 4096:
-        return Rows(32, 64, 4, 3)
-    return Rows(16, 128 if low < 64 else 64, 4, 3)
+        return Rows(32, 64, 4 if low < 64 else 8, 3)
+    return Rows(16, 128 if low < 32 else 64, 4, 3)

@@ -106,7 +106,8 @@ def products_S(
     if S.numel() == 0:
         return S
     LOW = min(WIDEST, triton.next_power_of_2(max(16, n_slots * r)))
-    tile = narrow_configs.skinny(launch.kind(x.dtype), M // launch.multiprocessors(x.device), LOW)
+    rows = M // launch.multiprocessors(x.device)
+    tile = narrow_configs.skinny(launch.kind(x.dtype), rows, LOW, launch.in_vectors(x))
     with launch.on(x.device):
         _S[(triton.cdiv(M, tile.BM), triton.cdiv(n_slots * r, LOW))](
             x, lora_A, S, room, gate, seed, threshold, drop_units(dropout), factor, M, K, r, blocks, n_slots,
@@ -127,7 +128,8 @@ def products_T(dy: Tensor, lora_B: Tensor, gate: Tensor, threshold: float, n_slo
     if T.numel() == 0:
         return T
     LOW = min(WIDEST, triton.next_power_of_2(max(16, r)))
-    tile = narrow_configs.skinny(launch.kind(dy.dtype), M // launch.multiprocessors(dy.device), LOW)
+    rows = M // launch.multiprocessors(dy.device)
+    tile = narrow_configs.skinny(launch.kind(dy.dtype), rows, LOW, launch.in_vectors(dy) and n % 16 == 0)
     with launch.on(dy.device):
         _T[(triton.cdiv(M, tile.BM), n_slots, triton.cdiv(r, LOW))](
             dy, lora_B, T, gate, threshold, M, n, r, blocks, n_slots, dy.stride(0),
