@@ -4,9 +4,9 @@
      "ceilings": {...}, "rows": [{"point": {...}, "contender": ..., <measures>}, ...]}
 
 A row is one contender at one point of the case's grid. A measure is a number, or the spread of repetitions:
-{"median", "p20", "p80", "n"}. A contender that could not run has "skipped" and the reason, one that raised "failed",
-one whose result was wrong "refused"; none of these has times. `complete` is false where a run met the end of its time
-before the end of its grid.
+{"median", "p20", "p80", "n", "values"}, of which older files lack "values". A contender that could not run has
+"skipped" and the reason, one that raised "failed", one whose result was wrong "refused"; none of these has times.
+`complete` is false where a run met the end of its time before the end of its grid.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class BenchmarkError(Exception):
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median and 20th and 80th percentile of `values`, with their number."""
-    if len(values) < 2:
-        return {"median": values[0], "p20": values[0], "p80": values[0], "n": len(values)}
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "p20": cuts[0], "p80": cuts[3], "n": len(values)}
+    """Median and 20th and 80th percentile of `values`, their number, and themselves in their order."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
+    return {
+        "median": statistics.median(values), "p20": cuts[0], "p80": cuts[3], "n": len(values), "values": list(values)
+    }  # fmt: skip
 
 
 def median(measure: Any) -> float | None:
@@ -59,7 +59,7 @@ def environment(device: str | None = None) -> dict[str, Any]:
 
     Where the source is no git repository the commit is what SLORA_COMMIT says, with "-dirty" behind it if it was.
     """
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             packages[name] = metadata.version(name)
@@ -150,11 +150,17 @@ def fault(content: Mapping[str, Any]) -> str | None:
         if not isinstance(row, dict) or not isinstance(row.get("point"), dict) or "contender" not in row:
             return f"row {i} has no point or no contender"
         for name in row.keys() & TIMES:
-            measure = row[name]
-            numbers = [measure.get(key) for key in ("median", "p20", "p80")] if isinstance(measure, dict) else [measure]
-            if not all(isinstance(number, int | float) for number in numbers):
+            if not all(isinstance(number, int | float) for number in _numbers(row[name])):
                 return f"row {i} has no numbers in {name!r}"
     return None
+
+
+def _numbers(measure: Any) -> list[Any]:
+    """What has to be numbers in a measure."""
+    if not isinstance(measure, dict):
+        return [measure]
+    values = measure.get("values", [measure.get("median")])
+    return [*(measure.get(key) for key in ("median", "p20", "p80")), *(values if isinstance(values, list) else [None])]
 
 
 def require_writable(folder: Path) -> None:

@@ -169,6 +169,7 @@ def test_a_file_of_another_schema_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "is not readable JSON" in capsys.readouterr().err
 
 
+HALF = {"median": 1.0, "p20": 1.0, "p80": 1.0, "n": 2, "values": [1.0, None]}
 ENVIRONMENT = {"commit": None, "dirty": None, "date": "2026-01-02", "device": "a", "packages": {}}
 
 
@@ -179,6 +180,7 @@ ENVIRONMENT = {"commit": None, "dirty": None, "date": "2026-01-02", "device": "a
         ({"environment": ENVIRONMENT, "rows": 5}, "its rows are no list"),
         ({"environment": ENVIRONMENT, "rows": [{"contender": "a"}]}, "row 0 has no point"),
         ({"environment": ENVIRONMENT, "rows": [_row(), _row(seconds={"median": 1.0})]}, "row 1 has no numbers in 'sec"),
+        ({"environment": ENVIRONMENT, "rows": [_row(forward=HALF)]}, "row 0 has no numbers in 'forward'"),
         ({"environment": ENVIRONMENT, "rows": [_row(forward="fast")]}, "row 0 has no numbers in 'forward'"),
         ({"environment": ENVIRONMENT, "parts": {"build": {}}}, "a part has no state"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,98 @@ def _row(contender: str, low: float, middle: float, high: float, **more: Any) ->
     return {"point": {"M": 1}, "contender": contender, "forward_backward": times, **more}
 
 
-def test_only_what_moved_beyond_the_spread_is_named() -> None:
-    before = _file([_row("a", 0.9, 1.0, 1.1), _row("b", 0.9, 1.0, 1.1)])
-    after = _file([_row("a", 1.05, 1.2, 1.3), _row("b", 1.15, 1.3, 1.4)])
-    lines = compare.lines(before, after)
-    assert len(lines) == 2
-    assert "M: 1 b: forward_backward +30.0%" in lines[1]
+def _times(middle: float, rows: int, rounds: int, seed: int, noise: float = 0.1) -> dict[str, Any]:
+    """A file of `rows` measurements with lognormal noise."""
+    draw = random.Random(seed)
+    return _file(
+        [
+            {
+                "point": {"M": i},
+                "contender": "a",
+                "seconds": spread([middle * draw.lognormvariate(0.0, noise) for _ in range(rounds)]),
+            }
+            for i in range(rows)
+        ]
+    )
+
+
+def _named(lines: list[str]) -> int:
+    return sum("seconds" in line and "cannot be told" not in line for line in lines)
+
+
+@pytest.mark.parametrize("rounds", [5, 9, 31])
+def test_where_nothing_changed_no_more_is_named_than_the_share_that_is_stated(rounds: int) -> None:
+    rows = 1000
+    named = _named(compare.lines(_times(1.0, rows, rounds, 1), _times(1.0, rows, rounds, 2)))
+    # The bound is an expectation: three standard deviations of a count of rare events on top.
+    expected = compare.CHANCE * rows
+    assert named <= expected + 3 * expected**0.5
+
+
+def test_a_real_change_is_named_and_one_below_the_least_is_not() -> None:
+    before = _times(1.0, 50, 5, 1, noise=0.02)
+    lines = compare.lines(before, _times(1.3, 50, 5, 2, noise=0.02))
+    assert _named(lines) == 50
+    assert lines[-1] == "of the times that did not move, at most 1% are named by chance"
+    assert _named(compare.lines(before, _times(0.7, 50, 5, 2, noise=0.02))) == 50
+    # Beyond any doubt, and of no interest.
+    small = compare.lines(_times(1.0, 50, 5, 1, noise=1e-4), _times(1.01, 50, 5, 2, noise=1e-4))
+    assert small[1:] == ["nothing moved beyond noise"]
+
+
+def test_times_that_are_too_few_are_no_verdict() -> None:
+    lines = compare.lines(_times(1.0, 1, 3, 1), _times(3.0, 1, 3, 2))
+    assert lines[1] == "nothing moved beyond noise"
+    assert lines[2].startswith("cannot be told from noise: M: 0 a: seconds +")
+    assert lines[2].endswith("; 3 and 3 repetitions are too few")
+    assert "take 5 repetitions or more in both runs" in lines[3]
+    lines = compare.lines(_file([_row("a", 1, 1, 1)]), _file([_row("a", 2, 2, 2)]))
+    assert "; a file was written without the single times" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [([1, 2, 3], [4, 5, 6]), ([1, 2, 2, 5], [2, 3, 3]), ([1, 1], [1, 1, 1]), ([5, 1, 4, 2, 8], [3, 9, 7, 6, 10, 11])],
+)
+def test_the_share_is_that_of_all_ways_to_deal_the_values(a: list[float], b: list[float]) -> None:
+    """U is counted pair by pair here, and every choice of places is listed."""
+    pooled = [*a, *b]
+
+    def off(chosen: tuple[int, ...]) -> float:
+        others = [pooled[i] for i in range(len(pooled)) if i not in chosen]
+        wins = sum((pooled[i] > y) + 0.5 * (pooled[i] == y) for i in chosen for y in others)
+        return abs(wins - len(a) * len(b) / 2)
+
+    deals = [off(chosen) for chosen in itertools.combinations(range(len(pooled)), len(a))]
+    assert compare.rank_share(a, b) == sum(deal >= deals[0] for deal in deals) / len(deals)
+
+
+def test_for_many_times_the_share_is_that_of_the_normal_distribution() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    draw = random.Random(0)
+    a, b = ([draw.randint(0, 30) + shift for _ in range(count)] for shift, count in ((0, 25), (4, 40)))
+    expected = stats.mannwhitneyu(a, b, method="asymptotic", use_continuity=False).pvalue
+    assert compare.rank_share(a, b) == pytest.approx(expected, rel=1e-9)
+    assert compare.rank_share([1.0] * 30, [1.0] * 30) == 1.0
 
 
 def test_numbers_without_a_spread_move_by_more_than_two_percent() -> None:
-    assert not compare.beyond_noise(100.0, 101.0)
-    assert compare.beyond_noise(100.0, 103.0)
+    def rows(value: float) -> dict[str, Any]:
+        return _file([{"point": {"M": 1}, "contender": "a", "peak_memory_mib": value}])
+
+    assert compare.lines(rows(100.0), rows(101.0))[1:] == ["nothing moved beyond noise"]
+    assert "peak_memory_mib +3.0% (100 -> 103)" in compare.lines(rows(100.0), rows(103.0))[1]
+
+
+def test_what_the_machines_differ_in_is_said() -> None:
+    before, after = _file([]), _file([])
+    before["ceilings"] = {"gemm_flops_per_s": {"fp32": 100.0, "bf16": 100.0}, "copy_bytes_per_s": 10.0}
+    after["ceilings"] = {"gemm_flops_per_s": {"fp32": 80.0, "bf16": 101.0}, "copy_bytes_per_s": 11.0}
+    assert compare.lines(before, after)[1] == (
+        "the ceilings differ, product in fp32 -20.0%, copy +10.0%: what moved may be the machine"
+    )
+    after["environment"]["device"] = "another"
+    assert "the devices differ, nvidia-h200 and another" in compare.lines(before, after)[1]
 
 
 def test_nothing_moved_says_so_and_what_is_in_one_file_only_is_counted() -> None:
@@ -52,8 +135,9 @@ def test_files_of_two_cases_are_not_compared() -> None:
         compare.lines(_file([]), _file([], "merge"))
 
 
-def test_spread_is_median_and_percentiles() -> None:
-    assert spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0, "n": 6}
+def test_a_spread_is_median_and_percentiles_and_the_values() -> None:
+    values = [5.0, 1.0, 2.0, 3.0, 4.0, 6.0]
+    assert spread(values) == {"median": 3.5, "p20": 2.0, "p80": 5.0, "n": 6, "values": values}
 
 
 def _bar_rows(ours: float) -> list[dict[str, Any]]:
