@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from benchmarks import bars
 from benchmarks.proof import parts
 from benchmarks.proof.process import Proof, State, environ_of, machine
 from benchmarks.record import RESULTS, BenchmarkError, environment, folder_name, require_writable
+from benchmarks.settings import process_began
 
 SECONDS, QUICK_SECONDS, DRY_SECONDS = 530.0, 88.0, 900.0
 
@@ -76,7 +78,7 @@ def prove(args: argparse.Namespace) -> int:
         BenchmarkError: there is no GPU, no such part, no time, no folder where one is needed, or it cannot be written
             into.
     """
-    began = time.monotonic()
+    began = process_began()
     if args.quick and args.out is None:
         raise BenchmarkError("--quick needs --out: the committed results are whole")
     if not args.dry_run and not torch.cuda.is_available():
@@ -107,6 +109,7 @@ def prove(args: argparse.Namespace) -> int:
             print("\nbenchmarks: interrupted; what was measured so far is kept", file=sys.stderr)
             proof.write()
             return 2
+    name_left_out(proof, asked, "--quick has no time for it" if args.quick and not args.parts else "not asked for")
     finish(proof, time.monotonic() - began)
     return int(any(state["state"] in ("failed", "cut") for state in proof.parts.values()))
 
@@ -115,8 +118,8 @@ def run_part(proof: Proof, part: Part, limit: float) -> None:
     """Run one part, whatever happens in it, and write what it says."""
     print(f"{part.name}: at most {max(limit, 0):.0f} s", flush=True)
     start = time.monotonic()
-    if limit < 3:
-        state: State = {"state": "skipped", "reason": "the time was up"}
+    if limit < parts.LEAST:
+        state: State = {"state": "skipped", "reason": parts.TIME_UP}
     else:
         try:
             state = part.run(proof, limit)
@@ -129,14 +132,23 @@ def run_part(proof: Proof, part: Part, limit: float) -> None:
         print(f"    {line[:200]}", flush=True)
 
 
+def name_left_out(proof: Proof, asked: Sequence[Part], reason: str) -> None:
+    """Write which parts were not run, and why."""
+    for part in PARTS:
+        if part not in asked:
+            proof.parts[part.name] = {"state": "skipped", "reason": reason, "seconds": 0.0}
+    proof.write()
+
+
 def finish(proof: Proof, took: float) -> None:
-    """Print the parts and the bars."""
+    """Print the parts, what they left out, and the bars."""
     print(f"\n{'part':12} {'state':8} seconds")
     for name, state in proof.parts.items():
         counts = state.get("counts")
         note = ", ".join(f"{number} {word}" for word, number in counts.items()) if counts else state.get("reason", "")
-        note = note or ("" if state.get("complete", True) else "incomplete")
-        print(f"{name:12} {state['state']:8} {state['seconds']:7.1f}  {note}")
+        print(f"{name:12} {state['state']:8} {state['seconds']:7.1f}  {note}".rstrip())
+        for what, reason in state.get("left_out", {}).items():
+            print(f"    left out: {what}: {reason}")
     try:
         table = bars.lines(proof.out, proof.measured)
     except BenchmarkError as error:

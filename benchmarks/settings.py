@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -17,6 +19,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FEWEST_ROUNDS = 3
 
 
+def process_began() -> float:
+    """When this process started, imports included, on the clock of `time.monotonic`; now where that is not known."""
+    now = time.monotonic()
+    try:
+        # Field 22 of the line, counted behind the program's name, which may have blanks: ticks since the system began.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, ValueError, IndexError):
+        return now
+
+
 @dataclass
 class Settings:
     """What the command line asks for.
@@ -27,8 +40,9 @@ class Settings:
             "full" is the whole grid.
         rounds: repetitions of every contender; None: what suits the grid.
         only: parts of contender names; empty: all.
-        seconds: the time that the case may take, its start included, None without limit. A case asks `stop` before
+        seconds: the time that the case may take from `started` on, None without limit. A case asks `stop` before
             every point: its first one is measured in any case, with the fewest repetitions where the time is up.
+        started: when that time began, on the clock of `time.monotonic`.
         stopped: whether the grid was left before its end.
     """
 

@@ -1,6 +1,7 @@
 """The parts of the proof. Each gets the proof and the seconds it has, and returns its state.
 
 A state has "state" ("ok", "failed", "cut" at its limit, or "skipped" with a reason) and what the part has to say.
+"left_out" has what the part did not do, and why.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from benchmarks.proof import process
 from benchmarks.proof.process import Proof, State, state_of
 from benchmarks.record import read_result
 
-# Of the time of a case: what is left to it to end the point that it is in before it is killed. Its own clock begins
-# after Python and torch have started, which has to fit in there, too.
+# Of the time of a case: what is left to it to end the point that it is in before it is killed.
 GRACE = 6.0
+# With less than this nothing is begun.
+LEAST = 3.0
+TIME_UP = "the time was up"
 METRICS = {
     "gpu__time_duration.sum": "duration",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
@@ -38,13 +41,18 @@ Run = Callable[[Proof, float], State]
 
 def build(proof: Proof, limit: float) -> State:
     """Build the extension in place, for this GPU only, and say what it is."""
+    until = time.monotonic() + limit
     environ = {"SLORA_SKIP_EXT": "1"} if proof.dry else {"TORCH_CUDA_ARCH_LIST": architecture()}
     code, text = proof.call([sys.executable, "setup.py", "build_ext", "--inplace"], limit, **environ)
     state = state_of(code, text)
     ask = "import json, slora; print(json.dumps(slora.merging.extension_info()))"
-    asked, answer = proof.call([sys.executable, "-c", ask], 60.0)
+    left = until - time.monotonic()
+    asked, answer = (None, "") if left < LEAST else proof.call([sys.executable, "-c", ask], left)
     if asked == 0:
         state["extension"] = json.loads(answer.splitlines()[-1])
+    else:
+        reason = TIME_UP if asked is None else f"slora could not be asked: {(answer.splitlines() or [''])[-1]}"
+        state["left_out"] = {"what was built": reason}
     return state
 
 
@@ -75,7 +83,7 @@ def tests(proof: Proof, limit: float) -> State:
     }
     state["failed"] = sorted({*outcomes(text, "FAILED"), *outcomes(text, "ERROR")})[:40]
     if left_out:
-        state["left_out"] = {"reason": "hypothesis is not installed", "files": left_out}
+        state["left_out"] = dict.fromkeys(left_out, "hypothesis is not installed")
     return state
 
 
@@ -108,7 +116,8 @@ def case(name: str) -> Run:
         if written(path) not in (None, before):
             proof.measured.add(name)
             result = read_result(path)
-            state["complete"] = result["complete"]
+            if not result["complete"]:
+                state["left_out"] = {"the rest of its grid": TIME_UP if code == 0 else "it did not end by itself"}
             state["rows"] = len(result["rows"])
             for word in ("skipped", "failed", "refused"):
                 reasons = sorted({f"{row['contender']}: {row[word]}" for row in result["rows"] if word in row})
@@ -133,15 +142,17 @@ def sanitizer(proof: Proof, limit: float) -> State:
     until = time.monotonic() + limit
     for check, share in (("memcheck", 0.5), ("racecheck", 1.0)):
         left = (until - time.monotonic()) * share
-        if left < 3:
-            runs[check] = {"state": "skipped", "reason": "the time was up"}
+        if left < LEAST:
+            runs[check] = {"state": "skipped", "reason": TIME_UP}
             continue
         # One process for both: its start under the tool takes longer than what it checks.
         command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.small", "all"]
         # Without the allocator's own pools an access past a tensor is one past an allocation.
         runs[check] = state_of(*proof.call(command, left, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
     states = [run["state"] for run in runs.values()]
-    return {"state": next((s for s in ("failed", "cut", "skipped") if s in states), "ok"), "runs": runs}
+    left_out = {check: run["reason"] for check, run in runs.items() if run["state"] == "skipped"}
+    state = next((s for s in ("failed", "cut", "skipped") if s in states), "ok")
+    return {"state": state, "runs": runs, **({"left_out": left_out} if left_out else {})}
 
 
 def profile(proof: Proof, limit: float) -> State:

@@ -62,6 +62,42 @@ def test_a_proof_that_is_terminated_ends_what_it_runs_and_keeps_what_it_has(tmp_
     assert str(tmp_path) not in running
 
 
+def test_the_time_of_the_proof_counts_from_the_start_of_its_process(tmp_path: Path) -> None:
+    arguments = ["gpu", "--dry-run", "--out", str(tmp_path), "--parts", "profile", "--seconds", "6"]
+    program = f"import sys, time; time.sleep(4); from benchmarks import __main__; sys.exit(__main__.main({arguments}))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=process.ROOT, capture_output=True, text=True)
+    states = read_result(tmp_path / "proof.json")["parts"]
+    assert states["profile"]["reason"] == "the time was up", done.stdout
+    assert states["build"] == {"state": "skipped", "reason": "not asked for", "seconds": 0.0}
+    assert states.keys() == {part.name for part in gpu.PARTS}
+
+
+@pytest.mark.parametrize(("took", "asked"), [(12.0, 8.0), (19.0, None)])
+def test_asking_what_was_built_ends_with_the_part(
+    took: float, asked: float | None, proof: process.Proof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, limits = 0.0, []
+
+    def call(self: process.Proof, command: list[str], limit: float, **environ: str) -> tuple[int | None, str]:
+        nonlocal now
+        limits.append(limit)
+        now += took
+        return (0, "") if len(limits) == 1 else (None, "")
+
+    monkeypatch.setattr("benchmarks.proof.parts.time.monotonic", lambda: now)
+    monkeypatch.setattr(process.Proof, "call", call)
+    assert parts.build(proof, 20.0) == {"state": "ok", "left_out": {"what was built": "the time was up"}}
+    assert limits == [20.0, *([asked] if asked else [])]
+
+
+def test_what_a_part_left_out_is_in_the_table(proof: process.Proof, capsys: pytest.CaptureFixture[str]) -> None:
+    proof.about = {"device": "a"}
+    state = {"state": "ok", "seconds": 1.0, "counts": {"passed": 3}, "left_out": {"tests/a.py": "no hypothesis"}}
+    proof.parts = {"tests": state}
+    gpu.finish(proof, 1.0)
+    assert "3 passed\n    left out: tests/a.py: no hypothesis\n" in capsys.readouterr().out
+
+
 def test_a_failing_part_is_recorded_and_the_next_one_runs(
     proof: process.Proof, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,7 +230,7 @@ def test_a_file_of_an_earlier_run_is_not_this_ones(
         return 0, ""
 
     monkeypatch.setattr(process.Proof, "call", writes)
-    assert parts.case("train_step")(proof, 10.0)["complete"] is True
+    assert "left_out" not in parts.case("train_step")(proof, 10.0)
     assert "not measured" not in said()
 
 
@@ -208,7 +244,7 @@ def test_without_pytest_the_tests_are_skipped_and_without_hypothesis_those_that_
     assert seen == []
     monkeypatch.setattr(parts, "find_spec", lambda name: name != "hypothesis" or None)
     left_out = parts.tests(proof, 10.0)["left_out"]
-    assert "tests/merging/test_batched.py" in left_out["files"]
+    assert left_out["tests/merging/test_batched.py"] == "hypothesis is not installed"
     assert "--ignore=tests/merging/test_batched.py" in seen[0]
 
 
