@@ -13,6 +13,7 @@ from benchmarks.contenders.peers import need
 from benchmarks.record import RESULTS, BenchmarkError, environment, folder_name, require_writable, write_result
 from benchmarks.registry import Case
 from benchmarks.settings import Settings
+from benchmarks.timing import ORDER_SEED
 
 
 def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_partial: bool = False) -> Path:
@@ -22,8 +23,8 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
     marked incomplete until the end.
 
     Raises:
-        BenchmarkError: the device or a package is missing, the folder cannot be written into, nothing was measured, or
-            a result was wrong.
+        BenchmarkError: the device or a package is missing, the folder cannot be written into, or nothing was measured;
+            or the file is written, and a contender in it has failed or was wrong.
     """
     if settings.device not in case.devices:
         raise BenchmarkError(
@@ -39,7 +40,12 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
     limits = ceilings.measure(settings)
     payload: dict[str, Any] = {
         "environment": environment(settings.device),
-        "settings": {"grid": settings.grid, "rounds": settings.rounds, "only": list(settings.only)},
+        "settings": {
+            "grid": settings.grid,
+            "rounds": settings.rounds,
+            "only": list(settings.only),
+            "order_seed": ORDER_SEED,
+        },
         "ceilings": limits,
         "complete": False,
         "rows": [],
@@ -56,9 +62,15 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
         raise BenchmarkError(f"case {case.name!r} measured nothing: {reason}; nothing was written")
     payload["complete"] = not settings.stopped
     path = write_result(case.name, device, payload, folder)
-    refused = [f"{row['contender']} at {row['point']}: {row['refused']}" for row in payload["rows"] if "refused" in row]
-    if refused:
-        raise BenchmarkError(f"{path}: a wrong result was not timed: {'; '.join(refused)}")
+    said = {"refused": "a wrong result was not timed", "failed": "a contender failed"}
+    faults = [
+        f"{said[state]}: {row['contender']} at {row['point']}: {row[state]}"
+        for state in said
+        for row in payload["rows"]
+        if state in row
+    ]
+    if faults:
+        raise BenchmarkError(f"{path}: {'; '.join(faults)}")
     return path
 
 

@@ -1,7 +1,8 @@
 """Times of contenders that take turns, so that a slow moment of the machine hits them all.
 
 Every contender is a list of calls that do the same, each on a set of inputs of its own: together the sets are larger
-than the last cache (`rotation`), so that no repetition finds its input there. All contenders have the same sets. On the
+than the last cache (`rotation`), so that no repetition finds its input there. All contenders have the same sets. Each
+round has an order of its own, drawn from `ORDER_SEED`, so that nobody always follows the same contender. On the
 CPU every call takes the next one, whoever makes it; on a GPU a contender's calls are captured in one CUDA graph
 and a replay is timed between two events, so that the launch cost of Python is left out; where a contender cannot be
 captured, or `graphs` is off, its calls are launched one by one between the events.
@@ -9,19 +10,23 @@ captured, or `graphs` is off, its calls are launched one by one between the even
 
 from __future__ import annotations
 
+import gc
 import itertools
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from benchmarks.settings import FEWEST_ROUNDS
 
 Call = Callable[[], Any]
+Result = TypeVar("Result")
 WARM_UP = 3
+ORDER_SEED = 0
 
 
 class Contestant:
@@ -52,8 +57,7 @@ class Contestant:
                 self.graph = captured(self.calls, pool)
                 self.clock = "graph"
             except Exception as error:
-                # Only the first line: what follows is a stack of the C++ side.
-                self.reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                self.reason = first_line(error)
                 torch.cuda.synchronize()
 
     def __call__(self) -> float:
@@ -103,30 +107,64 @@ def captured(calls: Sequence[Call], pool: Any = None) -> Any:
 
 
 def interleaved(
-    contenders: Mapping[str, Sequence[Call]],
+    contenders: dict[str, list[Call]],
     device: str,
     rounds: int,
     graphs: bool = True,
     seconds: float | None = None,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, tuple[list[float], Contestant]]:
     """Time `contenders` in turns and return the seconds per call of every round, with how they were taken.
 
-    After `seconds` no new round begins, provided that the fewest needed for percentiles are there.
+    After `seconds` no new round begins, provided that the fewest needed for percentiles are there. With `failed` a
+    contender that raises costs the others nothing: the reason is put there and its calls are taken out of
+    `contenders`, so that their memory is free. Without it what was raised is passed on.
     """
     pool = torch.cuda.graph_pool_handle() if graphs and device != "cpu" else None
     turns = itertools.count()
-    ready = {name: Contestant(calls, device, graphs, pool, turns) for name, calls in contenders.items()}
+    ready: dict[str, Contestant] = {}
+
+    def tried(name: str, act: Callable[[], Result]) -> Result | None:
+        try:
+            return act()
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = first_line(error)
+        ready.pop(name, None)
+        del contenders[name]
+        release(device)
+        return None
+
+    for name in list(contenders):
+        contestant = tried(name, lambda name=name: Contestant(contenders[name], device, graphs, pool, turns))
+        if contestant is not None:
+            ready[name] = contestant
     taken: dict[str, list[float]] = {name: [] for name in ready}
-    # One round that counts for nothing: clocks rise, caches and allocators settle.
-    for contestant in ready.values():
-        contestant()
-    start = time.monotonic()
+    # The first round counts for nothing: clocks rise, caches and allocators settle.
+    for name in list(ready):
+        tried(name, ready[name])
+    start, orders = time.monotonic(), random.Random(ORDER_SEED)
     for done in range(rounds):
         if seconds is not None and done >= FEWEST_ROUNDS and time.monotonic() - start > seconds:
             break
-        for name, contestant in ready.items():
-            taken[name].append(contestant())
+        for name in orders.sample(list(ready), len(ready)):
+            value = tried(name, ready[name])
+            if value is not None:
+                taken[name].append(value)
     return {name: (taken[name], ready[name]) for name in ready}
+
+
+def release(device: str) -> None:
+    """Free the memory that nothing refers to any more."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def first_line(error: Exception) -> str:
+    """An exception in one line: what follows may be a stack of the C++ side."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 @dataclass(frozen=True)

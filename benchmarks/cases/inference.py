@@ -17,13 +17,12 @@ from torch import nn
 import slora
 from benchmarks import counting
 from benchmarks.cases import train_step
-from benchmarks.cases.linear import first_line
 from benchmarks.contenders.model import RANK, with_peft, with_slora
 from benchmarks.contenders.peers import Missing
 from benchmarks.models import Model, find, randomise_updates
 from benchmarks.record import spread
 from benchmarks.settings import DTYPES, Settings
-from benchmarks.timing import interleaved, rotation
+from benchmarks.timing import first_line, interleaved, rotation
 
 
 def _merged(net: nn.Module) -> nn.Module:

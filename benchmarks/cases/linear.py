@@ -7,7 +7,6 @@ contender trains. On a GPU both are replays of a CUDA graph; `eager` is forward 
 
 from __future__ import annotations
 
-import gc
 import itertools
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from benchmarks.contenders.layer import CONTENDERS, Layer, Problem, Shape, mista
 from benchmarks.contenders.peers import Missing
 from benchmarks.record import spread
 from benchmarks.settings import Settings
-from benchmarks.timing import interleaved, rotation
+from benchmarks.timing import first_line, interleaved, release, rotation
 
 SHAPES = [(768, 768), (768, 2304), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (1280, 5120), (4096, 4096)]
 TOKENS = (3152, 12608, 50432)
@@ -75,10 +74,8 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
         yield from measure(
             point, settings, ceilings, {name for name in CONTENDERS if compiled or name != "PEFT, compiled"}
         )
-        gc.collect()
-        if settings.on_gpu:
-            torch._dynamo.reset()
-            torch.cuda.empty_cache()
+        torch._dynamo.reset()
+        release(settings.device)
 
 
 def measure(
@@ -88,15 +85,12 @@ def measure(
     wanted = [name for name in CONTENDERS if settings.wanted(name) and name in names]
     if not wanted:
         return []
-    device = settings.device
     element = 4 if point.dtype == "fp32" else 2
-    per_set = point.M * (point.K + point.N) * element
-    turns = rotation(per_set, device, most=settings.most_inputs or 16)
-    problem = Problem(point, device, turns.sets)
-    rows: dict[str, dict[str, Any]] = {}
+    turns = rotation(point.M * (point.K + point.N) * element, settings.device, most=settings.most_inputs or 16)
+    problem = Problem(point, settings.device, turns.sets)
+    rows: dict[str, dict[str, Any]] = {name: {"point": point.point, "contender": name} for name in wanted}
     layers: dict[str, Layer] = {}
     for name in wanted:
-        rows[name] = {"point": point.point, "contender": name}
         try:
             layer = CONTENDERS[name](problem)
             rows[name].update(checked(layer, problem))
@@ -109,19 +103,7 @@ def measure(
             continue
         if "refused" not in rows[name]:
             layers[name] = layer
-    rounds = settings.repetitions(31 if settings.on_gpu else 9)
-    kinds = [("forward", False, True)] * inference + [("forward_backward", True, True)]
-    kinds += [("eager", True, False)] * settings.on_gpu
-    for kind, backward, graphs in kinds:
-        calls = {name: layer.calls(problem, backward) for name, layer in layers.items()}
-        for name, (seconds, contestant) in interleaved(
-            calls, device, rounds, graphs, seconds=settings.at_most(10.0)
-        ).items():
-            rows[name][kind] = spread(seconds)
-            if kind == "forward_backward":
-                rows[name]["clock"] = contestant.clock
-                if contestant.reason:
-                    rows[name]["not_captured"] = contestant.reason
+    take(layers, problem, settings, rows, inference)
     for name, layer in layers.items():
         share = point.share if layer.updates else 1.0
         moved = counting.bytes_moved(layer.form, point.M, point.N, point.K, element, share)
@@ -130,6 +112,28 @@ def measure(
         rows[name].update(counting.beside_time(ceilings, point.dtype, seconds, rows[name]["flops"], moved))
     print(f"  linear {' '.join(f'{k}={v}' for k, v in point.point.items())}", file=sys.stderr, flush=True)
     return list(rows.values())
+
+
+def take(
+    layers: dict[str, Layer], problem: Problem, settings: Settings, rows: dict[str, dict[str, Any]], inference: bool
+) -> None:
+    """Put the times of `layers` into their rows; one that fails leaves `layers`, and its row has the reason alone."""
+    rounds = settings.repetitions(31 if settings.on_gpu else 9)
+    kinds = [("forward", False, True)] * inference + [("forward_backward", True, True)]
+    kinds += [("eager", True, False)] * settings.on_gpu
+    for kind, backward, graphs in kinds:
+        calls = {name: layer.calls(problem, backward) for name, layer in layers.items()}
+        failed: dict[str, str] = {}
+        taken = interleaved(calls, settings.device, rounds, graphs, settings.at_most(10.0), failed)
+        for name, (seconds, contestant) in taken.items():
+            rows[name][kind] = spread(seconds)
+            if kind == "forward_backward":
+                rows[name]["clock"] = contestant.clock
+                if contestant.reason:
+                    rows[name]["not_captured"] = contestant.reason
+        for name, reason in failed.items():
+            del layers[name]
+            rows[name] = {"point": problem.shape.point, "contender": name, "failed": reason}
 
 
 def checked(layer: Layer, problem: Problem) -> dict[str, Any]:
@@ -160,11 +164,6 @@ def plain_flops(problem: Problem) -> int:
     """FLOPs of the eager PEFT layer, for the compiled one, whose products the counter does not see."""
     layer = CONTENDERS["PEFT"](problem)
     return counting.flops(lambda: layer.counted(problem.xs[0], problem.dys[0]))
-
-
-def first_line(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def added_peak(layer: Layer, problem: Problem) -> int:

@@ -18,13 +18,12 @@ import torch
 
 import slora
 from benchmarks import counting
-from benchmarks.cases.linear import first_line
 from benchmarks.contenders.model import CONTENDERS, RANK, Step, dtype_of
 from benchmarks.contenders.peers import Missing
 from benchmarks.models import Model, find, randomise_updates
 from benchmarks.record import BenchmarkError, spread
 from benchmarks.settings import Settings
-from benchmarks.timing import interleaved, rotation
+from benchmarks.timing import first_line, interleaved, rotation
 
 LEFT_TO_GATES = "slora, few active, exact"
 USUAL = [name for name in CONTENDERS if name != LEFT_TO_GATES]

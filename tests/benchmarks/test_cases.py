@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import slora
-from benchmarks import counting, models
+from benchmarks import ceilings, counting, models, running, timing
 from benchmarks.cases import inference, linear, scaling, train_step
 from benchmarks.contenders import layer as layers
 from benchmarks.contenders import merge
-from benchmarks.record import BenchmarkError
+from benchmarks.record import BenchmarkError, read_result
 from benchmarks.registry import CASES
 from benchmarks.settings import GRIDS, Settings
 
@@ -123,6 +123,35 @@ def test_a_merge_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(slora.merging, "batched_merge_", lambda W, A, B, c: right(W, A, B, [1.001] * len(W)))
     with pytest.raises(BenchmarkError, match="batched_merge_ is wrong"):
         merge.check(case)
+
+
+def test_a_contender_that_fails_while_it_is_timed_costs_the_others_nothing_and_the_run_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fails_in_the_backward(problem: layers.Problem) -> layers.Layer:
+        layer = layers.addmm_function(problem)
+        trained, calls = layer.trained, iter(range(8))
+
+        def failing(x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
+            if next(calls, None) is None:
+                raise RuntimeError("out of memory")
+            return trained(x, dy)
+
+        layer.trained = failing  # type: ignore[method-assign]
+        return layer
+
+    monkeypatch.setitem(layers.CONTENDERS, "addmm function", fails_in_the_backward)
+    monkeypatch.setattr(linear, "grid", lambda settings: [linear.shape(32, 48, 24, 4, dtype="fp32")])
+    monkeypatch.setattr(ceilings, "measure", lambda settings: CEILINGS)
+    settings = Settings("cpu", "tiny", rounds=5, only=("frozen", "addmm"))
+    with pytest.raises(BenchmarkError, match=r"a contender failed: addmm function at .*: RuntimeError: out of memory"):
+        running.run_case(CASES["linear"], settings, tmp_path)
+    result = read_result(tmp_path / "linear.json")
+    rows = {row["contender"]: row for row in result["rows"]}
+    assert rows["frozen F.linear"].keys() >= {"forward", "forward_backward"}
+    assert rows["addmm function"].keys() == {"point", "contender", "failed"}
+    assert result["complete"] is True
+    assert result["settings"]["order_seed"] == timing.ORDER_SEED
 
 
 def test_scaling_gives_the_deviation_from_the_model_of_costs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -9,13 +11,40 @@ from benchmarks import ceilings, timing
 from benchmarks.settings import Settings
 
 
-def test_contenders_take_turns() -> None:
-    order: list[str] = []
-    calls = {name: [lambda name=name: order.append(name)] for name in "abc"}
-    taken = timing.interleaved(calls, "cpu", rounds=4)
-    # Once each to warm up, one round that does not count, then four.
-    assert order == ["a", "b", "c"] * 6
-    assert all(len(seconds) == 4 for seconds, _ in taken.values())
+def test_contenders_take_turns_in_an_order_that_changes_and_is_the_same_in_every_run() -> None:
+    runs = []
+    for _ in range(2):
+        order: list[str] = []
+        calls = {name: [lambda name=name: order.append(name)] for name in "abc"}  # noqa: B023
+        taken = timing.interleaved(calls, "cpu", rounds=6)
+        assert all(len(seconds) == 6 for seconds, _ in taken.values())
+        runs.append(["".join(order[i : i + 3]) for i in range(0, len(order), 3)])
+    # Once each to warm up, one round that does not count, then six.
+    assert ["".join(sorted(turn)) for turn in runs[0]] == ["abc"] * 8
+    assert len(set(runs[0][2:])) > 1
+    assert runs[0] == runs[1]
+
+
+def test_a_contender_that_fails_costs_the_others_nothing_and_is_let_go() -> None:
+    class Fails:
+        def __init__(self, after: int) -> None:
+            self.left = after
+
+        def __call__(self) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("no memory\nand a stack")
+
+    # In the call that warms up, in the round that does not count, and in the second that does.
+    calls = {"a": [Fails(0)], "b": [Fails(1)], "c": [Fails(3)], "right": [lambda: None]}
+    gone = [weakref.ref(calls[name][0]) for name in "abc"]
+    failed: dict[str, str] = {}
+    taken = timing.interleaved(calls, "cpu", rounds=4, failed=failed)
+    assert failed == dict.fromkeys("abc", "RuntimeError: no memory")
+    assert {name: len(seconds) for name, (seconds, _) in taken.items()} == {"right": 4}
+    assert [ref() for ref in gone] == [None] * 3
+    with pytest.raises(RuntimeError, match="no memory"):
+        timing.interleaved({"a": [Fails(0)]}, "cpu", rounds=4)
 
 
 def test_every_repetition_gets_the_next_set_of_inputs() -> None:
@@ -34,7 +63,8 @@ def test_contenders_that_take_turns_do_not_find_each_others_inputs() -> None:
     calls = {name: [lambda name=name, i=i: seen.append((name, i)) for i in range(5)] for name in "ab"}
     timing.interleaved(calls, "cpu", rounds=5)
     # After three calls of each to warm up, every set is used once before any is used again.
-    assert seen[6:] == [("ab"[i % 2], i % 5) for i in range(12)]
+    assert [i for _, i in seen[6:]] == [i % 5 for i in range(12)]
+    assert all({name for name, _ in seen[i : i + 2]} == {"a", "b"} for i in range(6, 18, 2))
 
 
 @pytest.mark.parametrize(
