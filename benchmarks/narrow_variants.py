@@ -30,8 +30,7 @@ def narrow_variants(part: int) -> Iterator[Variant]:
         yield from _weight_gradients(part, precision)
         yield from _skinny(part, precision)
         yield from _probes(part, precision)
-    for element in _DTYPES:
-        yield from _others(part, element)
+    yield from _others(part)
 
 
 def _variant(
@@ -69,19 +68,18 @@ def _weight_gradients(part: int, precision: configs.Precision) -> Iterator[Varia
     # By elements only with the mask, which asks for more registers still.
     vectors = "bulk" if part >= 90 else "vectors"
     cases = [(vectors, False), (vectors, True), ("elements", True)]
-    # T is at least as wide as the S of a block.
-    for low_A, low_B in ((16, 16), (32, 16), (64, 16), (64, 64), (128, 16), (128, 128)):
-        tiles = narrow_configs.weight_gradients(part, precision, max(low_A, low_B))
+    for low in (16, 32, 64, 128):
+        tiles = narrow_configs.weight_gradients(part, precision, low)
         for tile, (access, dropout) in itertools.product(tiles, cases):
             bulk = access == "bulk"
             rows = f"tensordesc<{element}[{tile.ROWS}, {tile.TILE}]>" if bulk else f"*{element}"
             constants = {
-                "LOW_A": low_A, "LOW_B": low_B, "DROPOUT": dropout, "DESCRIPTORS": bulk, "PRECISION": multiplied,
+                "LOW_A": low, "LOW_B": low, "DROPOUT": dropout, "DESCRIPTORS": bulk, "PRECISION": multiplied,
             }  # fmt: skip
             yield _variant(
                 weight_gradients._partial_sums,
                 part,
-                f"{precision}, {access}{', dropout' * dropout}, {low_A} and {low_B}, {tile}",
+                f"{precision}, {access}{', dropout' * dropout}, {low}, {tile}",
                 pointers | {"x": rows, "dy": rows},
                 tile.meta(),
                 constants | ({} if dropout else {"seed": None}),
@@ -102,24 +100,21 @@ def _skinny(part: int, precision: configs.Precision) -> Iterator[Variant]:
     ]  # fmt: skip
     for low, tile, aligned in dict.fromkeys(cases):
         constants = {"PRECISION": multiplied, "LOW": low}
-        types = dict.fromkeys(("x", "S", "room"), f"*{element}")
-        types |= common | {"A": "*fp32", "seed": "*i64", "factor": "fp32"}
-        elements = ", elements" * (not aligned)
+        arrays = dict.fromkeys(("x", "S", "room"), f"*{element}")
         # Room is filled after the loop that masks: with both, the kernel is at its largest.
-        for whole in (False, True) if aligned else (True,):
-            yield _variant(
-                skinny._S,
-                part,
-                f"{precision}{', dropout, room' * whole}{elements}, {low}, {tile}",
-                types,
-                tile.meta(),
-                constants | {"DROPOUT": whole, "ROOM": whole} | ({} if whole else {"seed": None, "room": None}),
-                ("K", "stride_x") if aligned else (),
-                tensor_cores=precision != "ieee",
-                older_products=True,
-                copies_ahead=aligned,
-            )
-        # By elements T takes what S does without its mask and room.
+        yield _variant(
+            skinny._S,
+            part,
+            f"{precision}, dropout, room{'' if aligned else ', elements'}, {low}, {tile}",
+            arrays | common | {"A": "*fp32", "seed": "*i64", "factor": "fp32"},
+            tile.meta(),
+            constants | {"DROPOUT": True, "ROOM": True},
+            ("K", "stride_x") if aligned else (),
+            tensor_cores=precision != "ieee",
+            older_products=True,
+            copies_ahead=aligned,
+        )
+        # T is S without mask and room: by elements it takes less than that.
         if aligned:
             yield _variant(
                 skinny._T,
@@ -158,9 +153,23 @@ def _probes(part: int, precision: configs.Precision) -> Iterator[Variant]:
             copies_ahead=aligned,
         )  # fmt: skip
 
+    tile = narrow_configs.gate_probe(precision, 512, 64, layers=64)
+    yield _variant(
+        gate_probe._probe_table,
+        part,
+        f"{precision}, 64 layers, 64, {tile}",
+        {"table": "*i64", "factors": "*fp32", "out": "*fp32"},
+        tile.meta(),
+        {
+            "LAYERS": 64, "ROW_DTYPE": _DTYPES[element], "LORA_DTYPE": tl.float32, "PRECISION": multiplied, "LOW": 64,
+        },
+        tensor_cores=precision != "ieee",
+        older_products=True,
+    )  # fmt: skip
 
-def _others(part: int, element: str) -> Iterator[Variant]:
-    """The reduction of the weight gradients, the copy of sampled rows and the probe of several layers."""
+
+def _others(part: int) -> Iterator[Variant]:
+    """The reduction of the weight gradients and the copy of sampled rows."""
     fp32 = ("partial_A", "partial_B", "dA", "dB", "B", "dots", "gate")
     yield _variant(
         weight_gradients._reduce,
@@ -171,24 +180,13 @@ def _others(part: int, element: str) -> Iterator[Variant]:
         {"NEED_A": True, "NEED_B": True, "NEED_GATE": True},
         tensor_cores=False,
     )
-    yield _variant(
-        gate_probe._sample_rows,
-        part,
-        element,
-        {"x": f"*{element}", "out": f"*{element}"},
-        {"num_warps": 2, "BM": 8, "BK": 256},
-        {},
-        tensor_cores=False,
-    )
-    precision: configs.Precision = "16-bit" if element == "bf16" else "ieee"
-    tile = narrow_configs.gate_probe(precision, 512, 64, layers=64)
-    yield _variant(
-        gate_probe._probe_table,
-        part,
-        f"{element}, 64 layers, 64, {tile}",
-        {"table": "*i64", "factors": "*fp32", "out": "*fp32"},
-        tile.meta(),
-        {"LAYERS": 64, "ROW_DTYPE": _DTYPES[element], "LORA_DTYPE": tl.float32, "PRECISION": "ieee", "LOW": 64},
-        tensor_cores=element == "bf16",
-        older_products=True,
-    )
+    for element in _DTYPES:
+        yield _variant(
+            gate_probe._sample_rows,
+            part,
+            element,
+            {"x": f"*{element}", "out": f"*{element}"},
+            {"num_warps": 2, "BM": 8, "BK": 256},
+            {},
+            tensor_cores=False,
+        )

@@ -71,7 +71,9 @@ def skinny(precision: Precision, rows: int, low: int, aligned: bool = True) -> R
     `aligned` says that rows are read in vectors, not by elements, each with an address and a mask in registers.
     """
     if not aligned:
-        return Rows(64, 32, 8, 2, 255) if rows >= 64 else Rows(16, 32, 4, 2, 255)
+        # Without tensor cores a thread holds its share of both factors as well.
+        BK, small = (16, low > 64) if precision == "ieee" else (32, False)
+        return Rows(16, BK, 4, 2, 255) if small or rows < 64 else Rows(64, BK, 8, 2, 255)
     BM = 128 if rows >= 128 else 64 if rows >= 64 else 16
     if precision == "ieee" and low == 64:
         BM = min(BM, 64)
@@ -91,9 +93,11 @@ def gate_probe(precision: Precision, m: int, low: int, layers: int = 1, aligned:
     """
     if precision != "16-bit" and layers > 1:
         return Rows(16, 16, 8, 1, 255)
+    if precision == "ieee":
+        return Rows(16, 16, 8, 2, 255)
     if precision == "tf32":
         return Rows(16, 64, 4, 3) if aligned and low < 64 else Rows(16, 32, 4, 2, 255)
-    if not aligned or layers > 1 or precision == "ieee":
+    if not aligned or layers > 1:
         return Rows(16, 32, 8, 2, 255)
     if m > 4096:
         return Rows(32, 64, 4 if low < 64 else 8, 3)
