@@ -1,4 +1,4 @@
-"""Folding LoRA into all linear layers of a ViT-L/16: slora, PEFT, and what copying those weights once costs.
+"""Folding LoRA into all linear layers of a ViT-L/16: slora, PEFT, and what copying as many bytes once costs.
 
 Putting the adapters on is not timed. `device_seconds` is the time between two events on a GPU's stream,
 `added_memory_mib` what one call adds at its peak. `flops` and `bytes` are by formula, the least that the result takes.
@@ -8,19 +8,22 @@ All calls work on one set of weights, which is larger than the last cache.
 
 from __future__ import annotations
 
-import gc
+import random
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
 import slora
 from benchmarks import counting
-from benchmarks.contenders import merge
+from benchmarks.contenders import memory, merge
 from benchmarks.record import BenchmarkError, spread
 from benchmarks.settings import DTYPES, FEWEST_ROUNDS, Settings
+from benchmarks.timing import ORDER_SEED, first_line, release
+
+Result = TypeVar("Result")
 
 
 def grid(settings: Settings) -> list[tuple[str, str, int]]:
@@ -42,7 +45,7 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     """Yield the rows of every point; stops between two points when the time is up.
 
     Raises:
-        BenchmarkError: the extension is not there, or a merge is wrong; nothing was timed.
+        BenchmarkError: the extension is not there; nothing was timed.
     """
     extension = slora.merging.extension_info()
     if not extension["available"]:
@@ -56,46 +59,116 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
 
 
 def measure(settings: Settings, ceilings: dict[str, Any], model: str, dtype: str, rank: int) -> list[dict[str, Any]]:
-    """Check, then time all contenders in turns."""
-    case = merge.Case(model, DTYPES[dtype], rank, settings.device)
-    merge.check(case)
-    wanted = [name for name in case.contenders if settings.wanted(name)]
-    taken: dict[str, dict[str, list[float]]] = {name: {} for name in wanted}
-    start = time.monotonic()
-    for done in range(settings.repetitions(15) + 1):
-        # A round puts PEFT on a whole model, which takes far longer than the merge.
-        if done > FEWEST_ROUNDS and (settings.over() or time.monotonic() - start > (30 if settings.on_gpu else 45)):
-            break
-        for name in wanted:
-            for kind, value in case.run(name).items():
-                if done:  # the first round warms up
-                    taken[name].setdefault(kind, []).append(value)
-    rows = []
-    for name in wanted:
-        row: dict[str, Any] = {
-            "point": {"model": model, "dtype": dtype, "r": rank},
-            "contender": name,
-            **{kind: spread(values) for kind, values in taken[name].items()},
-        }
+    """Check every contender, then time those that are right in turns."""
+    contest = Contest(settings, model, dtype, rank)
+    contest.check()
+    contest.time()
+    for row in contest.running():
         seconds = row.get("device_seconds", row["seconds"])["median"]
-        row.update(flops=case.flops(name), bytes=case.bytes(name))
         # Merging computes in fp32, whatever the weights' dtype.
         row.update(counting.beside_time(ceilings, "fp32", seconds, row["flops"], row["bytes"]))
-        if settings.on_gpu:
-            row["added_memory_mib"] = added_memory(case, name)
-            if name == "slora batched_merge_":
-                row["launches"] = merge.launches(case)
-        rows.append(row)
-    del case
-    gc.collect()
     if settings.on_gpu:
-        torch.cuda.empty_cache()
+        contest.weigh_on_gpu()
     else:
-        # A process per contender, which takes far longer than a tiny merge.
-        for row in rows[:1] if settings.grid == "tiny" else rows:
-            row["added_memory_mib"] = merge.added_memory(row["contender"], model, dtype, rank)
+        contest.weigh()
     print(f"  merge {model} {dtype} r={rank}", file=sys.stderr, flush=True)
-    return rows
+    return list(contest.rows.values())
+
+
+class Contest:
+    """The contenders at one point, with their rows. One that fails or is wrong leaves it; its row has the reason."""
+
+    def __init__(self, settings: Settings, model: str, dtype: str, rank: int) -> None:
+        self.settings, self.what = settings, (model, dtype, rank)
+        self.point = {"model": model, "dtype": dtype, "r": rank}
+        self.case = self.fresh()
+        self.rows: dict[str, dict[str, Any]] = {
+            name: {
+                "point": self.point, "contender": name,
+                "flops": self.case.flops(name), "bytes": self.case.bytes(name),
+            }
+            for name in self.case.contenders
+            if settings.wanted(name)
+        }  # fmt: skip
+
+    def fresh(self) -> merge.Case:
+        """The model as it is at first."""
+        model, dtype, rank = self.what
+        return merge.Case(model, DTYPES[dtype], rank, self.settings.device)
+
+    def running(self) -> list[dict[str, Any]]:
+        """The rows of those that have not left."""
+        return [row for row in self.rows.values() if "flops" in row]
+
+    def tried(self, name: str, act: Callable[[], Result]) -> Result | None:
+        """What `act` gives; where it raises, `name` leaves."""
+        try:
+            return act()
+        except Exception as error:
+            reason = first_line(error)
+        self.leave(name, "failed", reason)
+        return None
+
+    def without_times(self, name: str, state: str, reason: str) -> dict[str, Any]:
+        """The row of a contender that has left."""
+        return {"point": self.point, "contender": name, state: reason}
+
+    def leave(self, name: str, state: str, reason: str) -> None:
+        """Take a contender out."""
+        self.rows[name] = self.without_times(name, state, reason)
+        # It may have left the model half adapted.
+        del self.case
+        release(self.settings.device)
+        self.case = self.fresh()
+
+    def check(self) -> None:
+        """Refuse who merges wrongly."""
+        for name in list(self.rows):
+            wrong = self.tried(name, lambda name=name: self.case.mistake(name))
+            if wrong:
+                self.leave(name, "refused", wrong)
+
+    def time(self) -> None:
+        """Time everyone in turns."""
+        taken: dict[str, dict[str, list[float]]] = {row["contender"]: {} for row in self.running()}
+        start, orders = time.monotonic(), random.Random(ORDER_SEED)
+        most = 30 if self.settings.on_gpu else 45
+        for done in range(self.settings.repetitions(15) + 1):
+            # A round puts PEFT on a whole model, which takes far longer than the merge.
+            if done > FEWEST_ROUNDS and (self.settings.over() or time.monotonic() - start > most):
+                break
+            names = [row["contender"] for row in self.running()]
+            for name in orders.sample(names, len(names)):
+                found = self.tried(name, lambda name=name: self.case.run(name))
+                for kind, value in (found or {}).items():
+                    if done:  # the first round warms up
+                        taken[name].setdefault(kind, []).append(value)
+        for row in self.running():
+            row.update({kind: spread(values) for kind, values in taken[row["contender"]].items()})
+
+    def weigh(self) -> None:
+        """Measure the memory that a call adds on the CPU, by a process per contender."""
+        # Without the model: both would have to fit.
+        del self.case
+        release(self.settings.device)
+        # A process takes far longer than a tiny merge.
+        for row in self.running()[: 1 if self.settings.grid == "tiny" else None]:
+            try:
+                row["added_memory_mib"] = memory.in_a_process(merge.added_memory, row["contender"], *self.what)
+            except BenchmarkError as error:
+                self.rows[row["contender"]] = self.without_times(row["contender"], "failed", str(error))
+
+    def weigh_on_gpu(self) -> None:
+        """Measure the memory that a call adds on a GPU, and count the launches of the operator."""
+        for row in self.running():
+            name = row["contender"]
+            peak = self.tried(name, lambda name=name: added_memory(self.case, name))
+            if peak is not None:
+                row["added_memory_mib"] = peak
+            if peak is not None and name == "slora batched_merge_":
+                row["launches"] = self.tried(name, lambda: merge.launches(self.case))
+        del self.case
+        release(self.settings.device)
 
 
 def added_memory(case: merge.Case, name: str) -> float:

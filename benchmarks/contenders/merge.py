@@ -1,19 +1,16 @@
-"""Ways to fold LoRA into all linear layers of a model: slora, PEFT, and what copying those weights once costs.
+"""Ways to fold LoRA into all linear layers of a model: slora, PEFT, and what copying as many bytes once costs.
 
-Putting the adapters on is not timed. Nothing is timed before the merged weights were compared with sums formed in
-fp64 (`check`). Peak memory is what one call adds in a process of its own. On a GPU, `device_seconds` is the time
-between two events on the stream, with the host far enough ahead; `seconds` is the wall clock up to the end of the work.
+Putting the adapters on is not timed. No contender is timed before each of its merged weights was compared with the sum
+formed in fp64 (`Case.mistake`). Peak memory is what one call adds in a process of its own. On a GPU, `device_seconds`
+is the time between two events on the stream, with the host far enough ahead; `seconds` is the wall clock up to the end
+of the work.
 """
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
-import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -22,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import slora
-from benchmarks.record import BenchmarkError
+from benchmarks.contenders import memory
 from benchmarks.settings import DTYPES
 from slora.flops import linear_flops
 from slora.gate import adapted_layers
@@ -39,15 +36,16 @@ class Case:
         self.rank, self.device = rank, torch.device(device)
         self.model = timm.create_model(model, num_classes=0).to(device, dtype).requires_grad_(False)
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Linear)}
+        self.names = list(layers)
         self.weights: list[Tensor] = [layer.weight for layer in layers.values()]
         self.As = [torch.randn(rank, W.shape[1], device=device) * W.shape[1] ** -0.5 for W in self.weights]
         self.Bs = [torch.randn(W.shape[0], rank, device=device) * 1e-3 for W in self.weights]
-        self.copies = [W.clone() for W in self.weights]
+        self.source = torch.cat([W.flatten() for W in self.weights])
+        self.target = self.source.clone()
 
     def copy_once(self) -> None:
-        """Copy every weight into memory that is there already."""
-        for copy, W in zip(self.copies, self.weights, strict=True):
-            copy.copy_(W)
+        """Copy the bytes of all weights, one piece, into memory that is there already: a limit with a single launch."""
+        self.target.copy_(self.source)
 
     def batched_merge(self) -> None:
         """The operator alone: one term of rank r per weight."""
@@ -73,7 +71,10 @@ class Case:
 
     @contextmanager
     def peft_adapted(self) -> Iterator[None]:
-        """With PEFT's LoRA on the same layers, as it comes: its matrices are fp32."""
+        """With PEFT's LoRA on the same layers, as it comes: its matrices are fp32, which are slora's numbers, too.
+
+        In 16 bits PEFT would round the update before it adds it: another result.
+        """
         config = peft.LoraConfig(
             r=self.rank, lora_alpha=self.rank, target_modules=LINEARS, exclude_modules=["patch_embed.proj"]
         )
@@ -114,6 +115,40 @@ class Case:
             "PEFT merge_and_unload": (self.peft_adapted, self.peft_unload),
         }
 
+    def updates(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """A `[blocks, r, K]` and B `[blocks, N / blocks, r]` of every weight, while the adapters are on."""
+        if name == "slora batched_merge_":
+            return [(A[None], B[None]) for A, B in zip(self.As, self.Bs, strict=True)]
+        layers = [self.model.get_submodule(layer) for layer in self.names]
+        if name.startswith("slora"):
+            return [(layer.lora_A.detach(), layer.lora_B.detach()) for layer in layers]
+        return [(layer.lora_A["default"].weight[None], layer.lora_B["default"].weight[None]) for layer in layers]
+
+    def mistake(self, name: str) -> str | None:
+        """What is wrong in any weight that one call leaves, None where nothing is; bits that it has to give back, too.
+
+        The sums are formed in fp64.
+        """
+        prepare, call = self.contenders[name]
+        before = [W.clone() for W in self.weights]
+        with torch.no_grad(), prepare():
+            if name == "copy":
+                self.target.zero_()
+                call()
+                return None if torch.equal(self.target, self.source) else "the copy is not what was copied"
+            updates = self.updates(name)
+            call()
+            # PEFT: of the update, of the sum, and a factor where it casts.
+            roundings = 3 if name.startswith("PEFT") else 1
+            for layer, W, (A, B) in zip(self.names, before, updates, strict=True):
+                merged = self.model.get_parameter(f"{layer}.weight")
+                wrong = badly_rounded(merged, W, A.double(), B.double(), roundings)
+                if wrong:
+                    return f"the weight of {layer} is wrong in {wrong} of {W.numel()} numbers"
+        if "copy kept" in name and not same_bits(before, [self.model.get_parameter(f"{n}.weight") for n in self.names]):
+            return "unmerging does not give the weights back bit for bit"
+        return None
+
     def run(self, name: str) -> dict[str, float]:
         """Seconds of one call."""
         prepare, call = self.contenders[name]
@@ -150,39 +185,22 @@ def timed_on_gpu(call: Callable[[], None]) -> dict[str, float]:
     return {"seconds": time.perf_counter() - start, **device}
 
 
-def check(case: Case) -> None:
-    """Refuse to time a merge that is wrong: a weight of each shape against its sum in fp64."""
-    chosen = {tuple(W.shape): i for i, W in enumerate(case.weights)}.values()
-    before = {i: case.weights[i].double() for i in chosen}
-    case.batched_merge()
-    for i in chosen:
-        W, A, B = case.weights[i], case.As[i].double(), case.Bs[i].double()
-        require_rounded(W, before[i] + B @ A, before[i].abs() + B.abs() @ A.abs(), case.rank + 2, "batched_merge_")
-    for adapt, call in (case.contenders["slora merge_and_unload"], case.contenders["PEFT merge_and_unload"]):
-        W = case.weights[0]
-        old = W.double()
-        with torch.no_grad(), adapt():
-            if call.__name__ == "slora_unload":
-                layer = dict(adapted_layers(case.model))["blocks.0.attn.qkv"]
-                A, B = layer.lora_A.double(), layer.lora_B.double()
-                delta, size = ((b @ a).reshape(W.shape) for a, b in ((A, B), (A.abs(), B.abs())))
-                roundings = 1
-            else:
-                layer = case.wrapped.get_submodule("base_model.model.blocks.0.attn.qkv")
-                A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
-                delta, size = B @ A, B.abs() @ A.abs()
-                roundings = 3  # of the delta, the sum, and a factor where it casts
-            call()
-        require_rounded(W, old + delta, old.abs() + size, case.rank + 2, call.__name__, roundings)
+def badly_rounded(merged: Tensor, W: Tensor, A: Tensor, B: Tensor, roundings: int) -> int:
+    """How many numbers of `merged` are too far from `W + B A`, where A and B are fp64 and have blocks.
 
-
-def require_rounded(W: Tensor, exact: Tensor, magnitude: Tensor, terms: int, what: str, roundings: int = 1) -> None:
-    """`|W - exact|` is at most half a unit of its dtype per rounding and an fp32 unit of `magnitude` per term."""
+    Allowed is half a unit of its dtype per rounding, and an fp32 unit of the sum of magnitudes per term.
+    """
+    exact = (B @ A).reshape(W.shape).add_(W)
+    magnitude = (B.abs() @ A.abs()).reshape(W.shape).add_(W.abs())
     unit = torch.exp2(torch.floor(torch.log2(exact.abs().clamp_min(2.0**-100)))) * torch.finfo(W.dtype).eps
-    allowed = roundings * unit * 0.5 * (1 + 2.0**-7) + terms * magnitude * 2.0**-24
-    wrong = (W.double() - exact).abs() > allowed
-    if bool(wrong.any()):
-        raise BenchmarkError(f"{what} is wrong in {int(wrong.sum())} of {W.numel()} numbers; nothing was timed")
+    allowed = roundings * unit * 0.5 * (1 + 2.0**-7) + (A.shape[1] + 2) * magnitude * 2.0**-24
+    return int((~((merged.double() - exact).abs() <= allowed)).sum())
+
+
+def same_bits(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether the bits of all tensors are the same."""
+    pairs = zip(before, after, strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
 def launches(case: Case) -> int:
@@ -195,30 +213,9 @@ def launches(case: Case) -> int:
 
 
 def added_memory(name: str, model: str, dtype: str, rank: int) -> float:
-    """MiB that one call of a contender adds on the CPU at its peak, in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_memory, args=(sender, name, model, dtype, rank, torch.get_num_threads()))
-    process.start()
-    process.join()
-    if process.exitcode:
-        raise BenchmarkError(f"{name}: the process that measures memory ended with {process.exitcode}")
-    return float(receiver.recv())
-
-
-def _measure_memory(sender: Any, name: str, model: str, dtype: str, rank: int, threads: int) -> None:
-    torch.set_num_threads(threads)
-    case = Case(model, DTYPES[dtype], rank, "cpu")
-    prepare, call = case.contenders[name]
+    """MiB that one call of a contender adds on the CPU at its peak, to be measured in a process of its own."""
+    prepare, call = Case(model, DTYPES[dtype], rank, "cpu").contenders[name]
     with torch.no_grad(), prepare():
-        # What earlier steps have freed but the allocator has kept would hide what the call needs.
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = resident_mib("VmRSS")
+        before = memory.peak_begins()
         call()
-        sender.send(resident_mib("VmHWM") - before)
-
-
-def resident_mib(field: str) -> float:
-    """A line of /proc/self/status."""
-    return int(re.search(rf"^{field}:\s+(\d+)", Path("/proc/self/status").read_text(), re.M)[1]) / 1024  # type: ignore[index]
+        return memory.peak() - before

@@ -13,7 +13,6 @@ import slora
 from benchmarks import ceilings, counting, models, running, timing
 from benchmarks.cases import inference, linear, scaling, train_step
 from benchmarks.contenders import layer as layers
-from benchmarks.contenders import merge
 from benchmarks.record import BenchmarkError, read_result
 from benchmarks.registry import CASES
 from benchmarks.settings import GRIDS, Settings
@@ -114,15 +113,6 @@ def test_a_step_that_cannot_be_counted_is_timed_all_the_same(monkeypatch: pytest
     assert row["not_counted"] == "AssertionError: no formula"
     assert row["seconds"]["median"] > 0
     assert "percent_of_gemm" not in row
-
-
-def test_a_merge_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("peft")
-    case = merge.Case("vit_tiny_patch16_224", torch.float32, 4, "cpu")
-    right = slora.merging.batched_merge_
-    monkeypatch.setattr(slora.merging, "batched_merge_", lambda W, A, B, c: right(W, A, B, [1.001] * len(W)))
-    with pytest.raises(BenchmarkError, match="batched_merge_ is wrong"):
-        merge.check(case)
 
 
 def test_a_contender_that_fails_while_it_is_timed_costs_the_others_nothing_and_the_run_says_so(
