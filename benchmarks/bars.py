@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import operator
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.record import RESULTS, TIMES, BenchmarkError, median, results_in
+from benchmarks.record import NOT_MEASURED, RESULTS, TIMES, BenchmarkError, median, results_in, source
 
 # How a limit is spelled in the file, in a line and in a table, and what it asks.
 SIGNS = {
@@ -18,6 +18,8 @@ SIGNS = {
     "exactly": ("=", "exactly", operator.eq),
 }
 KEYS = {"name", "device", "case", "where", "contender", "measure", "against", "limits"}
+# Of a measure and of what it is divided by: what gives the least ratio, that of the medians, and the greatest one.
+ENDS = (("p20", "p80"), ("median", "median"), ("p80", "p20"))
 FILE = Path(__file__).with_name("bars.toml")
 
 
@@ -48,12 +50,23 @@ class Found(NamedTuple):
     """What was measured of a bar.
 
     Attributes:
-        number: None where it was not measured.
+        number: of the medians; None where it was not measured.
         notes: why not, or what is wrong with the file that it is from.
+        ends: the least and the greatest that the 20th and 80th percentiles give, where times have them.
+        environment: of the file that it is from.
     """
 
     number: float | None
     notes: tuple[str, ...] = ()
+    ends: tuple[float, float] | None = None
+    environment: Mapping[str, Any] | None = None
+
+    @property
+    def text(self) -> str:
+        """The number and its ends."""
+        if self.number is None:
+            return NOT_MEASURED
+        return f"{self.number:.3f}" + (f" [{self.ends[0]:.3f}, {self.ends[1]:.3f}]" if self.ends else "")
 
 
 def load(path: Path = FILE) -> list[Bar]:
@@ -106,15 +119,22 @@ def value(bar: Bar, result: dict[str, Any] | None) -> Found:
         return next((row for row in rows if row["contender"] == contender), {})
 
     own, other = of(bar.contender), of(bar.against)
-    number, base = median(own.get(bar.measure)), median(other.get(bar.measure))
-    if number is None or (bar.against is not None and not base):
+    measure, base = own.get(bar.measure), 1.0 if bar.against is None else other.get(bar.measure)
+    if measure is None or not median(base):
         return Found(None)
+    about = result["environment"]
     if bar.against is not None and bar.measure in TIMES and own.get("clock") != other.get("clock"):
         clocks = " and ".join(str(row.get("clock", "unknown")) for row in (own, other))
-        return Found(None, (f"taken by different clocks, {clocks}",))
+        return Found(None, (f"taken by different clocks, {clocks}",), environment=about)
     notes = ["incomplete"] * (not result.get("complete", True))
-    notes += ["source with changes"] * bool(result["environment"]["dirty"])
-    return Found(number / base if base and bar.against is not None else number, tuple(notes))
+    notes += ["source with changes"] * bool(about["dirty"])
+    low, middle, high = (_at(measure, own_end) / _at(base, base_end) for own_end, base_end in ENDS)
+    return Found(middle, tuple(notes), (low, high) if low < high else None, about)
+
+
+def _at(measure: Any, end: str) -> float:
+    """The median or a percentile of a measure, or the number that it is."""
+    return float(measure[end] if isinstance(measure, Mapping) else measure)
 
 
 def judged(
@@ -153,24 +173,45 @@ def met(bar: Bar, number: float) -> bool:
 
 def verdict(bar: Bar, found: Found) -> str:
     """In words."""
-    return "not measured" if found.number is None else "met" if met(bar, found.number) else "missed"
+    return NOT_MEASURED if found.number is None else "met" if met(bar, found.number) else "missed"
+
+
+def by_machine(rows: Sequence[tuple[Bar, Found]]) -> dict[str, list[tuple[Bar, Found]]]:
+    """The bars by what they were measured on: a machine with its commits, or a device of which there is nothing."""
+    machines: dict[str, list[tuple[Bar, Found]]] = {}
+    for bar, found in sorted(rows, key=lambda row: row[1].environment is None):
+        about = found.environment
+        machines.setdefault(f"{bar.device}: {NOT_MEASURED}" if about is None else str(about["device"]), []).append(
+            (bar, found)
+        )
+    return {_with_commits(machine, rows): rows for machine, rows in machines.items()}
+
+
+def _with_commits(machine: str, rows: Sequence[tuple[Bar, Found]]) -> str:
+    cases: dict[str, dict[str, None]] = {}
+    for bar, found in rows:
+        if found.environment is not None:
+            cases.setdefault(source(found.environment), {})[bar.case] = None
+    commits = [f"{commit} ({', '.join(names)})" if len(cases) > 1 else commit for commit, names in cases.items()]
+    return f"{machine}; {', '.join(commits)}" if commits else machine
 
 
 def lines(folder: Path | None = None, cases: Container[str] | None = None) -> list[str]:
-    """A table: measured, limit, verdict; the last line counts. `cases` as for `judged`."""
+    """A table for each machine: measured, limit, verdict; the last line counts. `cases` as for `judged`."""
     rows = list(judged(folder, cases=cases))
     if not rows:
         return [f"no bars are set for {_device_of(folder) if folder else 'any device'}; see {FILE.name}"]
     width = max(len(bar.label) for bar, _ in rows)
-    shown = [f"{'bar':{width}}  device       measured    limit"]
-    for bar, found in rows:
-        number = "-" if found.number is None else f"{found.number:.3f}"
-        sign = SIGNS[bar.asks][0]
-        said = ", ".join((verdict(bar, found), *found.notes))
-        shown.append(f"{bar.label:{width}}  {bar.device:11} {number:>9}  {sign:2} {bar.limit:<6g} {said}")
-    counts = [sum(verdict(bar, found) == word for bar, found in rows) for word in ("met", "missed", "not measured")]
+    shown = [f"{'bar':{width}}  {'measured':22} limit"]
+    for machine, group in by_machine(rows).items():
+        shown.append(f"-- {machine}")
+        for bar, found in group:
+            number = "-" if found.number is None else found.text
+            said = ", ".join((verdict(bar, found), *found.notes))
+            shown.append(f"{bar.label:{width}}  {number:22} {SIGNS[bar.asks][0]:2} {bar.limit:<6g} {said}")
+    counts = [sum(verdict(bar, found) == word for bar, found in rows) for word in ("met", "missed", NOT_MEASURED)]
     partial = sum(found.number is not None and bool(found.notes) for _, found in rows)
-    last = f"{counts[0]} met, {counts[1]} missed, {counts[2]} not measured"
+    last = f"{counts[0]} met, {counts[1]} missed, {counts[2]} {NOT_MEASURED}"
     return [*shown, last + (f"; {partial} of them by incomplete files or changed source" if partial else "")]
 
 

@@ -1,4 +1,4 @@
-"""What the device reaches at best, measured in the same run: a large matrix product and a large copy.
+"""What the device reaches, measured in the same run: a large matrix product and a large copy.
 
 Percentages beside the times are of these, not of a data sheet.
 """
@@ -22,7 +22,7 @@ SIZES = {
 
 
 def measure(settings: Settings, dtypes: Sequence[str] = ("fp32", "bf16")) -> dict[str, Any]:
-    """Return `{"gemm_flops_per_s": {dtype: ...}, "copy_bytes_per_s": ..., ...}`: the best of a few repetitions.
+    """Return `{"gemm_flops_per_s": {dtype: ...}, "copy_bytes_per_s": ..., ...}`, at the 20th percentile of the times.
 
     The product is of random numbers, because zeros run faster; the copy counts bytes read and bytes written.
     """
@@ -33,11 +33,11 @@ def measure(settings: Settings, dtypes: Sequence[str] = ("fp32", "bf16")) -> dic
         a, b = (torch.randn(edge, edge, device=settings.device).to(DTYPES[dtype]) for _ in range(2))
         out = torch.empty_like(a)
         calls = {"gemm": [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]}
-        rates[dtype] = 2 * edge**3 / best(interleaved(calls, settings.device, rounds)["gemm"][0])
+        rates[dtype] = 2 * edge**3 / short(interleaved(calls, settings.device, rounds)["gemm"][0])
         del a, b, out
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=settings.device)
     target = torch.empty_like(source)
-    seconds = best(interleaved({"copy": [lambda: target.copy_(source)]}, settings.device, rounds)["copy"][0])
+    seconds = short(interleaved({"copy": [lambda: target.copy_(source)]}, settings.device, rounds)["copy"][0])
     return {
         "gemm_flops_per_s": rates,
         "copy_bytes_per_s": 2 * size / seconds,
@@ -47,6 +47,6 @@ def measure(settings: Settings, dtypes: Sequence[str] = ("fp32", "bf16")) -> dic
     }
 
 
-def best(times: Sequence[float]) -> float:
-    """The 20th percentile: a ceiling is what is reached, not what is usual; the minimum would be an outlier."""
+def short(times: Sequence[float]) -> float:
+    """The 20th percentile: below the median, since a ceiling is what is reached; the minimum would be an outlier."""
     return statistics.quantiles(times, n=5, method="inclusive")[0]

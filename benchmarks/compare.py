@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from benchmarks.record import BenchmarkError, median
+from benchmarks.record import BenchmarkError, median, source
 
 # Measures that are times, memory, or counts; the rest follows from them.
 MEASURES = ("seconds", "device_seconds", "forward", "forward_backward", "eager", "peak_memory_mib", "added_memory_mib",
@@ -51,15 +51,16 @@ def lines(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """
     if before["case"] != after["case"]:
         raise BenchmarkError(f"the files are of different cases, {before['case']!r} and {after['case']!r}")
-    found = [f"{before['case']}: {_origin(before)} -> {_origin(after)}", *_machines(before, after)]
+    runs = [f"{source(about)} of {about['date'][:10]}" for about in (before["environment"], after["environment"])]
+    found = [f"{before['case']}: {' -> '.join(runs)}", *_machines(before, after)]
     old, new = _by_key(before), _by_key(after)
     both = [(key, old[key], new[key]) for key in old if key in new]
     changes = [change for key, a, b in both for change in _changes(" ".join(key), a, b)]
-    found += [f"{' '.join(key)}: {text}" for key, a, b in both for text in _states(a, b)]
     changes.sort(reverse=True)
+    states = [f"{' '.join(key)}: {text}" for key, a, b in both for text in _states(a, b)]
     moved = [change.line for change in changes if change.moved]
     unclear = [f"cannot be told from noise: {change.line}" for change in changes if change.moved is None]
-    found += moved or ["nothing moved beyond noise"]
+    found += [*states, *moved] or ["nothing moved beyond noise"]
     found += unclear + ["take 5 repetitions or more in both runs (--rounds) to tell these from noise"] * bool(unclear)
     found += [f"of the times that did not move, at most {CHANCE:.0%} are named by chance"] * bool(moved)
     for name, only, file in (("before", old.keys() - new.keys(), old), ("after", new.keys() - old.keys(), new)):
@@ -165,9 +166,3 @@ def _text(measure: Any) -> str:
     if isinstance(measure, Mapping):
         return f"{measure['median']:.4g} [{measure['p20']:.4g}, {measure['p80']:.4g}]"
     return f"{measure:.6g}"
-
-
-def _origin(result: dict[str, Any]) -> str:
-    environment = result["environment"]
-    commit = (environment["commit"] or "unknown commit")[:10]
-    return f"{commit}{' with changes' if environment['dirty'] else ''} of {environment['date'][:10]}"

@@ -32,6 +32,7 @@ RESULTS = Path(__file__).parent / "results"
 SCHEMA = 2
 # Measures that are spreads or numbers, wherever they occur.
 TIMES = {"seconds", "device_seconds", "forward", "forward_backward", "eager"}
+NOT_MEASURED = "not measured"
 PACKAGES = ("torch", "triton", "timm", "peft", "transformers", "open_clip_torch")
 
 
@@ -76,6 +77,12 @@ def environment(device: str | None = None) -> dict[str, Any]:
         "device": device_name(device),
         "threads": torch.get_num_threads(),
     }
+
+
+def source(environment: Mapping[str, Any]) -> str:
+    """The commit that was measured, in words."""
+    commit = environment["commit"]
+    return (f"commit {commit[:10]}" if commit else "unknown commit") + " with changes" * bool(environment["dirty"])
 
 
 def device_name(device: str | None = None) -> str:

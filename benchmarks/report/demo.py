@@ -31,7 +31,7 @@ def demo_table(demo: dict[str, Any]) -> str:
                 blocks,
                 f"{mean(runs, 'trainable'):,.0f}",
                 f"{mean(runs, 'flops') / 1e12:.2f}",
-                f"{mean(runs, 'seconds'):.1f}",
+                _mean_and_spread([run["seconds"] for run in runs]),
             ]
         )
     heads = [
@@ -45,7 +45,12 @@ def demo_table(demo: dict[str, Any]) -> str:
     ]
     seeds = len({run["seed"] for run in demo["runs"]})
     before = f"Letters before fine-tuning: {100 * demo['source_before']:.2f} % (k-NN). "
-    note = f"{before}Mean and standard deviation over {seeds} seeds, from `docs/demo.json`. The aims that were set:"
+    about = demo["environment"]
+    machine = f"{about['processor']} ({about['threads']} threads), slora {about['slora']}, torch {about['torch']}"
+    note = (
+        f"{before}Mean and standard deviation over {seeds} seeds, from `docs/demo.json`: {machine}. "
+        "The aims that were set:"
+    )
     return "\n\n".join([table(heads, rows), note, "\n".join(f"* {sentence}" for sentence in aims(demo))])
 
 

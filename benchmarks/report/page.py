@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders.peers import need
-from benchmarks.record import BenchmarkError, read_result, results_in
+from benchmarks.record import NOT_MEASURED, BenchmarkError, read_result, results_in
 from benchmarks.registry import CASES
-from benchmarks.report import tables
+from benchmarks.report import summary, tables
 from slora.files import write_text
 
 ROOT = Path(__file__).parents[2]
-NOT_MEASURED = "Not measured."
+NONE = f"{NOT_MEASURED.capitalize()}."
 # Devices that the bars are set for come first, whether they were measured or not.
 DEVICES = ("cpu", "nvidia-h200")
 
@@ -45,10 +45,10 @@ def filled(readme: str, root: Path = ROOT) -> str:
     cpu = all_results(root)["cpu"]
     demo_file = root / "docs" / "demo.json"
     texts = {
-        "demo-table": demo_table(demo_file) if demo_file.exists() else NOT_MEASURED,
-        "train-step-table": NOT_MEASURED
+        "demo-table": demo_table(demo_file) if demo_file.exists() else NONE,
+        "train-step-table": NONE
         if "train_step" not in cpu
-        else tables.train_step_table(cpu["train_step"], cpu.get("train_memory")),
+        else summary.train_step_table(cpu["train_step"], cpu.get("train_memory")),
     }
     for name, text in texts.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
@@ -79,11 +79,12 @@ def page(root: Path = ROOT) -> str:
     from benchmarks.report import figures
 
     results = all_results(root)
-    parts = [INTRODUCTION, "## The bars", tables.bars_table(list(results), root / "benchmarks" / "results")]
+    parts = [INTRODUCTION, "## The bars", *summary.bars_tables(list(results), root / "benchmarks" / "results")]
     for device, cases in results.items():
         parts.append(f"## {device}")
         if not cases:
-            parts.append(f"Not measured: {', '.join(name for name, case in CASES.items() if 'cuda' in case.devices)}.")
+            missing = ", ".join(name for name, case in CASES.items() if "cuda" in case.devices)
+            parts.append(f"{NOT_MEASURED.capitalize()}: {missing}.")
             continue
         kind = "cpu" if device == "cpu" else "cuda"
         for name, case in CASES.items():
@@ -91,14 +92,14 @@ def page(root: Path = ROOT) -> str:
                 continue
             parts.append(f"### {name}: {case.summary}")
             if name not in cases:
-                parts.append(NOT_MEASURED)
+                parts.append(NONE)
                 continue
             parts.append(tables.origin(cases[name]))
             parts += [f"![{title}](figures/{file})" for file, title in figures.of_case(device, name, cases)]
             parts.append(tables.case_table(cases[name]))
         proof = root / "benchmarks" / "results" / device / "proof.json"
         if proof.exists():
-            parts += ["### proof: `python -m benchmarks gpu`", *tables.proof_tables(read_result(proof))]
+            parts += ["### proof: `python -m benchmarks gpu`", *summary.proof_tables(read_result(proof))]
     return "\n\n".join([*parts, PREDICTED]) + "\n"
 
 
@@ -113,8 +114,8 @@ by `python -m benchmarks.audit` (the layer's kernels) and `python -m benchmarks.
 INTRODUCTION = """\
 # Benchmarks
 
-Written by `python -m benchmarks report` from the files under `results/`; nothing here is typed by hand. Medians of
-interleaved repetitions; the files have the 20th and 80th percentiles as well. A result that is wrong is not timed.
+Written by `python -m benchmarks report` from the files under `results/`; nothing here is typed by hand. Contenders of a
+table took turns in one process; a ratio is one of medians. A result that is wrong is not timed.
 
 ```bash
 python -m benchmarks list                                      # the cases
@@ -136,6 +137,10 @@ python -m benchmarks gpu                                       # the proof on a 
 | this page and the figures | `report/` |
 | the bars | `bars.toml` |
 | the proof on a GPU | `gpu.py` (its order and table), `proof/` (its parts) |
+
+A bar's brackets are the least and the greatest ratio that the 20th and 80th percentiles of its two times give. What
+`compare` calls moved, a rank test on the repetitions of both runs tells from chance; five in each can show it, three
+cannot.
 
 "% GEMM" and "% copy" are parts of the ceilings that the same run measured. "MB" is the least that the form of the
 computation moves (`counting.py`)."""

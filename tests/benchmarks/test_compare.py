@@ -152,6 +152,7 @@ def _bar_rows(ours: float) -> list[dict[str, Any]]:
 def test_a_bar_is_a_ratio_at_one_point(ours: float, word: str, tmp_path: Path) -> None:
     (tmp_path / "linear.json").write_text(json.dumps(_file(_bar_rows(ours))))
     lines = bars.lines(tmp_path)
+    assert "-- nvidia-h200; commit 0123456789" in lines
     (line,) = [line for line in lines if line.startswith("linear, all active, over frozen, K 768, N 768")]
     assert line.endswith(word)
     assert f"{ours:.3f}" in line
@@ -177,6 +178,14 @@ def test_times_by_different_clocks_are_no_ratio() -> None:
     found = bars.value(bar, _file([{**frozen, "clock": "events"}, {**ours, "clock": "graph"}]))
     assert bars.verdict(bar, found) == "not measured"
     assert found.notes == ("taken by different clocks, graph and events",)
+
+
+def test_a_bar_shows_the_least_and_the_greatest_ratio_of_the_percentiles() -> None:
+    bar = next(bar for bar in bars.load() if bar.name == "linear, all active, over frozen")
+    point = _bar_rows(1)[0]["point"]
+    rows = [_row("frozen F.linear", 0.8, 1.0, 1.6), _row("slora, auto", 1.2, 1.5, 2.0)]
+    found = bars.value(bar, _file([{**row, "point": point} for row in rows]))
+    assert found.text == "1.500 [0.750, 2.500]"
 
 
 @pytest.mark.parametrize(("count", "word"), [(0, "missed"), (1, "met"), (2, "missed")])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.record import SCHEMA, BenchmarkError
-from benchmarks.report import figures, page, tables
+from benchmarks.report import figures, layer_figures, page, step_figure, style, summary, tables
 
 TEXT = (
     "a\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nb\n<!-- train-step-table -->\n<!-- /train-step-table -->\nc\n"
@@ -67,7 +67,7 @@ def test_the_texts_in_the_tree_are_what_the_result_files_give() -> None:
 
 def test_a_missing_result_says_not_measured(tmp_path: Path) -> None:
     text = page.filled(TEXT, tmp_path)
-    assert text.count(page.NOT_MEASURED) == 2
+    assert text.count(page.NONE) == 2
     assert "old" not in text
     assert text.startswith("a\n")
     assert text.endswith("c\n")
@@ -86,9 +86,12 @@ def test_the_demo_table_holds_means_and_spreads_of_its_runs(tmp_path: Path) -> N
         {**run, "method": "selective", "seed": 0, "active": 6, "target_accuracy": 0.965, "source_after": 0.97},
     ]
     (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "demo.json").write_text(json.dumps({"source_before": 0.99, "runs": runs}))
+    about = {"processor": "a processor", "threads": 2, "slora": "0.1.0", "torch": "2.11.0"}
+    demo = {"environment": about, "source_before": 0.99, "runs": runs}
+    (tmp_path / "docs" / "demo.json").write_text(json.dumps(demo))
     text = page.filled(TEXT, tmp_path)
-    assert "| LoRA on all blocks | 98.00 ± 1.41 | 7.00 ± 2.83 | 36.0 of 36 | 1,000 | 2.00 | 3.0 |" in text
+    assert "| LoRA on all blocks | 98.00 ± 1.41 | 7.00 ± 2.83 | 36.0 of 36 | 1,000 | 2.00 | 3.00 ± 0.00 |" in text
+    assert "from `docs/demo.json`: a processor (2 threads), slora 0.1.0, torch 2.11.0." in text
     assert "over 2 seeds" in text
     assert "* Target within 1 point of LoRA: missed. Selective reaches 96.5 %, 1.5 points below LoRA's 98.0 %." in text
 
@@ -101,7 +104,7 @@ def test_a_readme_without_its_marks_is_refused(tmp_path: Path) -> None:
 def test_a_case_table_gives_ratios_to_the_limit_and_the_reason_of_what_is_missing() -> None:
     text = tables.case_table(_result("linear", _linear_rows()))
     (line,) = [line for line in text.splitlines() if "| slora, torch |" in line]
-    assert "| 125 ms | 250 ms | 1.25 |" in line
+    assert "| 125 ms [112, 138] | 250 ms [225, 275] | 1.25 |" in line
     assert "* PEFT, compiled: failed: no compiler (1 of 1 points)" in text
 
 
@@ -118,6 +121,55 @@ def test_steps_show_flops_and_what_part_of_the_ceilings_they_are_where_that_was_
     assert "It is no measured traffic." in text
     assert "* PEFT, all: not counted: no formula (1 of 1 points)" in text
     assert "* inputs are not rotated past the cache: a call touches enough (1 of 1 points)" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1.0, "1.00 s [0.900, 1.10]"), (0.9996, "1000 ms [900, 1100]"), (2e-7, "0.200 µs [0.180, 0.220]")],
+)
+def test_a_time_has_three_digits_and_its_percentiles_the_same_unit(value: float, text: str) -> None:
+    assert tables.seconds(_spread(value)) == text
+
+
+def test_a_table_says_of_which_machine_source_and_repetitions_it_is() -> None:
+    result = _result("linear", _linear_rows())
+    assert tables.origin(result).startswith("a processor; torch 2.11.0, peft 0.21.2; commit 0123456789; 2026-01-02.")
+    assert tables.origin(result).endswith("the median of 5 repetitions, in brackets their 20th and 80th percentile.")
+    result["environment"]["dirty"] = True
+    result["rows"][0]["forward"]["n"] = 3
+    assert "; commit 0123456789 with changes; " in tables.origin(result)
+    assert "the median of 3 to 5 repetitions" in tables.origin(result)
+
+
+def test_numbers_of_two_machines_share_no_table_and_those_of_two_commits_say_so(tmp_path: Path) -> None:
+    step = _result("train_step", _step_rows())
+    memory = _result("train_memory", [{**row, "peak_memory_mib": 123.0} for row in _step_rows()])
+    memory["environment"]["commit"] = "fedcba9876543210"
+    text = summary.train_step_table(step, memory)
+    assert "| 123 MiB |" in text
+    assert "; commit 0123456789. " in text
+    assert "; commit fedcba9876. " in text
+    heading = figures.heading(figures.FIGURES["train-step"], {"train_step": step, "train_memory": memory})
+    assert "a processor, commit 0123456789, memory: commit fedcba9876\n" in heading
+    _write(tmp_path, memory)
+    results = tmp_path / "benchmarks" / "results"
+    point = {"model": "vit_small_patch16_224", "batch": 16, "mode": "eager", "precision": "fp32", "r": 16}
+    for row in memory["rows"] + step["rows"]:
+        row["point"] = point
+    for result in (step, memory):
+        _write(tmp_path, result)
+    machines = summary.bars_tables(["cpu"], results)[::2]
+    assert machines == ["a processor; commit 0123456789 (train_step), commit fedcba9876 (train_memory).",
+                        "cpu: not measured."]  # fmt: skip
+    memory["environment"]["device"] = "another processor"
+    text = summary.train_step_table(step, memory)
+    assert "MiB" not in text
+    assert "Peak memory was measured on another machine, another processor." in text
+    assert all(peak is None for _, peak in step_figure.steps({"train_step": step, "train_memory": memory}).values())
+    _write(tmp_path, memory)
+    machines = summary.bars_tables(["cpu"], results)[::2]
+    assert machines == ["a processor; commit 0123456789.", "another processor; commit fedcba9876.",
+                        "cpu: not measured."]  # fmt: skip
 
 
 def test_an_incomplete_result_says_so(tmp_path: Path) -> None:
@@ -137,19 +189,43 @@ def test_every_figure_is_drawn_and_linked_from_the_page(tmp_path: Path) -> None:
         assert f"(figures/{path.name})" in text
 
 
+def test_a_bar_of_a_figure_is_a_median_with_its_percentiles(tmp_path: Path) -> None:
+    plots = style.pyplot() if pytest.importorskip("matplotlib") else None
+    figure = layer_figures.draw_over_frozen(plots, layer_figures.over_frozen({"linear": _result("", _linear_rows())}))
+    drawn = [item for item in figure.axes[0].containers if hasattr(item, "errorbar") and item.errorbar]
+    assert [bar.patches[0].get_height() for bar in drawn] == pytest.approx([1.25, 2.5])
+    for bar in drawn:
+        height = bar.patches[0].get_height()
+        (ends,) = [segment[:, 1] for segment in bar.errorbar[2][0].get_segments()]
+        assert sorted(ends) == pytest.approx([0.9 * height, 1.1 * height])
+    plots.close(figure)
+
+
+def test_figures_name_what_they_are_of_in_words() -> None:
+    heading = figures.heading(figures.FIGURES["linear"], {"linear": _result("linear", _linear_rows())})
+    assert heading.splitlines() == [
+        "One linear layer, all blocks active: 768 inputs, 3,072 outputs, 3,152 rows of x, rank 16, fp32",
+        "a processor, commit 0123456789",
+        "times: medians, and from the 20th to the 80th percentile",
+    ]
+
+
 def test_the_proof_on_a_gpu_is_reported_by_its_parts(tmp_path: Path) -> None:
     parts = {
         "tests": {"state": "ok", "seconds": 41.2, "counts": {"passed": 12, "failed": 0}},
-        "sanitizer": {"state": "cut", "seconds": 80.0, "runs": {"memcheck": {"state": "ok"}}},
+        "sanitizer": {
+            "state": "cut", "seconds": 80.0, "runs": {"memcheck": {"state": "ok"}},
+            "left_out": {"racecheck": "the time was up"},
+        },
         "profile": {"state": "ok", "seconds": 9.0, "kernels": [{"kernel": "_kernel", "duration": "212 us"}]},
-    }
+    }  # fmt: skip
     proof = {**_result("proof", []), "parts": parts}
     del proof["rows"]
     _write(tmp_path, _result("linear", _linear_rows()))
     _write(tmp_path, proof)
     text = page.page(tmp_path)
     assert "| tests | ok | 41 | passed: 12, failed: 0 |" in text
-    assert "| sanitizer | cut | 80 | memcheck: ok |" in text
+    assert "| sanitizer | cut | 80 | memcheck: ok, left out: racecheck (the time was up) |" in text
     assert "| `_kernel` | 212 us |" in text
 
 
