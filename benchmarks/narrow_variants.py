@@ -143,7 +143,7 @@ def _probes(part: int, precision: configs.Precision) -> Iterator[Variant]:
             f"{precision}{'' if aligned else ', elements'}, {low}, {tile}",
             {
                 "dy": f"*{element}", "x": f"*{element}", "A": "*fp32", "B": "*fp32", "gate": "*fp32", "out": "*fp32",
-                "threshold": "fp32", "scaling": "fp32",
+                "shift": "*i64", "threshold": "fp32", "scaling": "fp32",
             },
             tile.meta(),
             {"PRECISION": multiplied, "LOW": low},
@@ -185,8 +185,8 @@ def _others(part: int) -> Iterator[Variant]:
             gate_probe._sample_rows,
             part,
             element,
-            {"x": f"*{element}", "out": f"*{element}"},
-            {"num_warps": 2, "BM": 8, "BK": 256},
+            {"x": f"*{element}", "out": f"*{element}", "shift": "*i64"},
+            narrow_configs.SAMPLE,
             {},
             tensor_cores=False,
         )

@@ -41,6 +41,8 @@ class Layer(NamedTuple):
     scaling: float
     """c, times the factor M / m that makes the estimate unbiased."""
     seed: int
+    shift: Tensor | None = None
+    """An int64 scalar that is added to the seed on the device, so that a graph draws other rows at each replay."""
 
 
 def seed_word(seed: int) -> int:
@@ -62,19 +64,25 @@ def check_rows(M: int, m: int) -> None:
 
 
 @triton.jit
+def shifted(word, shift):
+    """Return what `seed_word` gives for a seed that is larger by the number at `shift`, up to multiples of 2**32."""
+    return word if shift is None else word + tl.load(shift) * 0x9E3779B1
+
+
+@triton.jit
 def sampled_row(k, M, m, word):
     """Return the row drawn from stratum `k [...]`, int64, of M and m that passed `check_rows`; `word` is
-    `seed_word(seed)`."""
+    `seed_word(seed)` up to multiples of 2**32."""
     u = (counter.mix((k.to(tl.int64) + word).to(tl.uint32)) >> 8).to(tl.int64)
     return (((k.to(tl.int64) << 24) + u) * M // m) >> 24
 
 
 @triton.jit(do_not_specialize=["M", "m", "word"])
-def _sample_rows(x, out, M, m, K, stride_x, word, BM: tl.constexpr, BK: tl.constexpr):
+def _sample_rows(x, out, shift, M, m, K, stride_x, word, BM: tl.constexpr, BK: tl.constexpr):
     k = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BK + tl.arange(0, BK)
     inside = (k < m)[:, None] & (columns < K)[None, :]
-    row = tl.where(k < m, sampled_row(k, M, m, word), 0)
+    row = tl.where(k < m, sampled_row(k, M, m, shifted(word, shift)), 0)
     tile = tl.load(x + row[:, None] * stride_x + columns[None, :], mask=inside)
     tl.store(out + k[:, None].to(tl.int64) * K + columns[None, :], tile, mask=inside)
 
@@ -114,7 +122,7 @@ def _product(
 
 @triton.jit(do_not_specialize=["M", "m", "word", "tiles"])
 def _probe(
-    dy, x, A, B, gate, out, threshold, scaling, M, m, K, n, r, stride_dy, stride_x, word, tiles,
+    dy, x, A, B, gate, out, shift, threshold, scaling, M, m, K, n, r, stride_dy, stride_x, word, tiles,
     PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """Program (block, tile of sampled rows) of one layer; a single number, because blocks or tiles may be many."""
@@ -124,13 +132,13 @@ def _probe(
     if tl.load(gate + block) < threshold:
         k = tile * BM + tl.arange(0, BM)
         result = scaling * _product(
-            dy, x, A, B, k, M, m, K, n, r, block, stride_dy, stride_x, word, PRECISION, BM, BK, LOW
+            dy, x, A, B, k, M, m, K, n, r, block, stride_dy, stride_x, shifted(word, shift), PRECISION, BM, BK, LOW
         )
     tl.store(out + block * tiles + tile, result)
 
 
 # Columns of the table of layers: addresses, then sizes.
-_FIELDS = tl.constexpr(14)
+_FIELDS = tl.constexpr(15)
 
 
 @triton.jit(do_not_specialize=["layers", "tiles"])
@@ -154,6 +162,8 @@ def _probe_table(
     K, n, r = tl.load(entry + 7).to(tl.int32), tl.load(entry + 8).to(tl.int32), tl.load(entry + 9).to(tl.int32)
     stride_dy, stride_x, word = tl.load(entry + 10), tl.load(entry + 11), tl.load(entry + 12)
     block = number - tl.load(entry + 13).to(tl.int32)
+    shift = tl.load(entry + 14)
+    word += tl.load(shift.to(tl.pointer_type(tl.int64)), mask=shift != 0, other=0) * 0x9E3779B1
     result = 0.0
     if (tl.load(gate + block) < tl.load(factors + 2 * layer)) & (tile * BM < m):
         k = tile * BM + tl.arange(0, BM)
@@ -163,15 +173,18 @@ def _probe_table(
     tl.store(out + number * tiles + tile, result)
 
 
-def sample_rows(x: Tensor, m: int, seed: int) -> Tensor:
-    """Return the `[m, K]` rows of `x [M, K]` that `slora.probe.sampled_rows(M, m, seed)` names; m below M."""
+def sample_rows(x: Tensor, m: int, seed: int, shift: Tensor | None = None) -> Tensor:
+    """Return the `[m, K]` rows of `x [M, K]` that `slora.probe.sampled_rows(M, m, seed)` names; m below M.
+
+    `shift` is as for `Layer`.
+    """
     M, K = x.shape
     check_rows(M, m)
     out = torch.empty(m, K, dtype=x.dtype, device=x.device)
-    BM, BK = 8, 256
+    tile = narrow_configs.SAMPLE
     with launch.on(x.device):
-        _sample_rows[(triton.cdiv(m, BM), triton.cdiv(K, BK))](
-            x, out, M, m, K, x.stride(0), seed_word(seed), BM=BM, BK=BK, num_warps=2
+        _sample_rows[(triton.cdiv(m, tile["BM"]), triton.cdiv(K, tile["BK"]))](
+            x, out, shift, M, m, K, x.stride(0), seed_word(seed), **tile
         )
     return out
 
@@ -201,10 +214,10 @@ def gate_probe(layers: Sequence[Layer]) -> list[Tensor]:
     meta: dict[str, Any] = {"PRECISION": launch.precision(rows), "LOW": LOW, **tile.meta()}
     with launch.on(device):
         if len(layers) == 1:
-            dy, x, A, B, gate, threshold, scaling, seed = first
+            dy, x, A, B, gate, threshold, scaling, seed, shift = first
             _probe[(total * tiles,)](
-                dy, x, A, B, gate, out, threshold, scaling, dy.shape[0], x.shape[0], x.shape[1], B.shape[1], A.shape[1],
-                dy.stride(0), x.stride(0), seed_word(seed), tiles, **meta,
+                dy, x, A, B, gate, out, shift, threshold, scaling, dy.shape[0], x.shape[0], x.shape[1], B.shape[1],
+                A.shape[1], dy.stride(0), x.stride(0), seed_word(seed), tiles, **meta,
             )  # fmt: skip
         else:
             table, factors = _table(layers)
@@ -219,15 +232,15 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 
 def _table(layers: Sequence[Layer]) -> tuple[Tensor, Tensor]:
-    """The layers as the kernel reads them: int64 `[layers, 14]`, and fp32 `[layers, 2]` of thresholds and factors."""
+    """The layers as the kernel reads them: int64 `[layers, 15]`, and fp32 `[layers, 2]` of thresholds and factors."""
     entries, number = [], 0
-    for dy, x, A, B, gate, _, _, seed in layers:
+    for dy, x, A, B, gate, _, _, seed, shift in layers:
         if (dy.device, dy.dtype, A.dtype) != (layers[0].dy.device, layers[0].dy.dtype, layers[0].lora_A.dtype):
             raise ValueError("layers of one launch share a device and the dtypes of x and of lora_A")
         entries.append([
             dy.data_ptr(), x.data_ptr(), A.data_ptr(), B.data_ptr(), gate.data_ptr(),
             dy.shape[0], x.shape[0], x.shape[1], B.shape[1], A.shape[1], dy.stride(0), x.stride(0), seed_word(seed),
-            number,
+            number, 0 if shift is None else shift.data_ptr(),
         ])  # fmt: skip
         number += A.shape[0]
     factors = torch.tensor([[layer.threshold, layer.scaling] for layer in layers], dtype=torch.float32)

@@ -102,3 +102,7 @@ def gate_probe(precision: Precision, m: int, low: int, layers: int = 1, aligned:
     if m > 4096:
         return Rows(32, 64, 4 if low < 64 else 8, 3)
     return Rows(16, 128 if low < 32 else 64, 4, 3)
+
+
+# Of the copy of sampled rows.
+SAMPLE = {"BM": 8, "BK": 256, "num_warps": 4}

@@ -43,7 +43,7 @@ class SelectiveLoRAConfig:
         inactive: what happens to the gate of an inactive block. "exact": its straight-through gradient
             is computed at every step. "probe": an unbiased estimate from `probe_rows` random rows every
             `probe_every` steps, nearly free. "frozen": none; an inactive block stays inactive for good.
-            What torch.compile or a CUDA graph records probes at every step, and always the same row numbers.
+            What torch.compile or a CUDA graph records probes at every step.
         probe_every: optimizer steps between two probes; the estimate is scaled by it.
         probe_rows: rows of the input that a probe reads; all of them where there are fewer.
         base_dtype: dtype in which the frozen base weights of adapted layers are kept, such as

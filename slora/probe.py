@@ -20,19 +20,19 @@ from slora import addmm
 from slora.backends import kernels_serve
 
 _library: Any = torch.library.Library("slora", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("sample_rows(Tensor x, int m, int seed) -> Tensor")
+_library.define("sample_rows(Tensor x, int m, int seed, Tensor? shift=None) -> Tensor")
 _library.define(
     "gate_probe(Tensor dy, Tensor x, Tensor lora_A, Tensor lora_B, Tensor gate, float threshold, float scaling, "
-    "int[]? blocks, int seed) -> Tensor"
+    "int[]? blocks, int seed, Tensor? shift=None) -> Tensor"
 )
 
 
-def sampled_rows(M: int, m: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+def sampled_rows(M: int, m: int, seed: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Return `min(m, M)` row numbers below `M`, int64, rising: one random row from each of as many equal strata.
 
     Row j is expected exactly `m / M` times, so a sum over the sampled rows times `M / m` is an unbiased
     estimate of the sum over all. The numbers come from an integer hash of `(seed, k)`: the same on any device
-    and without any generator's state.
+    and without any generator's state. `seed` is a number or an int64 scalar on `device`.
     """
     if m >= M:
         return torch.arange(M, device=device)
@@ -42,7 +42,7 @@ def sampled_rows(M: int, m: int, seed: int, device: torch.device | str = "cpu") 
     return (((k << 24) + u) * M // m) >> 24
 
 
-def _hash24(k: Tensor, seed: int) -> Tensor:
+def _hash24(k: Tensor, seed: int | Tensor) -> Tensor:
     """24 uniform bits per element of `k` (Wellons' lowbias32 on `k + seed * odd`, top bits kept)."""
     z = (k + (seed * 0x9E3779B1 & 0xFFFFFFFF)) & 0xFFFFFFFF
     z = ((z ^ (z >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
@@ -53,9 +53,10 @@ def _hash24(k: Tensor, seed: int) -> Tensor:
 class ProbeGates(torch.autograd.Function):
     """The identity on `y` whose backward gives inactive gates their straight-through gradient.
 
-    `apply(y [..., N], gate, x [..., K], lora_A, lora_B, threshold, scaling, blocks, m, seed, scale)`: from the rows
-    `sampled_rows(M, m, seed)` of x and dy (all M rows where `m` is None), `dgate_i = scale * c * <S_i, T_i>` for each i
-    in `blocks`; where `blocks` is None the inactive ones are found on the device. Only those rows of x are kept.
+    `apply(y [..., N], gate, x [..., K], lora_A, lora_B, threshold, scaling, blocks, m, seed, shift, scale)`: from the
+    rows `sampled_rows(M, m, seed + shift)` of x and dy (all M rows where `m` is None), `dgate_i = scale * c *
+    <S_i, T_i>` for each i in `blocks`; where `blocks` is None the inactive ones are found on the device. `shift` is an
+    int64 scalar on the device, or None for 0. Only those rows of x are kept.
     """
 
     @staticmethod
@@ -71,11 +72,12 @@ class ProbeGates(torch.autograd.Function):
         blocks: tuple[int, ...] | None,
         m: int | None,
         seed: int,
+        shift: Tensor | None,
         scale: float,
     ) -> Tensor:
         x_rows = addmm.rows(x)
-        kept = x_rows if m is None else torch.ops.slora.sample_rows(x_rows, m, seed)
-        ctx.save_for_backward(kept, lora_A, lora_B, gate)
+        kept = x_rows if m is None else torch.ops.slora.sample_rows(x_rows, m, seed, shift)
+        ctx.save_for_backward(kept, lora_A, lora_B, gate, shift)
         ctx.threshold, ctx.scaling, ctx.blocks, ctx.seed = threshold, scaling * scale, blocks, seed
         return y.detach()
 
@@ -84,36 +86,49 @@ class ProbeGates(torch.autograd.Function):
         (dy,) = grads
         dgate = None
         if ctx.needs_input_grad[1]:
-            x_rows, lora_A, lora_B, gate = ctx.saved_tensors
+            x_rows, lora_A, lora_B, gate, shift = ctx.saved_tensors
             dgate = torch.ops.slora.gate_probe(
-                addmm.rows(dy), x_rows, lora_A, lora_B, gate, ctx.threshold, ctx.scaling, ctx.blocks, ctx.seed
+                addmm.rows(dy),
+                x_rows,
+                lora_A,
+                lora_B,
+                gate,
+                ctx.threshold,
+                ctx.scaling,
+                ctx.blocks,
+                ctx.seed,
+                shift,
             ).to(gate.dtype)
-        return dy, dgate, None, None, None, None, None, None, None, None, None
+        return dy, dgate, None, None, None, None, None, None, None, None, None, None
 
 
-def _sample_rows(x: Tensor, m: int, seed: int) -> Tensor:
+def _sum(seed: int, shift: Tensor | None) -> int | Tensor:
+    return seed if shift is None else seed + shift
+
+
+def _sample_rows(x: Tensor, m: int, seed: int, shift: Tensor | None = None) -> Tensor:
     if x.is_cuda and x.stride(1) == 1 and kernels_serve(x):
         # The kernel is PyTorch's indexing without its dozen small launches.
         from slora.kernels import gate_probe
 
-        return gate_probe.sample_rows(x, m, seed)
-    return x[sampled_rows(x.shape[0], m, seed, x.device)]
+        return gate_probe.sample_rows(x, m, seed, shift)
+    return x[sampled_rows(x.shape[0], m, _sum(seed, shift), x.device)]
 
 
 def _gate_probe(
     dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Tensor, threshold: float, scaling: float,
-    blocks: Sequence[int] | None, seed: int,
+    blocks: Sequence[int] | None, seed: int, shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     if kernels_serve(dy, gate):
         from slora.kernels import gate_probe
 
         layer = gate_probe.Layer(
             addmm.unit_stride(dy), addmm.unit_stride(x), lora_A.contiguous(), lora_B.contiguous(),
-            *addmm.fp32_gate(gate, threshold), scaling, seed,
+            *addmm.fp32_gate(gate, threshold), scaling, seed, shift,
         )  # fmt: skip
         return gate_probe.gate_probe([layer])[0]
     if x.shape[0] < dy.shape[0]:
-        dy = dy[sampled_rows(dy.shape[0], x.shape[0], seed, dy.device)]
+        dy = dy[sampled_rows(dy.shape[0], x.shape[0], _sum(seed, shift), dy.device)]
     present = range(gate.shape[0]) if blocks is None else blocks
     dgate = addmm.gate_probe(dy, x, lora_A, lora_B, present, scaling)
     if blocks is None:
@@ -121,13 +136,13 @@ def _gate_probe(
     return addmm.scattered(dgate, gate.shape[0], present)
 
 
-def _sample_rows_fake(x: Tensor, m: int, seed: int) -> Tensor:
+def _sample_rows_fake(x: Tensor, m: int, seed: int, shift: Tensor | None = None) -> Tensor:
     return x.new_empty(m, x.shape[1])
 
 
 def _gate_probe_fake(
     dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Tensor, threshold: float, scaling: float,
-    blocks: Sequence[int] | None, seed: int,
+    blocks: Sequence[int] | None, seed: int, shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return dy.new_empty(gate.shape, dtype=torch.promote_types(dy.dtype, torch.float32))
 

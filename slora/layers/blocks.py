@@ -234,8 +234,7 @@ class LoRABlocks(nn.Module):
         first: int,
     ) -> Tensor:
         M = math.prod(x.shape[:-1])
-        m, seed, scale = None, 0, 1.0
-        # A compiled graph is the same at every step, so there the probe is, too.
+        m, seed, shift, scale = None, 0, None, 1.0
         activity = None if inactive is None else self.activity()
         if activity is not None:
             if not activity.probe:
@@ -246,9 +245,12 @@ class LoRABlocks(nn.Module):
         if self.inactive == "probe" and self.probe_rows < M:
             step = 0 if activity is None else activity.step
             m, seed = self.probe_rows, self._seed + step * 0x10001 + first
+            if activity is None:
+                # A graph is the same at every step; what it draws on the device is not.
+                shift = torch.randint(2**31, (), device=x.device)
             scale *= M / m
         result: Tensor = ProbeGates.apply(  # type: ignore[no-untyped-call]
-            y, gate, x, lora_A, lora_B, self.threshold, self.scaling, inactive, m, seed, scale
+            y, gate, x, lora_A, lora_B, self.threshold, self.scaling, inactive, m, seed, shift, scale
         )
         return result
 

@@ -100,6 +100,22 @@ def test_the_kernel_copies_the_rows_that_the_hash_names(
     assert torch.equal(gate_probe.sample_rows(x, m, seed), x[sampled_rows(M, m, seed, device)])
 
 
+@pytest.mark.parametrize("shift", [13, 2**31 - 1])
+def test_a_shift_on_the_device_is_a_part_of_the_seed(shift: int, device: torch.device) -> None:
+    near = [layer("sampled", torch.float32, device), layer("rank above a group", torch.float32, device)]
+    on_device = torch.tensor(shift, device=device)
+    away = [given._replace(seed=given.seed - shift, shift=on_device) for given in near]
+    for given, other in zip(near, away, strict=True):
+        assert torch.equal(gate_probe.gate_probe([given])[0], gate_probe.gate_probe([other])[0])
+        assert not torch.equal(*(gate_probe.gate_probe([o])[0] for o in (given, given._replace(shift=on_device))))
+    one_shifted = [near[0], away[1]]
+    for given in (away, one_shifted):
+        assert torch.equal(*(torch.cat(gate_probe.gate_probe(layers)) for layers in (near, given)))
+    x = torch.randn(1000, 41, device=device)
+    rows = sampled_rows(1000, 300, torch.tensor(7, device=device) + on_device, device)
+    assert torch.equal(gate_probe.sample_rows(x, 300, 7, on_device), x[rows])
+
+
 def test_two_runs_give_the_same_bits(device: torch.device) -> None:
     given = [layer("sampled", torch.float16, device), layer("rank above a group", torch.float16, device)]
     for one, two in zip(gate_probe.gate_probe(given), gate_probe.gate_probe(given), strict=True):

@@ -508,15 +508,22 @@ def test_a_compiled_layer_has_one_graph_and_the_same_results_while_gates_move(po
                     torch.testing.assert_close(one[name], two[name], msg=name)
 
 
-def test_a_compiled_probe_is_an_estimate_from_rows_of_its_own(fresh_dynamo: Any) -> None:
+def test_a_compiled_probe_is_an_estimate_from_other_rows_at_each_call(fresh_dynamo: Any) -> None:
     layer = layer_of(inactive="probe", probe_rows=4, gate_init=0.0)
-    x = torch.randn(7, 10)
-    compiled_of(layer)(x).sum().backward()
-    rows = slora.probe.sampled_rows(7, 4, layer._seed)
-    *_, expected = slora.reference.selective_lora_linear_backward(
-        torch.ones(4, 12), x[rows], layer.weight, layer.lora_A, layer.lora_B, layer.gate, 0.1, layer.scaling
-    )
-    torch.testing.assert_close(layer.gate.grad, expected.detach() * 7 / 4)
+    compiled, x = compiled_of(layer), torch.randn(7, 10)
+    drawn = set()
+    for call in range(8):
+        layer.gate.grad = None
+        torch.manual_seed(call)
+        compiled(x).sum().backward()
+        torch.manual_seed(call)
+        rows = slora.probe.sampled_rows(7, 4, layer._seed + torch.randint(2**31, ()))
+        drawn.add(tuple(rows.tolist()))
+        *_, expected = slora.reference.selective_lora_linear_backward(
+            torch.ones(4, 12), x[rows], layer.weight, layer.lora_A, layer.lora_B, layer.gate, 0.1, layer.scaling
+        )
+        torch.testing.assert_close(layer.gate.grad, expected.detach() * 7 / 4)
+    assert len(drawn) > 1
 
 
 def test_a_compiled_layer_draws_new_dropout_masks_and_uses_them_backward(fresh_dynamo: Any) -> None:
