@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.settings import DTYPES, Settings
-from benchmarks.timing import interleaved
+from benchmarks.timing import Call, interleaved
 
 # Edge of the square product, and bytes of the copy, by grid.
 SIZES = {
@@ -32,7 +33,7 @@ def measure(settings: Settings, dtypes: Sequence[str] = ("fp32", "bf16")) -> dic
     for dtype in dtypes:
         a, b = (torch.randn(edge, edge, device=settings.device).to(DTYPES[dtype]) for _ in range(2))
         out = torch.empty_like(a)
-        calls = {"gemm": [lambda a=a, b=b, out=out: torch.mm(a, b, out=out)]}
+        calls: dict[str, list[Call]] = {"gemm": [partial(torch.mm, a, b, out=out)]}
         rates[dtype] = 2 * edge**3 / short(interleaved(calls, settings.device, rounds)["gemm"][0])
         del a, b, out
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=settings.device)

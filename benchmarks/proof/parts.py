@@ -107,7 +107,7 @@ def case(name: str) -> Run:
         grid = ["--grid", "tiny"] if proof.dry else ["--quick"] if proof.quick else []
         seconds = f"{max(1.0, limit - GRACE):.0f}"
         command = [sys.executable, "-m", "benchmarks", "run", "--case", name, "--device", proof.device,
-                   "--keep-partial", "--seconds", seconds, "--out", proof.out, *grid]  # fmt: skip
+                   "--keep-partial", "--seconds", seconds, "--out", str(proof.out), *grid]  # fmt: skip
         path = proof.out / f"{name}.json"
         before = written(path)
         code, text = proof.call(command, limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,7 @@ def draw_all(results: dict[str, Results], folder: Path) -> list[Path]:
             figure.suptitle(heading(plan, cases), fontsize=10)
             path = folder / f"{device}-{name}.png"
             # No date and no version inside: the same results give the same file.
-            write_atomically(
-                path,
-                lambda target, figure=figure: figure.savefig(
-                    target, format="png", dpi=130, metadata={"Software": None}
-                ),
-            )
+            write_atomically(path, partial(figure.savefig, format="png", dpi=130, metadata={"Software": None}))
             plots.close(figure)
             drawn.append(path)
     return drawn

@@ -52,7 +52,8 @@ def filled(readme: str, root: Path = ROOT) -> str:
     }
     for name, text in texts.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        readme, count = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}\n{match[2]}", readme, flags=re.S)
+        escaped = text.replace("\\", "\\\\")
+        readme, count = re.subn(pattern, rf"\g<1>{escaped}\n\g<2>", readme, flags=re.S)
         if count != 1:
             raise BenchmarkError(f"README.md has {count} tables marked {name}; expected one")
     return readme

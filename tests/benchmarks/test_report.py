@@ -21,7 +21,7 @@ def _spread(value: float) -> dict[str, float]:
 
 
 def _result(case: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    environment = {
+    environment: dict[str, Any] = {
         "commit": "0123456789abcdef", "dirty": False, "date": "2026-01-02T03:04:05+00:00", "device": "a processor",
         "packages": {"torch": "2.11.0", "peft": "0.21.2"}, "threads": 2,
     }  # fmt: skip
@@ -47,7 +47,7 @@ def _linear_rows() -> list[dict[str, Any]]:
 
 
 def _scaling_rows() -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for share in ("0/16", "4/16", "16/16"):
         point = {"curve": "active", "K": 768, "N": 3072, "M": 3152, "r": 16, "active": share, "dtype": "fp32"}
         rows.append({"point": point, "contender": "frozen F.linear", "forward_backward": _spread(0.2)})
@@ -189,8 +189,9 @@ def test_every_figure_is_drawn_and_linked_from_the_page(tmp_path: Path) -> None:
         assert f"(figures/{path.name})" in text
 
 
-def test_a_bar_of_a_figure_is_a_median_with_its_percentiles(tmp_path: Path) -> None:
-    plots = style.pyplot() if pytest.importorskip("matplotlib") else None
+def test_a_bar_of_a_figure_is_a_median_with_its_percentiles() -> None:
+    pytest.importorskip("matplotlib")
+    plots = style.pyplot()
     figure = layer_figures.draw_over_frozen(plots, layer_figures.over_frozen({"linear": _result("", _linear_rows())}))
     drawn = [item for item in figure.axes[0].containers if hasattr(item, "errorbar") and item.errorbar]
     assert [bar.patches[0].get_height() for bar in drawn] == pytest.approx([1.25, 2.5])
