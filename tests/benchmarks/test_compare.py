@@ -69,7 +69,7 @@ def test_times_that_are_too_few_are_no_verdict() -> None:
     assert lines[1] == "nothing moved beyond noise"
     assert lines[2].startswith("cannot be told from noise: M: 0 a: seconds +")
     assert lines[2].endswith("; 3 and 3 repetitions are too few")
-    assert "take 5 repetitions or more in both runs" in lines[3]
+    assert "measure both again with 5 repetitions or more" in lines[3]
     lines = compare.lines(_file([_row("a", 1, 1, 1)]), _file([_row("a", 2, 2, 2)]))
     assert "; a file was written without the single times" in lines[2]
 
