@@ -61,7 +61,8 @@ def lines(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     moved = [change.line for change in changes if change.moved]
     unclear = [f"cannot be told from noise: {change.line}" for change in changes if change.moved is None]
     found += [*states, *moved] or ["nothing moved beyond noise"]
-    found += unclear + ["measure both again with 5 repetitions or more (--rounds) to tell these from noise"] * bool(unclear)
+    found += unclear
+    found += ["measure both again with 5 repetitions or more (--rounds) to tell these from noise"] * bool(unclear)
     found += [f"of the times that did not move, at most {CHANCE:.0%} are named by chance"] * bool(moved)
     for name, only, file in (("before", old.keys() - new.keys(), old), ("after", new.keys() - old.keys(), new)):
         if only:
