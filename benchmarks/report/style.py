@@ -22,7 +22,7 @@ EDGE = {"edgecolor": "#404040", "linewidth": 0.5}
 ERRORS = {"ecolor": "black", "elinewidth": 1.0, "capsize": 2.0}
 WORDS = {
     "frozen F.linear": "frozen F.linear, forward and dx",
-    "frozen, dx everywhere": "frozen, dx through all layers",
+    "frozen, dx everywhere": "frozen, dx down to the first layer",
     "full": "full fine-tuning",
     "slora, auto": "slora, fastest form",
     "slora, torch": "slora, PyTorch calls",

@@ -98,6 +98,6 @@ def _about(step: dict[str, Any], memory: dict[str, Any] | None) -> str:
     elif memory is not None:
         text += f"Peak memory was measured on another machine, {memory['environment']['device']}. "
     return text + (
-        "'Few' is the attention and MLP output projections of the last two layers; 'frozen, dx everywhere' computes "
-        "the gradients of all inputs and trains the head alone."
+        "'Few' is the attention and MLP output projections of the last two layers; 'frozen, dx everywhere' trains the "
+        "head alone, but carries the gradient down to the first layer, which any update of that layer needs."
     )
