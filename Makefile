@@ -41,6 +41,10 @@ export CUDA_HOME := /usr/local/cuda
 endif
 endif
 
+# Bytecode is written, whatever the caller's habit: the tests start a hundred processes, and each would compile anew all
+# that it imports of torch.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Start of a command of the environment; what that command starts in turn (ninja, slora) is found there as well.
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(VENV)/bin/
 PIP_LOG := $(VENV)/pip.log
