@@ -3,9 +3,10 @@
     compiled    registers, stack, shared memory, programs per multiprocessor and instructions of every configuration
                 of every kernel, by compiling it for sm_80, sm_90 and sm_100
     counted     FLOPs and bytes of a layer's forward, input gradient and weight gradients, from the kernels' loops
-    predicted   the larger of FLOPs over one ceiling and bytes over another, added over the kernels
+    predicted   the larger of FLOPs over one ceiling and bytes over another, added over the kernels; the ceilings are
+                those that `linear` measured on an H200 where results/nvidia-h200 has them, else as stated below
 
-Nothing in these files was run, so no time in them is a measurement.
+No kernel in these files was run, so no time in them is a measurement.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.compiled import Report, compiled, faults
 from benchmarks.narrow_variants import narrow_variants
-from benchmarks.record import environment, write_result
+from benchmarks.record import RESULTS, environment, read_result, source, write_result
 from benchmarks.report.tables import table
 from benchmarks.variants import gemm_variants
 from slora.files import write_text
@@ -27,14 +29,32 @@ from slora.kernels import configs
 
 CASE = "linear_kernels"
 GEMMS: tuple[configs.Kernel, ...] = ("forward", "backward")
-# Of an H200: a large bf16 product and a large copy. Predictions divide by these.
-FLOPS_PER_S, BYTES_PER_S = 790e12, 4.3e12
 M, RANK, ELEMENT = 50432, 16, 2
 # (K, N) and the most that forward and all gradients may cost over frozen forward and dx.
 SHAPES = {
     (768, 768): 1.30, (768, 2304): None, (768, 3072): 1.20, (3072, 768): 1.25, (1024, 4096): 1.15,
     (4096, 1024): 1.20, (1280, 5120): 1.12,
 }  # fmt: skip
+
+
+class Ceilings(NamedTuple):
+    """What an H200 reaches in a large bf16 product and in a large copy."""
+
+    flops_per_s: float = 790e12
+    bytes_per_s: float = 4.3e12
+    source: str = "stated, not measured here"
+
+
+def ceilings(folder: Path = RESULTS / "nvidia-h200") -> Ceilings:
+    """Return the ceilings on record in `folder`, or those that are stated."""
+    path = folder / "linear.json"
+    if not path.exists():
+        return Ceilings()
+    result = read_result(path)
+    found = result["ceilings"]
+    return Ceilings(
+        found["gemm_flops_per_s"]["bf16"], found["copy_bytes_per_s"], f"measured, {source(result['environment'])}"
+    )
 
 
 class Work(NamedTuple):
@@ -47,10 +67,9 @@ class Work(NamedTuple):
     l2_bytes: int
     """Of x, dy, W, A and B into shared memory, tile by tile."""
 
-    @property
-    def seconds(self) -> float:
+    def seconds(self, limits: Ceilings) -> float:
         """Predicted: what the ceilings allow."""
-        return max(self.flops / FLOPS_PER_S, self.bytes / BYTES_PER_S)
+        return max(self.flops / limits.flops_per_s, self.bytes / limits.bytes_per_s)
 
 
 def gemm_work(rows: int, columns: int, depth: int, r: int, tile: configs.Gemm, R: int) -> Work:
@@ -71,7 +90,7 @@ def weight_gradients_work(K: int, N: int) -> Work:
     return Work(linear_flops(M, RANK, K) + linear_flops(M, N, RANK), size, size)
 
 
-def of_shape(K: int, N: int, bar: float | None) -> dict[str, Any]:
+def of_shape(K: int, N: int, bar: float | None, limits: Ceilings) -> dict[str, Any]:
     """Return the counts and the prediction of one layer on an H200, beside a frozen layer with the same tiles."""
     forward = configs.gemm("forward", 90, "bulk", "16-bit", RANK, N)
     backward = configs.gemm("backward", 90, "bulk", "16-bit", RANK, K)
@@ -81,15 +100,16 @@ def of_shape(K: int, N: int, bar: float | None) -> dict[str, Any]:
         "weight gradients": weight_gradients_work(K, N),
     }
     frozen = gemm_work(M, N, K, 0, forward.candidates[0], 0), gemm_work(M, K, N, 0, backward.candidates[0], 0)
-    frozen_seconds = sum(work.seconds for work in frozen)
+    frozen_seconds = sum(work.seconds(limits) for work in frozen)
+    seconds = {name: work.seconds(limits) for name, work in parts.items()}
     return {
         "K": K,
         "N": N,
         "counted": {name: work._asdict() for name, work in parts.items()},
         "counted_frozen": {"flops": sum(w.flops for w in frozen), "bytes": sum(w.bytes for w in frozen)},
-        "predicted_seconds": {name: work.seconds for name, work in parts.items()},
+        "predicted_seconds": seconds,
         "predicted_frozen_seconds": frozen_seconds,
-        "predicted_over_frozen": sum(work.seconds for work in parts.values()) / frozen_seconds,
+        "predicted_over_frozen": sum(seconds.values()) / frozen_seconds,
         "bar_over_frozen": bar,
         "measured": "not measured",
     }
@@ -129,7 +149,8 @@ def text(payload: dict[str, Any]) -> str:
         ]
         for shape in payload["shapes"]
     ]
-    kernels, others = [], []
+    kernels: list[list[str]] = []
+    others: list[list[str]] = []
     for entry in payload["kernels"]:
         gemm = entry["kernel"].startswith("linear_")
         cells = [f"sm_{entry['part']}", entry["kernel"].removeprefix("linear_").strip("_").replace("_", " ")]
@@ -140,16 +161,16 @@ def text(payload: dict[str, Any]) -> str:
     tera = {name: payload["ceilings"][name] / 1e12 for name in ("flops_per_s", "bytes_per_s")}
     return f"""# The kernels, without a GPU
 
-Written by `python -m benchmarks.audit` with Triton {packages["triton"]}, torch {packages["torch"]}. Nothing here was \
-run: the first table is counted and predicted, the second is what the compiler made.
+Written by `python -m benchmarks.audit` with Triton {packages["triton"]}, torch {packages["torch"]}. No kernel was run \
+for it: the first table is counted and predicted, the second is what the compiler made.
 
 ## Counted and predicted
 
 bf16, M = {payload["M"]}, r = {payload["r"]}, all active, one block, on an H200 at {tera["flops_per_s"]:.0f} TFLOP/s
-and {tera["bytes_per_s"]:.1f} TB/s. FLOPs are those executed, with S and T once per tile. A kernel is
-predicted to take the larger of its two quotients; loads, stores and products overlap less than that in truth.
-"Over frozen" is forward, input gradient and weight gradients over forward and input gradient of a frozen layer,
-predicted in the same way; the bar is for the same quotient, measured.
+and {tera["bytes_per_s"]:.1f} TB/s ({payload["ceilings"]["source"]}). FLOPs are those executed, with S and T once per
+tile. A kernel is predicted to take the larger of its two quotients; loads, stores and products overlap less than that
+in truth. "Over frozen" is forward, input gradient and weight gradients over forward and input gradient of a frozen
+layer, predicted in the same way; the bar is for the same quotient, measured.
 
 {table(_SHAPE_HEADS, shapes)}
 
@@ -223,13 +244,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, nargs="+", choices=configs.PARTS, default=configs.PARTS)
     arguments = parser.parse_args()
+    limits = ceilings()
     payload = {
         "complete": set(arguments.parts) == set(configs.PARTS),
         "time": "not measured",
         "M": M,
         "r": RANK,
-        "ceilings": {"flops_per_s": FLOPS_PER_S, "bytes_per_s": BYTES_PER_S, "source": "stated, not measured here"},
-        "shapes": [of_shape(K, N, bar) for (K, N), bar in SHAPES.items()],
+        "ceilings": limits._asdict(),
+        "shapes": [of_shape(K, N, bar, limits) for (K, N), bar in SHAPES.items()],
         "kernels": compile_all(arguments.parts),
     }
     path = write_result(CASE, "audit", payload)

@@ -1,0 +1,43 @@
+"""What the static audit counts, against loops written here, and the ceilings that it divides by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.audit import Ceilings, ceilings, gemm_work, of_shape
+from benchmarks.record import write_result
+from slora.kernels import configs
+
+TILE = configs.gemm("forward", 90, "bulk", "16-bit", 16, 768).candidates[0]
+
+
+def test_the_work_of_a_product_is_that_of_its_tiles() -> None:
+    rows, columns, depth, r, R = TILE.BM + 1, 2 * TILE.BN, TILE.BK + 3, 5, 16
+    flops = l2_bytes = 0
+    for _row in range(0, rows, TILE.BM):
+        for _column in range(0, columns, TILE.BN):
+            for _step in range(0, depth, TILE.BK):
+                flops += 2 * TILE.BK * TILE.BM * (TILE.BN + R)
+                l2_bytes += 2 * TILE.BK * (TILE.BM + TILE.BN + R)
+            flops += 2 * TILE.BM * TILE.BN * R
+    once = rows * depth + columns * depth + rows * columns + r * (rows + depth + columns)
+    assert gemm_work(rows, columns, depth, r, TILE, R) == (flops, 2 * once, l2_bytes)
+
+
+def test_a_kernel_takes_what_the_lower_ceiling_allows() -> None:
+    work = gemm_work(50432, 768, 768, 16, TILE, 16)
+    assert work.seconds(Ceilings(1e12, 1e30)) == pytest.approx(work.flops / 1e12)
+    assert work.seconds(Ceilings(1e30, 1e9)) == pytest.approx(work.bytes / 1e9)
+
+
+def test_predictions_divide_by_measured_ceilings_where_there_are_any(tmp_path: Path) -> None:
+    assert ceilings(tmp_path).source == "stated, not measured here"
+    environment = {"commit": "ab" * 20, "dirty": False, "date": "", "device": "NVIDIA H200", "packages": {}}
+    found = {"gemm_flops_per_s": {"bf16": 5e14}, "copy_bytes_per_s": 1e30}
+    write_result("linear", "cuda", {"environment": environment, "ceilings": found, "rows": []}, tmp_path)
+    limits = ceilings(tmp_path)
+    assert limits == (5e14, 1e30, "measured, commit ababababab")
+    shape = of_shape(768, 3072, None, limits)
+    assert shape["predicted_frozen_seconds"] == pytest.approx(shape["counted_frozen"]["flops"] / 5e14)
