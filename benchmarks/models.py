@@ -31,6 +31,8 @@ class Model:
         peft_targets: names that PEFT adapts for "all linears", None where it cannot.
         peft_excludes: what those names would hit besides.
         few: the names of the layers that stay active where few do.
+        first: the names of modules of which at least one output needs a gradient whatever linear layers are adapted:
+            the first of those layers, or what follows them where they are no modules.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Model:
     forward: Callable[[nn.Module, Inputs], Tensor]
     loss: Callable[[nn.Module, Inputs], Tensor]
     few: Callable[[nn.Module], list[str]]
+    first: Callable[[nn.Module], list[str]]
     items: tuple[str, int] = ("images", 1)
     head: str | None = None
     peft_targets: tuple[str, ...] | None = None
@@ -51,7 +54,7 @@ class Model:
         else:
             # Something has to be trained for a step without blocks to have a backward.
             for name, parameter in net.named_parameters():
-                if name.endswith(("logit_scale", "norm.weight", "ln_final.weight")):
+                if name.endswith(("logit_scale", ".norm.weight", "ln_final.weight")):
                     parameter.requires_grad_(True)
         return net
 
@@ -62,7 +65,11 @@ def _images(batch: int, device: str, dtype: torch.dtype, edge: int = 224, classe
 
 
 def _classify(net: nn.Module, inputs: Inputs) -> Tensor:
-    return F.cross_entropy(net(inputs[0]).float(), inputs[1])
+    return F.cross_entropy(_wide(net(inputs[0])), inputs[1])
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _last_two(net: nn.Module) -> list[str]:
@@ -81,7 +88,7 @@ def vit(name: str, **arguments: int) -> Model:
     edge = arguments.get("img_size", 224)
     return Model(
         name, build, lambda batch, device, dtype: _images(batch, device, dtype, edge),
-        lambda net, inputs: net(inputs[0]), _classify, _last_two, head="head",
+        lambda net, inputs: net(inputs[0]), _classify, _last_two, lambda net: ["blocks.0.attn.qkv"], head="head",
         peft_targets=("qkv", "proj", "fc1", "fc2"), peft_excludes=("patch_embed.proj",),
     )  # fmt: skip
 
@@ -103,7 +110,7 @@ def clip() -> Model:
 
     def loss(net: nn.Module, inputs: Inputs) -> Tensor:
         image, text, scale = net(*inputs)[:3]
-        logits = scale.float() * image.float() @ text.float().T
+        logits = _wide(scale) * _wide(image) @ _wide(text).T
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -115,7 +122,11 @@ def clip() -> Model:
             for part in ("mlp.c_fc", "mlp.c_proj")
         ]
 
-    return Model("open_clip ViT-B-16", build, inputs, forward, loss, few, ("pairs", 1))
+    def first(net: nn.Module) -> list[str]:
+        # What follows attention, whose weights of query, key and value belong to no module of their own.
+        return ["visual.transformer.resblocks.0.ls_1", "transformer.resblocks.0.ls_1"]
+
+    return Model("open_clip ViT-B-16", build, inputs, forward, loss, few, first, ("pairs", 1))
 
 
 def llama(
@@ -144,7 +155,7 @@ def llama(
 
     def loss(net: nn.Module, inputs: Inputs) -> Tensor:
         logits = forward(net, inputs)[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), inputs[0][:, 1:].flatten())
+        return F.cross_entropy(_wide(logits.flatten(0, 1)), inputs[0][:, 1:].flatten())
 
     def few(net: nn.Module) -> list[str]:
         return [
@@ -153,8 +164,13 @@ def llama(
             for part in ("self_attn.o_proj", "mlp.down_proj")
         ]
 
+    def first(net: nn.Module) -> list[str]:
+        return [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return Model(f"llama {width}x{layers}", build, inputs, forward, loss, few, ("tokens", length), peft_targets=targets)
+    return Model(
+        f"llama {width}x{layers}", build, inputs, forward, loss, few, first, ("tokens", length), peft_targets=targets
+    )  # fmt: skip
 
 
 TINY_VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3}
@@ -176,11 +192,18 @@ def find(name: str) -> Model:
     return MODELS[name]()
 
 
+# The root mean square of B A: half of what the weights of most models start from.
+UPDATE = 0.01
+
+
+@torch.no_grad()
 def randomise_updates(net: nn.Module, seed: int = 0) -> None:
-    """Give every B of slora or PEFT small random values, so that an update that is left out shows in the output."""
+    """Give every B of slora or PEFT random values, so that the updates are far larger than the rounding of weights."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if "lora_B" in name:
-                values = torch.randn(parameter.shape, generator=generator) * 0.02 / math.sqrt(parameter.shape[-1])
-                parameter.copy_(values)
+    parameters = dict(net.named_parameters())
+    for name, B in parameters.items():
+        if "lora_B" in name:
+            A = parameters[name.replace("lora_B", "lora_A")].float()
+            # The sum over r of B A has the variance of B times the mean square of A, r times.
+            std = UPDATE / math.sqrt(float(A.square().mean()) * B.shape[-1])
+            B.copy_(torch.randn(B.shape, generator=generator) * std)

@@ -2,11 +2,13 @@
 
 `flops` are counted over a real forward; `compulsory_bytes` are weights, input and output, each once
 (`counting.Compulsory`), no measured traffic.
+
+Before any is timed, each output is compared with that of the base model with `W + c B A` in place of `W`, computed in a
+wider dtype (`contenders/exact.py`). The updates are so large that one that is left out is refused in bf16, too.
 """
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,12 +19,13 @@ from torch import nn
 import slora
 from benchmarks import counting
 from benchmarks.cases import train_step
+from benchmarks.contenders.exact import Truth, output_mistake
 from benchmarks.contenders.model import RANK, with_peft, with_slora
 from benchmarks.contenders.peers import Missing
-from benchmarks.models import Model, find, randomise_updates
+from benchmarks.models import Inputs, Model, find, randomise_updates
 from benchmarks.record import spread
 from benchmarks.settings import DTYPES, Settings
-from benchmarks.timing import first_line, interleaved, rotation
+from benchmarks.timing import Call, first_line, interleaved, release, rotation
 
 
 def _merged(net: nn.Module) -> nn.Module:
@@ -38,7 +41,7 @@ def _as_it_is(net: nn.Module) -> nn.Module:
     return net
 
 
-def _base(model: Model, net: nn.Module, pure: bool) -> nn.Module:
+def _base(model: Model, net: nn.Module, precision: str) -> nn.Module:
     return net
 
 
@@ -72,51 +75,23 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
 
 
 def measure(settings: Settings, ceilings: dict[str, Any], model: Model, batch: int, dtype: str) -> list[dict[str, Any]]:
-    """Check the outputs against each other, then time the forwards in turns."""
-    wanted = {name: how for name, how in CONTENDERS.items() if settings.wanted(name)}
-    if not wanted:
-        return []
+    """Check every output, then time the forwards of those that are right in turns."""
     point = {"model": model.name, "batch": batch, "r": RANK, "dtype": dtype}
-    rows: dict[str, dict[str, Any]] = {name: {"point": point, "contender": name} for name in wanted}
-    train_step.check_outputs(model, settings.device)
-    nets: dict[str, nn.Module] = {}
-    for name, (prepare, finish) in wanted.items():
-        torch.manual_seed(0)
-        try:
-            net = prepare(model, model.build(settings.device).to(DTYPES[dtype]), dtype != "fp32")
-            randomise_updates(net)
-            nets[name] = finish(net).eval()
-        except Missing as reason:
-            rows[name]["skipped"] = str(reason)
-        except Exception as error:
-            rows[name]["failed"] = first_line(error)
-    inputs = [model.inputs(batch, settings.device, DTYPES[dtype])]
-    for name in disagreeing(model, nets, inputs[0], dtype):
-        rows[name]["refused"] = f"its output is not that of {TWINS[name]!r}"
-        del nets[name]
-
-    def forward(net: nn.Module, given: Any) -> Callable[[], Any]:
-        def call() -> Any:
-            with torch.no_grad():
-                return model.forward(net, given)
-
-        return call
-
-    besides = {}
-    for name, net in nets.items():
-        call = forward(net, inputs[0])
-        try:
-            least = counting.of_forward(net, inputs[0], call())
-            rows[name].update(flops=counting.flops(call), compulsory_bytes=least.moved)
-            besides[name] = least.beside_inputs
-        except Exception as error:
-            # Its time is worth having all the same.
-            rows[name]["not_counted"] = first_line(error)
-    turns = rotation(sum(t.nbytes for t in inputs[0]), settings.device, min(besides.values(), default=0),
-                     settings.most_inputs)  # fmt: skip
-    inputs += [model.inputs(batch, settings.device, DTYPES[dtype]) for _ in range(turns.sets - 1)]
-    calls = {name: [forward(net, given) for given in inputs] for name, net in nets.items()}
-    taken = interleaved(calls, settings.device, settings.repetitions(15), seconds=settings.at_most(60.0))
+    rows: dict[str, dict[str, Any]] = {n: {"point": point, "contender": n} for n in CONTENDERS if settings.wanted(n)}
+    if not rows:
+        return []
+    train_step.refuse_slora(rows, train_step.injection_mistake(model, settings.device))
+    inputs = model.inputs(batch, settings.device, DTYPES[dtype])
+    nets = {name: net for name, row in rows.items() if (net := ready(row, model, dtype, settings.device)) is not None}
+    besides = [size for name, net in nets.items() for size in count(rows[name], model, net, inputs)]
+    turns = rotation(sum(t.nbytes for t in inputs), settings.device, min(besides, default=0), settings.most_inputs)
+    sets = [inputs] + [model.inputs(batch, settings.device, DTYPES[dtype]) for _ in range(turns.sets - 1)]
+    calls = {name: [forward(model, net, given) for given in sets] for name, net in nets.items()}
+    # From here on the calls alone hold a model, so that one that fails is let go.
+    nets.clear()
+    failed: dict[str, str] = {}
+    rounds = settings.repetitions(15)
+    taken = interleaved(calls, settings.device, rounds, seconds=settings.at_most(60.0), failed=failed)
     for name, (seconds, contestant) in taken.items():
         kind, each = model.items
         row = rows[name]
@@ -125,28 +100,54 @@ def measure(settings: Settings, ceilings: dict[str, Any], model: Model, batch: i
         row[f"{kind}_per_second"] = batch * each / row["seconds"]["median"]
         if contestant.reason:
             row["not_captured"] = contestant.reason
-    del nets, calls, taken, inputs
-    gc.collect()
-    if settings.on_gpu:
-        torch.cuda.empty_cache()
+    for name, reason in failed.items():
+        rows[name] = {"point": point, "contender": name, "failed": reason}
+    del calls, taken
+    release(settings.device)
     print(f"  {model.name} batch {batch} {dtype}", file=sys.stderr, flush=True)
     return list(rows.values())
 
 
-# Who has to agree with whom: the same updates, merged and not; no update, and the base.
-TWINS = {"slora, merged": "slora, all active", "PEFT, merged": "PEFT, unmerged", "slora, none active": "base"}
+def ready(row: dict[str, Any], model: Model, dtype: str, device: str) -> nn.Module | None:
+    """Build a contender and check its output; where there is nothing to be timed, its row says why."""
+    if "refused" in row:
+        return None
+    prepare, finish = CONTENDERS[row["contender"]]
+    torch.manual_seed(0)
+    try:
+        net = prepare(model, model.build(device).to(DTYPES[dtype]), dtype).eval()
+        randomise_updates(net)
+        truth = Truth(model, net, dtype, device)
+        net = finish(net).eval()
+        wrong = output_mistake(truth, net, model.inputs(train_step.CHECKED, device, DTYPES[dtype]))
+        if wrong is None:
+            return net
+        row["refused"] = wrong
+    except Missing as reason:
+        row["skipped"] = str(reason)
+    except Exception as error:
+        row["failed"] = first_line(error)
+    return None
 
 
-def disagreeing(model: Model, nets: dict[str, nn.Module], inputs: Any, dtype: str) -> list[str]:
-    """Contenders whose output is not that of their twin, by the rounding of the dtype over the model's layers."""
-    wrong = []
-    unit = torch.finfo(DTYPES[dtype]).eps
-    for name, twin in TWINS.items():
-        if name in nets and twin in nets:
-            with torch.no_grad():
-                a, b = (model.forward(nets[n], inputs).double() for n in (name, twin))
-            layers = sum(isinstance(module, nn.Linear) for module in nets[name].modules())
-            # Each layer rounds its weights and its output once; the errors of layers add like noise.
-            if not float((a - b).norm()) <= 4 * unit * layers**0.5 * float(b.norm()):
-                wrong.append(name)
-    return wrong
+def count(row: dict[str, Any], model: Model, net: nn.Module, inputs: Inputs) -> list[int]:
+    """Put FLOPs and bytes into the row; return the memory that a call touches besides its inputs, or nothing."""
+    call = forward(model, net, inputs)
+    try:
+        least = counting.of_forward(net, inputs, call())
+        row.update(flops=counting.flops(call), compulsory_bytes=least.moved)
+    except Exception as error:
+        # Its time is worth having all the same.
+        row["not_counted"] = first_line(error)
+        return []
+    return [least.beside_inputs]
+
+
+def forward(model: Model, net: nn.Module, inputs: Inputs) -> Call:
+    """A forward without gradients: a call to be timed."""
+
+    def call() -> Any:
+        with torch.no_grad():
+            return model.forward(net, inputs)
+
+    return call

@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.cases import train_step
 from benchmarks.contenders import memory
-from benchmarks.contenders.model import CONTENDERS, RANK, Step, dtype_of
-from benchmarks.contenders.peers import Missing
+from benchmarks.contenders.model import CONTENDERS, RANK
+from benchmarks.contenders.step import Step, dtype_of
 from benchmarks.models import find
 from benchmarks.record import BenchmarkError
 from benchmarks.settings import Settings
@@ -29,20 +29,21 @@ def grid(settings: Settings) -> list[tuple[str, int, str]]:
 def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield one row per contender."""
     for name, batch, precision in grid(settings):
-        train_step.check_outputs(find(name), "cpu")
+        model = find(name)
         for contender in train_step.USUAL:
             if settings.stop():
                 return
             if not settings.wanted(contender):
                 continue
-            point = {"model": find(name).name, "batch": batch, "r": RANK, "precision": precision}
+            point = {"model": model.name, "batch": batch, "r": RANK, "precision": precision}
             row: dict[str, Any] = {"point": point, "contender": contender}
-            try:
-                row["peak_memory_mib"] = memory.in_a_process(step_peak, contender, name, batch, precision)
-            except Missing as reason:
-                row["skipped"] = str(reason)
-            except BenchmarkError as error:
-                row["failed"] = str(error)
+            inputs = model.inputs(batch, "cpu", dtype_of(precision))
+            # A step that computes something else is not worth weighing either.
+            if train_step.ready(row, model, inputs, precision, "eager", "cpu") is not None:
+                try:
+                    row["peak_memory_mib"] = memory.in_a_process(step_peak, contender, name, batch, precision)
+                except BenchmarkError as error:
+                    row["failed"] = str(error)
             print(f"  {precision} {contender}", file=sys.stderr, flush=True)
             yield row
 

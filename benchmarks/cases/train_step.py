@@ -4,11 +4,13 @@ A `probe` contender probes every tenth step: its measurements are whole cycles o
 GPU: "eager", "graph" (the step as one CUDA graph) and "compile" (the forward and loss under torch.compile). There,
 `peak_memory_mib` is what the step has allocated at its peak, parameters included. `flops` are counted over real steps,
 `compulsory_bytes` are what `counting.Compulsory` says, no measured traffic; both are means over a whole cycle.
+
+Before any is timed, the loss and all gradients of each contender are compared with `contenders/exact.py`, on a batch of
+two (compiled code: on the batch that is timed). A loss that is not finite at any step is refused afterwards.
 """
 
 from __future__ import annotations
 
-import gc
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,12 +20,14 @@ import torch
 
 import slora
 from benchmarks import counting
-from benchmarks.contenders.model import CONTENDERS, RANK, Step, dtype_of
+from benchmarks.contenders.exact import Truth, output_mistake, step_mistake
+from benchmarks.contenders.model import CONTENDERS, RANK
 from benchmarks.contenders.peers import Missing
-from benchmarks.models import Model, find, randomise_updates
-from benchmarks.record import BenchmarkError, spread
+from benchmarks.contenders.step import Step, dtype_of
+from benchmarks.models import Inputs, Model, find, randomise_updates
+from benchmarks.record import spread
 from benchmarks.settings import Settings
-from benchmarks.timing import first_line, interleaved, rotation
+from benchmarks.timing import Call, first_line, interleaved, release, rotation
 
 LEFT_TO_GATES = "slora, few active, exact"
 USUAL = [name for name in CONTENDERS if name != LEFT_TO_GATES]
@@ -32,6 +36,8 @@ MAIN = ["frozen, dx everywhere", "full", "PEFT, all", "slora, all active", "slor
 COMPILED = ["frozen, dx everywhere", "PEFT, all", "slora, all active"]
 # A captured step is the same at every replay, so a probe every tenth step is not in it.
 CAPTURED = [name for name in USUAL if "probe" not in name]
+# The batch on which a result is checked; contrastive losses need two.
+CHECKED = 2
 
 Point = tuple[str, int, str, str, list[str]]
 
@@ -78,73 +84,99 @@ def measure(
     settings: Settings, ceilings: dict[str, Any], name: str, batch: int, precision: str, mode: str,
     contenders: Sequence[str],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Check the model, then time its contenders in turns."""
+    """Check every contender, then time those that are right in turns."""
     model = find(name)
-    wanted = [contender for contender in contenders if settings.wanted(contender)]
-    if not wanted:
-        return []
     point = {"model": model.name, "batch": batch, "r": RANK, "precision": precision, "mode": mode}
-    rows: dict[str, dict[str, Any]] = {c: {"point": point, "contender": c} for c in wanted}
+    rows: dict[str, dict[str, Any]] = {c: {"point": point, "contender": c} for c in contenders if settings.wanted(c)}
+    if not rows:
+        return []
     try:
-        check_outputs(model, settings.device)
+        refuse_slora(rows, injection_mistake(model, settings.device))
     except Missing as reason:
         return [{**row, "skipped": str(reason)} for row in rows.values()]
-    inputs = [model.inputs(batch, settings.device, dtype_of(precision))]
-    steps: dict[str, Step] = {}
-    besides: dict[str, int] = {}
-    for contender in wanted:
-        try:
-            step = Step(
-                CONTENDERS[contender], model, inputs[0], precision, settings.device, mode == "compile", mode == "graph"
-            )
-            step()
-            steps[contender] = step
-        except Missing as reason:
-            rows[contender]["skipped"] = str(reason)
-            continue
-        except Exception as error:
-            rows[contender]["failed"] = first_line(error)
-            continue
-        try:
-            flops, moved = step.counted()
-            rows[contender].update(
-                flops=round(flops / step.count),
-                compulsory_bytes=round(statistics.fmean(one.moved for one in moved)),
-            )
-            besides[contender] = min(one.beside_inputs for one in moved)
-        except Exception as error:
-            # Its time is worth having all the same.
-            rows[contender]["not_counted"] = first_line(error)
+    inputs = model.inputs(batch, settings.device, dtype_of(precision))
+    steps = {
+        c: step for c, row in rows.items() if (step := ready(row, model, inputs, precision, mode, settings.device))
+    }
+    besides = [size for c, step in steps.items() for size in count(rows[c], step)]
     if settings.on_gpu:
-        for contender, step in steps.items():
-            rows[contender]["peak_memory_mib"] = peak_memory(step, [s for s in steps.values() if s is not step])
-    turns = rotation(sum(t.nbytes for t in inputs[0]), settings.device, min(besides.values(), default=0),
-                     settings.most_inputs)  # fmt: skip
-    inputs += [model.inputs(batch, settings.device, dtype_of(precision)) for _ in range(turns.sets - 1)]
-    rounds = settings.repetitions(11 if settings.on_gpu else 15)
-    taken = interleaved(
-        {c: step.calls(inputs) for c, step in steps.items()},
-        settings.device,
-        rounds,
-        mode == "graph",
-        seconds=settings.at_most(150.0),
-    )
-    for contender, (seconds, contestant) in taken.items():
-        per_step = [value / steps[contender].count for value in seconds]
-        row = rows[contender]
-        row.update(seconds=spread(per_step), clock=contestant.clock, **turns.row)
-        row.update(counting.beside_time_of(row, ceilings, "bf16" if precision == "amp" else precision))
-        kind, each = model.items
-        row[f"{kind}_per_second"] = batch * each / row["seconds"]["median"]
-        if contestant.reason:
-            row["not_captured"] = contestant.reason
-    del steps, taken, inputs
-    gc.collect()
-    if settings.on_gpu:
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
+        weigh(rows, steps)
+    turns = rotation(sum(t.nbytes for t in inputs), settings.device, min(besides, default=0), settings.most_inputs)
+    sets = [inputs] + [model.inputs(batch, settings.device, dtype_of(precision)) for _ in range(turns.sets - 1)]
+    take(steps, sets, settings, rows, mode == "graph")
+    for row in rows.values():
+        if "seconds" in row:
+            row.update(turns.row)
+            row.update(counting.beside_time_of(row, ceilings, "bf16" if precision == "amp" else precision))
+            kind, each = model.items
+            row[f"{kind}_per_second"] = batch * each / row["seconds"]["median"]
+    torch._dynamo.reset()
+    release(settings.device)
     print(f"  {model.name} {precision} {mode}", file=sys.stderr, flush=True)
     return list(rows.values())
+
+
+def ready(row: dict[str, Any], model: Model, inputs: Inputs, precision: str, mode: str, device: str) -> Step | None:
+    """Build and check a contender's step and take it once; where there is nothing to be timed, its row says why."""
+    if "refused" in row:
+        return None
+    # Compiled code is for one batch; everything else is checked on a small one.
+    checked = inputs if mode == "compile" else model.inputs(CHECKED, device, dtype_of(precision))
+    try:
+        step = Step(CONTENDERS[row["contender"]], model, inputs, precision, device, mode == "compile", mode == "graph")
+        wrong = step_mistake(step, checked)
+        if wrong is None:
+            step()
+            return step
+        row["refused"] = wrong
+    except Missing as reason:
+        row["skipped"] = str(reason)
+    except Exception as error:
+        row["failed"] = first_line(error)
+    return None
+
+
+def count(row: dict[str, Any], step: Step) -> list[int]:
+    """Put FLOPs and bytes into the row; return the memory that a step touches besides its inputs, or nothing."""
+    try:
+        flops, moved = step.counted()
+    except Exception as error:
+        # Its time is worth having all the same.
+        row["not_counted"] = first_line(error)
+        return []
+    row["flops"] = round(flops / step.count)
+    row["compulsory_bytes"] = round(statistics.fmean(one.moved for one in moved))
+    return [min(one.beside_inputs for one in moved)]
+
+
+def take(
+    steps: dict[str, Step], sets: Sequence[Inputs], settings: Settings, rows: dict[str, dict[str, Any]], graphs: bool
+) -> None:
+    """Put the times of `steps` into their rows, and into those of the others why there are none; empties `steps`."""
+    rounds = settings.repetitions(11 if settings.on_gpu else 15)
+    calls: dict[str, list[Call]] = {contender: [*step.calls(sets)] for contender, step in steps.items()}
+    # From here on the calls alone hold a step, so that one that fails is let go.
+    counts = {contender: step.count for contender, step in steps.items()}
+    steps.clear()
+    failed: dict[str, str] = {}
+    taken = interleaved(calls, settings.device, rounds, graphs, settings.at_most(150.0), failed)
+    for contender, (seconds, contestant) in taken.items():
+        row = rows[contender]
+        diverged = calls[contender][0].step.diverged()  # type: ignore[attr-defined]
+        if diverged:
+            rows[contender] = {"point": row["point"], "contender": contender, "refused": diverged}
+            continue
+        row.update(seconds=spread([value / counts[contender] for value in seconds]), clock=contestant.clock)
+        if contestant.reason:
+            row["not_captured"] = contestant.reason
+    for contender, reason in failed.items():
+        rows[contender] = {"point": rows[contender]["point"], "contender": contender, "failed": reason}
+
+
+def weigh(rows: dict[str, dict[str, Any]], steps: dict[str, Step]) -> None:
+    """Put the peak memory of every step into its row."""
+    for contender, step in steps.items():
+        rows[contender]["peak_memory_mib"] = peak_memory(step, [s for s in steps.values() if s is not step])
 
 
 def peak_memory(step: Step, others: Sequence[Step]) -> float:
@@ -158,36 +190,30 @@ def peak_memory(step: Step, others: Sequence[Step]) -> float:
     return (torch.cuda.max_memory_allocated() - held) / 2**20
 
 
-def check_outputs(model: Model, device: str) -> None:
-    """Refuse to time a model whose adapted output is wrong, in fp32.
+def refuse_slora(rows: dict[str, dict[str, Any]], wrong: str | None) -> None:
+    """Where `wrong` says something, put it into the rows of slora's contenders."""
+    for contender, row in rows.items():
+        if wrong is not None and contender.startswith("slora"):
+            row["refused"] = wrong
+
+
+def injection_mistake(model: Model, device: str) -> str | None:
+    """What is wrong with the output of a model that slora has adapted, in fp32; None where nothing is.
 
     At first it has to be the base model's (on the CPU bit for bit), and after random updates that of the base with
     `W + c B A` in place of `W`.
-
-    Raises:
-        BenchmarkError: it is not; nothing was timed.
     """
     torch.manual_seed(0)
     net = model.build(device).eval()
-    inputs = model.inputs(2, device, torch.float32)
-    with torch.no_grad():
-        expected = model.forward(net, inputs)
-        slora.inject(net, slora.SelectiveLoRAConfig(r=min(RANK, 4)))
-        first = model.forward(net, inputs)
-        randomise_updates(net)
-        found = model.forward(net, inputs)
-        weights = {layer: layer.merged_weight() for _, layer in slora.gate.adapted_layers(net)}
-        with slora.disabled(net):
-            for layer, weight in weights.items():
-                layer.replace_base_weight(weight)
-            exact = model.forward(net, inputs)
-    error, moved = float((found - exact).norm()), float((exact - expected).norm())
+    inputs = model.inputs(CHECKED, device, torch.float32)
+    # With gradients: without them PyTorch's fused attention would add in another order.
+    expected = model.forward(net, inputs).detach()
+    slora.inject(net, slora.SelectiveLoRAConfig(r=min(RANK, 4)))
+    first = model.forward(net, inputs).detach()
+    randomise_updates(net)
+    wrong = output_mistake(Truth(model, net, "fp32", device), net, inputs)
+    moved = float((model.forward(net, inputs).detach() - expected).norm())
     same = torch.equal(expected, first) if device == "cpu" else float((expected - first).norm()) <= 1e-3 * moved
     if not same:
-        raise BenchmarkError(f"{model.name}: the adapted model does not compute what its base does; nothing was timed")
-    # Both sum in fp32, in another order: their difference is far below what the updates change.
-    if not error <= 1e-3 * moved:
-        raise BenchmarkError(
-            f"{model.name}: with updates the output is off by {error:.2g}, where they change it by {moved:.2g}; "
-            f"nothing was timed"
-        )
+        return "the adapted model does not compute what its base does"
+    return wrong and f"with updates in fp32 {wrong}"

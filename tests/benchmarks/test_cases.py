@@ -13,9 +13,11 @@ import slora
 from benchmarks import ceilings, counting, models, running, timing
 from benchmarks.cases import inference, linear, scaling, train_step
 from benchmarks.contenders import layer as layers
+from benchmarks.contenders.step import Step
 from benchmarks.record import BenchmarkError, read_result
 from benchmarks.registry import CASES
 from benchmarks.settings import GRIDS, Settings
+from slora.inject import unload
 
 CEILINGS = {"gemm_flops_per_s": {"fp32": 1e9, "bf16": 1e9}, "copy_bytes_per_s": 1e9}
 
@@ -42,37 +44,55 @@ def test_the_grid_on_a_gpu_begins_with_the_bars_and_the_full_grid_is_whole(monke
             assert case.grid(Settings("cuda", grid))
 
 
-def test_an_adapted_model_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = models.find("tiny")
-    train_step.check_outputs(model, "cpu")
+def test_where_an_adapted_model_computes_something_else_nothing_of_slora_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("timm")
+    assert train_step.injection_mistake(models.find("tiny"), "cpu") is None
     project = slora.layers.LoRABlocks.project
     monkeypatch.setattr(slora.layers.LoRABlocks, "project", lambda self, x, *args: 1.001 * project(self, x, *args))
-    with pytest.raises(BenchmarkError, match="does not compute what its base does"):
-        train_step.check_outputs(model, "cpu")
+    settings = Settings("cpu", "tiny", only=("head only", "slora, all active"))
+    rows = train_step.measure(settings, CEILINGS, "tiny", 2, "fp32", "eager", train_step.USUAL)
+    assert "seconds" in rows[0]
+    assert {row.get("refused") for row in rows[1:]} == {"the adapted model does not compute what its base does"}
 
 
-def test_a_model_whose_updates_are_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    merged = slora.layers.LoRABlocks.merged_weight
-    monkeypatch.setattr(slora.layers.LoRABlocks, "merged_weight", lambda self: merged(self, 0.99))
-    with pytest.raises(BenchmarkError, match="with updates the output is off"):
-        train_step.check_outputs(models.find("tiny"), "cpu")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_update_that_a_merge_leaves_out_is_not_timed_in_any_dtype(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    prepare, _ = inference.CONTENDERS["slora, merged"]
+    monkeypatch.setitem(inference.CONTENDERS, "slora, merged", (prepare, unload))
+    rows = {row["contender"]: row for row in inference.measure(
+        Settings("cpu", "tiny"), CEILINGS, models.find("tiny"), 2, dtype
+    )}  # fmt: skip
+    assert "its output is off by" in rows.pop("slora, merged")["refused"]
+    assert all("seconds" in row for row in rows.values())
+    assert "PEFT, merged" in rows
 
 
-def test_inference_compares_merged_with_unmerged() -> None:
-    torch.manual_seed(0)
-    model = models.find("tiny")
-    nets: dict[str, nn.Module] = {}
-    for name in ("slora, merged", "slora, all active"):
-        prepare, finish = inference.CONTENDERS[name]
-        torch.manual_seed(0)
-        net = prepare(model, model.build("cpu"), False)
-        models.randomise_updates(net)
-        nets[name] = finish(net).eval()
-    inputs = model.inputs(2, "cpu", torch.float32)
-    assert inference.disagreeing(model, nets, inputs, "fp32") == []
-    with torch.no_grad():
-        nets["slora, merged"].get_parameter("blocks.0.mlp.fc1.weight").mul_(1.01)
-    assert inference.disagreeing(model, nets, inputs, "fp32") == ["slora, merged"]
+def test_updates_that_rounding_hides_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "UPDATE", 1e-4)
+    row: dict[str, object] = {"contender": "slora, merged"}
+    assert inference.ready(row, models.find("tiny"), "bf16", "cpu") is None
+    assert str(row["refused"]).endswith("whether they are there cannot be told")
+
+
+def test_a_step_whose_loss_is_not_finite_is_not_timed_and_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    backward = Step.backward
+
+    def diverges(self: Step, *arguments: object) -> torch.Tensor:
+        loss = backward(self, *arguments)  # type: ignore[arg-type]
+        return loss * float("nan") if slora.gate.gates(self.net) and len(self.losses) == 4 else loss
+
+    monkeypatch.setattr(Step, "backward", diverges)
+    settings = Settings("cpu", "tiny", only=("head only", "slora, none"))
+    rows = train_step.measure(settings, CEILINGS, "tiny", 2, "fp32", "eager", train_step.USUAL)
+    assert "seconds" in rows[0]
+    assert rows[1]["refused"].startswith("the loss of 1 of ")
+    assert "seconds" not in rows[1]
 
 
 COUNTED = {"flops", "flops_per_s", "percent_of_gemm", "compulsory_bytes", "percent_of_copy", "input_sets"}

@@ -9,6 +9,7 @@ from torch import nn
 import slora
 from benchmarks import counting, models
 from benchmarks.contenders import model as ways
+from benchmarks.contenders import step as steps
 from benchmarks.contenders.layer import CONTENDERS, FROZEN, Problem, Shape
 
 K, N, M, R = 24, 36, 10, 4
@@ -101,9 +102,10 @@ def _counted_step(name: str, head: str | None) -> tuple[int, list[counting.Compu
         lambda net, inputs: net(inputs[0]),
         lambda net, inputs: net(inputs[0]).sum(),
         lambda net: ["1"],
+        lambda net: ["0"],
         head=head,
     )
-    step = ways.Step(ways.CONTENDERS[name], model, model.inputs(BATCH, "cpu", torch.float32), "fp32", "cpu")
+    step = steps.Step(ways.CONTENDERS[name], model, model.inputs(BATCH, "cpu", torch.float32), "fp32", "cpu")
     step()
     return step.counted()
 
@@ -145,10 +147,10 @@ def test_flops_of_a_transformers_step_are_their_closed_form(precision: str) -> N
     batch, tokens, width, depth, classes, edge, r = 2, 5, 24, 3, 100, 8, ways.RANK
     M, patches = batch * tokens, 4
     model = models.find("tiny")
-    inputs = model.inputs(batch, "cpu", ways.dtype_of(precision))
+    inputs = model.inputs(batch, "cpu", steps.dtype_of(precision))
 
     def counted(name: str) -> int:
-        step = ways.Step(ways.CONTENDERS[name], model, inputs, precision, "cpu")
+        step = steps.Step(ways.CONTENDERS[name], model, inputs, precision, "cpu")
         step()
         return step.counted()[0]
 
@@ -163,6 +165,8 @@ def test_flops_of_a_transformers_step_are_their_closed_form(precision: str) -> N
     update = depth * sum(counting.lora_flops(M, N, K, r, blocks, 1.0) for N, K, blocks in layers)
     adapted = forward + linears - first + 5 * attention // 2 + 2 * head + update - 3 * 2 * M * r * width
     assert counted("slora, all active") == adapted
+    # The limit: the same without anything of the update. No dx of the first layer, but of all others.
+    assert counted("frozen, dx everywhere") == forward + linears - first + 5 * attention // 2 + 2 * head
 
 
 def test_a_forward_of_adapted_layers_reads_active_blocks_only() -> None:
