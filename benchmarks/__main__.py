@@ -95,14 +95,22 @@ def _run(args: argparse.Namespace) -> int:
     cases = [find(name) for name in (known if args.case == ["all"] else dict.fromkeys(args.case))]
     if args.out is None and (args.only or args.grid in ("tiny", "quick")):
         raise BenchmarkError("a part of the contenders, or of the grid, needs --out: the committed results are whole")
+    faults = []
     for i, case in enumerate(cases):
         settings = Settings(args.device, args.grid, args.rounds, tuple(args.only), args.seconds)
         if i == 0:
             # What Python and torch need to start is the first case's.
             settings.started = process_began()
-        path = run_case(case, settings, args.out, args.keep_partial)
+        try:
+            path = run_case(case, settings, args.out, args.keep_partial)
+        except BenchmarkError as error:
+            # The other cases do not depend on this one.
+            faults.append(str(error))
+            continue
         show(read_result(path)["rows"])
         print(path)
+    if faults:
+        raise BenchmarkError("\n".join(dict.fromkeys(faults)))
     return 0
 
 

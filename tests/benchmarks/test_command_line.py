@@ -14,7 +14,7 @@ import torch
 from benchmarks import __main__ as command_line
 from benchmarks import ceilings, registry, running
 from benchmarks.contenders import layer as layers
-from benchmarks.record import SCHEMA, read_result
+from benchmarks.record import SCHEMA, BenchmarkError, read_result
 
 TINY = ["--grid", "tiny", "--rounds", "3"]
 
@@ -44,6 +44,24 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def _row(contender: str = "a", **measures: Any) -> dict[str, Any]:
     return {"point": {"M": 1}, "contender": contender, **measures}
+
+
+def test_a_case_that_fails_leaves_the_others_their_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure, begun = running.run_case, []
+
+    def run_case(case: Any, *rest: Any) -> Path:
+        begun.append(case.name)
+        if case.name == "linear":
+            raise BenchmarkError("linear went wrong")
+        return measure(case, *rest)
+
+    monkeypatch.setattr(running, "run_case", run_case)
+    assert run("run", "--case", "linear", "merge", *TINY, "--out", tmp_path) == 2
+    assert begun == ["linear", "merge"]
+    assert read_result(tmp_path / "merge.json")["complete"]
+    assert "linear went wrong" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
