@@ -17,6 +17,8 @@ GRIDS: tuple[Grid, ...] = get_args(Grid)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The least number of repetitions that has a spread.
 FEWEST_ROUNDS = 3
+# The least of which `compare` can tell what moved from noise: the time of a point cuts no repetition before it.
+COMPARABLE_ROUNDS = 5
 
 
 def process_began() -> float:
@@ -41,7 +43,7 @@ class Settings:
         rounds: repetitions of every contender; None: what suits the grid.
         only: parts of contender names; empty: all.
         seconds: the time that the case may take from `started` on, None without limit. A case asks `stop` before
-            every point: its first one is measured in any case, with the fewest repetitions where the time is up.
+            every point: its first one is measured in any case, with few repetitions where the time is up.
         started: when that time began, on the clock of `time.monotonic`.
         stopped: whether the grid was left before its end.
     """

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.settings import FEWEST_ROUNDS
+from benchmarks.settings import COMPARABLE_ROUNDS
 
 Call = Callable[[], Any]
 Result = TypeVar("Result")
@@ -116,7 +116,7 @@ def interleaved(
 ) -> dict[str, tuple[list[float], Contestant]]:
     """Time `contenders` in turns and return the seconds per call of every round, with how they were taken.
 
-    After `seconds` no new round begins, provided that the fewest needed for percentiles are there. With `failed` a
+    After `seconds` no new round begins, provided that there are enough to compare. With `failed` a
     contender that raises costs the others nothing: the reason is put there and its calls are taken out of
     `contenders`, so that their memory is free. Without it what was raised is passed on.
     """
@@ -146,7 +146,7 @@ def interleaved(
         tried(name, ready[name])
     start, orders = time.monotonic(), random.Random(ORDER_SEED)
     for done in range(rounds):
-        if seconds is not None and done >= FEWEST_ROUNDS and time.monotonic() - start > seconds:
+        if seconds is not None and done >= COMPARABLE_ROUNDS and time.monotonic() - start > seconds:
             break
         for name in orders.sample(list(ready), len(ready)):
             value = tried(name, ready[name])

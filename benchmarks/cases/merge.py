@@ -20,7 +20,7 @@ import slora
 from benchmarks import counting
 from benchmarks.contenders import memory, merge
 from benchmarks.record import BenchmarkError, spread
-from benchmarks.settings import DTYPES, FEWEST_ROUNDS, Settings
+from benchmarks.settings import COMPARABLE_ROUNDS, DTYPES, Settings
 from benchmarks.timing import ORDER_SEED, first_line, release
 
 Result = TypeVar("Result")
@@ -135,7 +135,7 @@ class Contest:
         most = 30 if self.settings.on_gpu else 45
         for done in range(self.settings.repetitions(15) + 1):
             # A round puts PEFT on a whole model, which takes far longer than the merge.
-            if done > FEWEST_ROUNDS and (self.settings.over() or time.monotonic() - start > most):
+            if done > COMPARABLE_ROUNDS and (self.settings.over() or time.monotonic() - start > most):
                 break
             names = [row["contender"] for row in self.running()]
             for name in orders.sample(names, len(names)):
