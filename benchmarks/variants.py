@@ -1,7 +1,7 @@
 """The two GEMM kernels with every configuration of `kernels/configs.py`, to be compiled.
 
 `python -m benchmarks.variants forward 90` compiles those of one kernel and one kind of GPU and prints what came out;
-`narrow` in place of `forward` or `backward` stands for all other kernels.
+`16-bit`, `tf32` or `ieee` in place of `forward` or `backward` stands for all other kernels in that precision.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def gemm_variants(kernel: configs.Kernel, part: int) -> Iterator[Variant]:
 
 def main(kernel: str, part: int) -> None:
     """Print one line of JSON per variant: its label, what became of it, and what is wrong with that."""
-    for variant in narrow_variants(part) if kernel == "narrow" else gemm_variants(kernel, part):  # type: ignore[arg-type]
+    gemm = kernel in ("forward", "backward")
+    for variant in gemm_variants(kernel, part) if gemm else narrow_variants(part, [kernel]):  # type: ignore[arg-type,list-item]
         report = compiled(variant)
         found = faults(variant, report, configs.SHARED_MEMORY[part])
         print(json.dumps({**dataclasses.asdict(report), "faults": found}), flush=True)

@@ -15,6 +15,7 @@ import triton
 from torch.torch_version import TorchVersion as Version
 
 from benchmarks.compiled import Report, Variant, faults
+from benchmarks.narrow_variants import PRECISIONS
 from benchmarks.variants import gemm_variant, gemm_variants
 from slora.kernels import configs
 
@@ -22,7 +23,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def reports(kernel: str, part: int, folder: Path) -> list[dict[str, Any]]:
-    """What the variants of `kernel` are compiled to, by a process of its own: here kernels may be the interpreter's."""
+    """What the variants of `kernel`, or of the others in the precision of that name, are compiled to.
+
+    By a process of its own: here kernels may be the interpreter's.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder)
     command = [sys.executable, "-m", "benchmarks.variants", kernel, str(part)]
@@ -53,14 +57,18 @@ def test_every_configuration_of_a_gemm_compiles_to_code_that_can_be_fast(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", configs.PARTS)
-def test_every_configuration_of_the_other_kernels_compiles_to_code_that_can_be_fast(part: int, tmp_path: Path) -> None:
-    found = reports("narrow", part, tmp_path)
-    assert {report["kernel"] for report in found} == {
-        "_partial_sums", "_reduce", "_S", "_T", "_probe", "_probe_table", "_sample_rows"
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_configuration_of_the_other_kernels_compiles_to_code_that_can_be_fast(
+    precision: configs.Precision, part: int, tmp_path: Path
+) -> None:
+    found = reports(precision, part, tmp_path)
+    without_products = {"_reduce", "_sample_rows"} if precision == "ieee" else set()
+    assert {report["kernel"] for report in found} == without_products | {
+        "_partial_sums", "_S", "_T", "_probe", "_probe_table"
     }  # fmt: skip
     for report in found:
         # With dropout in TF32 the mask is applied in registers, so that each product waits for the one before.
-        if "tf32" in report["label"] and "dropout" in report["label"]:
+        if precision == "tf32" and "dropout" in report["label"]:
             report["faults"] = [fault for fault in report["faults"] if "serializes" not in fault]
     assert not faulty(found)
 
