@@ -15,12 +15,12 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.ceilings import Ceilings, on_record
 from benchmarks.compiled import Report, compiled, faults
 from benchmarks.narrow_variants import narrow_variants
-from benchmarks.record import RESULTS, environment, read_result, source, write_result
+from benchmarks.record import environment, source, write_result
 from benchmarks.report.tables import table
 from benchmarks.variants import gemm_variants
 from slora.files import write_text
@@ -35,26 +35,6 @@ SHAPES = {
     (768, 768): 1.30, (768, 2304): None, (768, 3072): 1.20, (3072, 768): 1.25, (1024, 4096): 1.15,
     (4096, 1024): 1.20, (1280, 5120): 1.12,
 }  # fmt: skip
-
-
-class Ceilings(NamedTuple):
-    """What an H200 reaches in a large bf16 product and in a large copy."""
-
-    flops_per_s: float = 790e12
-    bytes_per_s: float = 4.3e12
-    source: str = "stated, not measured here"
-
-
-def ceilings(folder: Path = RESULTS / "nvidia-h200") -> Ceilings:
-    """Return the ceilings on record in `folder`, or those that are stated."""
-    path = folder / "linear.json"
-    if not path.exists():
-        return Ceilings()
-    result = read_result(path)
-    found = result["ceilings"]
-    return Ceilings(
-        found["gemm_flops_per_s"]["bf16"], found["copy_bytes_per_s"], f"measured, {source(result['environment'])}"
-    )
 
 
 class Work(NamedTuple):
@@ -161,8 +141,9 @@ def text(payload: dict[str, Any]) -> str:
     tera = {name: payload["ceilings"][name] / 1e12 for name in ("flops_per_s", "bytes_per_s")}
     return f"""# The kernels, without a GPU
 
-Written by `python -m benchmarks.audit` with Triton {packages["triton"]}, torch {packages["torch"]}. No kernel was run \
-for it: the first table is counted and predicted, the second is what the compiler made.
+Written by `python -m benchmarks.audit` with Triton {packages["triton"]}, torch {packages["torch"]}; \
+{source(payload["environment"])}. No kernel was run for it: the first table is counted and predicted, the others are \
+what the compiler made.
 
 ## Counted and predicted
 
@@ -244,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, nargs="+", choices=configs.PARTS, default=configs.PARTS)
     arguments = parser.parse_args()
-    limits = ceilings()
+    limits = on_record()
     payload = {
         "complete": set(arguments.parts) == set(configs.PARTS),
         "time": "not measured",

@@ -1,6 +1,7 @@
 """What the device reaches, measured in the same run: a large matrix product and a large copy.
 
-Percentages beside the times are of these, not of a data sheet.
+Percentages beside the times are of these, not of a data sheet. Predictions for a GPU that is not there are of those on
+record.
 """
 
 from __future__ import annotations
@@ -8,10 +9,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.record import RESULTS, read_result, source
 from benchmarks.settings import DTYPES, Settings
 from benchmarks.timing import Call, interleaved
 
@@ -20,6 +23,26 @@ SIZES = {
     "cpu": {"tiny": (64, 2**16), "quick": (1024, 2**27), "default": (2048, 2**28), "full": (2048, 2**28)},
     "cuda": {"tiny": (256, 2**20), "quick": (8192, 2**31), "default": (8192, 2**32), "full": (8192, 2**32)},
 }
+
+
+class Ceilings(NamedTuple):
+    """What an H200 reaches in a large bf16 product and in a large copy."""
+
+    flops_per_s: float = 790e12
+    bytes_per_s: float = 4.3e12
+    source: str = "stated, not measured here"
+
+
+def on_record(folder: Path = RESULTS / "nvidia-h200") -> Ceilings:
+    """Return the ceilings that a run of `linear` has left in `folder`, or those that are stated."""
+    path = folder / "linear.json"
+    if not path.exists():
+        return Ceilings()
+    result = read_result(path)
+    found = result["ceilings"]
+    return Ceilings(
+        found["gemm_flops_per_s"]["bf16"], found["copy_bytes_per_s"], f"measured, {source(result['environment'])}"
+    )
 
 
 def measure(settings: Settings, dtypes: Sequence[str] = ("fp32", "bf16")) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What the compiler says of the CUDA merge kernel: registers, occupancy, bytes. No GPU is needed, no time is measured.
+"""What the compiler says of the CUDA merge kernel: registers, occupancy, bytes. No GPU is needed, no time is measured;
+predicted is the least that an H200's memory allows.
 
     python -m benchmarks.merge_kernel
 
@@ -19,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ceilings import Ceilings, on_record
 from benchmarks.record import write_result
 
 ROOT = Path(__file__).parents[1]
@@ -134,6 +136,11 @@ def traffic(rank: int, size: int, factor_size: int = 4) -> dict[str, float]:
     }
 
 
+def predicted(size: int, limits: Ceilings) -> float:
+    """Seconds that device memory needs for a ViT-L in a dtype of `size` bytes; arithmetic may need more."""
+    return traffic(0, size)["device_memory_bytes"] / limits.bytes_per_s
+
+
 def main() -> None:
     """Compile for every architecture and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,10 +151,13 @@ def main() -> None:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.strip().splitlines()[-2]
     with tempfile.TemporaryDirectory() as folder:
         kernels = {f"sm_{a}": resources(compiler, a, Path(folder)) for a in ("80", "90", "100") if knows(compiler, a)}
+    limits = on_record()
     payload = {
         "complete": True,
         "nvcc": version,
         "time": "not measured",
+        "ceilings": limits._asdict(),
+        "predicted_least_seconds": {"bf16": predicted(2, limits), "fp32": predicted(4, limits)},
         "kernels": kernels,
         "vit_l": {str(rank): {"bf16": traffic(rank, 2), "fp32": traffic(rank, 4)} for rank in (16, 32, 128)},
     }

@@ -1,4 +1,4 @@
-"""What the static audit counts, against loops written here, and the ceilings that it divides by."""
+"""What the static audits count, against loops written here, and the ceilings that they divide by."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.audit import Ceilings, ceilings, gemm_work, of_shape
+from benchmarks.audit import gemm_work, of_shape
+from benchmarks.ceilings import Ceilings, on_record
 from benchmarks.record import write_result
 from slora.kernels import configs
 
@@ -33,11 +34,18 @@ def test_a_kernel_takes_what_the_lower_ceiling_allows() -> None:
 
 
 def test_predictions_divide_by_measured_ceilings_where_there_are_any(tmp_path: Path) -> None:
-    assert ceilings(tmp_path).source == "stated, not measured here"
+    assert on_record(tmp_path).source == "stated, not measured here"
     environment = {"commit": "ab" * 20, "dirty": False, "date": "", "device": "NVIDIA H200", "packages": {}}
     found = {"gemm_flops_per_s": {"bf16": 5e14}, "copy_bytes_per_s": 1e30}
     write_result("linear", "cuda", {"environment": environment, "ceilings": found, "rows": []}, tmp_path)
-    limits = ceilings(tmp_path)
+    limits = on_record(tmp_path)
     assert limits == (5e14, 1e30, "measured, commit ababababab")
     shape = of_shape(768, 3072, None, limits)
     assert shape["predicted_frozen_seconds"] == pytest.approx(shape["counted_frozen"]["flops"] / 5e14)
+
+
+def test_a_merge_is_predicted_to_move_every_weight_once_each_way() -> None:
+    from benchmarks.merge_kernel import VIT_L, predicted
+
+    seconds = predicted(2, Ceilings(1.0, 1e9))
+    assert seconds == pytest.approx(sum(2 * 2 * rows * columns for rows, columns in VIT_L) / 1e9)
