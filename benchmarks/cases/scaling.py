@@ -1,14 +1,17 @@
 """Cost of one layer against rank, active share and tokens, beside what the model of costs predicts.
 
 The prediction is the frozen layer's measured time, plus the bytes that the form moves beyond it at the measured copy
-ceiling, plus the update's FLOPs at the measured GEMM ceiling (`counting.predicted_seconds`). `deviation` is the
-measured time over the predicted one, less 1. `curve` names the axis that a point lies on.
+ceiling, plus the update's FLOPs at the measured GEMM ceiling (`counting.predicted_seconds`). The frozen layer's time
+is the median over all points at which it is the same layer. `deviation` is the measured time over the predicted one,
+less 1; most of both is the frozen layer. `update_deviation` is the same of what is beyond it. `curve` names the axis
+that a point lies on.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import counting
@@ -40,24 +43,51 @@ def grid(settings: Settings) -> list[tuple[str, Shape]]:
 
 
 def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of every point, with the prediction and the deviation from it."""
+    """Yield the rows of every point, with the prediction and the deviation from it.
+
+    Every point measures the frozen layer again, so the predictions in rows that were given out before change with it.
+    """
     names = {FROZEN, "slora, torch", "slora, triton", "slora, auto"}
     if not settings.on_gpu:
         names -= {"slora, auto", "slora, triton"}  # "auto" is "torch" there
+    measured: list[dict[str, Any]] = []
     for curve, shape in grid(settings):
         if settings.stop():
             return
         rows = linear.measure(shape, settings, ceilings, names, inference=False)
-        limit = next((row for row in rows if row["contender"] == FROZEN and "forward_backward" in row), None)
         for row in rows:
             row["point"] = {"curve": curve, **row["point"]}
-            if limit is not None and row is not limit and "forward_backward" in row:
-                element = 4 if shape.dtype == "fp32" else 2
-                predicted = counting.predicted_seconds(
-                    limit["forward_backward"]["median"], row["form"], shape.M, shape.N, shape.K, shape.r,
-                    shape.active, shape.share, shape.dtype, element, ceilings,
-                )  # fmt: skip
-                row["predicted"] = predicted
-                row["deviation"] = row["forward_backward"]["median"] / predicted - 1
+        measured += rows
+        predict(measured, ceilings)
+        for row in rows:
+            if "deviation" in row:
                 print(f"  {row['contender']}: {row['deviation']:+.1%} from the prediction", file=sys.stderr)
         yield from rows
+
+
+def predict(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> None:
+    """Put the prediction and the deviations from it into the rows that have a form and a frozen layer beside them."""
+    taken: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        if row["contender"] == FROZEN and "forward_backward" in row:
+            taken.setdefault(_frozen_layer(row), []).append(row["forward_backward"]["median"])
+    for row in rows:
+        if row["contender"] == FROZEN or not {"forward_backward", "form"} <= row.keys():
+            continue
+        if _frozen_layer(row) not in taken:
+            continue
+        frozen = statistics.median(taken[_frozen_layer(row)])
+        point, measured = row["point"], row["forward_backward"]["median"]
+        active, _, blocks = point["active"].partition("/")
+        row["predicted"] = counting.predicted_seconds(
+            frozen, row["form"], point["M"], point["N"], point["K"], point["r"], int(active),
+            int(active) / int(blocks or 1), point["dtype"], 4 if point["dtype"] == "fp32" else 2, ceilings,
+        )  # fmt: skip
+        row["deviation"] = measured / row["predicted"] - 1
+        if row["predicted"] > frozen:
+            row["update_deviation"] = (measured - frozen) / (row["predicted"] - frozen) - 1
+
+
+def _frozen_layer(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What the frozen layer's time depends on."""
+    return tuple(row["point"][key] for key in ("K", "N", "M", "dtype"))

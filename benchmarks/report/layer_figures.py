@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.report import style
+from benchmarks.report import style, tables
 
 FROZEN = "frozen F.linear"
 Results = dict[str, dict[str, Any]]
@@ -73,7 +73,7 @@ def curve(axis_name: str) -> Callable[[Results], dict[str, list[tuple[float, Any
         for row in curve_rows(axis_name)(cases):
             if "forward_backward" not in row:
                 continue
-            text = row["point"][{"active": "active", "rank": "r", "tokens": "M"}[axis_name]]
+            text = row["point"][tables.CURVES[axis_name]]
             x = _share(text) if axis_name == "active" else float(text)
             found.setdefault(row["contender"], []).append((x, row["forward_backward"], row.get("predicted")))
         return found if len(found.get(FROZEN, ())) > 1 else {}

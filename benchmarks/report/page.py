@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import scaling
 from benchmarks.contenders.peers import need
 from benchmarks.record import NOT_MEASURED, BenchmarkError, read_result, results_in
 from benchmarks.registry import CASES
@@ -33,6 +34,9 @@ def all_results(root: Path = ROOT) -> dict[str, dict[str, dict[str, Any]]]:
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         if path.is_dir() and (results := results_in(path)):
             found[path.name] = results
+            if "scaling" in results:
+                # Older files have predictions from the frozen time of each point alone.
+                scaling.predict(results["scaling"]["rows"], results["scaling"]["ceilings"])
     return found
 
 

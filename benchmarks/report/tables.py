@@ -12,6 +12,10 @@ COMPULSORY = (
     '* "Compulsory MB" is a formula, the same for all (`counting.Compulsory`): parameters and inputs; in training also '
     "what autograd keeps for the backward, gradients, and the optimizer's state. It is no measured traffic."
 )
+# Of the update's predicted time; beyond, the model of costs says nothing about it.
+FAR_OFF = 0.5
+# The key of a point that a curve of `scaling` runs along.
+CURVES = {"active": "active", "rank": "r", "tokens": "M"}
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 Row = dict[str, Any]
 
@@ -96,7 +100,26 @@ def _scaling(row: Row, rows: Sequence[Row]) -> list[str]:
         ratio(median(row.get("forward_backward")), of(rows, "frozen F.linear", "forward_backward")),
         seconds(row.get("predicted")),
         f"{row['deviation']:+.1%}" if "deviation" in row else "-",
+        f"{row['update_deviation']:+.0%}" if "update_deviation" in row else "-",
     ]
+
+
+def _where_the_model_fails(result: dict[str, Any]) -> list[str]:
+    """At which points the update took far more or less time than the model of costs says."""
+    rows = [row for row in result["rows"] if "update_deviation" in row]
+    if not rows:
+        return []
+    off = [row for row in rows if abs(row["update_deviation"]) > FAR_OFF]
+    text = (
+        f"* The update's time is off by more than {FAR_OFF:.0%} of its prediction at {len(off)} of {len(rows)} points"
+    )
+    named = [f"{_on_its_curve(row['point'])} ({row['contender']}, {row['update_deviation']:+.0%})" for row in off]
+    return [f"{text}: {'; '.join(named)}. The model of costs does not hold there." if off else f"{text}."]
+
+
+def _on_its_curve(point: dict[str, Any]) -> str:
+    key = CURVES[point["curve"]]
+    return f"curve {point['curve']}, {key} {point[key]}"
 
 
 def _step(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -154,7 +177,7 @@ _MODEL_HEADS = ["GFLOP", "% GEMM", "compulsory MB", "% copy"]
 _STEP_HEADS = ["step", "over PEFT, all", "over frozen, dx", "per second", "peak MiB", *_MODEL_HEADS]
 COLUMNS: dict[str, tuple[list[str], Cells]] = {
     "linear": (["forward", "with backward", "over frozen", "GFLOP", "MB", "% GEMM", "% copy"], _linear),
-    "scaling": (["with backward", "over frozen", "predicted", "deviation"], _scaling),
+    "scaling": (["with backward", "over frozen", "predicted", "deviation", "deviation of the update"], _scaling),
     "train_step": (_STEP_HEADS, _step),
     "gates": (_STEP_HEADS, _step),
     "train_memory": (["peak MiB", "over PEFT, all"], _memory),
@@ -185,6 +208,7 @@ def case_table(result: dict[str, Any]) -> str:
     used = [i for i in range(2 + len(heads)) if i < 2 or any(row[i] != "-" for row in body)]
     text = table([["point", "", *heads][i] for i in used], [[row[i] for i in used] for row in body])
     notes = [COMPULSORY] * any("compulsory_bytes" in row for row in result["rows"])
+    notes += _where_the_model_fails(result)
     notes += [f"* {reason} ({len(where)} of {len(points(result))} points)" for reason, where in left_out.items()]
     return "\n\n".join([text] + (["\n".join(notes)] if notes else []))
 

@@ -165,20 +165,28 @@ def test_a_contender_that_fails_while_it_is_timed_costs_the_others_nothing_and_t
 
 
 def test_scaling_gives_the_deviation_from_the_model_of_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = iter([1.0, 1.2])
+
     def times(calls: dict[str, object], *args: object, **kwargs: object) -> dict[str, object]:
-        contestant = type("Contestant", (), {"clock": "wall", "reason": None})()
-        return {name: ([1.0 if name == layers.FROZEN else 1.5] * 3, contestant) for name in calls}
+        contestant, limit = type("Contestant", (), {"clock": "wall", "reason": None})(), next(frozen)
+        return {name: ([limit if name == layers.FROZEN else 1.5] * 3, contestant) for name in calls}
 
     monkeypatch.setattr(linear, "interleaved", times)
     settings = Settings("cpu", "tiny")
-    monkeypatch.setattr(scaling, "grid", lambda settings: [("rank", layers.Shape(32, 48, 24, 4, 1, 1, "fp32"))])
-    rows = list(scaling.run(settings, CEILINGS))
-    (row,) = [row for row in rows if row["contender"] == "slora, torch"]
-    # addmm moves 4 MK + 4 MN elements more, and there are six products of rank 4.
-    predicted = 1.0 + 4 * 4 * 24 * (32 + 48) / 1e9 + 6 * 24 * 4 * (32 + 48) / 1e9
-    assert row["predicted"] == pytest.approx(predicted)
-    assert row["deviation"] == pytest.approx(1.5 / predicted - 1)
+    shapes = [
+        ("rank", layers.Shape(32, 48, 24, 4, 1, 1, "fp32")),
+        ("active", layers.Shape(32, 48, 24, 4, 0, 16, "fp32")),
+    ]
+    monkeypatch.setattr(scaling, "grid", lambda settings: shapes)
+    row, inactive = [row for row in scaling.run(settings, CEILINGS) if row["contender"] == "slora, torch"]
+    # addmm moves 4 MK + 4 MN elements more, and there are six products of rank 4; the layer is the same at both points.
+    update = 4 * 4 * 24 * (32 + 48) / 1e9 + 6 * 24 * 4 * (32 + 48) / 1e9
+    assert row["predicted"] == pytest.approx(1.1 + update)
+    assert row["deviation"] == pytest.approx(1.5 / (1.1 + update) - 1)
+    assert row["update_deviation"] == pytest.approx((1.5 - 1.1) / update - 1)
     assert row["point"]["curve"] == "rank"
+    assert inactive["deviation"] == pytest.approx(1.5 / 1.1 - 1)
+    assert "update_deviation" not in inactive
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-llama"])

@@ -123,6 +123,24 @@ def test_steps_show_flops_and_what_part_of_the_ceilings_they_are_where_that_was_
     assert "* inputs are not rotated past the cache: a call touches enough (1 of 1 points)" in text
 
 
+def test_the_page_says_where_the_model_of_costs_fails(tmp_path: Path) -> None:
+    rows = _scaling_rows()
+    # Frozen layers of 0.1 and 0.3 s at the ends: 0.2 s in all. 4 MK + 4 MN elements more, and six products of rank 16.
+    for i, seconds in ((0, 0.1), (4, 0.3)):
+        rows[i]["forward_backward"] = _spread(seconds)
+    for row, off in zip(rows[1::2], (None, 0.3, 0.6), strict=True):
+        row["form"] = "addmm"
+        if off is not None:
+            active = float(row["point"]["active"].split("/")[0])
+            flops, moved = 6 * 3152 * 16 * (768 * active + 3072 * active / 16), 16 * 3152 * (768 + 3072 * active / 16)
+            row["forward_backward"] = _spread(0.2 + (1 + off) * (flops / 1e11 + moved / 1e10))
+    _write(tmp_path, _result("scaling", rows))
+    text = page.page(tmp_path)
+    assert "+30% |" in text
+    note = "off by more than 50% of its prediction at 1 of 2 points: curve active, active 16/16 (slora, torch, +60%)."
+    assert note in text
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(1.0, "1.00 s [0.900, 1.10]"), (0.9996, "1000 ms [900, 1100]"), (2e-7, "0.200 µs [0.180, 0.220]")],
