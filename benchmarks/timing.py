@@ -4,8 +4,8 @@ Every contender is a list of calls that do the same, each on a set of inputs of 
 than the last cache (`rotation`), so that no repetition finds its input there. All contenders have the same sets. Each
 round has an order of its own, drawn from `ORDER_SEED`, so that nobody always follows the same contender. On the
 CPU every call takes the next one, whoever makes it; on a GPU a contender's calls are captured in one CUDA graph
-and a replay is timed between two events, so that the launch cost of Python is left out; where a contender cannot be
-captured, or `graphs` is off, its calls are launched one by one between the events.
+and a replay is timed between two events, with the host far enough ahead, so that no launch is in the time; where a
+contender cannot be captured, or `graphs` is off, its calls are launched one by one between the events, as a user's are.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ Call = Callable[[], Any]
 Result = TypeVar("Result")
 WARM_UP = 3
 ORDER_SEED = 0
+# Cycles of a GPU's clock in a second, rounded up.
+CLOCK = 2e9
 
 
 class Contestant:
@@ -51,10 +53,10 @@ class Contestant:
         if device == "cpu":
             return
         torch.cuda.synchronize()
-        self.first, self.last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         if graphs:
             try:
                 self.graph = captured(self.calls, pool)
+                self.ahead = 4 * launch_seconds(self.graph.replay)
                 self.clock = "graph"
             except Exception as error:
                 self.reason = first_line(error)
@@ -67,16 +69,35 @@ class Contestant:
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
-        torch.cuda.synchronize()
-        self.first.record()
         if self.clock == "graph":
-            self.graph.replay()
-        else:
-            for call in self.calls:
-                call()
-        self.last.record()
-        torch.cuda.synchronize()
-        return self.first.elapsed_time(self.last) / 1e3 / len(self.calls)
+            return between_events(self.graph.replay, self.ahead) / len(self.calls)
+        return between_events(lambda: [call() for call in self.calls]) / len(self.calls)
+
+
+def between_events(launch: Call, ahead: float = 0.0) -> float:
+    """Seconds between two events on the stream, around what `launch` puts there.
+
+    The stream idles `ahead` seconds before the first event: a `launch` that takes the host less is not in the time.
+    """
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    if ahead:
+        torch.cuda._sleep(round(ahead * CLOCK))
+    first.record()
+    launch()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def launch_seconds(launch: Call) -> float:
+    """Seconds until `launch` returns, whatever it has put on the stream."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    launch()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return seconds
 
 
 def captured(calls: Sequence[Call], pool: Any = None) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import slora
 from benchmarks.contenders import memory
 from benchmarks.settings import DTYPES
+from benchmarks.timing import between_events
 from slora.flops import linear_flops
 from slora.gate import adapted_layers
 from slora.inject import unload
@@ -170,13 +171,7 @@ def timed_on_gpu(call: Callable[[], None]) -> dict[str, float]:
     """
     torch.cuda.synchronize()
     if call.__name__ in ("copy_once", "batched_merge"):
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(20_000_000)  # about 10 ms, in which the host gets ahead
-        first.record()
-        call()
-        last.record()
-        torch.cuda.synchronize()
-        device = {"device_seconds": first.elapsed_time(last) / 1e3}
+        device = {"device_seconds": between_events(call, ahead=10e-3)}
     else:
         device = {}
     start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 
 import pytest
@@ -114,3 +115,18 @@ def test_a_captured_call_is_replayed_and_one_that_cannot_be_is_launched() -> Non
     before = float(x[0])
     taken["captured"][1]()
     assert float(x[0]) == before + 1.0
+
+
+@pytest.mark.gpu
+def test_the_launch_of_a_graph_is_not_in_its_time_and_that_of_single_calls_is() -> None:
+    x = torch.zeros(1024, device="cuda")
+    (_, contestant) = timing.interleaved({"a": [lambda: x.add_(1.0)]}, "cuda", rounds=3)["a"]
+    assert contestant.clock == "graph"
+    assert contestant.ahead > 0
+
+    def launched_slowly() -> None:
+        time.sleep(5e-3)
+        x.add_(1.0)
+
+    assert timing.between_events(launched_slowly) > 4e-3
+    assert timing.between_events(launched_slowly, ahead=20e-3) < 1e-3
