@@ -8,7 +8,8 @@
 | `reference` | `slora.reference`, differentiable any number of times | the same |
 
 fp64, layers of more than 64 blocks and GPUs before compute capability 8.0 are served by PyTorch calls under `auto` and
-`triton` as well.
+`triton` as well. Triton's interpreter multiplies bf16 wrongly: with it, bf16 is an error under `triton` and served by
+PyTorch calls under `auto`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def check_device(x: Tensor) -> None:
     """Raise where `SLORA_BACKEND=triton` cannot be obeyed for `x`.
 
     Raises:
-        ConfigError: x is not on a CUDA device and Triton's interpreter is off.
+        ConfigError: x is not on a CUDA device and Triton's interpreter is off, or x is bf16 and it is on.
         MissingDependencyError: Triton is not installed.
     """
     if backend() != "triton":
@@ -59,7 +60,12 @@ def check_device(x: Tensor) -> None:
         raise ConfigError(
             f"SLORA_BACKEND=triton needs a CUDA device but x is on {x.device}; move the model to the GPU, use "
             f"SLORA_BACKEND=auto, or set TRITON_INTERPRET=1 before the first import of slora.kernels to try the "
-            f"kernels on the CPU, slowly"
+            f"kernels on the CPU, slowly and not in bf16"
+        )
+    if _misread(x):
+        raise ConfigError(
+            f"SLORA_BACKEND=triton with TRITON_INTERPRET=1 cannot compute in {x.dtype}, which Triton's interpreter "
+            f"multiplies wrongly; use torch.float16 or torch.float32, or unset TRITON_INTERPRET and run on a GPU"
         )
 
 
@@ -73,7 +79,11 @@ def kernels_serve(x: Tensor, gate: Tensor | None = None) -> bool:
     if wanted == "triton":
         check_device(x)
         return x.device.type != "cuda" or _new_enough(x.device)
-    return x.device.type == "cuda" and has_triton() and _new_enough(x.device)
+    return x.device.type == "cuda" and has_triton() and _new_enough(x.device) and not _misread(x)
+
+
+def _misread(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and interpreting()
 
 
 @functools.cache

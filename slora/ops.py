@@ -71,11 +71,11 @@ def selective_linear(
     Raises:
         ShapeError: shapes, dtypes or devices disagree, or `active` is no rising list of blocks; names the argument,
             what it is and what it should be.
-        ConfigError: `SLORA_BACKEND` is unknown, or asks for kernels that cannot run on the device of `x`.
+        ConfigError: `SLORA_BACKEND` is unknown, or asks for kernels that cannot run on the device of `x` or in
+            its dtype.
     """
     if backend() == "reference":
         return _reference(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
-    check_device(x)
     y: Tensor = torch.ops.slora.selective_linear(
         x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed
     )[0]
@@ -121,6 +121,7 @@ def _forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed, active)
+    check_device(x)
     compute = forms.forward if x.numel() and kernels_serve(x, gate) else addmm.gated_forward
     return compute(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
 
@@ -169,6 +170,7 @@ def _forward_fake(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed, active)
+    check_device(x)
     count = gate.shape[0] if active is None else len(active)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty(math.prod(x.shape[:-1]), count * lora_A.shape[1])

@@ -50,25 +50,58 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_triton_on_a_cpu_is_refused_with_a_remedy_everywhere(call: str) -> None:
+def refusal(call: str, dtype: str, **variables: str) -> str:
+    """What a new process with `variables` prints of the error that `call` raises."""
     code = f"""
 import torch, slora
 from slora.ops import selective_linear as f
 from torch._subclasses.fake_tensor import FakeTensorMode
+torch.set_default_dtype({dtype})
 fake = FakeTensorMode().from_tensor
 x, W, A, B, g = torch.zeros(5, 3), torch.zeros(4, 3), torch.zeros(1, 2, 3), torch.zeros(1, 4, 2), torch.ones(1)
 try:
-    {CALLS[call]}
+    {call}
 except Exception as error:
     print(type(error).__name__, str(error))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["SLORA_BACKEND"] = "triton"
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, **variables}, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
-    assert "SLORA_BACKEND=triton needs a CUDA device but x is on cpu; move the model to the GPU" in run.stdout
-    assert "TRITON_INTERPRET=1" in run.stdout
+    return run.stdout
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_triton_on_a_cpu_is_refused_with_a_remedy_everywhere(call: str) -> None:
+    text = refusal(CALLS[call], "torch.float32", SLORA_BACKEND="triton")
+    assert "SLORA_BACKEND=triton needs a CUDA device but x is on cpu; move the model to the GPU" in text
+    assert "TRITON_INTERPRET=1" in text
+
+
+PROBE = "torch.ops.slora.gate_probe(torch.zeros(5, 4), x, A, B, g, 0.1, 1.0, [0], 0)"
+
+
+@pytest.mark.parametrize("call", [*CALLS.values(), PROBE], ids=[*CALLS, "the probe of gates"])
+def test_bf16_in_the_interpreter_is_refused_with_a_remedy_everywhere(call: str) -> None:
+    pytest.importorskip("triton")
+    text = refusal(call, "torch.bfloat16", SLORA_BACKEND="triton", TRITON_INTERPRET="1")
+    assert "SLORA_BACKEND=triton with TRITON_INTERPRET=1 cannot compute in torch.bfloat16" in text
+    assert "use torch.float16 or torch.float32, or unset TRITON_INTERPRET and run on a GPU" in text
+
+
+def test_auto_computes_bf16_in_pytorch_where_the_interpreter_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnCuda:
+        dtype, device = torch.bfloat16, torch.device("cuda")
+
+    x: Any = OnCuda()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    for value, serves in (("1", False), ("0", True)):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        backends._new_enough.cache_clear()
+        assert backends.kernels_serve(x, GATES) == serves
+    backends._new_enough.cache_clear()
 
 
 def test_triton_without_triton_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

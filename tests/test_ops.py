@@ -634,14 +634,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 DEVICE_CASES = ("device", "device of seed")
 
 
+@pytest.mark.parametrize("interpret", ["0", "1"])
 @pytest.mark.parametrize("backend", ["auto", "triton", "torch", "reference"])
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments_name_the_tensor_what_it_is_and_what_it_should_be(
-    case: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    case: str, backend: str, interpret: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # With 0 the triton backend has no device to run on, which is said only of arguments that fit together.
     monkeypatch.setenv("SLORA_BACKEND", backend)
-    # Lets the triton backend pass for a CPU; no kernel is reached.
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
     changed, message = BAD[case]
     arguments = {**make(), **changed}
     with pytest.raises(ShapeError) as raised:
@@ -650,10 +651,15 @@ def test_bad_arguments_name_the_tensor_what_it_is_and_what_it_should_be(
     assert isinstance(raised.value, ValueError)
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("case", [case for case in BAD if case not in DEVICE_CASES])
-def test_bad_arguments_read_the_same_under_fake_tensors(case: str) -> None:
+def test_bad_arguments_read_the_same_under_fake_tensors(
+    case: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    monkeypatch.setenv("SLORA_BACKEND", backend)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     changed, message = BAD[case]
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         fakes = {
