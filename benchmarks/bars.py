@@ -172,8 +172,12 @@ def met(bar: Bar, number: float) -> bool:
 
 
 def verdict(bar: Bar, found: Found) -> str:
-    """In words."""
-    return NOT_MEASURED if found.number is None else "met" if met(bar, found.number) else "missed"
+    """In words; "within noise" where the least and the greatest ratio are on both sides of the limit."""
+    if found.number is None:
+        return NOT_MEASURED
+    word = "met" if met(bar, found.number) else "missed"
+    unclear = found.ends is not None and met(bar, found.ends[0]) != met(bar, found.ends[1])
+    return word + ", within noise" * unclear
 
 
 def by_machine(rows: Sequence[tuple[Bar, Found]]) -> dict[str, list[tuple[Bar, Found]]]:
@@ -209,7 +213,8 @@ def lines(folder: Path | None = None, cases: Container[str] | None = None) -> li
             number = "-" if found.number is None else found.text
             said = ", ".join((verdict(bar, found), *found.notes))
             shown.append(f"{bar.label:{width}}  {number:22} {SIGNS[bar.asks][0]:2} {bar.limit:<6g} {said}")
-    counts = [sum(verdict(bar, found) == word for bar, found in rows) for word in ("met", "missed", NOT_MEASURED)]
+    words = [verdict(bar, found) for bar, found in rows]
+    counts = [sum(word.startswith(start) for word in words) for start in ("met", "missed", NOT_MEASURED)]
     partial = sum(found.number is not None and bool(found.notes) for _, found in rows)
     last = f"{counts[0]} met, {counts[1]} missed, {counts[2]} {NOT_MEASURED}"
     return [*shown, last + (f"; {partial} of them by incomplete files or changed source" if partial else "")]

@@ -188,6 +188,27 @@ def test_a_bar_shows_the_least_and_the_greatest_ratio_of_the_percentiles() -> No
     assert found.text == "1.500 [0.750, 2.500]"
 
 
+@pytest.mark.parametrize(
+    ("low", "ours", "high", "words"),
+    [
+        (1.1, 1.2, 1.29, "met"),
+        (1.1, 1.2, 1.31, "met, within noise"),
+        (1.29, 1.4, 1.5, "missed, within noise"),
+        (1.31, 1.4, 1.5, "missed"),
+    ],
+)
+def test_a_verdict_whose_ends_lie_on_both_sides_of_the_limit_says_so(
+    low: float, ours: float, high: float, words: str, tmp_path: Path
+) -> None:
+    frozen, own = _bar_rows(ours)
+    own = {**_row("slora, auto", low, ours, high), "point": own["point"]}
+    (tmp_path / "linear.json").write_text(json.dumps(_file([frozen, own])))
+    lines = bars.lines(tmp_path)
+    (line,) = [line for line in lines if line.startswith("linear, all active, over frozen, K 768, N 768")]
+    assert line.endswith(f"1.3    {words}")
+    assert f"1 {words.split(',')[0]}" in lines[-1]
+
+
 @pytest.mark.parametrize(("count", "word"), [(0, "missed"), (1, "met"), (2, "missed")])
 def test_a_merge_starts_exactly_one_kernel(count: int, word: str) -> None:
     bar = next(bar for bar in bars.load() if bar.measure == "launches")
