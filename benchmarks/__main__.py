@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.record import BenchmarkError
 from benchmarks.registry import CASES
-from benchmarks.settings import GRIDS
+from benchmarks.settings import COMPARABLE_ROUNDS, GRIDS
 from slora.errors import WriteError
 
 
@@ -90,11 +90,16 @@ def _run(args: argparse.Namespace) -> int:
         if args.threads < 1:
             raise BenchmarkError(f"--threads {args.threads} is not a positive number")
         torch.set_num_threads(args.threads)
-    Settings(args.device, args.grid, args.rounds)  # refuses what it does not know before anything is chosen by it
+    Settings(
+        args.device, args.grid, args.rounds, seconds=args.seconds
+    )  # refuses what it does not know before anything is chosen by it
     known = [name for name, case in CASES.items() if args.device in case.devices]
     cases = [find(name) for name in (known if args.case == ["all"] else dict.fromkeys(args.case))]
-    if args.out is None and (args.only or args.grid in ("tiny", "quick")):
-        raise BenchmarkError("a part of the contenders, or of the grid, needs --out: the committed results are whole")
+    if args.out is None and _less_than_whole(args):
+        raise BenchmarkError(
+            f"{_less_than_whole(args)} needs --out: results that everyone reads are whole, with {COMPARABLE_ROUNDS} "
+            "repetitions at least"
+        )
     faults = []
     for i, case in enumerate(cases):
         settings = Settings(args.device, args.grid, args.rounds, tuple(args.only), args.seconds)
@@ -112,6 +117,24 @@ def _run(args: argparse.Namespace) -> int:
     if faults:
         raise BenchmarkError("\n".join(dict.fromkeys(faults)))
     return 0
+
+
+def _less_than_whole(args: argparse.Namespace) -> str | None:
+    """What on the command line makes a result a part of the whole."""
+    return next(
+        (
+            name
+            for name, partial in (
+                ("--only", bool(args.only)),
+                (f"the {args.grid} grid", args.grid in ("tiny", "quick")),
+                ("--seconds", args.seconds is not None),
+                ("--keep-partial", args.keep_partial),
+                (f"--rounds {args.rounds}", args.rounds is not None and args.rounds < COMPARABLE_ROUNDS),
+            )
+            if partial
+        ),
+        None,
+    )
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -85,7 +85,7 @@ def prove(args: argparse.Namespace) -> int:
         raise BenchmarkError("no CUDA GPU is visible (torch.cuda.is_available() is False); --dry-run needs none")
     if args.dry_run and args.out is None:
         raise BenchmarkError("--dry-run measures nothing worth keeping; name a folder with --out")
-    if args.seconds is not None and args.seconds <= 0:
+    if args.seconds is not None and not args.seconds > 0:
         raise BenchmarkError(f"--seconds {args.seconds:g} leaves no time; the whole proof has {SECONDS:g}")
     asked = chosen(args)
     shares = [part.quick if args.quick and not args.parts else part.seconds for part in asked]

@@ -62,6 +62,8 @@ class Settings:
             raise BenchmarkError(f"device {self.device!r} is unknown; use cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise BenchmarkError("no CUDA GPU is visible (torch.cuda.is_available() is False); use --device cpu")
+        if self.seconds is not None and not self.seconds >= 0:
+            raise BenchmarkError(f"--seconds {self.seconds:g} is no time; give 0 or more")
         if self.rounds is not None and self.rounds < FEWEST_ROUNDS:
             raise BenchmarkError(f"--rounds {self.rounds} is below {FEWEST_ROUNDS}, too few for percentiles")
 

@@ -70,6 +70,7 @@ def demo_table(path: Path) -> str:
         BenchmarkError: it is no such file, or what `slora demo` needs is missing.
     """
     need("rich")
+    need("matplotlib")
     from benchmarks.report import demo
 
     try:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.contenders.peers import Missing
+from benchmarks.contenders.peers import need
 from benchmarks.record import median
 
 # A contender's family by the start of its name. All seven colours stay apart for every kind of colour blindness
@@ -43,10 +43,7 @@ def pyplot() -> Any:
     Raises:
         Missing: matplotlib cannot be imported.
     """
-    try:
-        matplotlib = importlib.import_module("matplotlib")
-    except ImportError as error:
-        raise Missing(f"matplotlib cannot be imported ({error}); install it to draw the figures") from error
+    matplotlib = need("matplotlib")
     matplotlib.use("Agg")
     return importlib.import_module("matplotlib.pyplot")
 

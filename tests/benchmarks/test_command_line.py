@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,8 +79,14 @@ def test_a_case_that_fails_leaves_the_others_their_turn(
         (["gpu", "--dry-run", "--out", __file__], "is no folder); choose another folder"),
         (["run", "--case", "linear", "--rounds", "1"], "--rounds 1 is below 3"),
         (["run", "--case", "linear", "--threads", "0"], "--threads 0 is not a positive number"),
-        (["run", "--case", "linear", "--quick"], "needs --out"),
-        (["run", "--case", "linear", "--only", "PEFT"], "needs --out"),
+        (["run", "--case", "linear", "--quick"], "the quick grid needs --out"),
+        (["run", "--case", "linear", "--only", "PEFT"], "--only needs --out"),
+        (["run", "--case", "linear", "--seconds", "60"], "--seconds needs --out"),
+        (["run", "--case", "linear", "--keep-partial"], "--keep-partial needs --out"),
+        (["run", "--case", "linear", "--rounds", "4"], "--rounds 4 needs --out"),
+        (["run", "--case", "linear", "--seconds", "-5", "--out", "x"], "--seconds -5 is no time"),
+        (["run", "--case", "linear", "--seconds", "nan", "--out", "x"], "--seconds nan is no time"),
+        (["gpu", "--dry-run", "--out", "x", "--seconds", "nan"], "--seconds nan leaves no time"),
         (["compare", "no.json", "other.json"], "no.json does not exist"),
         (["gpu", "--dry-run"], "name a folder with --out"),
         (["gpu", "--quick"], "--quick needs --out"),
@@ -120,6 +127,20 @@ def test_a_case_whose_package_is_missing_says_which(
     assert run("run", "--case", "train_step", *TINY, "--out", tmp_path) == 2
     assert "timm cannot be imported" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_a_report_whose_package_is_missing_says_which(package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    # What is imported by now would hide that it is missing.
+    code = (
+        f"import sys; sys.modules[{package!r}] = None; from benchmarks.__main__ import main; sys.exit(main(['report']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(command_line.__file__).parents[1], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert f"{package} cannot be imported" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_missing_peer_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
