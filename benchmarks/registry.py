@@ -38,7 +38,7 @@ CASES = {
         Case(
             "merge",
             "folding LoRA into all linear layers of a ViT-L/16, beside PEFT and a copy",
-            packages=("timm", "peft"),
+            packages=("timm",),
         ),
         Case("inference", "a forward: base, merged, unmerged, PEFT merged and unmerged", packages=("timm",)),
         Case("gates", "a training step under each policy for inactive blocks", packages=("timm",)),

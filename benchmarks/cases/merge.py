@@ -19,6 +19,7 @@ import torch
 import slora
 from benchmarks import counting
 from benchmarks.contenders import memory, merge
+from benchmarks.contenders.peers import Missing
 from benchmarks.record import BenchmarkError, spread
 from benchmarks.settings import COMPARABLE_ROUNDS, DTYPES, Settings
 from benchmarks.timing import ORDER_SEED, first_line, release
@@ -104,9 +105,11 @@ class Contest:
         """What `act` gives; where it raises, `name` leaves."""
         try:
             return act()
+        except Missing as error:
+            state, reason = "skipped", str(error)
         except Exception as error:
-            reason = first_line(error)
-        self.leave(name, "failed", reason)
+            state, reason = "failed", first_line(error)
+        self.leave(name, state, reason)
         return None
 
     def without_times(self, name: str, state: str, reason: str) -> dict[str, Any]:

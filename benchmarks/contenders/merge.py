@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import peft
 import timm
 import torch
 from torch import Tensor, nn
 
 import slora
 from benchmarks.contenders import memory
+from benchmarks.contenders.peers import need
 from benchmarks.settings import DTYPES
 from benchmarks.timing import between_events
 from slora.flops import linear_flops
@@ -76,6 +76,7 @@ class Case:
 
         In 16 bits PEFT would round the update before it adds it: another result.
         """
+        peft = need("peft")
         config = peft.LoraConfig(
             r=self.rank, lora_alpha=self.rank, target_modules=LINEARS, exclude_modules=["patch_embed.proj"]
         )

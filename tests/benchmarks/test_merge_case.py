@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -82,3 +84,12 @@ def test_a_merge_that_is_wrong_or_fails_leaves_and_the_others_are_timed(monkeypa
         assert "seconds" not in rows[name]
     for name in ("copy", "PEFT merge_and_unload", "slora merge_and_unload"):
         assert rows[name]["seconds"]["n"] == 3
+
+
+def test_without_peft_slora_is_timed_and_peft_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(merging.memory, "in_a_process", lambda *arguments: 1.0)
+    rows = {row["contender"]: row for row in merging.measure(Settings("cpu", "tiny"), CEILINGS, VIT, "fp32", 4)}
+    assert "peft cannot be imported" in rows["PEFT merge_and_unload"]["skipped"]
+    assert rows["slora merge_and_unload"]["seconds"]["n"] == 3
+    assert "seconds" not in rows["PEFT merge_and_unload"]
