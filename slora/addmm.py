@@ -117,7 +117,7 @@ def forward(
     y = base(x, weight, bias)
     x_rows = rows(x) if keep is None else rows(x) * keep
     S = x_rows @ stacked(lora_A, active, x.dtype).T
-    y_rows = y.view(-1, y.shape[-1])
+    y_rows = y.view(S.shape[0], y.shape[-1])
     for S_i, y_i, i in zip(blocks_of(S, len(active)), active_columns(y_rows, lora_B, active), active, strict=True):
         y_i.addmm_(S_i, lora_B[i].to(x.dtype).T, alpha=scaling)
     return y, S
@@ -222,7 +222,8 @@ def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def rows(x: Tensor) -> Tensor:
     """Return `x [..., K]` as `[M, K]`."""
-    return x.reshape(-1, x.shape[-1])
+    # No -1, which says nothing where another size is 0.
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def unit_stride(x_rows: Tensor) -> Tensor:
@@ -240,7 +241,7 @@ def fp32_gate(gate: Tensor, threshold: float) -> tuple[Tensor, float]:
 
 def stacked(lora_A: Tensor, active: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return the A matrices of the active blocks on top of each other, `[len(active) * r, K]`."""
-    return chosen(lora_A, active).to(dtype).reshape(-1, lora_A.shape[-1])
+    return chosen(lora_A, active).to(dtype).reshape(len(active) * lora_A.shape[1], lora_A.shape[2])
 
 
 def chosen(matrices: Tensor, active: Sequence[int]) -> Tensor:

@@ -122,7 +122,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed, active)
     check_device(x)
-    compute = forms.forward if x.numel() and kernels_serve(x, gate) else addmm.gated_forward
+    compute = forms.forward if x.numel() and weight.numel() and kernels_serve(x, gate) else addmm.gated_forward
     return compute(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
 
 
@@ -143,7 +143,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy_rows = addmm.rows(dy)
     x_rows = None if x is None else addmm.rows(x)
-    compute = forms.backward if dy.numel() and kernels_serve(dy, gate) else addmm.gated_backward
+    compute = forms.backward if dy.numel() and weight.numel() and kernels_serve(dy, gate) else addmm.gated_backward
     dx, dA, dB, dgate = compute(
         dy_rows, x_rows, weight, lora_A, lora_B, gate, S, threshold, scaling, active, dropout, seed, needs
     )

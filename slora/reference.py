@@ -21,6 +21,7 @@ Every kernel is tested against this file. It is written to be read, not to be fa
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -86,8 +87,9 @@ def selective_lora_linear_backward(
     Shapes: `dy [..., N]`, the rest as in `selective_lora_linear`; each gradient has the shape of its tensor.
     """
     active = (gate >= threshold).to(dy.dtype)
-    x_rows = x.reshape(-1, x.shape[-1])
-    dy_blocks = dy.reshape(-1, *lora_B.shape[:2])
+    M = math.prod(x.shape[:-1])
+    x_rows = x.reshape(M, x.shape[-1])
+    dy_blocks = dy.reshape(M, *lora_B.shape[:2])
     S = torch.einsum("mk,brk->mbr", x_rows, lora_A)
     T = torch.einsum("mbn,bnr->mbr", dy_blocks, lora_B)
     gated_T = T * (scaling * active[:, None])

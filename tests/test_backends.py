@@ -65,9 +65,7 @@ except Exception as error:
     print(type(error).__name__, str(error))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env={**environment, **variables}, capture_output=True, text=True
-    )
+    run = subprocess.run([sys.executable, "-c", code], env={**environment, **variables}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

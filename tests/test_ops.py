@@ -195,6 +195,29 @@ def test_any_number_of_leading_dimensions(
     compare(assert_as_exact_as, t, torch.randn(*rows, 36, device=device))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch", "reference"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("rows", [(5,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize(("K", "N"), [(0, 36), (37, 0), (0, 0)])
+def test_no_inputs_and_no_outputs_have_a_result(
+    rows: tuple[int, ...], K: int, N: int, dropout: float, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("SLORA_BACKEND", backend)
+    t = make(rows, device=device)
+    sizes = {"x": (*rows, K), "weight": (N, K), "bias": (N,), "lora_A": (3, 4, K), "lora_B": (3, N // 3, 4)}
+    t.update({name: torch.randn(*size, device=device) for name, size in sizes.items()})
+    dy = torch.randn(*rows, N, device=device)
+    found = ours(t, dy, dropout=dropout, seed=torch.tensor(3, device=device) if dropout else None)
+    # Every product is a sum of nothing.
+    assert torch.equal(found["y"], t["bias"].expand(*rows, N))
+    torch.testing.assert_close(found["bias"], dy.reshape(math.prod(rows), N).sum(0))
+    for name in ("x", "weight", "lora_A", "lora_B", "gate"):
+        assert torch.equal(found[name], torch.zeros_like(t[name])), name
+
+
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
     "transposed batch": lambda: torch.randn(7, 3, 37).transpose(0, 1),
     "features last but not stride 1": lambda: torch.randn(3, 37, 7).transpose(1, 2),
