@@ -37,6 +37,9 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
     run = case.load()
     # fp32 means fp32: a GPU's TF32 would be another precision under the same name.
     torch.backends.cuda.matmul.fp32_precision = "ieee"
+    # First the older switch, whose readers would otherwise raise.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
     limits = ceilings.measure(settings)
     payload: dict[str, Any] = {
         "environment": environment(settings.device),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from benchmarks.cases import inference, linear, scaling, train_step
 from benchmarks.contenders import layer as layers
 from benchmarks.contenders.step import Step
 from benchmarks.record import BenchmarkError, read_result
-from benchmarks.registry import CASES
+from benchmarks.registry import CASES, Case
 from benchmarks.settings import GRIDS, Settings
 from slora.inject import unload
 
@@ -42,6 +44,29 @@ def test_the_grid_on_a_gpu_begins_with_the_bars_and_the_full_grid_is_whole(monke
     for grid in GRIDS:
         for case in (linear, scaling, train_step, inference):
             assert case.grid(Settings("cuda", grid))
+
+
+def test_fp32_is_exact_in_every_product_of_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def case(settings: Settings, limits: object) -> Iterator[dict[str, Any]]:
+        seen.extend([torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision])
+        # The older switch can still be read: PyTorch raises where the two contradict each other.
+        assert not torch.backends.cudnn.allow_tf32
+        yield {"point": {"i": 0}, "contender": "a"}
+
+    monkeypatch.setattr(Case, "load", lambda self: case)
+    monkeypatch.setattr(ceilings, "measure", lambda settings: {})
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32"
+        running.run_case(Case("own", ""), Settings("cpu", "tiny"), tmp_path)
+    finally:
+        for switch, precision in zip(switches, before, strict=True):
+            switch.fp32_precision = precision
+    assert seen == ["ieee", "ieee"]
 
 
 def test_where_an_adapted_model_computes_something_else_nothing_of_slora_is_timed(
