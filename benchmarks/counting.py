@@ -9,8 +9,10 @@ that a form of the computation has to move through memory, in elements of the ac
     addmm        added in place to y and dx                  + 4 MK +  4 MN
     accumulate   added to the GEMM's accumulator             + 2 MK +    MN
     fused        S and T in the main loops, too              +   MK +    MN
+    concat       forward with W beside B, in memory          +   MK        + 2 NK
     full         the dense weight gradient                   +   MK +    MN + NK
 
+`concat` has no backward. Two forms, as in "concat/addmm", are those of the forward and of the backward.
 Of a call of a whole model `Compulsory` says what is counted.
 """
 
@@ -28,12 +30,14 @@ from slora.flops import count_flops
 
 
 class Extra(NamedTuple):
-    """Elements moved beyond a frozen layer: multiples of MK and MN in the forward and in the backward."""
+    """Elements moved beyond a frozen layer: multiples of MK, MN and NK in the forward and in the backward."""
 
     forward_MK: int
     forward_MN: int
     backward_MK: int
     backward_MN: int
+    forward_NK: int = 0
+    backward_NK: int = 0
 
 
 FORMS = {
@@ -42,7 +46,8 @@ FORMS = {
     "addmm": Extra(1, 2, 3, 2),
     "accumulate": Extra(1, 0, 1, 1),
     "fused": Extra(0, 0, 1, 1),
-    "full": Extra(0, 0, 1, 1),
+    "concat": Extra(1, 0, 0, 0, forward_NK=2),
+    "full": Extra(0, 0, 1, 1, backward_NK=1),
 }
 
 
@@ -52,13 +57,13 @@ def flops(call: Callable[[], Any]) -> int:
 
 
 def bytes_moved(form: str, M: int, N: int, K: int, element: int, share: float = 1.0, backward: bool = True) -> int:
-    """Bytes that `form` has to move; `share` is the active share of the blocks, which scales what touches N."""
-    extra = FORMS[form]
-    on = share > 0
-    elements = (M * K + N * K + M * N) + on * extra.forward_MK * M * K + share * extra.forward_MN * M * N
+    """Bytes that `form` has to move; `share` is the active share of the blocks, which scales what touches MN."""
+    first, last = (FORMS[name] for name in (form.split("/") * 2)[:2])
+    on, frozen = share > 0, M * K + N * K + M * N
+    elements = frozen + on * (first.forward_MK * M * K + first.forward_NK * N * K) + share * first.forward_MN * M * N
     if backward:
-        elements += (M * K + N * K + M * N) + on * extra.backward_MK * M * K + share * extra.backward_MN * M * N
-        elements += N * K if form == "full" else 0
+        elements += frozen + on * (last.backward_MK * M * K + last.backward_NK * N * K)
+        elements += share * last.backward_MN * M * N
     return round(elements * element)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import counting
+from benchmarks.contenders import forms
 from benchmarks.contenders.layer import CONTENDERS, Layer, Problem, Shape, mistake
 from benchmarks.contenders.peers import Missing
 from benchmarks.record import spread
@@ -152,6 +153,7 @@ def checked(layer: Layer, problem: Problem) -> dict[str, Any]:
     outputs = sum(t.nbytes for t in found.values())
     del found, again
     x, dy = problem.xs[0], problem.dys[0]
+    layer.form = forms.taken_by(lambda: layer.trained(x, dy), problem.device) or layer.form
     compiled = hasattr(layer.forward, "_orig_mod")
     result["flops"] = counting.flops(lambda: layer.counted(x, dy)) if not compiled else plain_flops(problem)
     if problem.device == "cuda":

@@ -9,6 +9,8 @@ wanted beside that of `x`. All share one `W`, `b`, `A`, `B`.
     PEFT                  its own layer, one eager kernel after the other
     PEFT, compiled        the same under torch.compile
     addmm function        an autograd function that adds the update in place, in the form that Unsloth uses
+
+slora's backend `reference` is not among them: it judges the others, and nobody who asks for speed would choose it.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ class Layer:
     forward: Callable[[Tensor], Tensor]
     parameters: dict[str, Tensor]
     form: str
-    """What it moves through memory: a key of `counting.FORMS`."""
+    """What it moves through memory, as `counting.bytes_moved` takes it; of slora's kernels known after a call."""
     updates: bool = True
     """Whether the low-rank update is part of it."""
     around: Callable[[], Any] = field(default=lambda: _nothing())
@@ -218,8 +220,7 @@ def with_slora(backend: str) -> Callable[[Problem], Layer]:
             layer.lora_B.copy_(problem.B)
             layer.gate.copy_(problem.gate)
         parameters = {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "gate": layer.gate}
-        kernels = backend == "triton" or (backend == "auto" and problem.device == "cuda")
-        return Layer(layer, parameters, "fused" if kernels else "addmm", around=lambda: _backend(backend))
+        return Layer(layer, parameters, "addmm", around=lambda: _backend(backend))
 
     return build
 

@@ -48,6 +48,15 @@ def test_bytes_beyond_a_frozen_layer_are_those_of_the_table() -> None:
     assert counting.bytes_moved("full", M, N, K, 2) - frozen == 2 * (M * K + M * N + N * K)
 
 
+def test_the_concatenated_form_reads_and_writes_the_weight_once_more() -> None:
+    # Forward: W and a wider copy of it, x for S, and the base product; backward: x, dx three times, dy three times, W.
+    forward = (N * K + N * K) + M * K + (M * K + N * K + M * N)
+    backward = (M * N + N * K + M * K) + 2 * M * K + M * K + 2 * M * N
+    assert counting.bytes_moved("concat", M, N, K, 2, backward=False) == 2 * forward
+    assert counting.bytes_moved("concat/addmm", M, N, K, 2) == 2 * (forward + backward)
+    assert counting.bytes_moved("concat/addmm", M, N, K, 2, share=0.0) == counting.bytes_moved("frozen", M, N, K, 2)
+
+
 def test_an_inactive_layer_moves_what_a_frozen_one_does() -> None:
     for form in ("addmm", "fused"):
         assert counting.bytes_moved(form, M, N, K, 2, share=0.0) == counting.bytes_moved("frozen", M, N, K, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -69,6 +71,38 @@ def test_a_contender_restores_the_backend_that_was_chosen(monkeypatch: pytest.Mo
     problem = Problem(SHAPES[0], "cpu", sets=1)
     CONTENDERS["slora, torch"](problem).trained(problem.xs[0], problem.dys[0])
     assert os.environ["SLORA_BACKEND"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "form"),
+    [("fused", "fused", "fused"), ("concat", "addmm", "concat/addmm"), ("accumulate", "fused", "accumulate/fused")],
+)
+def test_bytes_are_those_of_the_forms_that_were_chosen(
+    first: str, last: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `auto` would have it on a GPU: the layer looks its forms up, and PyTorch calls stand in for them."""
+    from benchmarks import counting
+    from benchmarks.cases.linear import measure
+    from benchmarks.settings import Settings
+    from slora import addmm, forms, ops
+
+    def runs(operation: str, name: str, compute: Any) -> Any:
+        def run(rows: torch.Tensor, *args: Any) -> Any:
+            shape = forms.Shape(operation, 12, 18, 1, 1, 3, rows.dtype, rows.dtype, None, ())
+            return forms._run(shape, rows, lambda: [forms.Form(name)], lambda form: compute(rows, *args))
+
+        return run
+
+    monkeypatch.setattr(ops, "kernels_serve", lambda *args: True)
+    monkeypatch.setattr(forms, "forward", runs("forward", first, addmm.gated_forward))
+    monkeypatch.setattr(forms, "backward", runs("input gradient", last, addmm.gated_backward))
+    monkeypatch.setattr(forms, "_chosen", {})
+    settings = Settings("cpu", "tiny")
+    ceilings = {"gemm_flops_per_s": {"fp32": 1e9}, "copy_bytes_per_s": 1e8}
+    (row,) = measure(SHAPES[0], settings, ceilings, {"slora, torch"})
+    assert row["form"] == form
+    assert row["bytes"] == counting.bytes_moved(form, 7, 18, 12, 4)
+    assert row["percent_of_copy"] == pytest.approx(100 * row["bytes"] / row["forward_backward"]["median"] / 1e8)
 
 
 def test_active_blocks_are_spread_and_as_many_as_asked() -> None:
