@@ -80,7 +80,8 @@ def environ_of(dry: bool, scratch: Path) -> dict[str, str]:
     environ = {
         **os.environ,
         "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
+        # Written once for all parts: what torch imports takes seconds to compile.
+        "PYTHONPYCACHEPREFIX": str(scratch / "pyc"),
         "SLORA_CACHE": str(scratch / "choices"),
         "TRITON_CACHE_DIR": str(scratch / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
@@ -88,6 +89,7 @@ def environ_of(dry: bool, scratch: Path) -> dict[str, str]:
     }
     # The parts choose the backend themselves.
     environ.pop("SLORA_BACKEND", None)
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if not environ.get("CUDA_HOME") and Path("/usr/local/cuda").exists():
         environ["CUDA_HOME"] = "/usr/local/cuda"
     if dry:

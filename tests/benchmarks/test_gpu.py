@@ -48,6 +48,15 @@ def test_a_command_is_cut_at_its_limit_with_all_it_has_started(proof: process.Pr
     assert "here" in (proof.out / "gpu.log").read_text()
 
 
+def test_parts_share_the_bytecode_of_what_they_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (tmp_path / "own.py").write_text("")
+    proof = process.Proof(tmp_path, True, False, process.environ_of(True, tmp_path / "scratch"))
+    proof.call([sys.executable, "-c", "import own"], 60.0, PYTHONPATH=str(tmp_path))
+    found = [path.parent for path in tmp_path.rglob("own.*.pyc")]
+    assert found == [tmp_path / "scratch" / "pyc" / tmp_path.relative_to("/")]
+
+
 def test_a_proof_that_is_terminated_ends_what_it_runs_and_keeps_what_it_has(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", str(tmp_path), "--parts", "linear"]
     with subprocess.Popen(command, cwd=process.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
