@@ -25,6 +25,10 @@ ROOT = Path(__file__).parents[2]
 NONE = f"{NOT_MEASURED.capitalize()}."
 # Devices that the bars are set for come first, whether they were measured or not.
 DEVICES = ("cpu", "nvidia-h200")
+# What a table or a figure takes from the points of a case.
+LAYER = {"K", "N", "M", "r", "active", "dtype"}
+STEP = {"model", "batch", "r", "precision", "mode"}
+POINTS = {"linear": LAYER, "scaling": LAYER | {"curve"}, "train_step": STEP, "train_memory": {"precision"}}
 
 
 def all_results(root: Path = ROOT) -> dict[str, dict[str, dict[str, Any]]]:
@@ -34,10 +38,28 @@ def all_results(root: Path = ROOT) -> dict[str, dict[str, dict[str, Any]]]:
     for path in sorted(folder.iterdir()) if folder.exists() else ():
         if path.is_dir() and (results := results_in(path)):
             found[path.name] = results
+            for case, result in results.items():
+                require_points(path / f"{case}.json", result)
             if "scaling" in results:
                 # Older files have predictions from the frozen time of each point alone.
                 scaling.predict(results["scaling"]["rows"], results["scaling"]["ceilings"])
     return found
+
+
+def require_points(path: Path, result: dict[str, Any]) -> None:
+    """Refuse a result that this page cannot show.
+
+    Raises:
+        BenchmarkError: it is of an unknown case, has no rows or no ceilings, or a point lacks what the case has.
+    """
+    case = result["case"]
+    if case not in CASES:
+        raise BenchmarkError(f"{path} is of the unknown case {case!r}; there are {', '.join(CASES)}; remove it")
+    lacking = sorted({key for row in result["rows"] for key in POINTS.get(case, set()) - row["point"].keys()})
+    lacking = [f"{key} in a point" for key in lacking] + ["rows"] * (not result["rows"])
+    lacking += ["ceilings"] * (case == "scaling" and not result.get("ceilings"))
+    if lacking:
+        raise BenchmarkError(f"{path} is damaged: it lacks {', '.join(lacking)}; run the case {case!r} again")
 
 
 def filled(readme: str, root: Path = ROOT) -> str:
@@ -143,6 +165,9 @@ python -m benchmarks gpu                                       # the proof on a 
 | this page and the figures | `report/` |
 | the bars | `bars.toml` |
 | the proof on a GPU | `gpu.py` (its order and table), `proof/` (its parts) |
+
+In bf16 PEFT's adapters are bf16, which is its fastest form, and slora's are fp32. PEFT's merge is the exception: its
+adapters are fp32 there, as slora's are.
 
 A bar's brackets are the least and the greatest ratio that the 20th and 80th percentiles of its two times give. What
 `compare` calls moved, a rank test on the repetitions of both runs tells from chance; five in each can show it, three

@@ -256,6 +256,22 @@ def test_a_damaged_file_of_the_demo_is_named(tmp_path: Path) -> None:
             page.filled(TEXT, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("case", "rows", "message"),
+    [
+        ("lineal", _linear_rows(), "is of the unknown case 'lineal'; there are linear, train_step"),
+        ("linear", [{"point": {"M": 1}, "contender": "a"}], "lacks K in a point, N in a point, active in a point"),
+        ("train_step", [], "lacks rows; run the case 'train_step' again"),
+    ],
+)
+def test_a_result_that_the_page_cannot_show_is_named(
+    case: str, rows: list[dict[str, Any]], message: str, tmp_path: Path
+) -> None:
+    _write(tmp_path, _result(case, rows))
+    with pytest.raises(BenchmarkError, match=rf"{case}.json .*{message}"):
+        page.page(tmp_path)
+
+
 def test_nothing_is_written_where_one_text_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("no marks")
     with pytest.raises(BenchmarkError):
