@@ -55,6 +55,9 @@ def lines(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     found = [f"{before['case']}: {' -> '.join(runs)}", *_machines(before, after)]
     old, new = _by_key(before), _by_key(after)
     both = [(key, old[key], new[key]) for key in old if key in new]
+    if not both:
+        own = [f"{name}: {_spelled(file)}" for name, file in (("before", old), ("after", new))]
+        return [*found, "nothing could be compared: the files have no measurement in common", *own]
     changes = [change for key, a, b in both for change in _changes(" ".join(key), a, b)]
     changes.sort(reverse=True)
     states = [f"{' '.join(key)}: {text}" for key, a, b in both for text in _states(a, b)]
@@ -154,6 +157,14 @@ def _by_key(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
         point = json.dumps(row["point"], sort_keys=True)
         keys[point.strip("{}").replace('"', ""), row["contender"]] = row
     return keys
+
+
+def _spelled(keys: Mapping[tuple[str, str], Any]) -> str:
+    """The points of a file and their contenders."""
+    points: dict[str, list[str]] = {}
+    for point, contender in keys:
+        points.setdefault(point, []).append(contender)
+    return "; ".join(f"{point} ({', '.join(names)})" for point, names in points.items()) or "no measurements"
 
 
 def _relative(a: Any, b: Any) -> float:

@@ -53,6 +53,15 @@ def test_where_nothing_changed_no_more_is_named_than_the_share_that_is_stated(ro
     assert named <= expected + 3 * expected**0.5
 
 
+def test_files_with_nothing_in_common_are_said_to_be_so() -> None:
+    other = {**_row("b", 1, 1, 1), "point": {"M": 2, "r": 4}}
+    lines = compare.lines(_file([_row("a", 1, 1, 1), _row("b", 1, 1, 1)]), _file([other]))
+    assert lines[1:] == [
+        "nothing could be compared: the files have no measurement in common", "before: M: 1 (a, b)",
+        "after: M: 2, r: 4 (b)",
+    ]  # fmt: skip
+
+
 def test_a_real_change_is_named_and_one_below_the_least_is_not() -> None:
     before = _times(1.0, 50, 5, 1, noise=0.02)
     lines = compare.lines(before, _times(1.3, 50, 5, 2, noise=0.02))
