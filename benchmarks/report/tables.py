@@ -14,6 +14,10 @@ COMPULSORY = (
 )
 # Of the update's predicted time; beyond, the model of costs says nothing about it.
 FAR_OFF = 0.5
+IN_PLACE = (
+    '* A merge in place reads and writes one buffer, "copying once" reads one and writes another. On a CPU a copy is '
+    'therefore no lower limit: "over copy" may be below 1, and "% copy", part of the ceiling of such a copy, over 100.'
+)
 # The key of a point that a curve of `scaling` runs along.
 CURVES = {"active": "active", "rank": "r", "tokens": "M"}
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
@@ -208,6 +212,7 @@ def case_table(result: dict[str, Any]) -> str:
     used = [i for i in range(2 + len(heads)) if i < 2 or any(row[i] != "-" for row in body)]
     text = table([["point", "", *heads][i] for i in used], [[row[i] for i in used] for row in body])
     notes = [COMPULSORY] * any("compulsory_bytes" in row for row in result["rows"])
+    notes += [IN_PLACE] * (result["case"] == "merge" and result.get("device") == "cpu")
     notes += _where_the_model_fails(result)
     notes += [f"* {reason} ({len(where)} of {len(points(result))} points)" for reason, where in left_out.items()]
     return "\n\n".join([text] + (["\n".join(notes)] if notes else []))
