@@ -32,8 +32,8 @@ def gated_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return `(y [..., N], S [M, slots * r])` as `torch.ops.slora.selective_linear` states them.
 
-    Where nobody on the host knows the active blocks (`active` None on a GPU), all are computed, with B = 0 for the
-    inactive ones.
+    Where nobody on the host knows the active blocks (`active` None on a GPU), all are computed, with A = B = 0 for
+    the inactive ones.
     """
     blocks, r, in_features = lora_A.shape
     M = math.prod(x.shape[:-1])
@@ -41,8 +41,8 @@ def gated_forward(
     scaling = scaling * counter.rescaling(dropout)
     present = known_active(gate, threshold, active)
     if present is None:
-        gated_B = lora_B * (gate >= threshold).to(lora_B.dtype)[:, None, None]
-        return forward(x, weight, bias, lora_A, gated_B, range(blocks), scaling, keep)
+        on = gate >= threshold
+        return forward(x, weight, bias, gated(lora_A, on), gated(lora_B, on), range(blocks), scaling, keep)
     y, S = forward(x, weight, bias, lora_A, lora_B, present, scaling, keep)
     if active is None and len(present) < blocks:
         S = scattered(S.view(M, len(present), r).transpose(0, 1), blocks, present)
@@ -72,15 +72,12 @@ def gated_backward(
     scaling = scaling * counter.rescaling(dropout)
     present = known_active(gate, threshold, active)
     if present is None:
-        on = (gate >= threshold).to(lora_B.dtype)[:, None, None]
-        need_B = [needs[0], needs[1], needs[2] or needs[3], False]
-        dx, dA, dB, dgate = backward(
-            dy, x, weight, lora_A, lora_B * on, S, range(blocks), scaling, need_B, keep
-        )  # fmt: skip
-        if dB is not None:
-            dB = dB * on
-            dgate = (dB * lora_B).sum((1, 2)) if needs[3] else None
-        return dx, dA, dB if needs[2] else None, dgate
+        on = gate >= threshold
+        A, B = gated(lora_A, on), gated(lora_B, on)
+        dx, *gradients = backward(dy, x, weight, A, B, S, range(blocks), scaling, needs, keep)
+        # Again, because 0 times what is not finite in x or dy is not 0.
+        dA, dB, dgate = (None if gradient is None else gated(gradient, on) for gradient in gradients)
+        return dx, dA, dB, dgate
     if active is None and len(present) < blocks and S.dim() == 2:
         S = S.view(M, blocks, r)[:, present].reshape(M, len(present) * r)
     return backward(dy, x, weight, lora_A, lora_B, S, present, scaling, needs, keep)
@@ -93,6 +90,11 @@ def known_active(gate: Tensor, threshold: float, active: Sequence[int] | None) -
     if gate.device.type == "cpu":
         return [i for i, on in enumerate((gate >= threshold).tolist()) if on]
     return None
+
+
+def gated(values: Tensor, on: Tensor) -> Tensor:
+    """Return `values [blocks, ...]` with 0 in place of the blocks that are not `on [blocks]`, whatever they hold."""
+    return torch.where(on.view(-1, *(1,) * (values.dim() - 1)), values, 0)
 
 
 def _mask(M: int, K: int, dropout: float, seed: Tensor | None, dtype: torch.dtype) -> Tensor | None:

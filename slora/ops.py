@@ -102,8 +102,10 @@ def _reference(
         keep = kept(math.prod(x.shape[:-1]), x.shape[-1], dropout, seed, x.dtype)
         x_lora = x * keep.view(x.shape) * rescaling(dropout)
     # The gate keeps its dtype: rounded to that of x, a score next to the threshold would change sides.
-    gate = torch.where(gate >= threshold, gate, gate.detach())
-    A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+    on = gate >= threshold
+    gate = torch.where(on, gate, gate.detach())
+    # What inactive blocks hold is not read: 0 times infinity is not 0.
+    A, B = addmm.gated(lora_A, on).to(x.dtype), addmm.gated(lora_B, on).to(x.dtype)
     return reference.selective_lora_linear(x, weight, bias, A, B, gate, threshold, scaling, x_lora).to(x.dtype)
 
 

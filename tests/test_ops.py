@@ -297,6 +297,33 @@ def test_a_graph_that_reads_the_gates_on_the_device_computes_the_same(
     compare(assert_as_exact_as, t, torch.randn(123, 36, device=device))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("given", ["listed", "from gates", "on the device"])
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no dropout", "dropout"])
+def test_what_inactive_blocks_hold_is_never_read(
+    dropout: float, backend: str, given: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("SLORA_BACKEND", backend)
+    if given == "on the device":
+        monkeypatch.setattr(addmm, "known_active", lambda gate, threshold, active: None)
+    t = make((17,), active="some", device=device)
+    dy = torch.randn(17, 36, device=device)
+    seed = torch.tensor(3, device=device) if dropout else None
+    more = {"active": [0, 2] if given == "listed" else None, "dropout": dropout, "seed": seed}
+    wanted = ours(t, dy, **more)
+    for name, value in (("lora_A", math.nan), ("lora_B", math.inf)):
+        t[name][1] = value
+    for name, value in ours(t, dy, **more).items():
+        assert torch.equal(value, wanted[name]), name
+    assert not any(wanted[name][1].any() for name in ("lora_A", "lora_B", "gate"))
+    # Nor is 0 times what is not finite in dy a gradient.
+    found = ours(t, torch.full_like(dy, math.inf), **more)
+    assert not any(found[name][1].any() for name in ("lora_A", "lora_B", "gate"))
+
+
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_gradients_agree_with_finite_differences(blocks: int) -> None:
     t = leaves(make((4,), 5, 6, blocks, 2, dtype=torch.float64))
