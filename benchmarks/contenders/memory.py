@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import re
-from collections.abc import Callable
-from contextlib import suppress
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,20 +32,35 @@ def in_a_process(measure: Callable[..., float], *arguments: Any) -> float:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, torch.get_num_threads(), measure, arguments))
-    process.start()
-    # Only the process holds its end now, so that its death ends the wait.
-    sender.close()
     try:
+        with _interrupts_blocked():
+            process.start()
+        # Only the process holds its end now, so that its death ends the wait.
+        sender.close()
         value, missing, failed = receiver.recv()
     except EOFError:
         value, missing, failed = None, None, "it has ended without an answer"
-    process.join()
-    receiver.close()
+    except BaseException:
+        process.kill()
+        raise
+    finally:
+        process.join()
+        receiver.close()
     if missing is not None:
         raise Missing(missing)
     if failed is not None:
         raise BenchmarkError(f"the process that measures memory, exit code {process.exitcode}: {failed}")
     return float(value)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Ctrl-C reaches a whole group: a process that is started here leaves it, and what to say, to this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _answer(sender: Connection, threads: int, measure: Callable[..., float], arguments: tuple[Any, ...]) -> None:

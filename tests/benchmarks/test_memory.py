@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 
 from benchmarks.contenders import memory
 from benchmarks.contenders.peers import Missing
+from benchmarks.proof.process import ROOT
 from benchmarks.record import BenchmarkError
 
 
@@ -28,6 +32,11 @@ def _dies() -> float:
     os._exit(7)
 
 
+def _is_interrupted() -> float:
+    os.kill(os.getpid(), signal.SIGINT)
+    return 1.0
+
+
 def _raises(error: Exception) -> float:
     raise error
 
@@ -42,6 +51,29 @@ def test_memory_is_what_a_call_adds_in_a_process_that_has_imported_what_all_impo
 def test_a_process_that_dies_is_named_with_its_exit_code() -> None:
     with pytest.raises(BenchmarkError, match="exit code 7: it has ended without an answer"):
         memory.in_a_process(_dies)
+
+
+def test_the_process_leaves_an_interrupt_to_the_one_that_waits() -> None:
+    assert memory.in_a_process(_is_interrupted) == 1.0
+
+
+def test_an_interrupt_ends_the_process_without_a_word_of_its_own() -> None:
+    program = (
+        "import sys, time\nfrom benchmarks.contenders import memory\nprint('here', flush=True)\n"
+        "try: memory.in_a_process(time.sleep, 300)\nexcept KeyboardInterrupt: sys.exit('interrupted')"
+    )
+    run = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, start_new_session=True, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    with run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "here\n"
+        # Time to begin its imports, or to be asleep: it ends alike.
+        time.sleep(3.0)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.communicate(timeout=60)[1] == "interrupted\n"
+    assert run.returncode == 1
 
 
 @pytest.mark.slow
