@@ -1,11 +1,13 @@
 """The kernels beside the two GEMMs with every configuration of `kernels/narrow_configs.py`, to be compiled.
 
 Each is compiled in the most demanding cases that it serves: A and B are fp32 and nothing is known of the rank; where a
-kernel reads rows that are aligned in another way than others ("elements"), it is compiled for both.
+kernel reads rows that are aligned in another way than others ("elements"), it is compiled for both. What reads aligned
+rows is compiled once more for sizes that all are multiples of 16, as in most models: that is other code.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -28,9 +30,11 @@ _DTYPES = {"bf16": tl.bfloat16, "fp32": tl.float32}
 def narrow_variants(part: int, precisions: Sequence[configs.Precision] = PRECISIONS) -> Iterator[Variant]:
     """Yield every case of one kind of GPU; kernels without products come with the exact precision."""
     for precision in precisions:
-        yield from _weight_gradients(part, precision)
-        yield from _skinny(part, precision)
-        yield from _probes(part, precision)
+        for variant in (*_weight_gradients(part, precision), *_skinny(part, precision), *_probes(part, precision)):
+            yield variant
+            if "elements" not in variant.label and variant.kernel is not gate_probe._probe_table:
+                unknown = frozenset(variant.kernel.do_not_specialize)
+                yield dataclasses.replace(variant, label=f"all % 16 == 0, {variant.label}", unaligned=unknown)
     if "ieee" in precisions:
         yield from _others(part)
 

@@ -18,16 +18,19 @@ from slora.kernels.linear_backward import linear_backward
 from slora.kernels.linear_forward import linear_forward
 
 _INTEGERS = ("drop", "M", "N", "K", "n", "r", "blocks", "slots", "stride_x", "stride_dy", "stride_w")
-# What Triton is told not to look at (`do_not_specialize`), so nothing is known of it, and the rank.
-_ANY = frozenset({"drop", "M", "r", "blocks", "slots"})
+# What Triton is told not to look at (`do_not_specialize`), so nothing is known of it.
+_UNKNOWN = frozenset({"drop", "M", "blocks", "slots"})
 
 
 def gemm_variant(
     kernel: configs.Kernel, part: int, access: configs.Access, precision: configs.Precision, form: configs.Form, R: int,
-    tile: configs.Gemm, one_block: bool, unit: int,
+    tile: configs.Gemm, one_block: bool, unit: int, even: bool = False,
 ) -> Variant:  # fmt: skip
-    """Return `linear_forward` or `linear_backward` in the most demanding case: a bias, fp32 A and B, and no more known
-    of its numbers than holds for every shape that the configuration serves."""
+    """Return `linear_forward` or `linear_backward` with a bias and fp32 A and B, which asks for the most.
+
+    No more is known of its numbers than holds for every shape that the configuration serves; or, where they are `even`,
+    that all are multiples of 16, as in most models, for which the compiler makes other code.
+    """
     element = "bf16" if precision == "16-bit" else "fp32"
     given, dropout, bulk = form.startswith("given"), "dropout" in form, access == "bulk"
 
@@ -55,12 +58,13 @@ def gemm_variant(
     return Variant(
         kernel=linear_forward if kernel == "forward" else linear_backward,
         part=part,
-        label=f"{access}, {precision}, {form}, R={R}, {'r % 4 == 0' if unit > 1 else 'any r'}, {tile}, "
+        label=f"{access}, {precision}, {form}, R={R}, "
+        f"{'all % 16 == 0' if even else 'r % 4 == 0' if unit > 1 else 'any r'}, {tile}, "
         f"{'one block' if one_block else 'several blocks'}",
         types=types,
         constants=constants,
         options=tile.options(),
-        unaligned=_ANY if access == "vectors" else frozenset(_INTEGERS),
+        unaligned=_UNKNOWN if even else _UNKNOWN | {"r"} if access == "vectors" else frozenset(_INTEGERS),
         tensor_cores=precision != "ieee",
         described=described if bulk else (),
         stores_described=bulk,
@@ -77,12 +81,21 @@ def gemm_variants(kernel: configs.Kernel, part: int) -> Iterator[Variant]:
             if form == "given, dropout" and kernel == "forward":
                 continue
             for R in row.ranks:
-                for tile in dict.fromkeys(row.candidates + (row.odd or ())):
-                    unit = 1 if row.odd is None or tile in row.odd else configs.UNIT
+                for tile, unit, even in _sizes(row):
                     for one_block in (True, False) if row.one_block else (False,):
                         # The input gradient of a given T is one code for any number of blocks.
                         if not (one_block and kernel == "backward" and form.startswith("given")):
-                            yield gemm_variant(kernel, part, row.access, row.precision, form, R, tile, one_block, unit)
+                            yield gemm_variant(
+                                kernel, part, row.access, row.precision, form, R, tile, one_block, unit, even
+                            )
+
+
+def _sizes(row: configs.Row) -> Iterator[tuple[configs.Gemm, int, bool]]:
+    """Each tile of the row with what may be known of the rank and of all sizes."""
+    for tile in dict.fromkeys(row.candidates + (row.odd or ())):
+        yield tile, 1 if row.odd is None or tile in row.odd else configs.UNIT, False
+    if row.access != "elements":
+        yield from ((tile, configs.UNIT, True) for tile in row.candidates)
 
 
 def main(kernel: str, part: int) -> None:
