@@ -8,6 +8,9 @@ of x in the forward (only they are kept until the backward), and `gate_probe` fi
 
 A program owns a few sampled rows and a block, computes S and T of both in fp32 and leaves one number; the numbers of a
 block are added in a fixed order. There are no atomics. Nothing of an active block is read.
+
+The library itself probes a layer at a time (`slora.probe` says why); several are for callers outside of autograd, and
+not for CUDA graphs, because the table of layers comes from the host.
 """
 
 from __future__ import annotations

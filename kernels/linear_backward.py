@@ -218,7 +218,8 @@ def plan(dy: Tensor, W: Tensor, A: Tensor, given: bool, dropout: bool) -> config
     n = W.shape[0] // blocks
     ends = n * blocks if given else n
     part = launch.part(dy.device)
-    choice = configs.gemm("backward", part, *launch.access(dy, W, multiple=ends), r, K, given, dropout)
+    even = K * dy.element_size() % 16 == 0
+    choice = configs.gemm("backward", part, *launch.access(dy, W, multiple=ends, others=even), r, K, given, dropout)
     # A tile that the copy engine brings must not reach over the end of a block.
     fit = tuple(tile for tile in choice.candidates if given or blocks == 1 or n % tile.BK == 0)
     if fit or choice.access != "bulk":

@@ -10,7 +10,8 @@
 All of them leave the same S and T, so that forward and backward may take different ones. `concat` multiplies x and c S
 side by side with W and B side by side, where the producer of x left room behind its rows (`slora.room`). dA, dB and the
 gates' gradients are one pass over x and dy (`slora.kernels.weight_gradients`), or cuBLAS products where those are
-faster.
+faster. Under torch.compile and in CUDA graphs, where only the device knows which blocks are active, the first two alone
+skip the others there, and are the only candidates.
 """
 
 from __future__ import annotations
@@ -116,8 +117,8 @@ def forward(
         )
 
     def candidates() -> list[Form]:
-        others = [Form("addmm"), Form("concat")] if wide is not None else [Form("addmm")]
-        return _gemm_forms(linear_forward.plan, x_rows, W, A, dropout) + others
+        others = [Form("addmm")] + [Form("concat")] * (wide is not None)
+        return _gemm_forms(linear_forward.plan, x_rows, W, A, dropout) + others * _vendor_serves(active, x_rows)
 
     wide = room.widened(x_rows, slots * lora_A.shape[1])
     present = {"bias": bias is not None, "dropout": dropout > 0, "room": wide is not None}
@@ -189,7 +190,7 @@ def _input_gradient(
 
     def candidates() -> list[Form]:
         # cuBLAS would need the update in memory, to mask it.
-        others = [] if dropout else [Form("addmm")]
+        others = [Form("addmm")] * (not dropout and _vendor_serves(active, dy))
         return _gemm_forms(linear_backward.plan, dy, W, A, dropout) + others
 
     shape = _shape("input gradient", dy, W, A, B, slots, {"dropout": dropout > 0})
@@ -218,7 +219,7 @@ def _weight_gradients(
         return forms + ([Form("addmm")] if active is not None and not dropout else [])
 
     operation = f"weight gradients {''.join('01'[need] for need in needs)}"
-    options = {"dropout": dropout > 0, "listed": active is not None, "unaligned x": not _aligned(x)}
+    options = {"dropout": dropout > 0, "listed": active is not None, _alignment("x", x): True}
     shape = _shape(operation, dy, None, A, B, slots, options)
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = _run(shape, dy, candidates, compute)
     return gradients
@@ -234,6 +235,17 @@ def _gemm_forms(plan: Callable[..., Any], rows: Tensor, weight: Tensor, A: Tenso
         if given or A.shape[1] <= configs.MAX_FUSED_RANK:
             forms += [Form(name, config) for config in plan(rows, weight, A, given, dropout > 0.0).candidates]
     return forms
+
+
+def _vendor_serves(active: Sequence[int] | None, rows: Tensor) -> bool:
+    """Whether forms of cuBLAS are candidates. Where only the device knows the active blocks they compute every one.
+
+    A choice made while all are active would then cost the update of every block after most have been switched off.
+    Exact products of fp32 are an exception, for which our tiles are slow.
+    """
+    from slora.kernels import launch
+
+    return active is not None or launch.kind(rows.dtype) == "ieee"
 
 
 # What was chosen before, so that a call does not build the candidates anew.
@@ -271,8 +283,8 @@ def _shape(
     operation: str, rows: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, slots: int, options: Mapping[str, bool]
 ) -> Shape:
     blocks, r, K = A.shape
-    words = [name for name, there in options.items() if there]
-    words += [f"unaligned {name}" for name, t in (("rows", rows), ("W", weight), ("A", A[0])) if not _aligned(t)]
+    words = [name for name, there in options.items() if name and there]
+    words += [word for name, t in (("rows", rows), ("W", weight), ("A", A[0])) if (word := _alignment(name, t))]
     precision = torch.backends.cuda.matmul.fp32_precision if rows.dtype == torch.float32 else None
     # "none" is PyTorch's default, which is exact.
     precision = "ieee" if precision == "none" else precision
@@ -280,12 +292,15 @@ def _shape(
     return Shape(operation, K, N, blocks, slots, r, rows.dtype, A.dtype, precision, tuple(words))
 
 
-def _aligned(matrix: Tensor | None) -> bool:
-    """Whether rows begin at multiples of 16 bytes and do not overlap, as the copy engine wants."""
+def _alignment(name: str, matrix: Tensor | None) -> str:
+    """What keeps the copy engine ("unaligned") or the compiler ("uneven") from reading 16 bytes at a time, or ''."""
     if matrix is None:
-        return True
+        return ""
     stride = matrix.stride(0)
-    return matrix.data_ptr() % 16 == 0 and stride * matrix.element_size() % 16 == 0 and stride >= matrix.shape[1]
+    if matrix.data_ptr() % 16 or stride * matrix.element_size() % 16 or stride < matrix.shape[1]:
+        return f"unaligned {name}"
+    # Numbers of which Triton is told that they are multiples of 16.
+    return f"uneven {name}" if stride % 16 else ""
 
 
 def _present(

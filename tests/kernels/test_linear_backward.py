@@ -106,6 +106,17 @@ def test_rows_may_be_far_apart_or_all_the_same(
             assert_as_exact_as(ours, eager, exact)
 
 
+def test_a_weight_of_odd_width_may_have_aligned_rows(
+    dtype: torch.dtype, make_problem: Callable[..., Any], assert_as_exact_as: Callable[..., None]
+) -> None:
+    p = make_problem(40, 51, 48, 1, 8, "all", dtype)
+    wide = torch.full((48, 64), float("nan")).to(p.W)
+    wide[:, :51] = p.W
+    p.W = wide[:, :51]
+    for ours, eager, exact in zip(run(p, 1), p.backward(dtype, 1), p.backward(torch.float64, 1), strict=True):
+        assert_as_exact_as(ours, eager, exact)
+
+
 def test_an_element_of_dy_may_lie_beyond_2_to_the_31(
     make_problem: Callable[..., Any], assert_as_exact_as: Callable[..., None]
 ) -> None:

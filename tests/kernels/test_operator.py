@@ -144,8 +144,10 @@ def test_every_form_computes_the_same(
     dy = torch.randn(37, 36, device=device).to(dtype)
     found = ours(given, dy, active=[0, 2] if listed else None, dropout=p, seed=seed)
     compare(assert_as_exact_as, given, dy, found, mask)
+    # Where the host does not know the active blocks, forms of cuBLAS are for exact products of fp32 alone.
+    offered = listed or dtype == torch.float32 or form in ("fused", "accumulate")
     no_gradient = form == "concat" or (form == "addmm" and p)
-    assert taken[:2] == [form, "fused" if no_gradient else form]
+    assert taken[:2] == [form if offered else "fused", "fused" if no_gradient or not offered else form]
 
 
 def test_ranks_above_those_of_the_fused_kernel(device: torch.device, assert_as_exact_as: Any) -> None:
