@@ -151,7 +151,7 @@ bf16, M = {payload["M"]}, r = {payload["r"]}, all active, one block, on an H200 
 and {tera["bytes_per_s"]:.1f} TB/s ({payload["ceilings"]["source"]}). FLOPs are those executed, with S and T once per
 tile. A kernel is predicted to take the larger of its two quotients; loads, stores and products overlap less than that
 in truth. "Over frozen" is forward, input gradient and weight gradients over forward and input gradient of a frozen
-layer, predicted in the same way; the bar is for the same quotient, measured.
+layer, predicted in the same way; the bar is for the same quotient, measured. {_beyond(payload["shapes"])}
 
 {table(_SHAPE_HEADS, shapes)}
 
@@ -171,6 +171,15 @@ its reduction, S and T by themselves, the gate probe. "Columns" are those of S o
 
 {table(_NARROW_HEADS, others)}
 """
+
+
+def _beyond(shapes: Sequence[dict[str, Any]]) -> str:
+    """Which bars lie below what is predicted."""
+    bars = [shape for shape in shapes if shape["bar_over_frozen"] is not None]
+    names = [f"{s['K']} → {s['N']}" for s in bars if s["predicted_over_frozen"] > s["bar_over_frozen"]]
+    return (
+        f"{len(names)} of {len(bars)} bars lie below what is predicted: those of {', '.join(names)}." if names else ""
+    )
 
 
 _COUNTS = (("flops", 1e12), ("bytes", 1e9), ("l2_bytes", 1e9))
