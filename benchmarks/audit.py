@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 from benchmarks.ceilings import Ceilings, on_record
-from benchmarks.compiled import Report, compiled, faults
+from benchmarks.compiled import Report, Variant, compiled, faults
 from benchmarks.narrow_variants import narrow_variants
 from benchmarks.record import environment, source, write_result
 from benchmarks.report.tables import table
@@ -96,16 +98,24 @@ def of_shape(K: int, N: int, bar: float | None, limits: Ceilings) -> dict[str, A
 
 
 def compile_all(parts: Sequence[int]) -> list[dict[str, Any]]:
-    """Compile every configuration; one entry per variant, with what is wrong with it."""
+    """Compile every configuration, the kinds of GPU side by side; one entry per variant, with what is wrong with it."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        return [entry for entries in pool.map(_compile_part, parts) for entry in entries]
+
+
+def variants_of(part: int) -> Iterator[Variant]:
+    """Everything that is compiled for one kind of GPU."""
+    return itertools.chain(*(gemm_variants(kernel, part) for kernel in GEMMS), narrow_variants(part))
+
+
+def _compile_part(part: int) -> list[dict[str, Any]]:
     entries = []
-    for part in parts:
-        gemms = (gemm_variants(kernel, part) for kernel in GEMMS)
-        for variant in itertools.chain(*gemms, narrow_variants(part)):
-            report = compiled(variant)
-            wrong = faults(variant, report, configs.SHARED_MEMORY[part])
-            entry = {name: value for name, value in dataclasses.asdict(report).items() if name != "seconds"}
-            entries.append({**entry, "faults": wrong})
-            print(f"sm_{part} {variant.kernel.fn.__name__} {variant.label}: {_resources(report)} {wrong or ''}")
+    for variant in variants_of(part):
+        report = compiled(variant)
+        wrong = faults(variant, report, configs.SHARED_MEMORY[part])
+        entry = {name: value for name, value in dataclasses.asdict(report).items() if name != "seconds"}
+        entries.append({**entry, "faults": wrong})
+        print(f"sm_{part} {variant.kernel.fn.__name__} {variant.label}: {_resources(report)} {wrong or ''}", flush=True)
     return entries
 
 
