@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from slora.errors import ShapeError
 
@@ -27,7 +28,36 @@ def check_inputs(
 ) -> None:
     """Raise `ShapeError` unless the arguments fit together; the same text on every backend and under tracing."""
     if x.dtype not in DTYPES:
-        raise ShapeError(f"x has dtype {x.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+        raise ShapeError(f"x has {_kind(x)}; expected one of {', '.join(map(str, DTYPES))}")
+    _check_shapes(x, weight, bias, lora_A, lora_B, gate)
+    others = {"weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "gate": gate}
+    _check_dtypes(x, others)
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ShapeError(
+                f"{name} of shape {_shape(tensor)} is on {tensor.device} but x of shape {_shape(x)} is on {x.device}; "
+                f"move the module or the input"
+            )
+    blocks = gate.shape[0]
+    if active and not (active[0] >= 0 and active[-1] < blocks and all(i < j for i, j in itertools.pairwise(active))):
+        raise ShapeError(f"active is {list(active)}; expected the active ones of {blocks} blocks in rising order")
+    if dropout != 0.0:
+        _check_dropout(x, dropout, seed)
+
+
+def check_active(gate: Tensor, threshold: float, active: Sequence[int] | None) -> None:
+    """Raise `ShapeError` where `active` disagrees with a `gate` whose values the host has: on the CPU, not traced."""
+    if active is None or gate.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(gate):
+        return
+    found = (gate >= threshold).nonzero().flatten().tolist()
+    if list(active) != found:
+        raise ShapeError(
+            f"active is {list(active)} but gate {gate.tolist()} has {found} at or above threshold={threshold}; list "
+            f"these, or pass active=None"
+        )
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(
             f"x has shape {_shape(x)} and weight {_shape(weight)}; expected x [..., K] and weight [N, K] of one K"
@@ -37,8 +67,6 @@ def check_inputs(
         raise ShapeError(f"bias has shape {_shape(bias)}; expected [{out_features}], the rows of weight")
     if gate.dim() != 1 or gate.shape[0] < 1:
         raise ShapeError(f"gate has shape {_shape(gate)}; expected [blocks] with at least one block")
-    if not gate.dtype.is_floating_point:
-        raise ShapeError(f"gate has dtype {gate.dtype}; expected a floating one, normally torch.float32")
     blocks = gate.shape[0]
     if out_features % blocks:
         raise ShapeError(f"gate has {blocks} blocks, which does not divide the {out_features} rows of weight")
@@ -49,28 +77,24 @@ def check_inputs(
         raise ShapeError(f"lora_A has shape {_shape(lora_A)}, rank {r}; expected a rank from 1 to {MAX_RANK}")
     if tuple(lora_B.shape) != (blocks, out_features // blocks, r):
         raise ShapeError(f"lora_B has shape {_shape(lora_B)}; expected [{blocks}, {out_features // blocks}, {r}]")
-    for name, tensor in (("weight", weight), ("bias", bias)):
+
+
+def _check_dtypes(x: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    for name in ("weight", "bias"):
+        tensor = others[name]
         if tensor is not None and tensor.dtype != x.dtype:
             raise ShapeError(
-                f"{name} has dtype {tensor.dtype} but x has {x.dtype}; run under torch.autocast or cast one of them"
+                f"{name} has {_kind(tensor)} but x has {_kind(x)}; run under torch.autocast or cast one of them"
             )
-    if lora_A.dtype not in (x.dtype, torch.float32) or lora_B.dtype != lora_A.dtype:
-        raise ShapeError(
-            f"lora_A has dtype {lora_A.dtype} and lora_B {lora_B.dtype}; expected both {x.dtype} or torch.float32"
-        )
-    for name, tensor in (
-        ("weight", weight),
-        ("bias", bias),
-        ("lora_A", lora_A),
-        ("lora_B", lora_B),
-        ("gate", gate),
-    ):
-        if tensor is not None and tensor.device != x.device:
-            raise ShapeError(f"{name} is on {tensor.device} but x is on {x.device}; move the module or the input")
-    if active and not (active[0] >= 0 and active[-1] < blocks and all(i < j for i, j in itertools.pairwise(active))):
-        raise ShapeError(f"active is {list(active)}; expected the active ones of {blocks} blocks in rising order")
-    if dropout != 0.0:
-        _check_dropout(x, dropout, seed)
+    A, B, gate = others["lora_A"], others["lora_B"], others["gate"]
+    assert A is not None
+    assert B is not None
+    assert gate is not None
+    if A.dtype not in (x.dtype, torch.float32) or B.dtype != A.dtype:
+        expected = " or ".join(map(str, dict.fromkeys((x.dtype, torch.float32))))
+        raise ShapeError(f"lora_A has {_kind(A)} and lora_B has {_kind(B)}; expected both in {expected}")
+    if not gate.dtype.is_floating_point:
+        raise ShapeError(f"gate has {_kind(gate)}; expected a floating one, normally torch.float32")
 
 
 def _check_dropout(x: Tensor, dropout: float, seed: Tensor | None) -> None:
@@ -80,9 +104,13 @@ def _check_dropout(x: Tensor, dropout: float, seed: Tensor | None) -> None:
     if seed is None:
         raise ShapeError(f"seed is None with dropout={dropout}; {remedy}")
     if seed.dim() != 0 or seed.dtype != torch.int64:
-        raise ShapeError(f"seed has shape {_shape(seed)} and dtype {seed.dtype}; expected an int64 scalar: {remedy}")
+        raise ShapeError(f"seed has {_kind(seed)}; expected an int64 scalar: {remedy}")
     if seed.device != x.device:
-        raise ShapeError(f"seed is on {seed.device} but x is on {x.device}; {remedy}")
+        raise ShapeError(f"seed is on {seed.device} but x of shape {_shape(x)} is on {x.device}; {remedy}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"shape {_shape(tensor)} and dtype {tensor.dtype}"
 
 
 def _shape(tensor: Tensor) -> list[int]:

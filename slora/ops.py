@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from slora import addmm, forms, reference
-from slora.arguments import check_inputs
+from slora.arguments import check_active, check_inputs
 from slora.backends import backend, check_device, kernels_serve
 from slora.dropout import kept, rescaling
 from slora.errors import StateError
@@ -60,7 +60,8 @@ def selective_linear(
         gate: `[blocks]`, floating.
         threshold: block i is active while `gate[i] >= threshold`.
         scaling: factor in front of every update.
-        active: the active blocks in rising order if the host knows them; must agree with `gate`.
+        active: the active blocks in rising order if the host knows them; must agree with `gate`, which is
+            checked on the CPU only: on CUDA it would cost a copy, and results differ by backend if it does not.
         dropout: probability of dropping an element of `x` on the LoRA path; needs `seed`.
         seed: int64 scalar on the device of `x`, where a CUDA graph can draw a new one per replay. The backward draws
             the same mask from it, so none is stored; every backend draws the same one (`slora.dropout`).
@@ -69,8 +70,8 @@ def selective_linear(
     supplies it). In the backward only what `requires_grad` asks for is computed.
 
     Raises:
-        ShapeError: shapes, dtypes or devices disagree, or `active` is no rising list of blocks; names the argument,
-            what it is and what it should be.
+        ShapeError: shapes, dtypes or devices disagree, or `active` is no rising list of blocks or disagrees with
+            `gate`; names the argument, what it is and what it should be.
         ConfigError: `SLORA_BACKEND` is unknown, or asks for kernels that cannot run on the device of `x` or in
             its dtype.
     """
@@ -96,6 +97,7 @@ def _reference(
     seed: Tensor | None,
 ) -> Tensor:
     check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed, active)
+    check_active(gate, threshold, active)
     x_lora = None
     if dropout:
         assert seed is not None
@@ -123,6 +125,7 @@ def _forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     check_inputs(x, weight, bias, lora_A, lora_B, gate, dropout, seed, active)
+    check_active(gate, threshold, active)
     check_device(x)
     compute = forms.forward if x.numel() and weight.numel() and kernels_serve(x, gate) else addmm.gated_forward
     return compute(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)

@@ -630,6 +630,7 @@ def test_opcheck_with_dropout() -> None:
 
 # Errors
 
+FP8 = torch.float8_e4m3fn
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "K of x": ({"x": torch.randn(5, 36)}, r"x has shape [5, 36] and weight [36, 37]; expected x [..., K]"),
     "scalar x": ({"x": torch.randn(())}, r"x has shape [] and weight [36, 37]"),
@@ -645,19 +646,39 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rank 0": ({"lora_A": torch.randn(3, 0, 37)}, r"rank 0; expected a rank from 1 to 256"),
     "rank 257": ({"lora_A": torch.randn(3, 257, 37)}, r"rank 257; expected a rank from 1 to 256"),
     "B": ({"lora_B": torch.randn(3, 12, 5)}, r"lora_B has shape [3, 12, 5]; expected [3, 12, 4]"),
-    "dtype of x": ({"x": torch.ones(5, 37, dtype=torch.int64)}, r"x has dtype torch.int64; expected one of"),
+    "dtype of x": (
+        {"x": torch.ones(5, 37, dtype=torch.int64)},
+        r"x has shape [5, 37] and dtype torch.int64; expected one of",
+    ),
     "dtype of weight": (
         {"weight": torch.randn(36, 37).bfloat16()},
-        r"weight has dtype torch.bfloat16 but x has torch.float32; run under torch.autocast",
+        r"weight has shape [36, 37] and dtype torch.bfloat16 but x has shape [5, 37] and dtype torch.float32; run",
     ),
     "dtype of A": (
         {"lora_A": torch.randn(3, 4, 37).bfloat16()},
-        r"lora_A has dtype torch.bfloat16 and lora_B torch.float32; expected both torch.float32",
+        r"lora_A has shape [3, 4, 37] and dtype torch.bfloat16 and lora_B has shape [3, 12, 4] and dtype torch."
+        r"float32; expected both in torch.float32",
     ),
-    "dtype of gate": ({"gate": torch.ones(3, dtype=torch.int64)}, r"gate has dtype torch.int64; expected a floating"),
+    "dtype of A and B": (
+        {"lora_A": torch.zeros(3, 4, 37).to(FP8), "lora_B": torch.zeros(3, 12, 4).to(FP8)},
+        f"lora_B has shape [3, 12, 4] and dtype {FP8}; expected both in torch.float32",
+    ),
+    "dtype of A beside bf16": (
+        {
+            "x": torch.randn(5, 37).bfloat16(),
+            "weight": torch.randn(36, 37).bfloat16(),
+            "bias": None,
+            "lora_A": torch.randn(3, 4, 37).half(),
+        },
+        r"expected both in torch.bfloat16 or torch.float32",
+    ),
+    "dtype of gate": (
+        {"gate": torch.ones(3, dtype=torch.int64)},
+        r"gate has shape [3] and dtype torch.int64; expected a floating",
+    ),
     "device": (
         {"gate": torch.empty(3, device="meta")},
-        r"gate is on meta but x is on cpu; move the module",
+        r"gate of shape [3] is on meta but x of shape [5, 37] is on cpu; move the module",
     ),
     "no seed": (
         {"dropout": 0.5},
@@ -673,7 +694,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "device of seed": (
         {"dropout": 0.5, "seed": torch.empty((), dtype=torch.int64, device="meta")},
-        r"seed is on meta but x is on cpu; draw one with torch.randint",
+        r"seed is on meta but x of shape [5, 37] is on cpu; draw one with torch.randint",
     ),
     "falling active": ({"active": [2, 0]}, r"active is [2, 0]; expected the active ones of 3 blocks in rising order"),
     "active twice": ({"active": [1, 1]}, r"active is [1, 1]; expected"),
@@ -699,6 +720,35 @@ def test_bad_arguments_name_the_tensor_what_it_is_and_what_it_should_be(
         ops.selective_linear(**arguments, threshold=THRESHOLD, scaling=SCALING)
     assert message in str(raised.value)
     assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton", "torch", "reference"])
+@pytest.mark.parametrize("active", [[], [0], [0, 1], [0, 1, 2]], ids=str)
+def test_active_blocks_that_the_gates_contradict_are_refused(
+    active: list[int], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLORA_BACKEND", backend)
+    t = make()
+    t["gate"] = torch.tensor([THRESHOLD, 0.0, 0.5])
+    with pytest.raises(ShapeError) as raised:
+        ops.selective_linear(**t, threshold=THRESHOLD, scaling=SCALING, active=active)
+    numbers = t["gate"].tolist()
+    assert f"active is {active} but gate {numbers} has [0, 2] at or above threshold=0.1; list" in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_listed_blocks_can_be_traced(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setenv("SLORA_BACKEND", backend)
+    t = make()
+    more = {"threshold": THRESHOLD, "scaling": SCALING, "active": [0, 2]}
+    with FakeTensorMode() as mode:
+        assert ops.selective_linear(**{name: mode.from_tensor(v) for name, v in t.items()}, **more).shape == (5, 36)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda t: ops.selective_linear(**t, **more), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(t), ops.selective_linear(**t, **more))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("backend", ["auto", "triton"])
