@@ -33,7 +33,7 @@ def in_a_process(measure: Callable[..., float], *arguments: Any) -> float:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, torch.get_num_threads(), measure, arguments))
     try:
-        with _interrupts_blocked():
+        with _interrupts_ignored():
             process.start()
         # Only the process holds its end now, so that its death ends the wait.
         sender.close()
@@ -54,13 +54,13 @@ def in_a_process(measure: Callable[..., float], *arguments: Any) -> float:
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
+def _interrupts_ignored() -> Iterator[None]:
     """Ctrl-C reaches a whole group: a process that is started here leaves it, and what to say, to this one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def _answer(sender: Connection, threads: int, measure: Callable[..., float], arguments: tuple[Any, ...]) -> None:
