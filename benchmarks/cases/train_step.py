@@ -53,11 +53,14 @@ def grid(settings: Settings) -> list[Point]:
         if settings.grid == "quick":
             return [("vit-s", 2, "fp32", "eager", USUAL)]
         points: list[Point] = [("vit-s", 16, precision, "eager", USUAL) for precision in ("fp32", "bf16", "amp")]
-        return points + ([("vit-s", 16, "fp32", "compile", COMPILED)] if settings.grid == "full" else [])
-    points = [("vit-b", 256, "bf16", "eager", USUAL), ("vit-b", 256, "bf16", "graph", CAPTURED)]
+        compiled = ("fp32", "bf16", "amp") if settings.grid == "full" else ("fp32",)
+        return points + [("vit-s", 16, precision, "compile", COMPILED) for precision in compiled]
     if settings.grid == "quick":
-        return points[:1]
-    points += [
+        # Few and small: of a point that is cut nothing is left.
+        return [("vit-b", 64, "bf16", "eager", MAIN)]
+    points = [
+        ("vit-b", 256, "bf16", "eager", USUAL),
+        ("vit-b", 256, "bf16", "graph", CAPTURED),
         ("vit-l", 128, "bf16", "graph", MAIN),
         ("clip", 256, "bf16", "eager", MAIN),
         ("llama-1b", 8, "bf16", "eager", MAIN),
@@ -103,7 +106,7 @@ def measure(
         weigh(rows, steps)
     turns = rotation(sum(t.nbytes for t in inputs), settings.device, min(besides, default=0), settings.most_inputs)
     sets = [inputs] + [model.inputs(batch, settings.device, dtype_of(precision)) for _ in range(turns.sets - 1)]
-    take(steps, sets, settings, rows, mode == "graph")
+    take(steps, sets, settings, rows, mode)
     for row in rows.values():
         if "seconds" in row:
             row.update(turns.row)
@@ -150,7 +153,7 @@ def count(row: dict[str, Any], step: Step) -> list[int]:
 
 
 def take(
-    steps: dict[str, Step], sets: Sequence[Inputs], settings: Settings, rows: dict[str, dict[str, Any]], graphs: bool
+    steps: dict[str, Step], sets: Sequence[Inputs], settings: Settings, rows: dict[str, dict[str, Any]], mode: str
 ) -> None:
     """Put the times of `steps` into their rows, and into those of the others why there are none; empties `steps`."""
     rounds = settings.repetitions(11 if settings.on_gpu else 15)
@@ -159,7 +162,9 @@ def take(
     counts = {contender: step.count for contender, step in steps.items()}
     steps.clear()
     failed: dict[str, str] = {}
-    taken = interleaved(calls, settings.device, rounds, graphs, settings.at_most(150.0), failed)
+    # Compiling for a CPU takes about as long as this.
+    most = settings.at_most(30.0 if mode == "compile" and not settings.on_gpu else 150.0)
+    taken = interleaved(calls, settings.device, rounds, mode == "graph", most, failed)
     for contender, (seconds, contestant) in taken.items():
         row = rows[contender]
         diverged = calls[contender][0].step.diverged()  # type: ignore[attr-defined]
