@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.record import SCHEMA, BenchmarkError
+from benchmarks.record import RESULTS, SCHEMA, TIMES, BenchmarkError
 from benchmarks.report import figures, layer_figures, page, step_figure, style, summary, tables
 
 TEXT = (
@@ -277,3 +277,20 @@ def test_nothing_is_written_where_one_text_cannot_be_made(tmp_path: Path) -> Non
     with pytest.raises(BenchmarkError):
         page.write(tmp_path, print)
     assert not (tmp_path / "benchmarks" / "README.md").exists()
+
+
+RESULT_FILES = sorted(RESULTS.glob("*/*.json"))
+
+
+@pytest.mark.parametrize("path", RESULT_FILES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_result_in_the_tree_is_of_committed_source_and_has_its_single_times(path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["environment"]["dirty"] is False, "measured from changed source: commit, and measure it again"
+    for row in content.get("rows", ()):
+        for name in TIMES & row.keys():
+            times = row[name]
+            assert len(times.get("values", ())) == times["n"], "without its single times: measure it again"
+
+
+def test_there_are_results_in_the_tree() -> None:
+    assert RESULT_FILES
