@@ -33,7 +33,8 @@ def narrow_variants(part: int, precisions: Sequence[configs.Precision] = PRECISI
         for variant in (*_weight_gradients(part, precision), *_skinny(part, precision), *_probes(part, precision)):
             yield variant
             if "elements" not in variant.label and variant.kernel is not gate_probe._probe_table:
-                unknown = frozenset(variant.kernel.do_not_specialize)
+                # An interpreted kernel does not know; it is not compiled either.
+                unknown = frozenset(getattr(variant.kernel, "do_not_specialize", ()))
                 yield dataclasses.replace(variant, label=f"all % 16 == 0, {variant.label}", unaligned=unknown)
     if "ieee" in precisions:
         yield from _others(part)
