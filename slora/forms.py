@@ -51,7 +51,7 @@ class Shape(NamedTuple):
     precision: str | None
     """How products of fp32 are computed; None for other dtypes."""
     options: tuple[str, ...]
-    """What else there is: bias, dropout, room, unaligned."""
+    """What else there is: bias, dropout, room, "listed" where the host knows the active blocks, unaligned."""
 
     def __str__(self) -> str:
         sizes = f"K={self.K} N={self.N} blocks={self.blocks} slots={self.slots} r={self.r}"
@@ -121,7 +121,8 @@ def forward(
         return _gemm_forms(linear_forward.plan, x_rows, W, A, dropout) + others * _vendor_serves(active, x_rows)
 
     wide = room.widened(x_rows, slots * lora_A.shape[1])
-    present = {"bias": bias is not None, "dropout": dropout > 0, "room": wide is not None}
+    listed = active is not None
+    present = {"bias": bias is not None, "dropout": dropout > 0, "room": wide is not None, "listed": listed}
     y, products = _run(_shape("forward", x_rows, W, lora_A, lora_B, slots, present), x_rows, candidates, compute)
     return y.view(*x.shape[:-1], weight.shape[0]), products
 
@@ -193,7 +194,8 @@ def _input_gradient(
         others = [Form("addmm")] * (not dropout and _vendor_serves(active, dy))
         return _gemm_forms(linear_backward.plan, dy, W, A, dropout) + others
 
-    shape = _shape("input gradient", dy, W, A, B, slots, {"dropout": dropout > 0})
+    options = {"dropout": dropout > 0, "listed": active is not None}
+    shape = _shape("input gradient", dy, W, A, B, slots, options)
     result: tuple[Tensor, Tensor] = _run(shape, dy, candidates, compute)
     return result
 

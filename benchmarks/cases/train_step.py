@@ -80,7 +80,23 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     for name, batch, precision, mode, contenders in grid(settings):
         if settings.stop():
             return
-        yield from measure(settings, ceilings, name, batch, precision, mode, contenders)
+        reason = without_bf16(settings, ceilings) if precision != "fp32" else None
+        if reason:
+            point = {"model": find(name).name, "batch": batch, "r": RANK, "precision": precision, "mode": mode}
+            yield from ({"point": point, "contender": c, "skipped": reason} for c in contenders if settings.wanted(c))
+        else:
+            yield from measure(settings, ceilings, name, batch, precision, mode, contenders)
+
+
+def without_bf16(settings: Settings, ceilings: dict[str, Any]) -> str | None:
+    """Why steps in bf16 are left out: on a processor that only imitates it they take minutes and tell nothing."""
+    rates = ceilings["gemm_flops_per_s"]
+    if settings.on_gpu or settings.grid != "default" or rates["bf16"] >= rates["fp32"] / 2:
+        return None
+    return (
+        f"this processor has no arithmetic in bf16: a product runs at {rates['bf16'] / 1e9:.0f} GFLOP/s, "
+        f"in fp32 at {rates['fp32'] / 1e9:.0f} (--full measures it all the same)"
+    )
 
 
 def measure(

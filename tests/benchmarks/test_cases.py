@@ -252,3 +252,15 @@ def test_clip_has_a_contrastive_loss_and_few_layers_in_both_towers() -> None:
 def test_an_unknown_model_is_refused() -> None:
     with pytest.raises(BenchmarkError, match="model 'vit' is unknown"):
         models.find("vit")
+
+
+def test_steps_in_bf16_are_left_out_where_bf16_is_imitated(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(train_step, "measure", lambda *arguments: measured.append(arguments[4]) or [])
+    rows = list(train_step.run(Settings(), {"gemm_flops_per_s": {"fp32": 250e9, "bf16": 50e9}}))
+    assert set(measured) == {"fp32"}
+    assert {row["point"]["precision"] for row in rows} == {"bf16", "amp"}
+    assert all("at 50 GFLOP/s, in fp32 at 250" in row["skipped"] for row in rows)
+    measured.clear()
+    assert not list(train_step.run(Settings(), {"gemm_flops_per_s": {"fp32": 250e9, "bf16": 450e9}}))
+    assert set(measured) == {"fp32", "bf16", "amp"}

@@ -150,6 +150,26 @@ def test_every_form_computes_the_same(
     assert taken[:2] == [form if offered else "fused", "fused" if no_gradient or not offered else form]
 
 
+def test_a_choice_among_all_forms_does_not_stand_where_some_are_no_candidates(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[dict[str, set[str]]] = []
+
+    def run(shape: forms.Shape, rows: Tensor, candidates: Callable[[], list[forms.Form]], compute: Any) -> Any:
+        chosen[-1][str(shape)] = {form.name for form in candidates()}
+        return compute(candidates()[0])
+
+    monkeypatch.setattr(forms, "_run", run)
+    given, dy = make(device, torch.float16, active="all"), torch.randn(37, 36, device=device).half()
+    for active in ([0, 1, 2], None):
+        chosen.append({})
+        ours(given, dy, active=active)
+    assert len(chosen[0]) == len(chosen[1]) == 3
+    assert not chosen[0].keys() & chosen[1].keys()
+    assert "addmm" in set().union(*chosen[0].values())
+    assert "addmm" not in set().union(*chosen[1].values())
+
+
 def test_ranks_above_those_of_the_fused_kernel(device: torch.device, assert_as_exact_as: Any) -> None:
     given = make(device, torch.float32, (19,), K=80, n=80, r=70)
     dy = torch.randn(19, 240, device=device)
