@@ -97,7 +97,21 @@ def _about(step: dict[str, Any], memory: dict[str, Any] | None) -> str:
         text += f"; {other}. " if other != source(about) else ". "
     elif memory is not None:
         text += f"Peak memory was measured on another machine, {memory['environment']['device']}. "
+    for precision, reason in left_out(step["rows"]).items():
+        text += f"{precision}: not measured, because {reason}. "
     return text + (
         "'Few' is the attention and MLP output projections of the last two layers; 'frozen, dx everywhere' trains the "
         "head alone, but carries the gradient down to the first layer, which any update of that layer needs."
     )
+
+
+def left_out(rows: Sequence[Row]) -> dict[str, str]:
+    """The precisions of which nothing was measured, those of one reason together, and the reason."""
+    measured = {row["point"]["precision"] for row in rows if "seconds" in row}
+    reasons = {row["point"]["precision"]: row["skipped"] for row in rows if "skipped" in row}
+    found: dict[str, str] = {}
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, why in reasons.items() if why == reason and name not in measured]
+        if names:
+            found[" and ".join(names)] = reason
+    return found

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.record import RESULTS, SCHEMA, TIMES, BenchmarkError
+from benchmarks.record import RESULTS, SCHEMA, TIMES, BenchmarkError, spread
 from benchmarks.report import figures, layer_figures, page, step_figure, style, summary, tables
 
 TEXT = (
@@ -294,3 +294,12 @@ def test_a_result_in_the_tree_is_of_committed_source_and_has_its_single_times(pa
 
 def test_there_are_results_in_the_tree() -> None:
     assert RESULT_FILES
+
+
+def test_a_precision_that_was_left_out_is_named_with_its_reason() -> None:
+    rows = [
+        {"point": {"precision": "fp32"}, "contender": "a", "seconds": spread([1.0])},
+        *({"point": {"precision": p}, "contender": "a", "skipped": "no bf16 here"} for p in ("bf16", "amp")),
+        {"point": {"precision": "fp32"}, "contender": "b", "skipped": "no peft here"},
+    ]
+    assert summary.left_out(rows) == {"bf16 and amp": "no bf16 here"}
