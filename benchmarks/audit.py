@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from benchmarks.ceilings import Ceilings, on_record
 from benchmarks.compiled import Report, Variant, compiled, faults
 from benchmarks.narrow_variants import narrow_variants
-from benchmarks.record import environment, source, write_result
+from benchmarks.record import RESULTS, environment, read_result, source, write_result
 from benchmarks.report.tables import table
 from benchmarks.variants import gemm_variants
 from slora.files import write_text
@@ -101,6 +101,18 @@ def compile_all(parts: Sequence[int]) -> list[dict[str, Any]]:
     """Compile every configuration, the kinds of GPU side by side; one entry per variant, with what is wrong with it."""
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         return [entry for entries in pool.map(_compile_part, parts) for entry in entries]
+
+
+def on_file(parts: Sequence[int]) -> list[dict[str, Any]]:
+    """Return the entries of `parts` that were written before, where these are of the variants that there are now."""
+    path = RESULTS / "audit" / f"{CASE}.json"
+    entries = read_result(path)["kernels"] if parts and path.exists() else []
+    kept = []
+    for part in parts:
+        found = [entry for entry in entries if entry["part"] == part]
+        if {entry["label"] for entry in found} == {variant.label for variant in variants_of(part)}:
+            kept += found
+    return kept
 
 
 def variants_of(part: int) -> Iterator[Variant]:
@@ -242,17 +254,22 @@ def _case(kernel: str, label: str) -> list[str]:
 def main() -> None:
     """Compile, count, and write the two files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", type=int, nargs="+", choices=configs.PARTS, default=configs.PARTS)
+    parser.add_argument(
+        "--parts", type=int, nargs="+", choices=configs.PARTS, default=configs.PARTS,
+        help="compile only for these; what the file has for others stays where their configurations are the same",
+    )  # fmt: skip
     arguments = parser.parse_args()
     limits = on_record()
+    others = [part for part in configs.PARTS if part not in arguments.parts]
+    kernels = compile_all(arguments.parts) + on_file(others)
     payload = {
-        "complete": set(arguments.parts) == set(configs.PARTS),
+        "complete": {entry["part"] for entry in kernels} == set(configs.PARTS),
         "time": "not measured",
         "M": M,
         "r": RANK,
         "ceilings": limits._asdict(),
         "shapes": [of_shape(K, N, bar, limits) for (K, N), bar in SHAPES.items()],
-        "kernels": compile_all(arguments.parts),
+        "kernels": sorted(kernels, key=lambda entry: configs.PARTS.index(entry["part"])),
     }
     path = write_result(CASE, "audit", payload)
     written = path.with_suffix(".md")

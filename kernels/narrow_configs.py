@@ -39,7 +39,8 @@ def weight_gradients(part: int, precision: Precision, low: int) -> tuple[Columns
     if precision == "ieee":
         return (Columns(128, 32, tall, 4, 3) if low <= 32 else Columns(64, 16, tall, 8, 2, 255),)
     if precision == "tf32":
-        return (Columns(128, 32, tall, 4, 3) if low <= 64 else Columns(128, 32, tall, 8, 2),)
+        maxnreg = 255 if part < 90 else None
+        return (Columns(128, 32, tall, 4, 3, maxnreg) if low <= 64 else Columns(128, 32, tall, 8, 2),)
     if low > 64:
         return (Columns(128, 32, tall, 8, 3), Columns(128, 64, tall, 8, 2))
     short, long = Columns(128, 32, tall, 4, 4), Columns(128, 64, tall, 4, 3)
