@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks.audit import gemm_work, of_shape
+from benchmarks.audit import gemm_work, of_shape, variants_of
 from benchmarks.ceilings import Ceilings, on_record
-from benchmarks.record import write_result
+from benchmarks.record import RESULTS, write_result
 from slora.kernels import configs
 
 TILE = configs.gemm("forward", 90, "bulk", "16-bit", 16, 768).candidates[0]
@@ -49,3 +50,10 @@ def test_a_merge_is_predicted_to_move_every_weight_once_each_way() -> None:
 
     seconds = predicted(2, Ceilings(1.0, 1e9))
     assert seconds == pytest.approx(sum(2 * 2 * rows * columns for rows, columns in VIT_L) / 1e9)
+
+
+def test_the_audit_in_the_tree_is_of_the_kernels_in_the_tree() -> None:
+    compiled = json.loads((RESULTS / "audit" / "linear_kernels.json").read_text())["kernels"]
+    assert {(kernel["part"], kernel["kernel"], kernel["label"]) for kernel in compiled} == {
+        (part, variant.kernel.fn.__name__, variant.label) for part in configs.PARTS for variant in variants_of(part)
+    }
