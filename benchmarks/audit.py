@@ -39,6 +39,10 @@ SHAPES = {
 }  # fmt: skip
 
 
+# What became of one variant: a `Report` with its faults.
+Entry = dict[str, Any]
+
+
 class Work(NamedTuple):
     """FLOPs and bytes of one kernel."""
 
@@ -97,22 +101,12 @@ def of_shape(K: int, N: int, bar: float | None, limits: Ceilings) -> dict[str, A
     }
 
 
-def compile_all(parts: Sequence[int]) -> list[dict[str, Any]]:
-    """Compile every configuration, the kinds of GPU side by side; one entry per variant, with what is wrong with it."""
+def compile_all(parts: Sequence[int], known: Sequence[Entry] = ()) -> list[Entry]:
+    """Return one entry per variant, with what is wrong with it; compile, the kinds of GPU side by side, what is not
+    `known`."""
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        return [entry for entries in pool.map(_compile_part, parts) for entry in entries]
-
-
-def on_file(parts: Sequence[int]) -> list[dict[str, Any]]:
-    """Return the entries of `parts` that were written before, where these are of the variants that there are now."""
-    path = RESULTS / "audit" / f"{CASE}.json"
-    entries = read_result(path)["kernels"] if parts and path.exists() else []
-    kept = []
-    for part in parts:
-        found = [entry for entry in entries if entry["part"] == part]
-        if {entry["label"] for entry in found} == {variant.label for variant in variants_of(part)}:
-            kept += found
-    return kept
+        found = pool.map(_compile_part, parts, [[entry for entry in known if entry["part"] == part] for part in parts])
+        return [entry for entries in found for entry in entries]
 
 
 def variants_of(part: int) -> Iterator[Variant]:
@@ -120,9 +114,13 @@ def variants_of(part: int) -> Iterator[Variant]:
     return itertools.chain(*(gemm_variants(kernel, part) for kernel in GEMMS), narrow_variants(part))
 
 
-def _compile_part(part: int) -> list[dict[str, Any]]:
-    entries = []
+def _compile_part(part: int, known: Sequence[Entry]) -> list[Entry]:
+    entries, there = [], {(entry["kernel"], entry["label"]): entry for entry in known}
     for variant in variants_of(part):
+        entry = there.get((variant.kernel.fn.__name__, variant.label))
+        if entry is not None:
+            entries.append(entry)
+            continue
         report = compiled(variant)
         wrong = faults(variant, report, configs.SHARED_MEMORY[part])
         entry = {name: value for name, value in dataclasses.asdict(report).items() if name != "seconds"}
@@ -254,22 +252,23 @@ def _case(kernel: str, label: str) -> list[str]:
 def main() -> None:
     """Compile, count, and write the two files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", type=int, nargs="+", choices=configs.PARTS, default=configs.PARTS)
     parser.add_argument(
-        "--parts", type=int, nargs="+", choices=configs.PARTS, default=configs.PARTS,
-        help="compile only for these; what the file has for others stays where their configurations are the same",
+        "--missing", action="store_true",
+        help="compile only what the file lacks, which is enough where nothing but configurations has changed",
     )  # fmt: skip
     arguments = parser.parse_args()
     limits = on_record()
-    others = [part for part in configs.PARTS if part not in arguments.parts]
-    kernels = compile_all(arguments.parts) + on_file(others)
+    path = RESULTS / "audit" / f"{CASE}.json"
+    known = read_result(path)["kernels"] if arguments.missing and path.exists() else []
     payload = {
-        "complete": {entry["part"] for entry in kernels} == set(configs.PARTS),
+        "complete": set(arguments.parts) == set(configs.PARTS),
         "time": "not measured",
         "M": M,
         "r": RANK,
         "ceilings": limits._asdict(),
         "shapes": [of_shape(K, N, bar, limits) for (K, N), bar in SHAPES.items()],
-        "kernels": sorted(kernels, key=lambda entry: configs.PARTS.index(entry["part"])),
+        "kernels": compile_all(arguments.parts, known),
     }
     path = write_result(CASE, "audit", payload)
     written = path.with_suffix(".md")

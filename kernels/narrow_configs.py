@@ -76,14 +76,15 @@ def skinny(precision: Precision, rows: int, low: int, aligned: bool = True) -> R
         BK, small = (16, low > 64) if precision == "ieee" else (32, False)
         return Rows(16, BK, 4, 2, 255) if small or rows < 64 else Rows(64, BK, 8, 2, 255)
     BM = 128 if rows >= 128 else 64 if rows >= 64 else 16
-    if precision == "ieee" and low == 64:
-        BM = min(BM, 64)
-    num_warps = (1 if low < 64 else 2) if BM == 16 else 4
-    if low > 64:
-        num_warps = 8 if BM == 128 or (BM == 64 and precision == "ieee") else 4
+    if precision == "ieee" and low >= 64:
+        BM = min(BM, 64 if low == 64 else 16)
     # 128 bytes of a row per step.
     BK = 64 if precision == "16-bit" else 32
-    return Rows(BM, BK, num_warps, 2 if BM == 128 and low > 64 and precision == "16-bit" else 3)
+    if low <= 64:
+        return Rows(BM, BK, (1 if low < 64 else 2) if BM == 16 else 4, 3)
+    if BM < 128:
+        return Rows(BM, BK, 4, 3)
+    return Rows(BM, BK, 8, 2, 255) if precision == "16-bit" else Rows(BM, BK, 8, 3)
 
 
 def gate_probe(precision: Precision, m: int, low: int, layers: int = 1, aligned: bool = True) -> Rows:
