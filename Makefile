@@ -137,7 +137,7 @@ say-format:
 say-bench:
 	@echo "bench: $(INSTALL), then time the micro cases with pytest-benchmark (about a minute)"
 say-measure:
-	@echo "measure: $(INSTALL), then run all benchmark cases on the CPU (about 15 minutes) and write their tables"
+	@echo "measure: $(INSTALL), then run all benchmark cases on the CPU (half an hour or more on 2 cores) and write their tables"
 say-sanitize:
 	@echo "sanitize: build the checks in tests/csrc with sanitizers and run them; needs only a C++ compiler"
 say-environment:
