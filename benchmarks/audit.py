@@ -178,9 +178,10 @@ layer, predicted in the same way; the bar is for the same quotient, measured. {_
 ## Compiled
 
 Every configuration of `kernels/configs.py`, in the most demanding case that it serves: fp32 A and B, a bias, any rank
-that "r" allows and any K and N that "access" allows. "Fit" is how many programs of how many warps fit on a
-multiprocessor;
-products are those of tiles, by the instruction that does them; the copy engine brings the operands named last.
+that "r" allows and any K and N that "access" allows; where "access" is aligned, once more for sizes that are all
+multiples of 16, for which Triton makes other code. "Fit" is how many programs of how many warps fit on a
+multiprocessor; products are those of tiles, by the instruction that does them; the copy engine brings the operands
+named last.
 
 {table(_KERNEL_HEADS, kernels)}
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.record import NOT_MEASURED, RESULTS, TIMES, BenchmarkError, median, results_in, source
+from benchmarks.record import NOT_MEASURED, RESULTS, BenchmarkError, median, results_in, source
+from benchmarks.schema import TIMES
 
 # How a limit is spelled in the file, in a line and in a table, and what it asks.
 SIGNS = {

@@ -7,7 +7,7 @@ that a form of the computation has to move through memory, in elements of the ac
     frozen       forward x + W + y, backward dy + W + dx
     eager        one kernel per step, as PEFT computes       + 6 MK + 10 MN
     addmm        added in place to y and dx                  + 4 MK +  4 MN
-    accumulate   added to the GEMM's accumulator             + 2 MK +    MN
+    accumulate   S and T first, then added to the accumulator + 2 MK +  2 MN
     fused        S and T in the main loops, too              +   MK +    MN
     concat       forward with W beside B, in memory          +   MK        + 2 NK
     full         the dense weight gradient                   +   MK +    MN + NK
@@ -44,7 +44,7 @@ FORMS = {
     "frozen": Extra(0, 0, 0, 0),
     "eager": Extra(1, 6, 5, 4),
     "addmm": Extra(1, 2, 3, 2),
-    "accumulate": Extra(1, 0, 1, 1),
+    "accumulate": Extra(1, 0, 1, 2),
     "fused": Extra(0, 0, 1, 1),
     "concat": Extra(1, 0, 0, 0, forward_NK=2),
     "full": Extra(0, 0, 1, 1, backward_NK=1),
@@ -187,8 +187,6 @@ def predicted_seconds(
     """Forward and backward by the model of costs: the frozen layer's measured time, then the update's bytes at the
     copy ceiling and its FLOPs at the GEMM ceiling, one after the other."""
     extra = bytes_moved(form, M, N, K, element, share) - bytes_moved("frozen", M, N, K, element)
-    return (
-        frozen
-        + extra / ceilings["copy_bytes_per_s"]
-        + lora_flops(M, N, K, r, active, share) / ceilings["gemm_flops_per_s"][dtype]
-    )
+    copy: float = ceilings["copy_bytes_per_s"]
+    gemm: float = ceilings["gemm_flops_per_s"][dtype]
+    return frozen + extra / copy + lora_flops(M, N, K, r, active, share) / gemm

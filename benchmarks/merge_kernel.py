@@ -83,21 +83,21 @@ def resources(compiler: str | None, architecture: str, folder: Path) -> list[dic
         assert all(numbers)
         tensor = name[2] == "1"
         stack, stores, loads = (int(number[1]) for number in numbers if number is not None)
-        entry = {
+        threads, used = 256 if tensor else 128, int(registers[1])
+        entry: dict[str, Any] = {
             "dtype": DTYPES[name[1]],
             "tensor_cores": tensor,
-            "threads": 256 if tensor else 128,
-            "registers": int(registers[1]),
+            "threads": threads,
+            "registers": used,
             "stack_bytes": stack,
             "spill_bytes": stores + loads,
             "ranks": {},
         }
         for rank in (64, 128, 256) if tensor else (16, 32):
-            entry["ranks"][str(rank)] = occupancy(architecture, entry["registers"], entry["threads"], rank, tensor)
+            entry["ranks"][str(rank)] = occupancy(architecture, used, threads, rank, tensor)
         # With the least shared memory: what the registers allow.
-        entry["blocks_per_multiprocessor"] = occupancy(architecture, int(registers[1]), entry["threads"], 8, tensor)[
-            "blocks_per_multiprocessor"
-        ]
+        least = occupancy(architecture, used, threads, 8, tensor)
+        entry["blocks_per_multiprocessor"] = least["blocks_per_multiprocessor"]
         kernels.append(entry)
     return kernels
 

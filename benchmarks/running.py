@@ -6,14 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import ceilings
 from benchmarks.contenders.peers import need
 from benchmarks.record import RESULTS, BenchmarkError, environment, folder_name, require_writable, write_result
 from benchmarks.registry import Case
 from benchmarks.settings import Settings
-from benchmarks.timing import ORDER_SEED
+from benchmarks.timing import ORDER_SEED, ieee_fp32
 
 
 def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_partial: bool = False) -> Path:
@@ -35,11 +33,7 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
     for package in case.packages:
         need(package)
     run = case.load()
-    # fp32 means fp32: a GPU's TF32 would be another precision under the same name.
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    # First the older switch, whose readers would otherwise raise.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    ieee_fp32()
     limits = ceilings.measure(settings)
     payload: dict[str, Any] = {
         "environment": environment(settings.device),

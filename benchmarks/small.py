@@ -16,6 +16,7 @@ import torch
 import slora
 from benchmarks.contenders.layer import CONTENDERS, Problem, Shape, mistake
 from benchmarks.record import BenchmarkError
+from benchmarks.timing import ieee_fp32
 
 KERNELS = "slora, triton"
 
@@ -100,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"name one of {', '.join(RUNS)}", file=sys.stderr)
         return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    ieee_fp32()
     try:
         RUNS[arguments[0]](device)
     except BenchmarkError as error:

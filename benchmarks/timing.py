@@ -87,7 +87,7 @@ def between_events(launch: Call, ahead: float = 0.0) -> float:
     launch()
     last.record()
     torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1e3
+    return float(first.elapsed_time(last)) / 1e3
 
 
 def launch_seconds(launch: Call) -> float:
@@ -145,9 +145,16 @@ def interleaved(
     turns = itertools.count()
     ready: dict[str, Contestant] = {}
 
-    def tried(name: str, act: Callable[[], Result]) -> Result | None:
+    def begun(name: str) -> Contestant:
+        return Contestant(contenders[name], device, graphs, pool, turns)
+
+    def timed(name: str) -> float:
+        return ready[name]()
+
+    # By name: whoever held a contestant here would hold its memory beyond its end.
+    def tried(name: str, act: Callable[[str], Result]) -> Result | None:
         try:
-            return act()
+            return act(name)
         except Exception as error:
             if failed is None:
                 raise
@@ -158,22 +165,30 @@ def interleaved(
         return None
 
     for name in list(contenders):
-        contestant = tried(name, lambda name=name: Contestant(contenders[name], device, graphs, pool, turns))
+        contestant = tried(name, begun)
         if contestant is not None:
             ready[name] = contestant
     taken: dict[str, list[float]] = {name: [] for name in ready}
     # The first round counts for nothing: clocks rise, caches and allocators settle.
     for name in list(ready):
-        tried(name, ready[name])
+        tried(name, timed)
     start, orders = time.monotonic(), random.Random(ORDER_SEED)
     for done in range(rounds):
         if seconds is not None and done >= COMPARABLE_ROUNDS and time.monotonic() - start > seconds:
             break
         for name in orders.sample(list(ready), len(ready)):
-            value = tried(name, ready[name])
+            value = tried(name, timed)
             if value is not None:
                 taken[name].append(value)
     return {name: (taken[name], ready[name]) for name in ready}
+
+
+def ieee_fp32() -> None:
+    """Let fp32 mean fp32: a GPU's TF32 would be another precision under the same name."""
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    # First the older switch, whose readers would otherwise raise.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
 
 
 def release(device: str) -> None:

@@ -99,11 +99,11 @@ def register() -> None:
 
         @register_flop_formula(on_cpu)
         def attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-            return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+            return int(sdpa_flop_count(query, key, value))
 
         @register_flop_formula(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward)
         def attention_backward(dy: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-            return int(sdpa_backward_flop_count(dy, query, key, value))  # type: ignore[no-untyped-call]
+            return int(sdpa_backward_flop_count(dy, query, key, value))
 
     for operator, formula in list(flop_registry.items()):
         if "_scaled_dot_product" in str(operator):

@@ -24,7 +24,7 @@ from slora.backends import backend, check_device, kernels_serve
 from slora.dropout import kept, rescaling
 from slora.errors import StateError
 
-_library: Any = torch.library.Library("slora", "DEF")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("slora", "DEF")
 _library.define(
     "selective_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor gate, "
     "float threshold, float scaling, int[]? active=None, float dropout=0.0, Tensor? seed=None) -> (Tensor, Tensor)"

@@ -19,7 +19,7 @@ from torch import Tensor
 from slora import addmm
 from slora.backends import kernels_serve
 
-_library: Any = torch.library.Library("slora", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library: Any = torch.library.Library("slora", "FRAGMENT")
 _library.define("sample_rows(Tensor x, int m, int seed, Tensor? shift=None) -> Tensor")
 _library.define(
     "gate_probe(Tensor dy, Tensor x, Tensor lora_A, Tensor lora_B, Tensor gate, float threshold, float scaling, "

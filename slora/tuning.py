@@ -128,7 +128,7 @@ def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
             call()
         times: list[float] = []
         for _ in range(7):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             call()
             stop.record()

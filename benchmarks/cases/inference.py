@@ -21,7 +21,7 @@ from benchmarks import counting
 from benchmarks.cases import train_step
 from benchmarks.contenders.exact import Truth, output_mistake
 from benchmarks.contenders.model import RANK, with_peft, with_slora
-from benchmarks.contenders.peers import Missing
+from benchmarks.contenders.peers import reason_in
 from benchmarks.models import Inputs, Model, find, randomise_updates
 from benchmarks.record import spread
 from benchmarks.settings import DTYPES, Settings
@@ -114,7 +114,7 @@ def ready(row: dict[str, Any], model: Model, dtype: str, device: str) -> nn.Modu
         return None
     prepare, finish = CONTENDERS[row["contender"]]
     torch.manual_seed(0)
-    try:
+    with reason_in(row):
         net = prepare(model, model.build(device).to(DTYPES[dtype]), dtype).eval()
         randomise_updates(net)
         truth = Truth(model, net, dtype, device)
@@ -123,10 +123,6 @@ def ready(row: dict[str, Any], model: Model, dtype: str, device: str) -> nn.Modu
         if wrong is None:
             return net
         row["refused"] = wrong
-    except Missing as reason:
-        row["skipped"] = str(reason)
-    except Exception as error:
-        row["failed"] = first_line(error)
     return None
 
 

@@ -17,10 +17,10 @@ import torch
 from benchmarks import counting
 from benchmarks.contenders import forms
 from benchmarks.contenders.layer import CONTENDERS, Layer, Problem, Shape, mistake
-from benchmarks.contenders.peers import Missing
+from benchmarks.contenders.peers import reason_in
 from benchmarks.record import spread
 from benchmarks.settings import Settings
-from benchmarks.timing import first_line, interleaved, release, rotation
+from benchmarks.timing import interleaved, release, rotation
 
 SHAPES = [(768, 768), (768, 2304), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (1280, 5120), (4096, 4096)]
 TOKENS = (3152, 12608, 50432)
@@ -92,18 +92,11 @@ def measure(
     rows: dict[str, dict[str, Any]] = {name: {"point": point.point, "contender": name} for name in wanted}
     layers: dict[str, Layer] = {}
     for name in wanted:
-        try:
+        with reason_in(rows[name]):
             layer = CONTENDERS[name](problem)
             rows[name].update(checked(layer, problem))
-        except Missing as reason:
-            rows[name]["skipped"] = str(reason)
-            continue
-        except Exception as error:
-            # One contender's failure, such as a compiler that is missing, must not cost the others their times.
-            rows[name]["failed"] = first_line(error)
-            continue
-        if "refused" not in rows[name]:
-            layers[name] = layer
+            if "refused" not in rows[name]:
+                layers[name] = layer
     take(layers, problem, settings, rows, inference)
     for name, layer in layers.items():
         share = point.share if layer.updates else 1.0

@@ -101,10 +101,10 @@ class Contest:
         """The rows of those that have not left."""
         return [row for row in self.rows.values() if "flops" in row]
 
-    def tried(self, name: str, act: Callable[[], Result]) -> Result | None:
-        """What `act` gives; where it raises, `name` leaves."""
+    def tried(self, name: str, act: Callable[[merge.Case, str], Result]) -> Result | None:
+        """What `act` gives for the model; where it raises, `name` leaves."""
         try:
-            return act()
+            return act(self.case, name)
         except Missing as error:
             state, reason = "skipped", str(error)
         except Exception as error:
@@ -127,7 +127,7 @@ class Contest:
     def check(self) -> None:
         """Refuse who merges wrongly."""
         for name in list(self.rows):
-            wrong = self.tried(name, lambda name=name: self.case.mistake(name))
+            wrong = self.tried(name, merge.Case.mistake)
             if wrong:
                 self.leave(name, "refused", wrong)
 
@@ -142,7 +142,7 @@ class Contest:
                 break
             names = [row["contender"] for row in self.running()]
             for name in orders.sample(names, len(names)):
-                found = self.tried(name, lambda name=name: self.case.run(name))
+                found = self.tried(name, merge.Case.run)
                 for kind, value in (found or {}).items():
                     if done:  # the first round warms up
                         taken[name].setdefault(kind, []).append(value)
@@ -165,11 +165,11 @@ class Contest:
         """Measure the memory that a call adds on a GPU, and count the launches of the operator."""
         for row in self.running():
             name = row["contender"]
-            peak = self.tried(name, lambda name=name: added_memory(self.case, name))
+            peak = self.tried(name, added_memory)
             if peak is not None:
                 row["added_memory_mib"] = peak
             if peak is not None and name == "slora batched_merge_":
-                row["launches"] = self.tried(name, lambda: merge.launches(self.case))
+                row["launches"] = self.tried(name, merge.launches)
         del self.case
         release(self.settings.device)
 

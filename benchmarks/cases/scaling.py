@@ -32,7 +32,7 @@ def grid(settings: Settings) -> list[tuple[str, Shape]]:
     M, dtype = (50432, "bf16") if settings.on_gpu else (3152, "fp32")
     ranks: tuple[int, ...] = (4, 16, 64, 128)
     shares: tuple[int, ...] = (0, 1, 2, 4, 8, 16)
-    tokens = (3152, 12608, 25216, 50432) if settings.on_gpu else (788, 1576, 3152, 6304)
+    tokens: tuple[int, ...] = (3152, 12608, 25216, 50432) if settings.on_gpu else (788, 1576, 3152, 6304)
     if settings.grid == "quick":
         ranks, shares, tokens = (16,), (0, 4, 16), tokens[:1]
     if settings.grid == "full":

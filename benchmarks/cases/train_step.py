@@ -22,7 +22,7 @@ import slora
 from benchmarks import counting
 from benchmarks.contenders.exact import Truth, output_mistake, step_mistake
 from benchmarks.contenders.model import CONTENDERS, RANK
-from benchmarks.contenders.peers import Missing
+from benchmarks.contenders.peers import Missing, reason_in
 from benchmarks.contenders.step import Step, dtype_of
 from benchmarks.models import Inputs, Model, find, randomise_updates
 from benchmarks.record import spread
@@ -141,17 +141,13 @@ def ready(row: dict[str, Any], model: Model, inputs: Inputs, precision: str, mod
         return None
     # Compiled code is for one batch; everything else is checked on a small one.
     checked = inputs if mode == "compile" else model.inputs(CHECKED, device, dtype_of(precision))
-    try:
+    with reason_in(row):
         step = Step(CONTENDERS[row["contender"]], model, inputs, precision, device, mode == "compile", mode == "graph")
         wrong = step_mistake(step, checked)
         if wrong is None:
             step()
             return step
         row["refused"] = wrong
-    except Missing as reason:
-        row["skipped"] = str(reason)
-    except Exception as error:
-        row["failed"] = first_line(error)
     return None
 
 

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class Layer:
     """What it moves through memory, as `counting.bytes_moved` takes it; of slora's kernels known after a call."""
     updates: bool = True
     """Whether the low-rank update is part of it."""
-    around: Callable[[], Any] = field(default=lambda: _nothing())
+    around: Callable[[], Any] = nullcontext
     """A context that every call runs in."""
     shaped: Callable[[str, Tensor], Tensor] = field(default=lambda name, gradient: gradient)
     """Gradients in the shape of the reference's."""
@@ -134,10 +135,9 @@ class Layer:
 
     def calls(self, problem: Problem, backward: bool) -> list[Callable[[], Any]]:
         """One call per set of inputs: the forward as in inference, or forward and backward."""
-        return [
-            lambda x=x, dy=dy: self.trained(x, dy) if backward else self.inferred(x)
-            for x, dy in zip(problem.xs, problem.dys, strict=True)
-        ]
+        if not backward:
+            return [partial(self.inferred, x) for x in problem.xs]
+        return [partial(self.trained, x, dy) for x, dy in zip(problem.xs, problem.dys, strict=True)]
 
     def inferred(self, x: Tensor) -> Tensor:
         """The forward without a graph."""
@@ -163,11 +163,6 @@ class Layer:
             self.forward(x).backward(dy)
         for tensor in (x, *self.parameters.values()):
             tensor.grad = None
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager
@@ -219,7 +214,7 @@ def with_slora(backend: str) -> Callable[[Problem], Layer]:
             layer.lora_A.copy_(problem.A)
             layer.lora_B.copy_(problem.B)
             layer.gate.copy_(problem.gate)
-        parameters = {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "gate": layer.gate}
+        parameters: dict[str, Tensor] = {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "gate": layer.gate}
         return Layer(layer, parameters, "addmm", around=lambda: _backend(backend))
 
     return build

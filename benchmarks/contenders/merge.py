@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch.profiler import DeviceType
 
 import slora
 from benchmarks.contenders import memory
@@ -97,14 +98,15 @@ class Case:
 
     def flops(self, name: str) -> int:
         """FLOPs of the sum of products that a call adds to the weights."""
-        return 0 if name == "copy" else sum(linear_flops(*W.shape, self.rank) for W in self.weights)
+        return 0 if name == "copy" else sum(linear_flops(W.shape[0], W.shape[1], self.rank) for W in self.weights)
 
     def bytes(self, name: str) -> int:
         """Bytes that have to move: the weights read and written, a kept copy written, A and B read."""
-        weights = sum(W.nbytes for W in self.weights)
+        weights: int = sum(W.nbytes for W in self.weights)
         if name == "copy":
             return 2 * weights
-        return (3 if "copy kept" in name else 2) * weights + sum(M.nbytes for M in (*self.As, *self.Bs))
+        factors: int = sum(M.nbytes for M in (*self.As, *self.Bs))
+        return (3 if "copy kept" in name else 2) * weights + factors
 
     @property
     def contenders(self) -> dict[str, tuple[Callable[[], Any], Callable[[], None]]]:
@@ -121,7 +123,7 @@ class Case:
         """A `[blocks, r, K]` and B `[blocks, N / blocks, r]` of every weight, while the adapters are on."""
         if name == "slora batched_merge_":
             return [(A[None], B[None]) for A, B in zip(self.As, self.Bs, strict=True)]
-        layers = [self.model.get_submodule(layer) for layer in self.names]
+        layers: list[Any] = [self.model.get_submodule(layer) for layer in self.names]
         if name.startswith("slora"):
             return [(layer.lora_A.detach(), layer.lora_B.detach()) for layer in layers]
         return [(layer.lora_A["default"].weight[None], layer.lora_B["default"].weight[None]) for layer in layers]
@@ -199,12 +201,12 @@ def same_bits(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
-def launches(case: Case) -> int:
-    """How many kernels one call of the operator starts, whoever's they are; copies and fills are none."""
+def launches(case: Case, name: str) -> int:
+    """How many kernels one call of `name` starts on a plain model, whoever's they are; copies and fills are none."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        case.batched_merge()
+        case.contenders[name][1]()
         torch.cuda.synchronize()
-    on_gpu = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_gpu = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu)
 
 

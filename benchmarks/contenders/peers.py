@@ -1,11 +1,14 @@
-"""Packages that a case compares with: imported when asked for, with a reason where they are missing."""
+"""Packages that a case compares with: imported when asked for, with a reason where they are missing or fail."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from benchmarks.record import BenchmarkError
+from benchmarks.timing import first_line
 
 
 class Missing(BenchmarkError):
@@ -24,3 +27,14 @@ def need(package: str) -> Any:
         # Not only ImportError: a package that does not fit this torch fails in many ways.
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Missing(f"{package} cannot be imported ({first}); install it, or leave its contenders out") from error
+
+
+@contextmanager
+def reason_in(row: dict[str, Any]) -> Iterator[None]:
+    """Put into `row` why a contender has no times: what was raised inside ends here, so that the others get theirs."""
+    try:
+        yield
+    except Missing as reason:
+        row["skipped"] = str(reason)
+    except Exception as error:
+        row["failed"] = first_line(error)

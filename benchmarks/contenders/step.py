@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ class Step:
         gates = {id(gate) for gate in slora.gate.gates(self.net)}
         trained = [p for p in self.net.parameters() if p.requires_grad]
         # Gates stay where the contender put them, but take part in every step.
-        groups = [{"params": [p for p in trained if id(p) not in gates]}]
+        groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in gates]}]
         if gates:
             held = {"params": [p for p in trained if id(p) in gates], "lr": 0.0, "weight_decay": 0.0}
             groups += [held] if held["params"] else []

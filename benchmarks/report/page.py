@@ -161,7 +161,7 @@ python -m benchmarks gpu                                       # the proof on a 
 | what is compared | `contenders/layer.py` (one layer), `contenders/model.py` (a model), `models.py` |
 | how a time is taken | `timing.py`, `ceilings.py` |
 | FLOPs, bytes and the model of costs | `counting.py` |
-| the result files | `record.py` (their form), `results/<device>/<case>.json` |
+| the result files | `record.py`, `schema.py` (their form), `results/<device>/<case>.json` |
 | this page and the figures | `report/` |
 | the bars | `bars.toml` |
 | the proof on a GPU | `gpu.py` (its order and table), `proof/` (its parts) |

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.record import NOT_MEASURED, TIMES, median, source
+from benchmarks.record import NOT_MEASURED, median, source
+from benchmarks.schema import TIMES
 
 COMPULSORY = (
     '* "Compulsory MB" is a formula, the same for all (`counting.Compulsory`): parameters and inputs; in training also '

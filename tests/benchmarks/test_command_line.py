@@ -15,7 +15,8 @@ import torch
 from benchmarks import __main__ as command_line
 from benchmarks import ceilings, registry, running
 from benchmarks.contenders import layer as layers
-from benchmarks.record import SCHEMA, BenchmarkError, read_result
+from benchmarks.record import BenchmarkError, read_result
+from benchmarks.schema import SCHEMA
 
 TINY = ["--grid", "tiny", "--rounds", "3"]
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from benchmarks import bars, compare
-from benchmarks.record import SCHEMA, BenchmarkError, spread
+from benchmarks.record import BenchmarkError, spread
+from benchmarks.schema import SCHEMA
 
 
 def _file(rows: list[dict[str, Any]], case: str = "linear", device: str = "nvidia-h200") -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""The form of a result file: what was measured, on what, from which state of the source.
+
+    {"schema": 2, "case": ..., "device": ..., "complete": true, "environment": {...}, "settings": {...},
+     "ceilings": {...}, "rows": [{"point": {...}, "contender": ..., <measures>}, ...]}
+
+A row is one contender at one point of the case's grid. A measure is a number, or the spread of repetitions:
+{"median", "p20", "p80", "n", "values"}, of which older files lack "values". A contender that could not run has
+"skipped" and the reason, one that raised "failed", one whose result was wrong "refused"; none of these has times.
+`complete` is false where a run met the end of its time before the end of its grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+SCHEMA = 2
+# Measures that are spreads or numbers, wherever they occur.
+TIMES = {"seconds", "device_seconds", "forward", "forward_backward", "eager"}
+MEASURES = TIMES | {
+    "peak_memory_mib", "added_memory_mib", "flops", "bytes", "compulsory_bytes", "flops_per_s", "peak_over_outputs",
+    "launches", "deterministic", "percent_of_gemm", "percent_of_copy", "predicted", "deviation", "update_deviation",
+    "images_per_second", "tokens_per_second",
+}  # fmt: skip
+
+
+def fault(content: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file of measurements or of the proof's parts, None where nothing is."""
+    if "rows" not in content and "parts" not in content:
+        return None
+    about = content.get("environment")
+    known = {"commit", "dirty", "date", "device", "packages"}
+    if not isinstance(about, dict) or not isinstance(about.get("packages", {}), dict) or not known <= about.keys():
+        return f"its environment lacks one of {', '.join(sorted(known))}"
+    if not isinstance(content["case"], str):
+        return "its case is no text"
+    for name, allowed in (("commit", str | None), ("date", str), ("device", str)):
+        if not isinstance(about[name], allowed):
+            return f"{name} in its environment is no text"
+    if not _are_ceilings(content.get("ceilings", {})):
+        return "its ceilings are no numbers under copy_bytes_per_s and gemm_flops_per_s"
+    if "rows" not in content:
+        parts = content["parts"]
+        whole = isinstance(parts, dict) and all(
+            isinstance(part, dict) and "state" in part and _is_number(part.get("seconds")) for part in parts.values()
+        )
+        return None if whole else "a part has no state or no seconds"
+    return _fault_of_rows(content["rows"])
+
+
+def _are_ceilings(ceilings: Any) -> bool:
+    """Whether a file has the rates of its run, or none at all."""
+    if not isinstance(ceilings, dict) or not isinstance(ceilings.get("gemm_flops_per_s", {}), dict):
+        return False
+    rates = [ceilings.get("copy_bytes_per_s"), *ceilings.get("gemm_flops_per_s", {None: None}).values()]
+    return not ceilings or all(map(_is_number, rates))
+
+
+def _fault_of_rows(rows: Any) -> str | None:
+    if not isinstance(rows, list):
+        return "its rows are no list"
+    for i, row in enumerate(rows):
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("point"), dict)
+            or not isinstance(row.get("contender"), str)
+        ):
+            return f"row {i} has no point or no contender"
+        if not isinstance(row.get("form", ""), str):
+            return f"row {i} has no text in 'form'"
+        for name in sorted(row.keys() & MEASURES):
+            if not all(map(_is_number, _numbers(row[name]))):
+                return f"row {i} has no numbers in {name!r}"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _numbers(measure: Any) -> list[Any]:
+    """What has to be numbers in a measure."""
+    if not isinstance(measure, dict):
+        return [measure]
+    values = measure.get("values", [measure.get("median")])
+    return [
+        *(measure.get(key) for key in ("median", "p20", "p80", "n")),
+        *(values if isinstance(values, list) else [None]),
+    ]
