@@ -1,5 +1,7 @@
 """What the kernels are, without a GPU: `python -m benchmarks.audit` writes results/audit/linear_kernels.{json,md}.
 
+Compiled is what the file lacks: a variant that it has under the same digest (`digests.py`) would come out the same.
+
     compiled    registers, stack, shared memory, programs per multiprocessor and instructions of every configuration
                 of every kernel, by compiling it for sm_80, sm_90 and sm_100
     counted     FLOPs and bytes of a layer's forward, input gradient and weight gradients, from the kernels' loops
@@ -14,16 +16,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import json
 import multiprocessing
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
+import triton
+
 from benchmarks.ceilings import Ceilings, on_record
-from benchmarks.compiled import Report, Variant, compiled, faults
+from benchmarks.compiled import Variant, compiled, faults
+from benchmarks.digests import chosen, digest
 from benchmarks.narrow_variants import narrow_variants
-from benchmarks.record import RESULTS, environment, read_result, source, write_result
-from benchmarks.report.tables import table
+from benchmarks.record import RESULTS, environment, read_result, write_result
+from benchmarks.report.audit_page import text
 from benchmarks.variants import gemm_variants
 from slora.files import write_text
 from slora.flops import linear_flops
@@ -39,7 +47,11 @@ SHAPES = {
 }  # fmt: skip
 
 
-# What became of one variant: a `Report` with its faults.
+# Of the variants in the file, how many are compiled again to see whether it is right.
+ONE_IN = 6
+MEND = "`python -m benchmarks.audit` mends that"
+ANEW = "`python -m benchmarks.audit --anew` writes it again"
+# What became of one variant: a `Report` with its faults and its digest.
 Entry = dict[str, Any]
 
 
@@ -115,153 +127,92 @@ def variants_of(part: int) -> Iterator[Variant]:
 
 
 def _compile_part(part: int, known: Sequence[Entry]) -> list[Entry]:
-    entries, there = [], {(entry["kernel"], entry["label"]): entry for entry in known}
+    entries, there = [], {entry.get("digest"): entry for entry in known}
     for variant in variants_of(part):
-        entry = there.get((variant.kernel.fn.__name__, variant.label))
-        if entry is not None:
-            entries.append(entry)
-            continue
-        report = compiled(variant)
-        wrong = faults(variant, report, configs.SHARED_MEMORY[part])
-        entry = {name: value for name, value in dataclasses.asdict(report).items() if name != "seconds"}
-        entries.append({**entry, "faults": wrong})
-        print(f"sm_{part} {variant.kernel.fn.__name__} {variant.label}: {_resources(report)} {wrong or ''}", flush=True)
+        entry = there.get(digest(variant))
+        if entry is None:
+            entry = compile_one(variant)
+            print(f"{_name(entry)}: {_resources(entry)} {entry['faults'] or ''}", flush=True)
+        entries.append(entry)
     return entries
 
 
-def _resources(report: Report) -> str:
-    return f"{report.registers} registers, {report.shared} bytes shared, {report.occupancy} programs"
+def compile_one(variant: Variant) -> Entry:
+    """Compile a variant; its entry is as JSON gives it back."""
+    report = compiled(variant)
+    values = {name: value for name, value in dataclasses.asdict(report).items() if name != "seconds"}
+    wrong = faults(variant, report, configs.SHARED_MEMORY[variant.part])
+    entry: Entry = json.loads(json.dumps({**values, "faults": wrong, "digest": digest(variant)}))
+    return entry
 
 
-def text(payload: dict[str, Any]) -> str:
-    """The Markdown rendering."""
-    shapes = [
-        [
-            f"{shape['K']} → {shape['N']}",
-            *(f"{sum(work[key] for work in shape['counted'].values()) / unit:.2f}" for key, unit in _COUNTS),
-            f"{shape['counted_frozen']['flops'] / 1e12:.2f}",
-            f"{shape['counted_frozen']['bytes'] / 1e9:.2f}",
-            *(f"{1e6 * seconds:.0f}" for seconds in shape["predicted_seconds"].values()),
-            f"{1e6 * shape['predicted_frozen_seconds']:.0f}",
-            f"{shape['predicted_over_frozen']:.2f}",
-            "-" if shape["bar_over_frozen"] is None else f"{shape['bar_over_frozen']:.2f}",
-            shape["measured"],
+def _resources(entry: Entry) -> str:
+    return f"{entry['registers']} registers, {entry['shared']} bytes shared, {entry['occupancy']} programs"
+
+
+def check(parts: Sequence[int]) -> list[str]:
+    """Say what is wrong with the file or with the kernels, in a sentence each; write nothing.
+
+    Compiled are the variants that the file lacks and, to see whether it is right, one in `ONE_IN` of those that it has.
+    What another Triton makes of a kernel is looked at for faults only.
+    """
+    path = RESULTS / "audit" / f"{CASE}.json"
+    record = read_result(path)
+    same = record["environment"]["packages"]["triton"] == triton.__version__
+    known = {entry["digest"]: entry for entry in record["kernels"]} if same else {}
+    wrong, seen = [], set()
+    for part in parts:
+        for variant in variants_of(part):
+            of = digest(variant)
+            seen.add(of)
+            there = known.get(of)
+            fresh = compile_one(variant) if there is None or chosen(of, ONE_IN) else None
+            wrong += complaints(there, fresh, same)
+    # Of newer releases ptxas serializes the products of some input gradients; results on GPUs are made with this one.
+    wrong = [line for line in wrong if same or "serializes" not in line]
+    left = [entry for of, entry in known.items() if entry["part"] in parts and of not in seen]
+    return wrong + [f"{_name(entry)}: in the file, but no variant any more; {MEND}" for entry in left]
+
+
+def complaints(there: Entry | None, fresh: Entry | None, same: bool = True) -> list[str]:
+    """What is wrong with one variant: as the file has it, as it was compiled now; either may be missing."""
+    entry = fresh or there
+    assert entry is not None
+    found = [f"{_name(entry)}: {fault}" for fault in entry["faults"]]
+    if there is None and same:
+        found.append(f"{_name(entry)}: not in the file; {MEND}")
+    if there is not None and fresh is not None:
+        found += [
+            f"{_name(entry)}: {key} is {fresh[key]}, the file says {there.get(key)}; {ANEW}"
+            for key in fresh
+            if there.get(key) != fresh[key]
         ]
-        for shape in payload["shapes"]
-    ]
-    kernels: list[list[str]] = []
-    others: list[list[str]] = []
-    for entry in payload["kernels"]:
-        gemm = entry["kernel"].startswith("linear_")
-        cells = [f"sm_{entry['part']}", entry["kernel"].removeprefix("linear_").strip("_").replace("_", " ")]
-        cells += _case(entry["kernel"], entry["label"]) if gemm else _narrow_case(entry["label"])
-        cells += _compiled(entry)
-        (kernels if gemm else others).append(cells)
-    packages = payload["environment"]["packages"]
-    tera = {name: payload["ceilings"][name] / 1e12 for name in ("flops_per_s", "bytes_per_s")}
-    return f"""# The kernels, without a GPU
-
-Written by `python -m benchmarks.audit` with Triton {packages["triton"]}, torch {packages["torch"]}; \
-{source(payload["environment"])}. No kernel was run for it: the first table is counted and predicted, the others are \
-what the compiler made.
-
-## Counted and predicted
-
-bf16, M = {payload["M"]}, r = {payload["r"]}, all active, one block, on an H200 at {tera["flops_per_s"]:.0f} TFLOP/s
-and {tera["bytes_per_s"]:.1f} TB/s ({payload["ceilings"]["source"]}). FLOPs are those executed, with S and T once per
-tile. A kernel is predicted to take the larger of its two quotients; loads, stores and products overlap less than that
-in truth. "Over frozen" is forward, input gradient and weight gradients over forward and input gradient of a frozen
-layer, predicted in the same way; the bar is for the same quotient, measured. {_beyond(payload["shapes"])}
-
-{table(_SHAPE_HEADS, shapes)}
-
-## Compiled
-
-Every configuration of `kernels/configs.py`, in the most demanding case that it serves: fp32 A and B, a bias, any rank
-that "r" allows and any K and N that "access" allows; where "access" is aligned, once more for sizes that are all
-multiples of 16, for which Triton makes other code. "Fit" is how many programs of how many warps fit on a
-multiprocessor; products are those of tiles, by the instruction that does them; the copy engine brings the operands
-named last.
-
-{table(_KERNEL_HEADS, kernels)}
-
-## Compiled, the kernels beside the two
-
-Every configuration of `kernels/narrow_configs.py`: the pass over x and dy for dA, dB and the gates (`partial sums`) and
-its reduction, S and T by themselves, the gate probe. "Columns" are those of S or T that a program holds.
-
-{table(_NARROW_HEADS, others)}
-"""
+    return found
 
 
-def _beyond(shapes: Sequence[dict[str, Any]]) -> str:
-    """Which bars lie below what is predicted."""
-    bars = [shape for shape in shapes if shape["bar_over_frozen"] is not None]
-    names = [f"{s['K']} → {s['N']}" for s in bars if s["predicted_over_frozen"] > s["bar_over_frozen"]]
-    return (
-        f"{len(names)} of {len(bars)} bars lie below what is predicted: those of {', '.join(names)}." if names else ""
-    )
+def _name(entry: Entry) -> str:
+    return f"sm_{entry['part']} {entry['kernel']} {entry['label']}"
 
 
-_COUNTS = (("flops", 1e12), ("bytes", 1e9), ("l2_bytes", 1e9))
-_SHAPE_HEADS = [
-    "layer", "TFLOP", "GB", "GB from L2", "frozen TFLOP", "frozen GB", "forward µs, predicted", "dx µs, predicted",
-    "dA, dB µs, predicted", "frozen µs, predicted", "over frozen, predicted", "bar", "over frozen, measured",
-]  # fmt: skip
-_COMPILED_HEADS = ["registers", "stack and spills, bytes", "shared, KiB", "fit", "products", "bulk copies"]
-_KERNEL_HEADS = ["GPU", "kernel", "access", "numbers", "form", "R", "r", "tile", "blocks", *_COMPILED_HEADS]
-_NARROW_HEADS = ["GPU", "kernel", "case", "columns", "tile", *_COMPILED_HEADS]
-
-
-def _compiled(entry: dict[str, Any]) -> list[str]:
-    return [
-        str(entry["registers"]),
-        str(entry["stack"] + entry["spilled"]),
-        f"{entry['shared'] / 1024:.0f}",
-        f"{entry['occupancy']} x {entry['warps']}",
-        " ".join(f"{count} {name}" for name, count in entry["products"].items() if count),
-        ", ".join(entry["bulk_loads"]) or "-",
-    ]
-
-
-def _narrow_case(label: str) -> list[str]:
-    """The label of a variant beside the GEMMs as cells: what it is, columns, tile."""
-    head, _, tile = label.partition(" Rows(" if " Rows(" in label else " Columns(")
-    words = head.rstrip(",").split(", ")
-    if not tile:
-        return [head, "-", "-"]
-    values = dict(field.split("=") for field in tile.rstrip(")").split(", "))
-    rows, columns = ("ROWS", "TILE") if "TILE" in values else ("BM", "BK")
-    return [", ".join(words[:-1]), words[-1], f"{values[rows]}x{values[columns]}, {values['num_stages']} stages"]
-
-
-def _case(kernel: str, label: str) -> list[str]:
-    """The label of a variant as cells."""
-    head, rest = label.split(", R=")
-    R, rest = rest.split(", Gemm(")
-    R, ranks = R.split(", ")
-    fields, blocks = rest.split("), ")
-    values = dict(field.split("=") for field in fields.split(", "))
-    access, numbers, form = head.split(", ", 2)
-    tile = f"{values['BM']}x{values['BN']}x{values['BK']}, {values['num_stages']} stages"
-    # The loops that read S or T, and those of the input gradient over several blocks, end with each tile.
-    one_pipeline = not form.startswith("given") and (kernel == "linear_forward" or blocks == "one block")
-    flags = ["halves"] * (values["HALVES"] == "True") + ["flat"] * (values["FLATTEN"] == "True" and one_pipeline)
-    return [access, numbers, form, R, ranks, ", ".join([tile, *flags]), blocks.split()[0]]
-
-
-def main() -> None:
+def main() -> int:
     """Compile, count, and write the two files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", type=int, nargs="+", choices=configs.PARTS, default=configs.PARTS)
-    parser.add_argument(
-        "--missing", action="store_true",
-        help="compile only what the file lacks, which is enough where nothing but configurations has changed",
-    )  # fmt: skip
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--anew", action="store_true", help="compile also what the file has already (10 to 20 minutes)")
+    how.add_argument(
+        "--check", action="store_true", help="write nothing; say whether the file is right, exit code 1 if not"
+    )
     arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        parser.error("under TRITON_INTERPRET nothing is compiled; unset it")
+    if arguments.check:
+        wrong = check(arguments.parts)
+        print(*wrong, sep="\n", end="\n" * bool(wrong))
+        return int(bool(wrong))
     limits = on_record()
     path = RESULTS / "audit" / f"{CASE}.json"
-    known = read_result(path)["kernels"] if arguments.missing and path.exists() else []
+    known = read_result(path)["kernels"] if path.exists() and not arguments.anew else []
     payload = {
         "complete": set(arguments.parts) == set(configs.PARTS),
         "time": "not measured",
@@ -275,7 +226,8 @@ def main() -> None:
     written = path.with_suffix(".md")
     write_text(written, text({**payload, "environment": environment("cpu")}))
     print(path, written, sep="\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

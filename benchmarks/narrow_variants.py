@@ -95,6 +95,8 @@ def _weight_gradients(part: int, precision: configs.Precision) -> Iterator[Varia
                 # Before sm_90 there is nothing else; after it, tiles are tall enough for the own instructions.
                 older_products=part < 90,
                 described=("x", "dy") if bulk else (),
+                # The mask.
+                in_registers=dropout and precision == "tf32",
             )
 
 

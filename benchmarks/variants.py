@@ -1,18 +1,10 @@
-"""The two GEMM kernels with every configuration of `kernels/configs.py`, to be compiled.
-
-`python -m benchmarks.variants forward 90` compiles those of one kernel and one kind of GPU and prints what came out;
-`16-bit`, `tf32` or `ieee` in place of `forward` or `backward` stands for all other kernels in that precision.
-"""
+"""The two GEMM kernels with every configuration of `kernels/configs.py`, to be compiled."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
 from collections.abc import Iterator
 
-from benchmarks.compiled import Variant, compiled, faults
-from benchmarks.narrow_variants import narrow_variants
+from benchmarks.compiled import Variant
 from slora.kernels import configs
 from slora.kernels.linear_backward import linear_backward
 from slora.kernels.linear_forward import linear_forward
@@ -96,16 +88,3 @@ def _sizes(row: configs.Row) -> Iterator[tuple[configs.Gemm, int, bool]]:
         yield tile, 1 if row.odd is None or tile in row.odd else configs.UNIT, False
     if row.access != "elements":
         yield from ((tile, configs.UNIT, True) for tile in row.candidates)
-
-
-def main(kernel: str, part: int) -> None:
-    """Print one line of JSON per variant: its label, what became of it, and what is wrong with that."""
-    gemm = kernel in ("forward", "backward")
-    for variant in gemm_variants(kernel, part) if gemm else narrow_variants(part, [kernel]):  # type: ignore[arg-type,list-item]
-        report = compiled(variant)
-        found = faults(variant, report, configs.SHARED_MEMORY[part])
-        print(json.dumps({**dataclasses.asdict(report), "faults": found}), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.audit import gemm_work, of_shape, variants_of
+from benchmarks.audit import complaints, gemm_work, of_shape, variants_of
 from benchmarks.ceilings import Ceilings, on_record
 from benchmarks.record import RESULTS, write_result
 from slora.kernels import configs
 
+ROOT = Path(__file__).parents[2]
 TILE = configs.gemm("forward", 90, "bulk", "16-bit", 16, 768).candidates[0]
 
 
@@ -57,3 +62,58 @@ def test_the_audit_in_the_tree_is_of_the_kernels_in_the_tree() -> None:
     assert {(kernel["part"], kernel["kernel"], kernel["label"]) for kernel in compiled} == {
         (part, variant.kernel.fn.__name__, variant.label) for part in configs.PARTS for variant in variants_of(part)
     }
+
+
+ENTRY = {"part": 90, "kernel": "k", "label": "l", "registers": 128, "faults": [], "digest": "ab"}
+
+
+def test_a_file_that_is_right_gets_no_complaint() -> None:
+    assert complaints(ENTRY, None) == complaints(ENTRY, dict(ENTRY)) == []
+    # Another Triton's code is in no file.
+    assert complaints(None, ENTRY, same=False) == []
+
+
+@pytest.mark.parametrize(
+    ("there", "fresh", "said"),
+    [
+        (None, ENTRY, "not in the file"),
+        (ENTRY, ENTRY | {"registers": 130}, "registers is 130, the file says 128"),
+        (ENTRY | {"faults": ["8 bytes spilled"]}, None, "8 bytes spilled"),
+        (ENTRY, ENTRY | {"stack": 8}, "stack is 8, the file says None"),
+    ],
+)
+def test_a_file_that_is_wrong_gets_a_sentence(there: dict[str, Any] | None, fresh: dict[str, Any], said: str) -> None:
+    (found,) = complaints(there, fresh)
+    assert found.startswith("sm_90 k l: ")
+    assert said in found
+
+
+DIGEST = """
+from benchmarks import digests
+from benchmarks.audit import variants_of
+from slora.kernels import skinny, tiles
+
+first = digests.digest(next(variants_of(90)))
+for function, old, new in CHANGES:
+    assert old in function.src
+    function._unsafe_update_src(function.src.replace(old, new, 1))
+digests._code.cache_clear()
+print(first == digests.digest(next(variants_of(90))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ("[]", True),
+        ("[(skinny._S, 'tl.zeros', '( tl.zeros)'), (tiles.load, '):', '):  # said')]", True),
+        ("[(skinny._S, 'tl.zeros', 'tl.full')]", False),
+    ],
+)
+def test_a_digest_follows_the_code_and_not_its_form(changes: str, same: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", DIGEST.replace("CHANGES", changes)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.stdout == f"{same}\n", run.stderr[-2000:]
