@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
+import slora
 from benchmarks.settings import COMPARABLE_ROUNDS
 
 Call = Callable[[], Any]
@@ -103,12 +104,14 @@ def launch_seconds(launch: Call) -> float:
 def captured(calls: Sequence[Call], pool: Any = None) -> Any:
     """Return a CUDA graph of `calls`, run a few times on a side stream first, as capturing asks for.
 
+    They run there as slora will be recorded (`slora.gates_on_device`).
+
     Graphs that share a `pool` share their memory: none of them may need what it computed in an earlier replay. A call
     with a method `settle` gets it called right before the capture, to read what it may not read inside.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), slora.gates_on_device():
         for _ in range(2):
             for call in calls:
                 call()

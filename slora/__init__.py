@@ -21,7 +21,7 @@ from slora.errors import (
 )
 from slora.gate import ProximalGates, gate_penalty, penalty_at, release_frozen
 from slora.inject import inject, unload
-from slora.layers import SelectiveLoRALinear
+from slora.layers import SelectiveLoRALinear, gates_on_device
 from slora.merging import merge, merge_and_unload, unmerge
 from slora.model import active_blocks, disabled, parameter_groups, summary
 
@@ -45,6 +45,7 @@ __all__ = [
     "active_blocks",
     "disabled",
     "gate_penalty",
+    "gates_on_device",
     "inject",
     "load_adapter",
     "merge",

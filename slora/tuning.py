@@ -7,9 +7,10 @@ device name, one version of torch and of Triton and one text of the kernels. Del
 Rows are counted in powers of two, rounded up, and each such number is measured by itself. Times are those of calls from
 Python, launches included, as training without CUDA graphs has them.
 
-Nothing is measured, and the first candidate taken unless the file knows better, while a CUDA graph is captured; and the
-first is always taken under `torch.use_deterministic_algorithms`, because a measurement may turn out otherwise in the
-next run and another form rounds otherwise.
+Nothing is measured, and the first candidate taken unless the file knows better, while a CUDA graph is captured: warm up
+for it inside `slora.gates_on_device()`, which measures for it. The first is always taken under
+`torch.use_deterministic_algorithms`, because a measurement may turn out otherwise in the next run and another form
+rounds otherwise.
 """
 
 from __future__ import annotations

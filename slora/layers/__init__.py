@@ -1,7 +1,7 @@
 """Adapted layers. Read `blocks.py` (LoRA blocks and their gates), then `linear.py`, then `attention.py`."""
 
 from slora.layers.attention import ProjectionAttention, SelectiveLoRAAttention
-from slora.layers.blocks import LoRABlocks
+from slora.layers.blocks import LoRABlocks, gates_on_device
 from slora.layers.linear import SelectiveLoRALinear
 
-__all__ = ["LoRABlocks", "ProjectionAttention", "SelectiveLoRAAttention", "SelectiveLoRALinear"]
+__all__ = ["LoRABlocks", "ProjectionAttention", "SelectiveLoRAAttention", "SelectiveLoRALinear", "gates_on_device"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +18,7 @@ from slora.errors import ConfigError, StateError
 from slora.gate import Activity, GateMirror, version
 from slora.probe import ProbeGates
 
+_on_device: ContextVar[bool] = ContextVar("slora_gates_on_device", default=False)
 _SETTINGS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
     "enabled", "merged", "released", "_kept_weight", "_kept_update", "_mirror", "_activity", "_gate_key", "_seed",
@@ -337,9 +341,31 @@ class LoRABlocks(nn.Module):
         return f"r={self.r}, lora_alpha={self.lora_alpha}, blocks={self.blocks}, inactive={self.inactive!r}"
 
 
+@contextlib.contextmanager
+def gates_on_device() -> Iterator[None]:
+    """Compute what a CUDA graph would record: inside, the device's own gates decide which blocks are active.
+
+    Warm up in here before a capture. Without it warm-up knows the active blocks, which the graph does not, so that
+    kernels may be compiled first inside the capture, where no choice of form can be measured either.
+
+        with slora.gates_on_device(), torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        with torch.cuda.graph(graph):
+            step()
+    """
+    token = _on_device.set(True)
+    try:
+        yield
+    finally:
+        _on_device.reset(token)
+
+
 def _capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph records what happens to `x`."""
-    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+    """Whether a CUDA graph records what happens to `x`, or should be prepared."""
+    if torch.compiler.is_compiling():
+        return False
+    return _on_device.get() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def of_layer(name: str) -> str:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import slora
 from slora import ops
 from slora.errors import ConfigError, ShapeError
-from slora.layers import SelectiveLoRALinear, blocks
+from slora.layers import SelectiveLoRALinear
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -476,10 +476,11 @@ def test_what_a_cuda_graph_records_depends_on_no_gate_but_those_frozen_for_good(
             layer.gate.copy_(torch.tensor(gates))
         y = layer(x)
         listed.clear()
-        with monkeypatch.context() as patch:
-            patch.setattr(blocks, "_capturing", lambda x: True)
+        with slora.gates_on_device():
             torch.testing.assert_close(layer(x), y)
         assert listed == expected
+        layer(x)
+        assert listed[len(expected) :] == [[i for i, gate in enumerate(gates) if gate]] * any(gates)
 
 
 @pytest.mark.parametrize("policy", ["exact", "probe", "frozen"])
