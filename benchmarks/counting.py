@@ -163,13 +163,18 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
-def beside_time(ceilings: dict[str, Any], dtype: str, seconds: float, flops: float, moved: float) -> dict[str, float]:
-    """The rate, and what part of the measured GEMM and copy ceilings `flops` and `moved` bytes are, in percent."""
+def beside_time(
+    ceilings: dict[str, Any], dtype: str, seconds: float, flops: float, moved: float | None
+) -> dict[str, float]:
+    """The rate, and what part of the measured GEMM and copy ceilings `flops` and `moved` bytes are, in percent.
+
+    `moved`: None where it is not known.
+    """
     gemm = ceilings["gemm_flops_per_s"].get(dtype)
     return {
         "flops_per_s": flops / seconds,
         **({"percent_of_gemm": 100 * flops / seconds / gemm} if gemm else {}),
-        "percent_of_copy": 100 * moved / seconds / ceilings["copy_bytes_per_s"],
+        **({"percent_of_copy": 100 * moved / seconds / ceilings["copy_bytes_per_s"]} if moved is not None else {}),
     }
 
 

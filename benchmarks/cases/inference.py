@@ -4,13 +4,15 @@
 (`counting.Compulsory`), no measured traffic.
 
 Before any is timed, each output is compared with that of the base model with `W + c B A` in place of `W`, computed in a
-wider dtype (`contenders/exact.py`). The updates are so large that one that is left out is refused in bf16, too.
+wider dtype (`contenders/exact.py`), on the batches of `train_step.mistake_in`. The updates are so large that one that
+is left out is refused in bf16, too.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from benchmarks import counting
 from benchmarks.cases import train_step
 from benchmarks.contenders.exact import Truth, output_mistake
 from benchmarks.contenders.model import RANK, with_peft, with_slora
-from benchmarks.contenders.peers import reason_in
+from benchmarks.contenders.peers import reason_in, reasons_in
 from benchmarks.models import Inputs, Model, find, randomise_updates
 from benchmarks.record import spread
 from benchmarks.settings import DTYPES, Settings
@@ -80,9 +82,20 @@ def measure(settings: Settings, ceilings: dict[str, Any], model: Model, batch: i
     rows: dict[str, dict[str, Any]] = {n: {"point": point, "contender": n} for n in CONTENDERS if settings.wanted(n)}
     if not rows:
         return []
+    with reasons_in(rows):
+        contest(settings, ceilings, model, batch, dtype, rows)
+    release(settings.device)
+    print(f"  {model.name} batch {batch} {dtype}", file=sys.stderr, flush=True)
+    return list(rows.values())
+
+
+def contest(
+    settings: Settings, ceilings: dict[str, Any], model: Model, batch: int, dtype: str, rows: dict[str, dict[str, Any]]
+) -> None:
+    """Fill `rows`, which name the contenders."""
     train_step.refuse_slora(rows, train_step.injection_mistake(model, settings.device))
     inputs = model.inputs(batch, settings.device, DTYPES[dtype])
-    nets = {name: net for name, row in rows.items() if (net := ready(row, model, dtype, settings.device)) is not None}
+    nets = {name: net for name, row in rows.items() if (net := ready(row, model, dtype, inputs)) is not None}
     besides = [size for name, net in nets.items() for size in count(rows[name], model, net, inputs)]
     turns = rotation(sum(t.nbytes for t in inputs), settings.device, min(besides, default=0), settings.most_inputs)
     sets = [inputs] + [model.inputs(batch, settings.device, DTYPES[dtype]) for _ in range(turns.sets - 1)]
@@ -101,29 +114,33 @@ def measure(settings: Settings, ceilings: dict[str, Any], model: Model, batch: i
         if contestant.reason:
             row["not_captured"] = contestant.reason
     for name, reason in failed.items():
-        rows[name] = {"point": point, "contender": name, "failed": reason}
-    del calls, taken
-    release(settings.device)
-    print(f"  {model.name} batch {batch} {dtype}", file=sys.stderr, flush=True)
-    return list(rows.values())
+        rows[name] = {"point": rows[name]["point"], "contender": name, "failed": reason}
 
 
-def ready(row: dict[str, Any], model: Model, dtype: str, device: str) -> nn.Module | None:
+def ready(row: dict[str, Any], model: Model, dtype: str, inputs: Inputs) -> nn.Module | None:
     """Build a contender and check its output; where there is nothing to be timed, its row says why."""
     if "refused" in row:
         return None
     prepare, finish = CONTENDERS[row["contender"]]
+    device = inputs[0].device.type
     torch.manual_seed(0)
     with reason_in(row):
         net = prepare(model, model.build(device).to(DTYPES[dtype]), dtype).eval()
         randomise_updates(net)
         truth = Truth(model, net, dtype, device)
         net = finish(net).eval()
-        wrong = output_mistake(truth, net, model.inputs(train_step.CHECKED, device, DTYPES[dtype]))
+        wrong = train_step.mistake_in(row, model, inputs, DTYPES[dtype], partial(both_ways, truth, net))
         if wrong is None:
             return net
         row["refused"] = wrong
     return None
+
+
+def both_ways(truth: Truth, net: nn.Module, inputs: Inputs) -> str | None:
+    """What is wrong with the output as it is launched, or with the device's own gates, as a CUDA graph has it."""
+    wrong = output_mistake(truth, net, inputs)
+    with slora.gates_on_device():
+        return wrong or output_mistake(truth, net, inputs)
 
 
 def count(row: dict[str, Any], model: Model, net: nn.Module, inputs: Inputs) -> list[int]:

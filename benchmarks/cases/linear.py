@@ -10,14 +10,16 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
+import slora
 from benchmarks import counting
 from benchmarks.contenders import forms
 from benchmarks.contenders.layer import CONTENDERS, Layer, Problem, Shape, mistake
-from benchmarks.contenders.peers import reason_in
+from benchmarks.contenders.peers import reason_in, reasons_in
 from benchmarks.record import spread
 from benchmarks.settings import Settings
 from benchmarks.timing import interleaved, release, rotation
@@ -86,12 +88,22 @@ def measure(
     wanted = [name for name in CONTENDERS if settings.wanted(name) and name in names]
     if not wanted:
         return []
+    rows: dict[str, dict[str, Any]] = {name: {"point": point.point, "contender": name} for name in wanted}
+    with reasons_in(rows):
+        contest(point, settings, ceilings, rows, inference)
+    print(f"  linear {' '.join(f'{k}={v}' for k, v in point.point.items())}", file=sys.stderr, flush=True)
+    return list(rows.values())
+
+
+def contest(
+    point: Shape, settings: Settings, ceilings: dict[str, Any], rows: dict[str, dict[str, Any]], inference: bool
+) -> None:
+    """Fill `rows`, which name the contenders."""
     element = 4 if point.dtype == "fp32" else 2
     turns = rotation(point.M * (point.K + point.N) * element, settings.device, most=settings.most_inputs or 16)
     problem = Problem(point, settings.device, turns.sets)
-    rows: dict[str, dict[str, Any]] = {name: {"point": point.point, "contender": name} for name in wanted}
     layers: dict[str, Layer] = {}
-    for name in wanted:
+    for name in rows:
         with reason_in(rows[name]):
             layer = CONTENDERS[name](problem)
             rows[name].update(checked(layer, problem))
@@ -99,13 +111,13 @@ def measure(
                 layers[name] = layer
     take(layers, problem, settings, rows, inference)
     for name, layer in layers.items():
-        share = point.share if layer.updates else 1.0
-        moved = counting.bytes_moved(layer.form, point.M, point.N, point.K, element, share)
-        seconds = rows[name]["forward_backward"]["median"]
-        rows[name].update(form=layer.form, bytes=moved, **turns.row)
-        rows[name].update(counting.beside_time(ceilings, point.dtype, seconds, rows[name]["flops"], moved))
-    print(f"  linear {' '.join(f'{k}={v}' for k, v in point.point.items())}", file=sys.stderr, flush=True)
-    return list(rows.values())
+        row, moved = rows[name], None
+        if layer.form is not None:
+            share = point.share if layer.updates else 1.0
+            moved = counting.bytes_moved(layer.form, point.M, point.N, point.K, element, share)
+            row.update(form=layer.form, bytes=moved)
+        seconds = row["forward_backward"]["median"]
+        row.update(**turns.row, **counting.beside_time(ceilings, point.dtype, seconds, row["flops"], moved))
 
 
 def take(
@@ -121,10 +133,11 @@ def take(
         taken = interleaved(calls, settings.device, rounds, graphs, settings.at_most(10.0), failed)
         for name, (seconds, contestant) in taken.items():
             rows[name][kind] = spread(seconds)
-            if kind == "forward_backward":
-                rows[name]["clock"] = contestant.clock
+            if kind != "eager":
+                before = "forward_" * (kind == "forward")
+                rows[name][f"{before}clock"] = contestant.clock
                 if contestant.reason:
-                    rows[name]["not_captured"] = contestant.reason
+                    rows[name][f"{before}not_captured"] = contestant.reason
         for name, reason in failed.items():
             del layers[name]
             rows[name] = {"point": problem.shape.point, "contender": name, "failed": reason}
@@ -132,20 +145,24 @@ def take(
 
 def checked(layer: Layer, problem: Problem) -> dict[str, Any]:
     """What one forward and backward says before any is timed: whether it is right, its FLOPs and its memory."""
-    found = layer.trained(problem.xs[0], problem.dys[0])
-    wrong = mistake(found, problem.exact(layer.updates), layer.wanted(problem.shape))
-    if wrong:
-        return {"refused": wrong}
-    # Inference takes paths of its own.
-    wrong = mistake({"y": layer.inferred(problem.xs[0])}, problem.exact(layer.updates), {"y"})
-    if wrong:
-        return {"refused": f"without gradients {wrong}"}
-    again = layer.trained(problem.xs[0], problem.dys[0])
-    same = all(torch.equal(found[name], again[name]) for name in found)
-    result: dict[str, Any] = {"deterministic": int(same)}
-    outputs = sum(t.nbytes for t in found.values())
+    exact, wanted, same, outputs = problem.exact(layer.updates), layer.wanted(problem.shape), True, 0
+    for how, call in layer.ways(problem).items():
+        found = call()
+        wrong = mistake(found, exact, wanted)
+        if wrong:
+            return {"refused": f"{how}{wrong}"}
+        again = call()
+        same &= all(torch.equal(found[name], again[name]) for name in found)
+        outputs = sum(t.nbytes for t in found.values())
     del found, again
     x, dy = problem.xs[0], problem.dys[0]
+    for context in (nullcontext, slora.gates_on_device):
+        # Inference takes paths of its own.
+        with context():
+            wrong = mistake({"y": layer.inferred(x)}, exact, {"y"})
+        if wrong:
+            return {"refused": f"without gradients {wrong}"}
+    result: dict[str, Any] = {"deterministic": int(same)}
     layer.form = forms.taken_by(lambda: layer.trained(x, dy), problem.device) or layer.form
     compiled = hasattr(layer.forward, "_orig_mod")
     result["flops"] = counting.flops(lambda: layer.counted(x, dy)) if not compiled else plain_flops(problem)
@@ -162,10 +179,12 @@ def plain_flops(problem: Problem) -> int:
 
 
 def added_peak(layer: Layer, problem: Problem) -> int:
-    """Bytes that one forward and backward adds to what is allocated, at the peak."""
+    """Bytes that one forward and backward adds to what is allocated, at the peak, launched or as a graph has it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    layer.trained(problem.xs[0], problem.dys[0])
+    for context in (nullcontext, slora.gates_on_device):
+        with context():
+            layer.trained(problem.xs[0], problem.dys[0])
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before

@@ -19,7 +19,7 @@ import torch
 import slora
 from benchmarks import counting
 from benchmarks.contenders import memory, merge
-from benchmarks.contenders.peers import Missing
+from benchmarks.contenders.peers import Missing, reasons_in
 from benchmarks.record import BenchmarkError, spread
 from benchmarks.settings import COMPARABLE_ROUNDS, DTYPES, Settings
 from benchmarks.timing import ORDER_SEED, first_line, release
@@ -61,36 +61,34 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
 
 def measure(settings: Settings, ceilings: dict[str, Any], model: str, dtype: str, rank: int) -> list[dict[str, Any]]:
     """Check every contender, then time those that are right in turns."""
-    contest = Contest(settings, model, dtype, rank)
-    contest.check()
-    contest.time()
-    for row in contest.running():
-        seconds = row.get("device_seconds", row["seconds"])["median"]
-        # Merging computes in fp32, whatever the weights' dtype.
-        row.update(counting.beside_time(ceilings, "fp32", seconds, row["flops"], row["bytes"]))
-    if settings.on_gpu:
-        contest.weigh_on_gpu()
-    else:
-        contest.weigh()
+    point = {"model": model, "dtype": dtype, "r": rank}
+    rows: dict[str, dict[str, Any]] = {
+        name: {"point": point, "contender": name} for name in merge.NAMES if settings.wanted(name)
+    }
+    with reasons_in(rows):
+        contest = Contest(settings, model, dtype, rank, rows)
+        contest.check()
+        contest.time()
+        for row in contest.running():
+            seconds = row.get("device_seconds", row["seconds"])["median"]
+            # Merging computes in fp32, whatever the weights' dtype.
+            row.update(counting.beside_time(ceilings, "fp32", seconds, row["flops"], row["bytes"]))
+        if settings.on_gpu:
+            contest.weigh_on_gpu()
+        else:
+            contest.weigh()
     print(f"  merge {model} {dtype} r={rank}", file=sys.stderr, flush=True)
-    return list(contest.rows.values())
+    return list(rows.values())
 
 
 class Contest:
     """The contenders at one point, with their rows. One that fails or is wrong leaves it; its row has the reason."""
 
-    def __init__(self, settings: Settings, model: str, dtype: str, rank: int) -> None:
-        self.settings, self.what = settings, (model, dtype, rank)
-        self.point = {"model": model, "dtype": dtype, "r": rank}
+    def __init__(self, settings: Settings, model: str, dtype: str, rank: int, rows: dict[str, dict[str, Any]]) -> None:
+        self.settings, self.what, self.rows = settings, (model, dtype, rank), rows
         self.case = self.fresh()
-        self.rows: dict[str, dict[str, Any]] = {
-            name: {
-                "point": self.point, "contender": name,
-                "flops": self.case.flops(name), "bytes": self.case.bytes(name),
-            }
-            for name in self.case.contenders
-            if settings.wanted(name)
-        }  # fmt: skip
+        for name, row in rows.items():
+            row.update(flops=self.case.flops(name), bytes=self.case.bytes(name))
 
     def fresh(self) -> merge.Case:
         """The model as it is at first."""
@@ -114,7 +112,7 @@ class Contest:
 
     def without_times(self, name: str, state: str, reason: str) -> dict[str, Any]:
         """The row of a contender that has left."""
-        return {"point": self.point, "contender": name, state: reason}
+        return {"point": self.rows[name]["point"], "contender": name, state: reason}
 
     def leave(self, name: str, state: str, reason: str) -> None:
         """Take a contender out."""
@@ -169,7 +167,9 @@ class Contest:
             if peak is not None:
                 row["added_memory_mib"] = peak
             if peak is not None and name == "slora batched_merge_":
-                row["launches"] = self.tried(name, merge.launches)
+                launches = self.tried(name, merge.launches)
+                if launches is not None:
+                    row["launches"] = launches
         del self.case
         release(self.settings.device)
 

@@ -1,15 +1,14 @@
 """Cost of one layer against rank, active share and tokens, beside what the model of costs predicts.
 
-The prediction is the frozen layer's measured time, plus the bytes that the form moves beyond it at the measured copy
-ceiling, plus the update's FLOPs at the measured GEMM ceiling (`counting.predicted_seconds`). The frozen layer's time
-is the median over all points at which it is the same layer. `deviation` is the measured time over the predicted one,
-less 1; most of both is the frozen layer. `update_deviation` is the same of what is beyond it. `curve` names the axis
-that a point lies on.
+The prediction is the frozen layer's time, taken in turns with the others at the same point, plus the bytes that the
+form moves beyond it at the measured copy ceiling, plus the update's FLOPs at the measured GEMM ceiling
+(`counting.predicted_seconds`). `deviation` is the measured time over the predicted one, less 1; most of both is the
+frozen layer. `update_seconds` is what each round took beyond the frozen layer in the same round, `update_deviation` its
+median over the prediction, less 1. `curve` names the axis that a point lies on.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from benchmarks import counting
 from benchmarks.cases import linear
 from benchmarks.contenders.layer import FROZEN, Shape
+from benchmarks.record import spread
 from benchmarks.settings import Settings
 
 K, N = 768, 3072
@@ -43,22 +43,17 @@ def grid(settings: Settings) -> list[tuple[str, Shape]]:
 
 
 def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of every point, with the prediction and the deviation from it.
-
-    Every point measures the frozen layer again, so the predictions in rows that were given out before change with it.
-    """
+    """Yield the rows of every point, with the prediction and the deviation from it."""
     names = {FROZEN, "slora, torch", "slora, triton", "slora, auto"}
     if not settings.on_gpu:
         names -= {"slora, auto", "slora, triton"}  # "auto" is "torch" there
-    measured: list[dict[str, Any]] = []
     for curve, shape in grid(settings):
         if settings.stop():
             return
         rows = linear.measure(shape, settings, ceilings, names, inference=False)
         for row in rows:
             row["point"] = {"curve": curve, **row["point"]}
-        measured += rows
-        predict(measured, ceilings)
+        predict(rows, ceilings)
         for row in rows:
             if "deviation" in row:
                 print(f"  {row['contender']}: {row['deviation']:+.1%} from the prediction", file=sys.stderr)
@@ -66,28 +61,27 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
 
 
 def predict(rows: Sequence[dict[str, Any]], ceilings: dict[str, Any]) -> None:
-    """Put the prediction and the deviations from it into the rows that have a form and a frozen layer beside them."""
-    taken: dict[tuple[Any, ...], list[float]] = {}
+    """Put the prediction and the deviations from it into the rows of one point that have a form."""
+    frozen = next((row["forward_backward"] for row in rows if row["contender"] == FROZEN and _timed(row)), None)
+    if frozen is None:
+        return
     for row in rows:
-        if row["contender"] == FROZEN and "forward_backward" in row:
-            taken.setdefault(_frozen_layer(row), []).append(row["forward_backward"]["median"])
-    for row in rows:
-        if row["contender"] == FROZEN or not {"forward_backward", "form"} <= row.keys():
+        if row["contender"] == FROZEN or not _timed(row) or "form" not in row:
             continue
-        if _frozen_layer(row) not in taken:
-            continue
-        frozen = statistics.median(taken[_frozen_layer(row)])
-        point, measured = row["point"], row["forward_backward"]["median"]
+        point, measured = row["point"], row["forward_backward"]
         active, _, blocks = point["active"].partition("/")
         row["predicted"] = counting.predicted_seconds(
-            frozen, row["form"], point["M"], point["N"], point["K"], point["r"], int(active),
+            frozen["median"], row["form"], point["M"], point["N"], point["K"], point["r"], int(active),
             int(active) / int(blocks or 1), point["dtype"], 4 if point["dtype"] == "fp32" else 2, ceilings,
         )  # fmt: skip
-        row["deviation"] = measured / row["predicted"] - 1
-        if row["predicted"] > frozen:
-            row["update_deviation"] = (measured - frozen) / (row["predicted"] - frozen) - 1
+        row["deviation"] = measured["median"] / row["predicted"] - 1
+        beyond = row["predicted"] - frozen["median"]
+        if beyond > 0:
+            # Round by round: both were taken within moments of each other.
+            pairs = zip(measured["values"], frozen["values"], strict=True)
+            row["update_seconds"] = spread([one - other for one, other in pairs])
+            row["update_deviation"] = row["update_seconds"]["median"] / beyond - 1
 
 
-def _frozen_layer(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What the frozen layer's time depends on."""
-    return tuple(row["point"][key] for key in ("K", "N", "M", "dtype"))
+def _timed(row: dict[str, Any]) -> bool:
+    return "forward_backward" in row

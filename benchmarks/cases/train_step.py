@@ -6,14 +6,16 @@ GPU: "eager", "graph" (the step as one CUDA graph) and "compile" (the forward an
 `compulsory_bytes` are what `counting.Compulsory` says, no measured traffic; both are means over a whole cycle.
 
 Before any is timed, the loss and all gradients of each contender are compared with `contenders/exact.py`, on a batch of
-two (compiled code: on the batch that is timed). A loss that is not finite at any step is refused afterwards.
+two (compiled code: on the batch that is timed), and those of slora on a GPU, whose kernels depend on the number of
+rows, on the batch that is timed as well. A loss that is not finite at any step is refused afterwards.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ import slora
 from benchmarks import counting
 from benchmarks.contenders.exact import Truth, output_mistake, step_mistake
 from benchmarks.contenders.model import CONTENDERS, RANK
-from benchmarks.contenders.peers import Missing, reason_in
+from benchmarks.contenders.peers import reason_in, reasons_in
 from benchmarks.contenders.step import Step, dtype_of
 from benchmarks.models import Inputs, Model, find, randomise_updates
 from benchmarks.record import spread
@@ -70,6 +72,7 @@ def grid(settings: Settings) -> list[Point]:
     if settings.grid == "full":
         points += [("vit-b", 32, "bf16", mode, MAIN) for mode in ("eager", "graph")]
         points += [("vit-l", 128, precision, "eager", USUAL) for precision in ("bf16", "amp", "fp32")]
+        points += [("vit-l", 128, "bf16", "compile", COMPILED)]
         points += [("llama-1b", 8, "bf16", mode, COMPILED) for mode in ("graph", "compile")]
         points += [("clip", 256, "bf16", mode, COMPILED) for mode in ("graph", "compile")]
     return points
@@ -109,10 +112,20 @@ def measure(
     rows: dict[str, dict[str, Any]] = {c: {"point": point, "contender": c} for c in contenders if settings.wanted(c)}
     if not rows:
         return []
-    try:
-        refuse_slora(rows, injection_mistake(model, settings.device))
-    except Missing as reason:
-        return [{**row, "skipped": str(reason)} for row in rows.values()]
+    with reasons_in(rows):
+        contest(settings, ceilings, model, batch, precision, mode, rows)
+    torch._dynamo.reset()
+    release(settings.device)
+    print(f"  {model.name} {precision} {mode}", file=sys.stderr, flush=True)
+    return list(rows.values())
+
+
+def contest(
+    settings: Settings, ceilings: dict[str, Any], model: Model, batch: int, precision: str, mode: str,
+    rows: dict[str, dict[str, Any]],
+) -> None:  # fmt: skip
+    """Fill `rows`, which name the contenders."""
+    refuse_slora(rows, injection_mistake(model, settings.device))
     inputs = model.inputs(batch, settings.device, dtype_of(precision))
     steps = {
         c: step for c, row in rows.items() if (step := ready(row, model, inputs, precision, mode, settings.device))
@@ -129,25 +142,44 @@ def measure(
             row.update(counting.beside_time_of(row, ceilings, "bf16" if precision == "amp" else precision))
             kind, each = model.items
             row[f"{kind}_per_second"] = batch * each / row["seconds"]["median"]
-    torch._dynamo.reset()
-    release(settings.device)
-    print(f"  {model.name} {precision} {mode}", file=sys.stderr, flush=True)
-    return list(rows.values())
 
 
 def ready(row: dict[str, Any], model: Model, inputs: Inputs, precision: str, mode: str, device: str) -> Step | None:
     """Build and check a contender's step and take it once; where there is nothing to be timed, its row says why."""
     if "refused" in row:
         return None
-    # Compiled code is for one batch; everything else is checked on a small one.
-    checked = inputs if mode == "compile" else model.inputs(CHECKED, device, dtype_of(precision))
     with reason_in(row):
         step = Step(CONTENDERS[row["contender"]], model, inputs, precision, device, mode == "compile", mode == "graph")
-        wrong = step_mistake(step, checked)
+        check = partial(step_mistake, step)
+        # Compiled code is for one batch.
+        compiled = mode == "compile"
+        wrong = check(inputs) if compiled else mistake_in(row, model, inputs, dtype_of(precision), check)
+        if step.not_replayed:
+            row["checked_as_launched"] = step.not_replayed
         if wrong is None:
             step()
             return step
         row["refused"] = wrong
+    return None
+
+
+def mistake_in(
+    row: dict[str, Any], model: Model, inputs: Inputs, dtype: torch.dtype, check: Callable[[Inputs], str | None]
+) -> str | None:
+    """What `check` says of a batch of two and, where slora's kernels depend on the rows, of `inputs`, which are timed.
+
+    Where the truth of a whole batch does not fit into the GPU, the row says so.
+    """
+    device = inputs[0].device.type
+    wrong = check(model.inputs(CHECKED, device, dtype))
+    if wrong or device == "cpu" or not row["contender"].startswith("slora"):
+        return wrong
+    try:
+        wrong = check(inputs)
+        return wrong and f"on the batch that is timed {wrong}"
+    except torch.cuda.OutOfMemoryError as error:
+        row["checked_on_two"] = first_line(error)
+    release(device)
     return None
 
 

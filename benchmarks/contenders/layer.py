@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import slora
 from benchmarks.contenders.peers import Missing, need
 from benchmarks.settings import DTYPES
+from benchmarks.timing import captured
 from slora import backends, reference
 
 THRESHOLD = 0.5
@@ -119,8 +120,9 @@ class Layer:
 
     forward: Callable[[Tensor], Tensor]
     parameters: dict[str, Tensor]
-    form: str
-    """What it moves through memory, as `counting.bytes_moved` takes it; of slora's kernels known after a call."""
+    form: str | None
+    """What it moves through memory, as `counting.bytes_moved` takes it; of slora's kernels known after a call, of what
+    a compiler makes never."""
     updates: bool = True
     """Whether the low-rank update is part of it."""
     around: Callable[[], Any] = nullcontext
@@ -156,6 +158,38 @@ class Layer:
             if gradient is not None:
                 found[name] = self.shaped(name, gradient)
         return found
+
+    def ways(self, problem: Problem) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        """How the output and the gradients are computed on the first inputs, by what is to be said of a mistake.
+
+        As launched one by one; by slora once more with the device's own gates, as a CUDA graph has them; and on a GPU
+        by replays of such a graph, where it can be captured.
+        """
+        x, dy = problem.xs[0], problem.dys[0]
+        ways: dict[str, Callable[[], dict[str, Tensor]]] = {"": partial(self.trained, x, dy)}
+        if not isinstance(self.forward, slora.SelectiveLoRALinear):
+            return ways
+
+        def prepared() -> dict[str, Tensor]:
+            with slora.gates_on_device():
+                return self.trained(x, dy)
+
+        ways["with gates on the device "] = prepared
+        if problem.device != "cpu":
+            found: dict[str, Tensor] = {}
+            try:
+                graph = captured([lambda: found.update(self.trained(x, dy))])
+            except Exception:
+                # It is timed as it is launched, then.
+                torch.cuda.synchronize()
+                return ways
+
+            def replayed() -> dict[str, Tensor]:
+                graph.replay()
+                return {name: tensor.clone() for name, tensor in found.items()}
+
+            ways["replayed from a CUDA graph "] = replayed
+        return ways
 
     def counted(self, x: Tensor, dy: Tensor) -> None:
         """Forward and backward as PyTorch's FLOP counter can watch them: it cannot inside `torch.autograd.grad`."""
@@ -235,7 +269,8 @@ def with_peft(compiled: bool) -> Callable[[Problem], Layer]:
             A.copy_(problem.A[0])
             B.copy_(problem.B[0])
         forward = torch.compile(layer, dynamic=False) if compiled else layer
-        return Layer(forward, {"lora_A": A, "lora_B": B}, "eager", shaped=_one_block)
+        form = None if compiled else "eager"
+        return Layer(forward, {"lora_A": A, "lora_B": B}, form, shaped=_one_block)
 
     return build
 

@@ -28,6 +28,9 @@ from slora.gate import adapted_layers
 from slora.inject import unload
 
 LINEARS = ["qkv", "proj", "fc1", "fc2"]
+NAMES = (
+    "copy", "slora batched_merge_", "slora merge_and_unload", "slora merge, copy kept", "PEFT merge_and_unload"
+)  # fmt: skip
 
 
 class Case:
@@ -111,13 +114,14 @@ class Case:
     @property
     def contenders(self) -> dict[str, tuple[Callable[[], Any], Callable[[], None]]]:
         """What puts adapters on, and the call that is measured."""
-        return {
-            "copy": (self.plain, self.copy_once),
-            "slora batched_merge_": (self.plain, self.batched_merge),
-            "slora merge_and_unload": (self.slora_adapted, self.slora_unload),
-            "slora merge, copy kept": (self.slora_adapted, self.slora_merge),
-            "PEFT merge_and_unload": (self.peft_adapted, self.peft_unload),
-        }
+        ways: list[tuple[Callable[[], Any], Callable[[], None]]] = [
+            (self.plain, self.copy_once),
+            (self.plain, self.batched_merge),
+            (self.slora_adapted, self.slora_unload),
+            (self.slora_adapted, self.slora_merge),
+            (self.peft_adapted, self.peft_unload),
+        ]
+        return dict(zip(NAMES, ways, strict=True))
 
     def updates(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """A `[blocks, r, K]` and B `[blocks, N / blocks, r]` of every weight, while the adapters are on."""
@@ -201,12 +205,17 @@ def same_bits(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
 
 
-def launches(case: Case, name: str) -> int:
-    """How many kernels one call of `name` starts on a plain model, whoever's they are; copies and fills are none."""
+def launches(case: Case, name: str) -> int | None:
+    """How many kernels one call of `name` starts on a plain model, whoever's they are; copies and fills are none.
+
+    None where the profiler sees nothing, as without the right to read what the GPU does.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         case.contenders[name][1]()
         torch.cuda.synchronize()
     on_gpu = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+    if not on_gpu:
+        return None
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_gpu)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,3 +38,16 @@ def reason_in(row: dict[str, Any]) -> Iterator[None]:
         row["skipped"] = str(reason)
     except Exception as error:
         row["failed"] = first_line(error)
+
+
+@contextmanager
+def reasons_in(rows: Mapping[str, dict[str, Any]]) -> Iterator[None]:
+    """The same for all contenders of a point, whose rows have neither times nor a reason yet."""
+    state: dict[str, Any] = {}
+    with reason_in(state):
+        yield
+    for row in rows.values() if state else ():
+        if not row.keys() & {"skipped", "failed", "refused", "seconds", "forward_backward"}:
+            for key in row.keys() - {"point", "contender"}:
+                del row[key]
+            row.update(state)

@@ -13,7 +13,7 @@ import slora
 from benchmarks import counting
 from benchmarks.contenders.model import Contender
 from benchmarks.models import Inputs, Model, randomise_updates
-from benchmarks.timing import captured
+from benchmarks.timing import captured, first_line
 
 # Of `slora.gate_penalty` in the loss.
 PENALTY = 0.1
@@ -28,6 +28,7 @@ class Step:
     Attributes:
         count: training steps of one measurement.
         losses: those of all steps taken, on the device, where reading them stops nothing.
+        not_replayed: why `replayed` could not capture its graph, None where it could or was not asked.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Step:
         self.inputs = inputs
         self.gated = bool(gates)
         self.losses: list[Tensor] = []
+        self.not_replayed: str | None = None
         self.forward: Callable[..., Tensor] = model.loss
         if compiled:
             self.forward = torch.compile(model.loss, dynamic=False)
@@ -96,8 +98,9 @@ class Step:
         call = GradientsOn(self, inputs, {})
         try:
             captured([call])
-        except Exception:
+        except Exception as error:
             torch.cuda.synchronize()
+            self.not_replayed = first_line(error)
             return self.gradients(inputs)
         return call.found
 
