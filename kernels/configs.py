@@ -1,7 +1,8 @@
 """The one table of tile sizes: for every kernel, kind of GPU and padded rank a few candidates, the best guess first.
 
-Every configuration is compiled by tests/kernels/test_compiles.py, which asserts that it spills nothing, fits into
-shared memory and uses the tensor cores. Which of the candidates is fastest is for a measurement to say.
+Every configuration is compiled by `python -m benchmarks.audit`; tests/kernels/test_compiles.py asserts by its record
+that it spills nothing, fits into shared memory and uses the tensor cores. Which of the candidates is fastest is for a
+measurement to say.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tile sizes of the kernels beside the two GEMMs; the table of those is `configs.py`.
 
-Every configuration is compiled by tests/kernels/test_compiles.py, which asserts that it spills nothing,
-fits into shared memory and uses the tensor cores.
+Every configuration is compiled by `python -m benchmarks.audit`; tests/kernels/test_compiles.py asserts by its record
+that it spills nothing, fits into shared memory and uses the tensor cores.
 """
 
 from __future__ import annotations
