@@ -1,17 +1,19 @@
-"""`python -m benchmarks`: run, list, report, compare, bars, gpu."""
+"""`python -m benchmarks`: run, list, report, compare, bars, gpu.
+
+Nothing above `main` imports torch, so that an interrupt in the second that this takes is answered like any other.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.record import BenchmarkError
-from benchmarks.registry import CASES
-from benchmarks.settings import COMPARABLE_ROUNDS, GRIDS
-from slora.errors import WriteError
+# Of a run that is interrupted before it has measured anything that it keeps.
+NOTHING_WRITTEN = "nothing was written for the case in progress"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,16 +22,16 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run cases and write results/<device>/<case>.json")
-    run.add_argument("--case", nargs="+", required=True, metavar="CASE", help="names, or 'all'")
+    run.add_argument("--case", nargs="+", action="extend", required=True, metavar="CASE", help="names, or 'all'")
     run.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     grid = run.add_mutually_exclusive_group()
     grid.add_argument("--full", dest="grid", action="store_const", const="full", help="the whole grid; hours on a CPU")
     grid.add_argument("--quick", dest="grid", action="store_const", const="quick", help="one point of every kind")
-    grid.add_argument("--grid", choices=GRIDS, help=argparse.SUPPRESS)
+    grid.add_argument("--grid", help=argparse.SUPPRESS)
     # Of several actions for one name argparse takes the default of the first.
     run.set_defaults(grid="default")
     run.add_argument("--rounds", type=int, help="repetitions of every contender (default: what suits the case)")
-    run.add_argument("--only", nargs="+", default=[], metavar="PART", help="parts of contender names")
+    run.add_argument("--only", nargs="+", action="extend", default=[], metavar="PART", help="parts of contender names")
     run.add_argument("--threads", type=int, help="threads of PyTorch on the CPU (default: its own choice)")
     run.add_argument(
         "--seconds", type=float, help="begin no new point of a case after this time; its first is measured in any case"
@@ -57,70 +59,94 @@ def parser() -> argparse.ArgumentParser:
     gpu.add_argument(
         "--seconds", type=float, help="all the time there is, its start included (default 530, with --quick 88)"
     )
-    gpu.add_argument("--parts", nargs="+", metavar="PART", help="only these parts")
+    gpu.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="only these parts")
     gpu.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, the kernels interpreted")
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Obey the command line; return the exit code: 2 for what the user can mend."""
-    args = parser().parse_args(arguments)
+    """Obey the command line; return the exit code: 2 for what the user can mend, 1 where a case or a text is wrong."""
+    args = argparse.Namespace(command="")
+    try:
+        parser().parse_args(arguments, args)
+        return _obey(args)
+    except KeyboardInterrupt as interrupt:
+        kept = str(interrupt) or (NOTHING_WRITTEN if args.command == "run" else "")
+        print(f"\nbenchmarks: interrupted{kept and f'; {kept}'}", file=sys.stderr)
+        return 2
+
+
+def _obey(args: argparse.Namespace) -> int:
     if getattr(args, "commit", None):
         os.environ["SLORA_COMMIT"] = args.commit
+    from benchmarks.record import BenchmarkError
+    from slora.errors import WriteError
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.default_int_handler)
     try:
         return COMMANDS[args.command](args)
     except (BenchmarkError, WriteError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        kept = "what was measured so far is kept" if getattr(args, "keep_partial", False) else "nothing was written"
-        print(f"\nbenchmarks: interrupted; {kept} for the case in progress", file=sys.stderr)
         return 2
 
 
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks.record import read_result
-    from benchmarks.registry import find
-    from benchmarks.running import run_case, show
-    from benchmarks.settings import Settings, process_began
+    from benchmarks.record import BenchmarkError, read_result
+    from benchmarks.registry import CASES, find
+    from benchmarks.running import CaseFailed, run_case, show
+    from benchmarks.settings import COMPARABLE_ROUNDS, GRIDS, Settings, process_began
+    from slora.errors import WriteError
 
     if args.threads is not None:
         if args.threads < 1:
             raise BenchmarkError(f"--threads {args.threads} is not a positive number")
         torch.set_num_threads(args.threads)
-    Settings(
-        args.device, args.grid, args.rounds, seconds=args.seconds
-    )  # refuses what it does not know before anything is chosen by it
-    known = [name for name, case in CASES.items() if args.device in case.devices]
-    cases = [find(name) for name in (known if args.case == ["all"] else dict.fromkeys(args.case))]
-    if args.out is None and _less_than_whole(args):
+    if args.grid not in GRIDS:
+        raise BenchmarkError(f"--grid {args.grid!r} is unknown; there are {', '.join(GRIDS)}")
+    measured = {name: case for name, case in CASES.items() if args.device in case.devices}
+    asked = [name for word in args.case for name in (measured if word == "all" else [word])]
+    cases = [find(name) for name in dict.fromkeys(asked)]
+    # A GPU that is not there is of no interest to a case that needs none.
+    for case in cases if measured else ():
+        case.require_device(args.device)
+    # Refuses what it does not know before anything is chosen by it.
+    Settings(args.device, args.grid, args.rounds, seconds=args.seconds)
+    partial = _less_than_whole(args, COMPARABLE_ROUNDS)
+    if args.out is None and partial:
         raise BenchmarkError(
-            f"{_less_than_whole(args)} needs --out: results that everyone reads are whole, with {COMPARABLE_ROUNDS} "
-            "repetitions at least"
+            f"{partial} needs --out: results that everyone reads are whole, with {COMPARABLE_ROUNDS} repetitions at "
+            "least"
         )
-    faults = []
-    for i, case in enumerate(cases):
-        settings = Settings(args.device, args.grid, args.rounds, tuple(args.only), args.seconds)
-        if i == 0:
-            # What Python and torch need to start is the first case's.
-            settings.started = process_began()
-        try:
-            path = run_case(case, settings, args.out, args.keep_partial)
-        except BenchmarkError as error:
+    code, faults = 0, []
+    try:
+        for i, case in enumerate(cases):
+            settings = Settings(args.device, args.grid, args.rounds, tuple(args.only), args.seconds)
+            if i == 0:
+                # What Python and torch need to start is the first case's.
+                settings.started = process_began()
+            try:
+                path = run_case(case, settings, args.out, args.keep_partial)
+                show(read_result(path)["rows"])
+                print(path)
             # The other cases do not depend on this one.
-            faults.append(str(error))
-            continue
-        show(read_result(path)["rows"])
-        print(path)
-    if faults:
-        raise BenchmarkError("\n".join(dict.fromkeys(faults)))
-    return 0
+            except (BenchmarkError, WriteError) as error:
+                faults.append(str(error))
+                code = code or 2
+            except CaseFailed as error:
+                faults.append(str(error))
+                code = 1
+    finally:
+        for fault in dict.fromkeys(faults):
+            print(f"benchmarks: {fault}", file=sys.stderr)
+    return code
 
 
-def _less_than_whole(args: argparse.Namespace) -> str | None:
-    """What on the command line makes a result a part of the whole."""
+def _less_than_whole(args: argparse.Namespace, comparable: int) -> str | None:
+    """What on the command line makes a result a part of the whole; `comparable` repetitions are none."""
     return next(
         (
             name
@@ -129,7 +155,7 @@ def _less_than_whole(args: argparse.Namespace) -> str | None:
                 (f"the {args.grid} grid", args.grid in ("tiny", "quick")),
                 ("--seconds", args.seconds is not None),
                 ("--keep-partial", args.keep_partial),
-                (f"--rounds {args.rounds}", args.rounds is not None and args.rounds < COMPARABLE_ROUNDS),
+                (f"--rounds {args.rounds}", args.rounds is not None and args.rounds < comparable),
             )
             if partial
         ),
@@ -138,6 +164,8 @@ def _less_than_whole(args: argparse.Namespace) -> str | None:
 
 
 def _list(args: argparse.Namespace) -> int:
+    from benchmarks.registry import CASES
+
     for case in CASES.values():
         print(f"{case.name:13} {case.summary} ({', '.join(case.devices)})")
     return 0
@@ -157,7 +185,7 @@ def _report(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from benchmarks import compare
-    from benchmarks.record import read_result
+    from benchmarks.record import BenchmarkError, read_result
 
     results = [read_result(path) for path in (args.before, args.after)]
     for path, result in zip((args.before, args.after), results, strict=True):
@@ -182,5 +210,16 @@ def _gpu(args: argparse.Namespace) -> int:
 
 COMMANDS = {"run": _run, "list": _list, "report": _report, "compare": _compare, "bars": _bars, "gpu": _gpu}
 
+
+def _end(*_: object) -> None:
+    """End the process at once: an exception in the midst of the import of torch or NumPy would be swallowed there."""
+    os.write(2, b"\nbenchmarks: interrupted; nothing was written\n")
+    os._exit(2)
+
+
 if __name__ == "__main__":
+    # `timeout` and others who end a process politely are answered as Ctrl-C is; what the caller ignores stays ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _end)
     sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,23 @@ class Case:
         """Import the case; only then are its peers imported."""
         run: Callable[[Settings, dict[str, Any]], Rows] = importlib.import_module(f"benchmarks.cases.{self.name}").run
         return run
+
+    def contenders(self) -> list[str] | None:
+        """Names of the contenders, of which a point need not have all; None where the module has no CONTENDERS."""
+        names = getattr(sys.modules[self.load().__module__], "CONTENDERS", None)
+        return None if names is None else list(names)
+
+    def require_device(self, device: str) -> None:
+        """Refuse a device that the case is not measured on.
+
+        Raises:
+            BenchmarkError: it is one.
+        """
+        if device not in self.devices:
+            raise BenchmarkError(
+                f"case {self.name!r} is measured on {' and '.join(self.devices)} only, not on {device}; leave it out, "
+                f"or use --device {self.devices[0]}"
+            )
 
 
 CASES = {

@@ -11,7 +11,12 @@ from benchmarks.contenders.peers import need
 from benchmarks.record import RESULTS, BenchmarkError, environment, folder_name, require_writable, write_result
 from benchmarks.registry import Case
 from benchmarks.settings import Settings
-from benchmarks.timing import ORDER_SEED, ieee_fp32
+from benchmarks.timing import ORDER_SEED, first_line, ieee_fp32, release
+from slora.errors import WriteError
+
+
+class CaseFailed(Exception):
+    """A case raised what nobody has foreseen: which case, what it raised, and what is kept, in one line."""
 
 
 def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_partial: bool = False) -> Path:
@@ -23,35 +28,44 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
     Raises:
         BenchmarkError: the device or a package is missing, the folder cannot be written into, or nothing was measured;
             or the file is written, and a contender in it has failed or was wrong.
+        CaseFailed: the case raised something else, such as that a GPU is out of memory.
+        KeyboardInterrupt: with what is kept as its text, where that is anything.
     """
-    if settings.device not in case.devices:
-        raise BenchmarkError(
-            f"case {case.name!r} is measured on {', '.join(case.devices)} only, not on {settings.device}"
-        )
+    case.require_device(settings.device)
     device = folder_name(settings.device)
     require_writable(RESULTS / device if folder is None else folder)
     for package in case.packages:
         need(package)
-    run = case.load()
-    ieee_fp32()
-    limits = ceilings.measure(settings)
-    payload: dict[str, Any] = {
-        "environment": environment(settings.device),
-        "settings": {
-            "grid": settings.grid,
-            "rounds": settings.rounds,
-            "only": list(settings.only),
-            "order_seed": ORDER_SEED,
-        },
-        "ceilings": limits,
-        "complete": False,
-        "rows": [],
-    }
     path: Path | None = None
-    for row in run(settings, limits):
-        payload["rows"].append(row)
-        if keep_partial:
-            path = write_result(case.name, device, payload, folder)
+    try:
+        # What a case before this one has left, where it failed.
+        release(settings.device)
+        run = case.load()
+        _require_contender(case, settings)
+        ieee_fp32()
+        limits = ceilings.measure(settings)
+        payload: dict[str, Any] = {
+            "environment": environment(settings.device),
+            "settings": {
+                "grid": settings.grid,
+                "rounds": settings.rounds,
+                "only": list(settings.only),
+                "order_seed": ORDER_SEED,
+            },
+            "ceilings": limits,
+            "complete": False,
+            "rows": [],
+        }
+        for row in run(settings, limits):
+            payload["rows"].append(row)
+            if keep_partial:
+                path = write_result(case.name, device, payload, folder)
+    except (BenchmarkError, WriteError):
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(*([] if path is None else [_kept(path)])) from None
+    except Exception as error:
+        raise CaseFailed(f"case {case.name!r} failed: {first_line(error)}; {_kept(path)}") from error
     if not payload["rows"]:
         reason = f"no contender has {' or '.join(map(repr, settings.only))} in its name"
         if not settings.only:
@@ -69,6 +83,21 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
     if faults:
         raise BenchmarkError(f"{path}: {'; '.join(faults)}")
     return path
+
+
+def _require_contender(case: Case, settings: Settings) -> None:
+    """Find out before anything is measured whether a contender is asked for, where the case lists its contenders."""
+    names = case.contenders()
+    if names is not None and not any(map(settings.wanted, names)):
+        asked = " or ".join(map(repr, settings.only))
+        raise BenchmarkError(
+            f"case {case.name!r}: no contender has {asked} in its name; there are {'; '.join(names)}; nothing was "
+            "measured"
+        )
+
+
+def _kept(path: Path | None) -> str:
+    return "nothing of it was written" if path is None else f"what it measured before is in {path}"
 
 
 def show(rows: list[dict[str, Any]], stream: Any = None) -> None:

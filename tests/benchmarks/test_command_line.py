@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,16 +31,18 @@ def run(*arguments: object) -> int:
 def case(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Put a case of one's own in the registry: `case(rows)`; rows are yielded, an exception among them is raised."""
 
-    def put(*rows: Any) -> None:
+    cases = {}
+
+    def put(*rows: Any, name: str = "own") -> None:
         def steps(settings: Any, limits: Any) -> Iterator[dict[str, Any]]:
             for row in rows:
                 if isinstance(row, BaseException):
                     raise row
                 yield row
 
-        own = registry.Case("own", "of the test")
-        monkeypatch.setitem(registry.CASES, "own", own)
-        monkeypatch.setattr(registry.Case, "load", lambda self: steps)
+        cases[name] = steps
+        monkeypatch.setitem(registry.CASES, name, registry.Case(name, "of the test"))
+        monkeypatch.setattr(registry.Case, "load", lambda self: cases[self.name])
         monkeypatch.setattr(ceilings, "measure", lambda settings: {"copy_bytes_per_s": 1.0, "gemm_flops_per_s": {}})
 
     return put
@@ -66,13 +70,61 @@ def test_a_case_that_fails_leaves_the_others_their_turn(
     assert "linear went wrong" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_nobody_foresaw_in_a_case_is_one_line_and_the_next_case_is_run(
+    keep: bool, tmp_path: Path, case: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case(_row("a", seconds=1.0), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"))
+    case(_row("a", seconds=2.0), name="other")
+    assert run("run", "--case", "own", "--case", "other", "--out", tmp_path, *["--keep-partial"] * keep) == 1
+    kept = f"what it measured before is in {tmp_path / 'own.json'}" if keep else "nothing of it was written"
+    said = capsys.readouterr()
+    assert said.err == f"benchmarks: case 'own' failed: OutOfMemoryError: CUDA out of memory.; {kept}\n"
+    assert read_result(tmp_path / "other.json")["rows"] == [_row("a", seconds=2.0)]
+    assert (tmp_path / "own.json").exists() is keep
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupt_in_the_import_of_torch_is_one_sentence_and_exit_code_2(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    # NumPy under torch: the exception is swallowed, and another one comes of it.
+    (tmp_path / "torch.py").write_text(
+        f"import os, time\ntry:\n    os.kill(os.getpid(), {number.value})\n    time.sleep(30)\n"
+        "except BaseException:\n    raise RuntimeError from None\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "run", "--case", "linear"],
+        cwd=Path(command_line.__file__).parents[1], env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stderr == "\nbenchmarks: interrupted; nothing was written\n"
+    assert done.returncode == 2
+
+
+def test_a_run_that_is_asked_to_terminate_is_interrupted() -> None:
+    code = (
+        "import os, runpy, signal, sys; from benchmarks import running\n"
+        "running.run_case = lambda *arguments: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "runpy.run_module('benchmarks', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "--case", "linear"],
+        cwd=Path(command_line.__file__).parents[1], capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stderr == "\nbenchmarks: interrupted; nothing was written for the case in progress\n"
+    assert done.returncode == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "--case", "liner"], "case 'liner' is unknown; there are linear,"),
         (["run", "--case", "linear", "--device", "tpu"], "device 'tpu' is unknown; use cpu or cuda"),
         (["run", "--case", "all", "--device", "tpu"], "device 'tpu' is unknown; use cpu or cuda"),
-        (["run", "--case", "linear", *TINY, "--only", "PETF", "--out", "x"], "no contender has 'PETF' in its name"),
+        (["run", "--case", "merge", "--case", "liner"], "case 'liner' is unknown; there are linear,"),
+        (["run", "--case", "linear", "--grid", "small"], "--grid 'small' is unknown; there are tiny,"),
+        (["run", "--case", "train_memory", "--device", "cuda"], "case 'train_memory' is measured on cpu only, not on"),
         (["run", "--case", "linear", *TINY, "--out", __file__], "is no folder); choose another folder"),
         (["run", "--case", "linear", *TINY, "--out", "/proc/out"], "cannot be written into"),
         (["bars", "--results", "nowhere"], "nowhere is no folder"),
@@ -151,6 +203,16 @@ def test_a_missing_peer_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPa
         layers.CONTENDERS["PEFT"](problem)
 
 
+def test_a_contender_that_is_nowhere_in_the_case_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ceilings, "measure", None)
+    assert run("run", "--case", "linear", *TINY, "--only", "PETF", "--only", "PFET", "--out", tmp_path) == 2
+    said = capsys.readouterr().err
+    assert "case 'linear': no contender has 'PETF' or 'PFET' in its name; there are frozen F.linear; " in said
+    assert said.count("\n") == 1
+
+
 def test_an_interrupted_run_leaves_the_file_that_was_there(
     tmp_path: Path, case: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,9 +231,15 @@ def test_a_run_whose_time_is_up_has_its_first_point_and_is_marked_incomplete(tmp
     assert result["complete"] is False
 
 
-def test_partial_results_are_kept_where_that_is_asked_for(tmp_path: Path, case: Any) -> None:
+def test_partial_results_are_kept_where_that_is_asked_for(
+    tmp_path: Path, case: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case(KeyboardInterrupt())
+    assert run("run", "--case", "own", "--out", tmp_path, "--keep-partial") == 2
+    assert "interrupted; nothing was written" in capsys.readouterr().err
     case(_row("a"), _row("b"), KeyboardInterrupt())
     assert run("run", "--case", "own", "--out", tmp_path, "--keep-partial") == 2
+    assert f"interrupted; what it measured before is in {tmp_path / 'own.json'}\n" in capsys.readouterr().err
     result = read_result(tmp_path / "own.json")
     assert [row["contender"] for row in result["rows"]] == ["a", "b"]
     assert result["complete"] is False
