@@ -20,7 +20,11 @@ import torch
 from benchmarks.schema import SCHEMA, fault
 from slora.files import write_json
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
+# What `run` and `report` write; everything else under these folders is source, a new file too.
+OUTPUTS = ("README.md", "benchmarks/README.md", "benchmarks/figures", "benchmarks/results")
+SOURCES = ("slora", "kernels", "csrc", "benchmarks")
 NOT_MEASURED = "not measured"
 PACKAGES = ("torch", "triton", "timm", "peft", "transformers", "open_clip_torch")
 
@@ -70,8 +74,10 @@ def environment(device: str | None = None) -> dict[str, Any]:
 
 def source(environment: Mapping[str, Any]) -> str:
     """The commit that was measured, in words."""
-    commit = environment["commit"]
-    return (f"commit {commit[:10]}" if commit else "unknown commit") + " with changes" * bool(environment["dirty"])
+    commit, dirty = environment["commit"], environment["dirty"]
+    if not commit:
+        return "unknown commit" + " with changes" * bool(dirty)
+    return f"commit {commit[:10]}" + (", perhaps with changes" if dirty is None else " with changes" * dirty)
 
 
 def device_name(device: str | None = None) -> str:
@@ -116,7 +122,7 @@ def read_result(path: Path) -> dict[str, Any]:
         raise BenchmarkError(f"{path} is no result file: it has no schema number; run the case again")
     if content["schema"] != SCHEMA:
         raise BenchmarkError(
-            f"{path} has schema {content['schema']}, this version reads {SCHEMA}; "
+            f"{path} has schema {content['schema']!r}, this version reads {SCHEMA!r}; "
             f"run the case {content['case']!r} again"
         )
     missing = fault(content)
@@ -157,22 +163,23 @@ def results_in(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _commit() -> tuple[str | None, bool | None]:
+    """The commit, and whether the source was another; None for what is not known."""
     told = os.environ.get("SLORA_COMMIT", "").strip()
     if told:
         return told.removesuffix("-dirty"), told.endswith("-dirty")
-    commit = _git("rev-parse", "HEAD")
-    if commit is None:
+    found = (_git("rev-parse", "--show-toplevel", "HEAD") or "").splitlines()
+    # The commit of a repository that a copy of the source merely lies in says nothing.
+    if len(found) != 2 or Path(found[0]).resolve() != ROOT:
         return None, None
-    # Results that this very run has written do not change what was measured.
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude)benchmarks/results")
-    return commit, bool(changed)
+    besides = [f":(exclude){path}" for path in OUTPUTS]
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *besides)
+    new = _git("ls-files", "--others", "--exclude-standard", "--", *SOURCES, *besides)
+    return found[1], None if changed is None or new is None else bool(changed or new)
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=20
-        )
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

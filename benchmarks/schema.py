@@ -4,13 +4,15 @@
      "ceilings": {...}, "rows": [{"point": {...}, "contender": ..., <measures>}, ...]}
 
 A row is one contender at one point of the case's grid. A measure is a number, or the spread of repetitions:
-{"median", "p20", "p80", "n", "values"}, of which older files lack "values". A contender that could not run has
+{"median", "p20", "p80", "n", "values"}, of which older files lack "values". Every number is finite, and times and
+ceilings are positive. A contender that could not run has
 "skipped" and the reason, one that raised "failed", one whose result was wrong "refused"; none of these has times.
 `complete` is false where a run met the end of its time before the end of its grid.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,8 +39,10 @@ def fault(content: Mapping[str, Any]) -> str | None:
     for name, allowed in (("commit", str | None), ("date", str), ("device", str)):
         if not isinstance(about[name], allowed):
             return f"{name} in its environment is no text"
+    if not isinstance(about["dirty"], bool | None):
+        return "dirty in its environment is none of true, false and null"
     if not _are_ceilings(content.get("ceilings", {})):
-        return "its ceilings are no numbers under copy_bytes_per_s and gemm_flops_per_s"
+        return "its ceilings are no positive numbers under copy_bytes_per_s and gemm_flops_per_s"
     if "rows" not in content:
         parts = content["parts"]
         whole = isinstance(parts, dict) and all(
@@ -53,7 +57,7 @@ def _are_ceilings(ceilings: Any) -> bool:
     if not isinstance(ceilings, dict) or not isinstance(ceilings.get("gemm_flops_per_s", {}), dict):
         return False
     rates = [ceilings.get("copy_bytes_per_s"), *ceilings.get("gemm_flops_per_s", {None: None}).values()]
-    return not ceilings or all(map(_is_number, rates))
+    return not ceilings or all(map(_is_positive, rates))
 
 
 def _fault_of_rows(rows: Any) -> str | None:
@@ -69,13 +73,19 @@ def _fault_of_rows(rows: Any) -> str | None:
         if not isinstance(row.get("form", ""), str):
             return f"row {i} has no text in 'form'"
         for name in sorted(row.keys() & MEASURES):
-            if not all(map(_is_number, _numbers(row[name]))):
-                return f"row {i} has no numbers in {name!r}"
+            kind, fits = ("positive numbers", _is_positive) if name in TIMES else ("numbers", _is_number)
+            if not all(map(fits, _numbers(row[name]))):
+                return f"row {i} has no {kind} in {name!r}"
     return None
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    """Whether it is a finite number; what Python reads from JSON may be NaN, infinite, or an integer of any size."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
 
 
 def _numbers(measure: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import ceilings, registry, running
+from benchmarks import ceilings, record, registry, running
 from benchmarks.contenders import layer as layers
 from benchmarks.record import BenchmarkError, read_result
 from benchmarks.schema import SCHEMA
@@ -277,8 +278,16 @@ def test_a_file_of_another_schema_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "is not readable JSON" in capsys.readouterr().err
 
 
+def test_a_schema_is_told_from_what_only_looks_like_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "linear.json"
+    path.write_text(json.dumps({"schema": str(SCHEMA), "case": "linear", "rows": []}))
+    assert run("compare", path, path) == 2
+    assert f"has schema '{SCHEMA}', this version reads {SCHEMA};" in capsys.readouterr().err
+
+
 HALF = {"median": 1.0, "p20": 1.0, "p80": 1.0, "n": 2, "values": [1.0, None]}
 ENVIRONMENT = {"commit": None, "dirty": None, "date": "2026-01-02", "device": "a", "packages": {}}
+RATES = {"copy_bytes_per_s": 1.0, "gemm_flops_per_s": {"fp32": 0.0}}
 
 
 @pytest.mark.parametrize(
@@ -287,15 +296,27 @@ ENVIRONMENT = {"commit": None, "dirty": None, "date": "2026-01-02", "device": "a
         ({"rows": []}, "its environment lacks one of commit, date, device"),
         ({"environment": ENVIRONMENT, "rows": 5}, "its rows are no list"),
         ({"environment": ENVIRONMENT, "rows": [{"contender": "a"}]}, "row 0 has no point"),
-        ({"environment": ENVIRONMENT, "rows": [_row(), _row(seconds={"median": 1.0})]}, "row 1 has no numbers in 'sec"),
-        ({"environment": ENVIRONMENT, "rows": [_row(forward=HALF)]}, "row 0 has no numbers in 'forward'"),
-        ({"environment": ENVIRONMENT, "rows": [_row(forward="fast")]}, "row 0 has no numbers in 'forward'"),
+        (
+            {"environment": ENVIRONMENT, "rows": [_row(), _row(seconds={"median": 1.0})]},
+            "row 1 has no positive numbers in",
+        ),
+        ({"environment": ENVIRONMENT, "rows": [_row(forward=HALF)]}, "row 0 has no positive numbers in 'forward'"),
+        ({"environment": ENVIRONMENT, "rows": [_row(forward="fast")]}, "row 0 has no positive numbers in 'for"),
+        ({"environment": ENVIRONMENT, "rows": [_row(seconds=0.0)]}, "row 0 has no positive numbers in 'seconds'"),
+        ({"environment": ENVIRONMENT, "rows": [_row(seconds=math.inf)]}, "row 0 has no positive numbers in 'seconds'"),
+        ({"environment": ENVIRONMENT, "rows": [_row(deviation=math.nan)]}, "row 0 has no numbers in 'deviation'"),
+        ({"environment": ENVIRONMENT, "rows": [_row(flops=10**400)]}, "row 0 has no numbers in 'flops'"),
+        ({"environment": ENVIRONMENT, "rows": [_row(launches=True)]}, "row 0 has no numbers in 'launches'"),
         ({"environment": ENVIRONMENT, "rows": [_row(flops="many")]}, "row 0 has no numbers in 'flops'"),
         ({"environment": ENVIRONMENT, "rows": [_row(form=5)]}, "row 0 has no text in 'form'"),
         ({"environment": {**ENVIRONMENT, "date": 5}, "rows": []}, "date in its environment is no text"),
         ({"environment": {**ENVIRONMENT, "commit": 5}, "rows": []}, "commit in its environment is no text"),
-        ({"environment": ENVIRONMENT, "rows": [], "ceilings": [1]}, "its ceilings are no numbers under copy_bytes"),
-        ({"environment": ENVIRONMENT, "rows": [], "ceilings": {"copy_bytes_per_s": 1}}, "its ceilings are no numbers"),
+        ({"environment": ENVIRONMENT, "rows": [], "ceilings": [1]}, "its ceilings are no positive numbers under copy"),
+        ({"environment": ENVIRONMENT, "rows": [], "ceilings": {"copy_bytes_per_s": 1}}, "its ceilings are no positive"),
+        (
+            {"environment": ENVIRONMENT, "rows": [], "ceilings": RATES},
+            "its ceilings are no positive numbers under copy",
+        ),
         ({"environment": ENVIRONMENT, "parts": {"build": {}}}, "a part has no state"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -338,6 +359,66 @@ def test_a_result_says_what_was_measured_on_what_and_from_which_source(
     said = capsys.readouterr().out
     assert "500 ms" in said
     assert "skipped: no reason" in said
+
+
+@pytest.fixture
+def git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the source be a repository with one commit: `git(*arguments)` runs git in it."""
+    for name in [name for name in os.environ if name.startswith("GIT_") or name == "SLORA_COMMIT"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+
+    def call(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    for name in ("README.md", "setup.py", "slora/ops.py", "benchmarks/README.md", "benchmarks/results/cpu/linear.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / ".gitignore").write_text("*.so\n")
+    call("init")
+    call("add", ".")
+    call("commit", "--message", "first")
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "dirty"),
+    [
+        ("README.md", False),
+        ("benchmarks/README.md", False),
+        ("benchmarks/figures/cpu-linear.png", False),
+        ("benchmarks/results/cpu/linear.json", False),
+        ("benchmarks/results/cpu/merge.json", False),
+        ("slora/_C.so", False),
+        ("notes.txt", False),
+        ("setup.py", True),
+        ("slora/ops.py", True),
+        ("slora/new.py", True),
+        ("kernels/deep/new.py", True),
+        ("csrc/new.cu", True),
+        ("benchmarks/new.py", True),
+    ],
+)
+def test_the_source_is_changed_by_new_source_and_not_by_what_the_benchmarks_write(
+    name: str, dirty: bool, tmp_path: Path, git: Any
+) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("changed")
+    about = record.environment("cpu")
+    assert (about["commit"], about["dirty"]) == (git("rev-parse", "HEAD"), dirty)
+
+
+def test_the_commit_of_source_that_is_no_repository_is_unknown(
+    tmp_path: Path, git: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record, "ROOT", tmp_path / "slora")
+    about = record.environment("cpu")
+    assert (about["commit"], about["dirty"]) == (None, None)
+    assert record.source(about) == "unknown commit"
+    assert record.source({"commit": "0123456789ab", "dirty": None}) == "commit 0123456789, perhaps with changes"
 
 
 def test_list_names_every_case(capsys: pytest.CaptureFixture[str]) -> None:
