@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.record import NOT_MEASURED, RESULTS, BenchmarkError, median, results_in, source
+from benchmarks.record import NOT_MEASURED, RESULTS, BenchmarkError, median, read_result, results_in, source
 from benchmarks.schema import TIMES
 
 # How a limit is spelled in the file, in a line and in a table, and what it asks.
@@ -139,32 +139,49 @@ def _at(measure: Any, end: str) -> float:
 
 
 def judged(
-    folder: Path | None = None, results: Path = RESULTS, cases: Container[str] | None = None
+    folder: Path | None = None,
+    results: Path = RESULTS,
+    cases: Container[str] | None = None,
+    device: str | None = None,
 ) -> Iterator[tuple[Bar, Found]]:
     """Every bar and what was measured: under `results`, or in `folder`, where only its device's bars count.
 
-    What is no result of `cases` was not measured.
+    `device` names that device; by default the files do. With `cases` only their files are read, and one that cannot
+    be read costs no other case's bars.
 
     Raises:
-        BenchmarkError: `folder` is none, or a result file in it cannot be read.
+        BenchmarkError: `folder` is none, or, without `cases`, a result file in it cannot be read.
     """
     if folder is not None and not folder.is_dir():
         raise BenchmarkError(f"{folder} is no folder; --results takes the folder of one device's result files")
     cache: dict[Path, dict[str, dict[str, Any]]] = {}
-    device = _device_of(folder)
+    device = device or _device_of(folder)
     for bar in load():
         if device is not None and not is_device(device, bar.device):
             continue
         where = _folder_of(bar.device, results) if folder is None else folder
+        if cases is not None:
+            yield bar, _in_file(bar, where / f"{bar.case}.json") if bar.case in cases else Found(None)
+            continue
         if where not in cache:
             cache[where] = results_in(where)
-        counts = cases is None or bar.case in cases
-        yield bar, value(bar, cache[where].get(bar.case) if counts else None)
+        yield bar, value(bar, cache[where].get(bar.case))
+
+
+def _in_file(bar: Bar, path: Path) -> Found:
+    """What was measured of a bar according to one file; nothing, with the reason, where that cannot be read."""
+    try:
+        return value(bar, read_result(path))
+    except BenchmarkError as error:
+        return Found(None, (str(error),))
 
 
 def is_device(name: str, asked: str) -> bool:
-    """Whether `name` is the device `asked`, or a variant such as "nvidia-h200-nvl" of "nvidia-h200"."""
-    return f"{name}-".startswith(f"{asked}-")
+    """Whether `name` is the device `asked`, or a variant such as "nvidia-h200-nvl" of "nvidia-h200".
+
+    A slice of a GPU, such as "nvidia-h200-mig-1g-18gb", is none: it has a part of its memory and processors.
+    """
+    return f"{name}-".startswith(f"{asked}-") and "-mig-" not in name.removeprefix(asked)
 
 
 def met(bar: Bar, number: float) -> bool:
@@ -201,11 +218,11 @@ def _with_commits(machine: str, rows: Sequence[tuple[Bar, Found]]) -> str:
     return f"{machine}; {', '.join(commits)}" if commits else machine
 
 
-def lines(folder: Path | None = None, cases: Container[str] | None = None) -> list[str]:
-    """A table for each machine: measured, limit, verdict; the last line counts. `cases` as for `judged`."""
-    rows = list(judged(folder, cases=cases))
+def lines(folder: Path | None = None, cases: Container[str] | None = None, device: str | None = None) -> list[str]:
+    """A table for each machine: measured, limit, verdict; the last line counts. `cases`, `device` as for `judged`."""
+    rows = list(judged(folder, cases=cases, device=device))
     if not rows:
-        return [f"no bars are set for {_device_of(folder) if folder else 'any device'}; see {FILE.name}"]
+        return [f"no bars are set for {device or _device_of(folder) or 'any device'}; see {FILE.name}"]
     width = max(len(bar.label) for bar, _ in rows)
     shown = [f"{'bar':{width}}  {'measured':22} limit"]
     for machine, group in by_machine(rows).items():
@@ -223,7 +240,7 @@ def lines(folder: Path | None = None, cases: Container[str] | None = None) -> li
 
 def _folder_of(device: str, results: Path) -> Path:
     """The folder of `device` under `results`, or the first one of a variant."""
-    variants = sorted(path for path in results.glob(f"{device}-*") if path.is_dir())
+    variants = sorted(path for path in results.glob(f"{device}-*") if path.is_dir() and is_device(path.name, device))
     return next((path for path in (results / device, *variants) if path.is_dir()), results / device)
 
 
