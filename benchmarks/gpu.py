@@ -72,7 +72,7 @@ def chosen(args: argparse.Namespace) -> list[Part]:
 
 
 def prove(args: argparse.Namespace) -> int:
-    """Run the parts, write what they say, print the table; 1 where a part failed or was cut, else 0.
+    """Run the parts, write what they say, print the table; 1 where a part failed, was cut or got no time, else 0.
 
     Raises:
         BenchmarkError: there is no GPU, no such part, no time, no folder where one is needed, or it cannot be written
@@ -111,7 +111,7 @@ def prove(args: argparse.Namespace) -> int:
             return 2
     name_left_out(proof, asked, "--quick has no time for it" if args.quick and not args.parts else "not asked for")
     finish(proof, time.monotonic() - began)
-    return int(any(state["state"] in ("failed", "cut") for state in proof.parts.values()))
+    return int(any(state["state"] in ("failed", "cut") or no_time(state) for state in proof.parts.values()))
 
 
 def run_part(proof: Proof, part: Part, limit: float) -> None:
@@ -132,6 +132,11 @@ def run_part(proof: Proof, part: Part, limit: float) -> None:
         print(f"    {line[:200]}", flush=True)
 
 
+def no_time(state: State) -> bool:
+    """Whether a part was to be run and had no time."""
+    return bool(state["state"] == "skipped" and state.get("reason") == parts.TIME_UP)
+
+
 def name_left_out(proof: Proof, asked: Sequence[Part], reason: str) -> None:
     """Write which parts were not run, and why."""
     for part in PARTS:
@@ -144,13 +149,16 @@ def finish(proof: Proof, took: float) -> None:
     """Print the parts, what they left out, and the bars."""
     print(f"\n{'part':12} {'state':8} seconds")
     for name, state in proof.parts.items():
-        counts = state.get("counts")
-        note = ", ".join(f"{number} {word}" for word, number in counts.items()) if counts else state.get("reason", "")
-        print(f"{name:12} {state['state']:8} {state['seconds']:7.1f}  {note}".rstrip())
+        counts = [f"{number} {word}" for word, number in state.get("counts", {}).items()]
+        note = ", ".join([*counts, *filter(None, [state.get("reason")])])
+        word = "NO TIME" if no_time(state) else state["state"]
+        print(f"{name:12} {word:8} {state['seconds']:7.1f}  {note}".rstrip())
+        for what in state.get("failed", ())[:8]:
+            print(f"    failed: {what}")
         for what, reason in state.get("left_out", {}).items():
             print(f"    left out: {what}: {reason}")
     try:
-        table = bars.lines(proof.out, proof.measured)
+        table = bars.lines(proof.out, proof.measured, folder_name(proof.device))
     except BenchmarkError as error:
         table = [str(error)]
     print(f"\n{proof.about['device']}, in {took:.0f} s; results in {proof.out}\n")

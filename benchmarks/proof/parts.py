@@ -11,7 +11,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,23 @@ import torch
 from benchmarks.proof import process
 from benchmarks.proof.process import Proof, State, state_of
 from benchmarks.record import read_result
+from slora.merging.batched import serves
 
 # Of the time of a case: what is left to it to end the point that it is in before it is killed.
 GRACE = 6.0
 # With less than this nothing is begun.
 LEAST = 3.0
 TIME_UP = "the time was up"
+# How pytest ends where it could not begin.
+USAGE_ERROR = 4
+# What the quick proof has time for: of every kernel its values, then a graph that replays, and the merge.
+QUICK_TESTS = (
+    "tests/kernels/test_linear_forward.py::test_y_and_S_are_those_of_the_reference",
+    "tests/kernels/test_linear_backward.py::test_dx_and_T_are_those_of_the_reference",
+    "tests/kernels/test_operator.py::test_output_and_every_gradient_agree_with_the_reference",
+    "tests/kernels/test_operator.py::test_a_cuda_graph_replays_with_moved_gates_and_new_masks",
+    "tests/merging/test_batched_cuda.py::test_a_merge_in_place_writes_the_weights_and_nothing_else",
+)
 METRICS = {
     "gpu__time_duration.sum": "duration",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
@@ -40,7 +51,7 @@ Run = Callable[[Proof, float], State]
 
 
 def build(proof: Proof, limit: float) -> State:
-    """Build the extension in place, for this GPU only, and say what it is."""
+    """Build the extension in place, for this GPU only, and say what it is. It has failed where it is of no use here."""
     until = time.monotonic() + limit
     environ = {"SLORA_SKIP_EXT": "1"} if proof.dry else {"TORCH_CUDA_ARCH_LIST": architecture()}
     code, text = proof.call([sys.executable, "setup.py", "build_ext", "--inplace"], limit, **environ)
@@ -50,10 +61,25 @@ def build(proof: Proof, limit: float) -> State:
     asked, answer = (None, "") if left < LEAST else proof.call([sys.executable, "-c", ask], left)
     if asked == 0:
         state["extension"] = json.loads(answer.splitlines()[-1])
+        fault = None if proof.dry else no_use(state["extension"])
     else:
         reason = TIME_UP if asked is None else f"slora could not be asked: {(answer.splitlines() or [''])[-1]}"
         state["left_out"] = {"what was built": reason}
+        fault = None if proof.dry else "what was built is not known"
+    if fault and state["state"] == "ok":
+        said = [line for line in text.splitlines() if line.startswith("slora: extension")]
+        state.update(state="failed", reason="; ".join([fault, *said[-1:]]))
     return state
+
+
+def no_use(extension: Mapping[str, Any]) -> str | None:
+    """Why this GPU cannot merge with what was built, None where it can. `extension`: what `extension_info` says."""
+    if not extension["available"]:
+        return f"slora._C cannot be used: {extension['reason']}"
+    if extension["cuda"] is None:
+        return "slora._C was built without CUDA"
+    known = " ".join(extension["architectures"])
+    return None if serves(torch.cuda.get_device_capability(), known) else f"slora._C has code for {known} alone"
 
 
 def architecture() -> str:
@@ -65,33 +91,84 @@ def architecture() -> str:
 def tests(proof: Proof, limit: float) -> State:
     """The tests marked `gpu`; counts and the names of those that failed are read from what was printed.
 
-    Files that need a package which is not here are left out, by name.
+    Only files that hold such tests are collected. Those that need a package which is not here are left out, by name.
     """
     if find_spec("pytest") is None:
         return {"state": "skipped", "reason": "pytest is not installed"}
-    left_out = needing_hypothesis() if find_spec("hypothesis") is None else []
+    until = time.monotonic() + limit
     several = ["-n", "4"] if find_spec("xdist") and not proof.dry else []
-    where = ["tests/benchmarks/test_timing.py"] if proof.dry else []
-    ignored = [f"--ignore={path}" for path in left_out]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--no-header", "-p", "no:cacheprovider",
-               "--continue-on-collection-errors", *several, *where, *ignored]  # fmt: skip
-    code, text = proof.call(command, limit)
-    # 5: nothing was collected, which a dry run may do.
-    state = state_of(0 if code == 5 and proof.dry else code, text)
-    state["counts"] = {
-        word.lower(): len(set(outcomes(text, word))) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")
+               "--continue-on-collection-errors", *several]  # fmt: skip
+    asked = list(QUICK_TESTS) if proof.quick else gpu_files()
+    left_out: dict[str, str] = {}
+    while True:
+        code, text = proof.call([*command, *asked], until - time.monotonic())
+        # A conftest.py that cannot be imported is the end of all tests, not of its folder's.
+        folder = broken_folder(text) if code == USAGE_ERROR else None
+        package = missing_package(text)
+        rest = [path for path in asked if not path.startswith(f"{folder}/")]
+        if folder is None or package is None or not rest or until - time.monotonic() < LEAST:
+            break
+        left_out[folder], asked = f"{package} is not installed", rest
+    state = state_of(code, text)
+    errors = collection_errors(text)
+    lacking = {
+        path: f"{package} is not installed" for path, said in errors.items() if (package := missing_package(said))
     }
-    state["failed"] = sorted({*outcomes(text, "FAILED"), *outcomes(text, "ERROR")})[:40]
-    if left_out:
-        state["left_out"] = dict.fromkeys(left_out, "hypothesis is not installed")
+    broken = sorted(errors.keys() - lacking.keys())
+    if code == 1 and lacking and ended_with_errors(text) == len(lacking):
+        state = {"state": "ok"}
+    found = {word: set(outcomes(text, word)) for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")}
+    found["ERROR"].update(broken)
+    state["counts"] = {word.lower(): len(names) for word, names in found.items()}
+    state["failed"] = sorted(found["FAILED"] | found["ERROR"])[:40]
+    if left_out | lacking:
+        state["left_out"] = left_out | lacking
+    if state["state"] == "ok" and not found["PASSED"] and not proof.dry:
+        state.update(state="failed", reason="no test passed")
     return state
 
 
-def needing_hypothesis() -> list[str]:
-    """Test files that import hypothesis."""
-    imports = re.compile(r"^(?:from|import) hypothesis\b", re.M)
-    files = sorted((process.ROOT / "tests").rglob("test_*.py"))
-    return [str(file.relative_to(process.ROOT)) for file in files if imports.search(file.read_text(encoding="utf-8"))]
+def gpu_files() -> list[str]:
+    """Test files in which a test may be marked `gpu`: by themselves, or by parameters of a conftest.py above them."""
+    mark = re.compile(r"\bmark\.gpu\b")
+    files = sorted((process.ROOT / "tests").rglob("*.py"))
+    marking = {file for file in files if mark.search(file.read_text(encoding="utf-8"))}
+    folders = {file.parent for file in marking if file.name == "conftest.py"}
+    return [
+        file.relative_to(process.ROOT).as_posix()
+        for file in files
+        if file.name.startswith(("test_", "bench_")) and (file in marking or folders & {*file.parents})
+    ]
+
+
+def missing_package(text: str) -> str | None:
+    """The package that an import did not find; None where there was none, or it is here and lacks a module."""
+    name = re.search(r"^E +.*No module named '(\w+)", text, re.M)
+    return name[1] if name and find_spec(name[1]) is None else None
+
+
+def broken_folder(text: str) -> str | None:
+    """The folder of tests whose conftest.py pytest could not load."""
+    path = re.search(r"^ImportError while loading conftest '(?:.*/)?(tests\b.*)/conftest\.py'", text, re.M)
+    return path[1] if path else None
+
+
+def collection_errors(text: str) -> dict[str, str]:
+    """Test files that pytest could not collect, and what it says of each."""
+    found = dict.fromkeys(re.findall(r"^ERROR (\S+\.py)(?: - .*)?$", text, re.M), "")
+    for part in re.split(r"^(?=_{3,} |={3,} )", text, flags=re.M):
+        path = re.match(r"_+ ERROR collecting (\S+) _+\n", part)
+        if path:
+            found[path[1]] = part
+    return found
+
+
+def ended_with_errors(text: str) -> int | None:
+    """How many errors pytest's last line counts, None where it counts failures as well."""
+    last = (text.strip().splitlines() or [""])[-1]
+    errors = re.search(r"\b(\d+) errors?\b", last)
+    return int(errors[1]) if errors and " failed" not in last else None
 
 
 def outcomes(text: str, word: str) -> list[str]:
@@ -152,7 +229,8 @@ def sanitizer(proof: Proof, limit: float) -> State:
     states = [run["state"] for run in runs.values()]
     left_out = {check: run["reason"] for check, run in runs.items() if run["state"] == "skipped"}
     state = next((s for s in ("failed", "cut", "skipped") if s in states), "ok")
-    return {"state": state, "runs": runs, **({"left_out": left_out} if left_out else {})}
+    reason = {"reason": TIME_UP} if state == "skipped" else {}
+    return {"state": state, **reason, "runs": runs, **({"left_out": left_out} if left_out else {})}
 
 
 def profile(proof: Proof, limit: float) -> State:
@@ -168,10 +246,13 @@ def profile(proof: Proof, limit: float) -> State:
                sys.executable, "-m", "benchmarks.small", "profile"]  # fmt: skip
     code, text = proof.call(command, limit)
     kernels = profiled(text)
+    said = [line for line in text.splitlines() if "ERROR" in line]
+    denied = [line for line in said if "ERR_NVGPUCTRPERM" in line]
+    if denied and not kernels:
+        # A machine that lets only its administrator read the counters, whichever way ncu ends then.
+        return {**state, "state": "skipped", "reason": denied[-1]}
     state.update(state_of(code, text), kernels=kernels)
     if code == 0 and not kernels:
-        # Without permission to read the counters it ends well all the same.
-        said = [line for line in text.splitlines() if "ERROR" in line]
         state.update(state="failed", reason=said[-1] if said else "ncu saw no kernel")
     return state
 

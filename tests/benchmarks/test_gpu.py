@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import __main__ as command_line
 from benchmarks import bars, gpu, registry, running
@@ -29,6 +31,22 @@ while [ "${1##*python*}" ]; do shift; done
 NCU_SAYS = '''"ID","Kernel Name","Grid Size","Block Size","gpu__time_duration.sum","launch__registers_per_thread"
 "","","","","us","register/thread"
 "0","_kernel","(132, 1, 1)","(256, 1, 1)","212.50","168"'''
+
+
+PYTEST_SAYS = """tests/test_a.py::test_x PASSED [100%]
+
+==================================== ERRORS ====================================
+_______________________ ERROR collecting tests/b/test_b.py _______________________
+Traceback:
+tests/b/test_b.py:1: in <module>
+    import absent.of.this.machine
+E   ModuleNotFoundError: No module named 'absent'
+"""
+PYTEST_SAYS_MORE = """_______________________ ERROR collecting tests/test_c.py _______________________
+tests/test_c.py:3: in <module>
+    import torch.of_another_release
+E   ModuleNotFoundError: No module named 'torch.of_another_release'
+"""
 
 
 @pytest.fixture
@@ -77,6 +95,8 @@ def test_the_time_of_the_proof_counts_from_the_start_of_its_process(tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", program], cwd=process.ROOT, capture_output=True, text=True)
     states = read_result(tmp_path / "proof.json")["parts"]
     assert states["profile"]["reason"] == "the time was up", done.stdout
+    assert done.returncode == 1
+    assert re.search(r"^profile +NO TIME +0\.0  the time was up$", done.stdout, re.M)
     assert states["build"] == {"state": "skipped", "reason": "not asked for", "seconds": 0.0}
     assert states.keys() == {part.name for part in gpu.PARTS}
 
@@ -97,6 +117,36 @@ def test_asking_what_was_built_ends_with_the_part(
     monkeypatch.setattr(process.Proof, "call", call)
     assert parts.build(proof, 20.0) == {"state": "ok", "left_out": {"what was built": "the time was up"}}
     assert limits == [20.0, *([asked] if asked else [])]
+
+
+@pytest.mark.parametrize(
+    ("extension", "reason"),
+    [
+        ({"available": False, "reason": "it was not built"}, "slora._C cannot be used: it was not built; "),
+        ({"available": True, "cuda": None, "architectures": []}, "slora._C was built without CUDA; "),
+        ({"available": True, "cuda": "13.0", "architectures": ["8.0"]}, "slora._C has code for 8.0 alone; "),
+        ({"available": True, "cuda": "13.0", "architectures": ["8.0", "9.0"]}, None),
+        (None, "what was built is not known; "),
+    ],
+    ids=["not there", "no CUDA", "other GPU", "of use", "unknown"],
+)
+def test_a_build_that_this_gpu_cannot_use_has_failed(
+    extension: dict[str, Any] | None, reason: str | None, proof: process.Proof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "slora: extension slora._C: C++ only: nvcc was not found"
+
+    def call(self: process.Proof, command: list[str], limit: float, **environ: str) -> tuple[int, str]:
+        if "setup.py" in command:
+            return 0, f"running build_ext\n{line}\n"
+        return (1, "ImportError") if extension is None else (0, json.dumps(extension))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(process.Proof, "call", call)
+    proof.dry = False
+    state = parts.build(proof, 20.0)
+    assert (state["state"], state.get("reason")) == (("failed", reason + line) if reason else ("ok", None))
+    proof.dry = True
+    assert parts.build(proof, 20.0)["state"] == "ok"
 
 
 def test_what_a_part_left_out_is_in_the_table(proof: process.Proof, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,14 +194,18 @@ def test_what_the_profiler_prints_is_read() -> None:
     ]  # fmt: skip
 
 
-def test_a_profiler_that_may_not_look_has_failed_and_says_why(
+def test_a_profiler_that_may_not_look_is_skipped_and_one_that_sees_nothing_has_failed(
     proof: process.Proof, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "found", lambda tool: tool)
-    said = "==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - no permission\nright\n"
-    monkeypatch.setattr(process.Proof, "call", lambda *args, **environ: (0, said))
-    state = parts.profile(proof, 10.0)
-    assert (state["state"], state["reason"]) == ("failed", "==ERROR== ERR_NVGPUCTRPERM - no permission")
+    for error, expected in (("ERR_NVGPUCTRPERM - no permission", "skipped"), ("no device", "failed")):
+        for code in (0, 1):
+            said = f"==PROF== Connected\n==ERROR== {error}\nright\n"
+            monkeypatch.setattr(process.Proof, "call", lambda *args, code=code, said=said, **environ: (code, said))
+            state = parts.profile(proof, 10.0)
+            assert state["state"] == expected
+            assert code or state["reason"] == f"==ERROR== {error}"
+            assert not gpu.no_time(state)
     monkeypatch.setattr(process.Proof, "call", lambda *args, **environ: (0, NCU_SAYS))
     assert parts.profile(proof, 10.0)["state"] == "ok"
 
@@ -243,18 +297,93 @@ def test_a_file_of_an_earlier_run_is_not_this_ones(
     assert "not measured" not in said()
 
 
-def test_without_pytest_the_tests_are_skipped_and_without_hypothesis_those_that_need_it(
-    proof: process.Proof, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(process.Proof, "call", lambda self, command, limit: (seen.append(command), (0, ""))[1])
+def test_without_pytest_the_tests_are_skipped(proof: process.Proof, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "find_spec", lambda name: None)
     assert parts.tests(proof, 10.0) == {"state": "skipped", "reason": "pytest is not installed"}
-    assert seen == []
-    monkeypatch.setattr(parts, "find_spec", lambda name: name != "hypothesis" or None)
-    left_out = parts.tests(proof, 10.0)["left_out"]
-    assert left_out["tests/merging/test_batched.py"] == "hypothesis is not installed"
-    assert "--ignore=tests/merging/test_batched.py" in seen[0]
+
+
+def test_test_files_that_need_a_missing_package_are_left_out_and_others_that_break_have_failed(
+    proof: process.Proof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proof.dry = False
+    said = PYTEST_SAYS + "====== 1 passed, 1 error in 0.20s ======\n"
+    monkeypatch.setattr(process.Proof, "call", lambda *args: (1, said))
+    state = parts.tests(proof, 10.0)
+    assert (state["state"], state["failed"]) == ("ok", [])
+    assert state["left_out"] == {"tests/b/test_b.py": "absent is not installed"}
+    said = PYTEST_SAYS + PYTEST_SAYS_MORE + "====== 1 passed, 2 errors in 0.20s ======\n"
+    state = parts.tests(proof, 10.0)
+    assert (state["state"], state["failed"]) == ("failed", ["tests/test_c.py"])
+    assert state["counts"] == {"passed": 1, "failed": 0, "error": 1, "skipped": 0}
+    # A failure whose line was not recognised is one all the same.
+    said = PYTEST_SAYS + "====== 1 failed, 1 error in 0.20s ======\n"
+    assert parts.tests(proof, 10.0)["state"] == "failed"
+    said = "tests/test_a.py::test_x SKIPPED (no GPU)\n===== 1 skipped in 0.20s =====\n"
+    monkeypatch.setattr(process.Proof, "call", lambda *args: (0, said))
+    assert parts.tests(proof, 10.0)["reason"] == "no test passed"
+
+
+def test_a_conftest_that_needs_a_missing_package_costs_its_folder_and_not_all_tests(
+    proof: process.Proof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+
+    def call(self: process.Proof, command: list[str], limit: float) -> tuple[int, str]:
+        seen.append(command)
+        path = process.ROOT / "tests" / "training" / "conftest.py"
+        said = f"ImportError while loading conftest '{path}'.\nE   ModuleNotFoundError: No module named 'absent'\n"
+        return (4, said) if len(seen) == 1 else (0, "tests/test_a.py::test_x PASSED [100%]\n")
+
+    monkeypatch.setattr(process.Proof, "call", call)
+    state = parts.tests(proof, 60.0)
+    assert (state["state"], state["left_out"]) == ("ok", {"tests/training": "absent is not installed"})
+    assert [path for path in seen[0] if path not in seen[1]] == ["tests/training/test_trainer.py"]
+
+
+@pytest.mark.slow
+def test_the_files_given_to_pytest_hold_all_tests_for_a_gpu_and_need_no_package_that_may_be_missing() -> None:
+    blocked = ("hypothesis", "sklearn", "matplotlib", "open_clip", "pytest_benchmark", "xdist")
+    program = (
+        "import sys, pytest\n"
+        "sys.modules.update(dict.fromkeys(sys.argv[1].split()))\n"
+        "sys.exit(pytest.main(['--collect-only', '-q', '-m', 'gpu', *sys.argv[2:]]))"
+    )
+    environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    found = []
+    for missing, given in ((), ()), (blocked, parts.gpu_files()):
+        command = [sys.executable, "-c", program, " ".join(missing), *given]
+        done = subprocess.run(command, cwd=process.ROOT, env=environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:]
+        found.append({line for line in done.stdout.splitlines() if "::" in line})
+    everything, chosen = found
+    assert len(everything) > 100
+    assert chosen == everything
+    quick = {name.split("[")[0] for name in everything}
+    assert quick.issuperset(parts.QUICK_TESTS)
+
+
+def test_a_file_that_cannot_be_read_costs_its_own_bars_alone(tmp_path: Path) -> None:
+    shutil.copy(RESULTS / "cpu" / "train_step.json", tmp_path)
+    (tmp_path / "merge.json").write_text('{"schema": 0, "case": "merge"}')
+    lines = bars.lines(tmp_path, {"train_step", "merge"}, "cpu")
+    of_merge = [line for line in lines if line.startswith("merge over copying")]
+    assert of_merge
+    assert all("merge.json has schema 0, this version reads" in line for line in of_merge)
+    named = next(line for line in lines if line.startswith("train step, all blocks active, over PEFT, precision fp32"))
+    assert "not measured" not in named
+    # Nor is it in the way of what this run has measured.
+    assert not any("schema" in line for line in bars.lines(tmp_path, {"train_step"}, "cpu"))
+
+
+def test_without_results_the_bars_are_those_of_the_device_and_a_slice_of_it_has_none(tmp_path: Path) -> None:
+    devices = {bar.device for bar, _ in bars.judged(tmp_path, cases=(), device="nvidia-h200")}
+    assert devices == {"nvidia-h200"}
+    slice_of_it = "nvidia-h200-mig-1g-18gb"
+    assert bars.lines(tmp_path, (), slice_of_it) == [f"no bars are set for {slice_of_it}; see bars.toml"]
+    (tmp_path / slice_of_it).mkdir()
+    shutil.copy(RESULTS / "cpu" / "train_step.json", tmp_path / slice_of_it)
+    assert all(found.number is None for _, found in bars.judged(results=tmp_path))
+    assert bars._folder_of("nvidia-h200", tmp_path) == tmp_path / "nvidia-h200"
 
 
 def test_a_case_needs_no_more_than_the_packages_that_the_proof_promises(tmp_path: Path) -> None:
