@@ -26,7 +26,7 @@ LEAST = 0.02
 CHANCE = 0.01
 # Up to this many times in a file all ways to deal them are counted; beyond, the normal distribution stands for them.
 COUNTED = 20
-STATES = ("skipped", "failed", "refused")
+STATES = ("skipped", "failed", "refused", "not_captured", "forward_not_captured")
 
 
 class Change(NamedTuple):
@@ -124,9 +124,9 @@ def rank_share(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _states(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What can be measured in one file only, and why."""
+    """What can be measured, or captured in a CUDA graph, in one file only, and why."""
     return [
-        f"{state} {'before' if state in old else 'now'}: {(old if state in old else new)[state]}"
+        f"{state.replace('_', ' ')} {'before' if state in old else 'now'}: {(old if state in old else new)[state]}"
         for state in STATES
         if (state in old) != (state in new)
     ]

@@ -1,7 +1,7 @@
 """`benchmarks/README.md`, and the marked tables of the project's README, from result files alone.
 
     <!-- demo-table -->        docs/demo.json, written by `slora demo`
-    <!-- train-step-table -->  results/cpu/train_step.json and train_memory.json
+    <!-- train-step-table -->  results/cpu/train_step.json and train_memory.json, results/<GPU>/train_step.json
 
 What has no result file says "not measured".
 """
@@ -14,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import scaling
-from benchmarks.contenders.peers import need
 from benchmarks.record import NOT_MEASURED, BenchmarkError, read_result, results_in
 from benchmarks.registry import CASES
 from benchmarks.report import summary, tables
+from benchmarks.report.packages import need
 from slora.files import write_text
 
 ROOT = Path(__file__).parents[2]
@@ -40,9 +39,6 @@ def all_results(root: Path = ROOT) -> dict[str, dict[str, dict[str, Any]]]:
             found[path.name] = results
             for case, result in results.items():
                 require_points(path / f"{case}.json", result)
-            if "scaling" in results:
-                # Older files have predictions from the frozen time of each point alone.
-                scaling.predict(results["scaling"]["rows"], results["scaling"]["ceilings"])
     return found
 
 
@@ -50,14 +46,13 @@ def require_points(path: Path, result: dict[str, Any]) -> None:
     """Refuse a result that this page cannot show.
 
     Raises:
-        BenchmarkError: it is of an unknown case, has no rows or no ceilings, or a point lacks what the case has.
+        BenchmarkError: it is of an unknown case, has no rows, or a point lacks what the case has.
     """
     case = result["case"]
     if case not in CASES:
         raise BenchmarkError(f"{path} is of the unknown case {case!r}; there are {', '.join(CASES)}; remove it")
     lacking = sorted({key for row in result["rows"] for key in POINTS.get(case, set()) - row["point"].keys()})
     lacking = [f"{key} in a point" for key in lacking] + ["rows"] * (not result["rows"])
-    lacking += ["ceilings"] * (case == "scaling" and not result.get("ceilings"))
     if lacking:
         raise BenchmarkError(f"{path} is damaged: it lacks {', '.join(lacking)}; run the case {case!r} again")
 
@@ -68,13 +63,19 @@ def filled(readme: str, root: Path = ROOT) -> str:
     Raises:
         BenchmarkError: a mark is missing or there twice, or a result file cannot be read.
     """
-    cpu = all_results(root)["cpu"]
+    results = all_results(root)
+    cpu = results["cpu"]
     demo_file = root / "docs" / "demo.json"
     texts = {
         "demo-table": demo_table(demo_file) if demo_file.exists() else NONE,
-        "train-step-table": NONE
-        if "train_step" not in cpu
-        else summary.train_step_table(cpu["train_step"], cpu.get("train_memory")),
+        "train-step-table": "\n\n".join(
+            [
+                NONE
+                if "train_step" not in cpu
+                else summary.train_step_table(cpu["train_step"], cpu.get("train_memory")),
+                *summary.on_gpus(results),
+            ]
+        ),
     }
     for name, text in texts.items():
         pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"

@@ -56,48 +56,89 @@ def memory_beside(step: dict[str, Any], memory: dict[str, Any] | None) -> dict[s
     return memory if same else None
 
 
+def on_gpus(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """The table of the training step for every GPU of which there are results, or that there are none."""
+    texts = []
+    for device, cases in results.items():
+        if device == "cpu" or not cases:
+            continue
+        if "train_step" in cases and any("seconds" in row for row in cases["train_step"]["rows"]):
+            texts.append(train_step_table(cases["train_step"], None))
+        else:
+            others = ", ".join(name for name in cases if name != "train_step") or "nothing"
+            texts.append(f"{device}: the training step was {NOT_MEASURED}; what was measured is {others}.")
+    return texts or [f"GPU: {NOT_MEASURED}."]
+
+
 def train_step_table(step: dict[str, Any], memory: dict[str, Any] | None) -> str:
-    """One row per contender: seconds (and their ratio to PEFT on all layers) and peak memory at each precision."""
+    """One row per contender: seconds (and their ratio to PEFT on all layers) and peak memory at each precision.
+
+    Of several models it shows the first. A step that is one CUDA graph has columns of its own.
+    """
     beside = memory_beside(step, memory)
-    by_precision: dict[str, list[Row]] = {}
+    columns: dict[str, list[Row]] = {}
     for row in step["rows"]:
-        if row["point"]["mode"] == "eager" and "seconds" in row:
-            by_precision.setdefault(row["point"]["precision"], []).append(row)
+        if "seconds" in row and _shown(row, step):
+            columns.setdefault(_column(row["point"]), []).append(row)
     peaks = {(row["point"]["precision"], row["contender"]): row for row in beside["rows"]} if beside else {}
     rows = []
-    for name in dict.fromkeys(row["contender"] for rows in by_precision.values() for row in rows):
-        cells = [name]
-        for precision_rows in by_precision.values():
-            time = next((row["seconds"] for row in precision_rows if row["contender"] == name), None)
-            share = ratio(of(precision_rows, name, "seconds"), of(precision_rows, "PEFT, all", "seconds"))
-            cells.append(NOT_MEASURED if time is None else f"{seconds(time)} ({share})")
-        for precision in by_precision:
-            peak = peaks.get((precision, name), {}).get("peak_memory_mib")
-            cells.append(NOT_MEASURED if peak is None else f"{peak:,.0f} MiB")
-        rows.append(cells)
-    heads = ["", *by_precision, *(f"{precision}, peak" for precision in by_precision)]
+    for name in dict.fromkeys(row["contender"] for rows in columns.values() for row in rows):
+        cells, weights = [name], []
+        for column in columns.values():
+            own = next((row for row in column if row["contender"] == name), {})
+            cells.append(f"{seconds(own['seconds'])} ({_over_peft(own, column)})" if own else NOT_MEASURED)
+            other = peaks.get((column[0]["point"]["precision"], name), {})
+            peak = own.get("peak_memory_mib", other.get("peak_memory_mib"))
+            weights.append(NOT_MEASURED if peak is None else f"{peak:,.0f} MiB")
+        rows.append(cells + weights)
+    heads = ["", *columns, *(f"{column}, peak" for column in columns)]
     # A column of memory that nobody measured says nothing.
-    used = [i for i in range(len(heads)) if i <= len(by_precision) or any(row[i] != NOT_MEASURED for row in rows)]
+    used = [i for i in range(len(heads)) if i <= len(columns) or any(row[i] != NOT_MEASURED for row in rows)]
     text = table([heads[i] for i in used], [[row[i] for i in used] for row in rows])
-    return f"{_about(step, memory)}\n\n{text}"
+    return f"{_about(step, memory, [row for column in columns.values() for row in column])}\n\n{text}"
 
 
-def _about(step: dict[str, Any], memory: dict[str, Any] | None) -> str:
+def _shown(row: Row, step: dict[str, Any]) -> bool:
+    point, first = row["point"], step["rows"][0]["point"]
+    same = all(point[key] == first[key] for key in ("model", "batch", "r"))
+    return same and point["mode"] in ("eager", "graph")
+
+
+def _column(point: dict[str, Any]) -> str:
+    return f"{point['precision']}, CUDA graph" if point["mode"] == "graph" else str(point["precision"])
+
+
+def _over_peft(own: Row, column: Sequence[Row]) -> str:
+    """The ratio to PEFT on all layers; a dash where its time was taken by another clock."""
+    base = next((row for row in column if row["contender"] == "PEFT, all"), {})
+    if own.get("clock") != base.get("clock"):
+        return "-"
+    return ratio(of([own], own["contender"], "seconds"), of(column, "PEFT, all", "seconds"))
+
+
+def _about(step: dict[str, Any], memory: dict[str, Any] | None, shown: Sequence[Row]) -> str:
     """What the table of the training step shows, of which machine and source."""
     about, point = step["environment"], step["rows"][0]["point"]
     packages = about["packages"]
     text = (
-        f"One training step of {point['model']}, batch {point['batch']}, r = {point['r']}.{repetitions(step['rows'])} "
-        f"In parentheses is the ratio to PEFT {packages['peft']} on all layers, in the same process. "
-        f"{about['device']}, torch {packages['torch']}; {source(about)}. "
+        f"One training step of {point['model']}, batch {point['batch']}, r = {point['r']}.{repetitions(shown)} "
+        f"In parentheses is the ratio to PEFT {packages.get('peft') or ''}".rstrip()
+        + f" on all layers, in the same process. {about['device']}, torch {packages['torch']}; {source(about)}. "
     )
+    uncaptured = dict.fromkeys(
+        f"{row['contender']} in {_column(row['point'])}" for row in shown if "not_captured" in row
+    )
+    if uncaptured:
+        text += f"Not captured in a CUDA graph, but launched call by call: {'; '.join(uncaptured)}. "
+    if any("peak_memory_mib" in row for row in shown):
+        text += "Peak memory is what the step has allocated at its peak, parameters included. "
     if memory_beside(step, memory) is not None and memory is not None:
         text += "Peak memory is that of a process of its own, libraries included"
         other = source(memory["environment"])
         text += f"; {other}. " if other != source(about) else ". "
     elif memory is not None:
         text += f"Peak memory was measured on another machine, {memory['environment']['device']}. "
-    for precision, reason in left_out(step["rows"]).items():
+    for precision, reason in left_out([row for row in step["rows"] if _shown(row, step)]).items():
         text += f"{precision}: not measured, because {reason}. "
     return text + (
         "'Few' is the attention and MLP output projections of the last two layers; 'frozen, dx everywhere' trains the "

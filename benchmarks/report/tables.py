@@ -204,6 +204,11 @@ def case_table(result: dict[str, Any]) -> str:
                 body.append([spelled, row["contender"], *cells(row, rows)])
             else:
                 left_out.setdefault(f"{row['contender']}: {state}: {row[state]}", []).append(spelled)
+            for before, what in (("", ""), ("forward_", ", forward")):
+                if f"{before}not_captured" in row:
+                    clock = f", clock {row[f'{before}clock']!r}" if f"{before}clock" in row else ""
+                    note = f"launched call by call, not captured in a CUDA graph{clock}: {row[f'{before}not_captured']}"
+                    left_out.setdefault(f"{row['contender']}{what}: {note}", []).append(spelled)
             if "not_counted" in row:
                 left_out.setdefault(f"{row['contender']}: not counted: {row['not_counted']}", []).append(spelled)
         reason = next((row["input_reason"] for row in rows if "input_reason" in row), None)

@@ -194,6 +194,7 @@ def test_a_report_whose_package_is_missing_says_which(package: str, capsys: pyte
     )
     assert done.returncode == 2
     assert f"{package} cannot be imported" in done.stderr
+    assert "the report needs it" in done.stderr
     assert done.stderr.count("\n") == 1
 
 
@@ -317,6 +318,7 @@ RATES = {"copy_bytes_per_s": 1.0, "gemm_flops_per_s": {"fp32": 0.0}}
             {"environment": ENVIRONMENT, "rows": [], "ceilings": RATES},
             "its ceilings are no positive numbers under copy",
         ),
+        ({"environment": {**ENVIRONMENT, "dirty": "no"}, "rows": []}, "dirty in its environment is none of true"),
         ({"environment": ENVIRONMENT, "parts": {"build": {}}}, "a part has no state"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

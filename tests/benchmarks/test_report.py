@@ -31,8 +31,8 @@ def _result(case: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "settings": {}, "ceilings": ceilings, "rows": rows}  # fmt: skip
 
 
-def _write(root: Path, result: dict[str, Any]) -> None:
-    folder = root / "benchmarks" / "results" / "cpu"
+def _write(root: Path, result: dict[str, Any], device: str = "cpu") -> None:
+    folder = root / "benchmarks" / "results" / device
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{result['case']}.json").write_text(json.dumps(result))
 
@@ -69,6 +69,7 @@ def test_the_texts_in_the_tree_are_what_the_result_files_give() -> None:
 def test_a_missing_result_says_not_measured(tmp_path: Path) -> None:
     text = page.filled(TEXT, tmp_path)
     assert text.count(page.NONE) == 2
+    assert "\nGPU: not measured.\n" in text
     assert "old" not in text
     assert text.startswith("a\n")
     assert text.endswith("c\n")
@@ -126,15 +127,7 @@ def test_steps_show_flops_and_what_part_of_the_ceilings_they_are_where_that_was_
 
 def test_the_page_says_where_the_model_of_costs_fails(tmp_path: Path) -> None:
     rows = _scaling_rows()
-    # Frozen layers of 0.1 and 0.3 s at the ends: 0.2 s in all. 4 MK + 4 MN elements more, and six products of rank 16.
-    for i, seconds in ((0, 0.1), (4, 0.3)):
-        rows[i]["forward_backward"] = _spread(seconds)
-    for row, off in zip(rows[1::2], (None, 0.3, 0.6), strict=True):
-        row["form"] = "addmm"
-        if off is not None:
-            active = float(row["point"]["active"].split("/")[0])
-            flops, moved = 6 * 3152 * 16 * (768 * active + 3072 * active / 16), 16 * 3152 * (768 + 3072 * active / 16)
-            row["forward_backward"] = _spread(0.2 + (1 + off) * (flops / 1e11 + moved / 1e10))
+    rows[3]["update_deviation"], rows[5]["update_deviation"] = 0.3, 0.6
     _write(tmp_path, _result("scaling", rows))
     text = page.page(tmp_path)
     assert "+30% |" in text
@@ -189,6 +182,49 @@ def test_numbers_of_two_machines_share_no_table_and_those_of_two_commits_say_so(
     machines = summary.bars_tables(["cpu"], results)[::2]
     assert machines == ["a processor; commit 0123456789.", "another processor; commit fedcba9876.",
                         "cpu: not measured."]  # fmt: skip
+
+
+def test_a_table_of_a_gpu_takes_the_place_of_what_was_not_measured(tmp_path: Path) -> None:
+    rows = [{**row, "clock": "events", "peak_memory_mib": 300.0 + i} for i, row in enumerate(_step_rows())]
+    for row in _step_rows():
+        graph = {**row, "point": {**row["point"], "mode": "graph"}, "seconds": _spread(0.5), "clock": "graph"}
+        rows.append(graph if "slora" not in row["contender"] else {**graph, "clock": "events", "not_captured": "why"})
+    # Of another model: not in the table, not even where the first has nothing.
+    rows.append({**_step_rows()[0], "point": {**rows[0]["point"], "model": "another"}, "contender": "full"})
+    result = _result("train_step", rows)
+    result["environment"]["device"] = "a GPU"
+    _write(tmp_path, _result("linear", _linear_rows()), "nvidia-h200")
+    text = page.filled(TEXT, tmp_path)
+    assert "GPU: not measured" not in text
+    assert "nvidia-h200: the training step was not measured; what was measured is linear." in text
+    _write(tmp_path, result, "nvidia-h200")
+    text = page.filled(TEXT, tmp_path)
+    assert "GPU: not measured" not in text
+    assert ". a GPU, torch 2.11.0; commit 0123456789. " in text
+    assert "|  | fp32 | fp32, CUDA graph | fp32, peak |" in text
+    (line,) = [line for line in text.splitlines() if "slora, all active |" in line]
+    # No ratio of times that were taken by different clocks.
+    assert line.endswith("| 3.00 s [2.70, 3.30] (1.50) | 500 ms [450, 550] (-) | 302 MiB |")
+    assert "but launched call by call: slora, all active in fp32, CUDA graph." in text
+    assert "| full |" not in text
+
+
+def test_a_row_that_was_not_captured_is_named_with_its_clock_and_the_reason() -> None:
+    rows = _linear_rows()
+    rows[1].update(clock="events", not_captured="reads the host", forward_clock="events", forward_not_captured="so")
+    text = tables.case_table(_result("linear", rows))
+    note = "launched call by call, not captured in a CUDA graph, clock 'events'"
+    assert f"* slora, torch: {note}: reads the host (1 of 1 points)" in text
+    assert f"* slora, torch, forward: {note}: so (1 of 1 points)" in text
+
+
+def test_what_no_formula_is_known_for_is_a_dash() -> None:
+    rows = _linear_rows()
+    for row in rows[:2]:
+        row.update(flops=1e9, bytes=2e6, percent_of_gemm=50.0, percent_of_copy=20.0)
+    rows[2].update(flops=1e9, percent_of_gemm=50.0)
+    (line,) = [line for line in tables.case_table(_result("linear", rows)).splitlines() if "| PEFT |" in line]
+    assert line.endswith("| 2.50 | 1.00 | - | 50 | - |")
 
 
 def test_an_incomplete_result_says_so(tmp_path: Path) -> None:
