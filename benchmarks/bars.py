@@ -128,6 +128,7 @@ def value(bar: Bar, result: dict[str, Any] | None) -> Found:
         clocks = " and ".join(str(row.get("clock", "unknown")) for row in (own, other))
         return Found(None, (f"taken by different clocks, {clocks}",), environment=about)
     notes = ["incomplete"] * (not result.get("complete", True))
+    notes += ["unknown source"] * (about["commit"] is None or about["dirty"] is None)
     notes += ["source with changes"] * bool(about["dirty"])
     low, middle, high = (_at(measure, own_end) / _at(base, base_end) for own_end, base_end in ENDS)
     return Found(middle, tuple(notes), (low, high) if low < high else None, about)

@@ -99,6 +99,8 @@ def prove(args: argparse.Namespace) -> int:
         proof = Proof(out, args.dry_run, args.quick, environ_of(args.dry_run, Path(scratch)))
         proof.about = {**environment(device), **machine()}
         proof.write()
+        if proof.about["commit"] is None:
+            print("the commit is not known, and results will not say it; --commit HASH names it", flush=True)
         # A `timeout` around the proof must not leave a part running.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

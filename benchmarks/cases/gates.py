@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.cases import train_step
 from benchmarks.settings import Settings
 
-NAMES = [
+CONTENDERS = [
     "head only",
     "frozen, dx everywhere",
     "slora, few active, frozen",
@@ -30,4 +30,4 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     for precision in precisions:
         if settings.stop():
             return
-        yield from train_step.measure(settings, ceilings, model, batch, precision, "eager", NAMES)
+        yield from train_step.measure(settings, ceilings, model, batch, precision, "eager", CONTENDERS)

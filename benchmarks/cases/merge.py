@@ -24,6 +24,7 @@ from benchmarks.record import BenchmarkError, spread
 from benchmarks.settings import COMPARABLE_ROUNDS, DTYPES, Settings
 from benchmarks.timing import ORDER_SEED, first_line, release
 
+CONTENDERS = merge.NAMES
 Result = TypeVar("Result")
 
 
@@ -63,7 +64,7 @@ def measure(settings: Settings, ceilings: dict[str, Any], model: str, dtype: str
     """Check every contender, then time those that are right in turns."""
     point = {"model": model, "dtype": dtype, "r": rank}
     rows: dict[str, dict[str, Any]] = {
-        name: {"point": point, "contender": name} for name in merge.NAMES if settings.wanted(name)
+        name: {"point": point, "contender": name} for name in CONTENDERS if settings.wanted(name)
     }
     with reasons_in(rows):
         contest = Contest(settings, model, dtype, rank, rows)

@@ -21,6 +21,7 @@ from benchmarks.settings import Settings
 
 K, N = 768, 3072
 BLOCKS = 16
+CONTENDERS = (FROZEN, "slora, torch", "slora, triton", "slora, auto")
 
 
 def grid(settings: Settings) -> list[tuple[str, Shape]]:
@@ -44,7 +45,7 @@ def grid(settings: Settings) -> list[tuple[str, Shape]]:
 
 def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield the rows of every point, with the prediction and the deviation from it."""
-    names = {FROZEN, "slora, torch", "slora, triton", "slora, auto"}
+    names = set(CONTENDERS)
     if not settings.on_gpu:
         names -= {"slora, auto", "slora, triton"}  # "auto" is "torch" there
     for curve, shape in grid(settings):
