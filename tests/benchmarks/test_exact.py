@@ -106,3 +106,25 @@ def test_a_policy_that_does_not_probe_is_found() -> None:
         layer.activity()
         layer._activity = layer._activity._replace(probe=False)  # type: ignore[union-attr]
     assert str(step_mistake(step, inputs)).startswith("gates and scalars is off by")
+
+
+def test_a_compiler_computes_every_input_gradient_of_the_limit() -> None:
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    products: list[int] = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: object) -> object:
+        products.append(
+            sum(node.target in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default) for node in graph.graph.nodes)
+        )
+        return make_boxed_func(graph.forward)
+
+    step, inputs = _step("frozen, dx everywhere", "fp32")
+    torch._dynamo.reset()
+    step.forward = torch.compile(step.model.loss, backend=aot_autograd(fw_compiler=counted), dynamic=False)
+    assert step_mistake(step, inputs) is None
+    torch._dynamo.reset()
+    forward, backward = products
+    # Those of the forward but for the first layer's, and the gradient of the head's weight in its place.
+    assert backward == forward
