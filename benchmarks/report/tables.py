@@ -195,7 +195,7 @@ def case_table(result: dict[str, Any]) -> str:
     """All points of a case: one row per contender that was measured, then what was not, with the reason."""
     heads, cells = COLUMNS[result["case"]]
     body: list[list[str]] = []
-    left_out: dict[str, list[str]] = {}
+    left_out: dict[tuple[str, str], list[str]] = {}
     for rows in points(result).values():
         spelled = ", ".join(f"{key} {value}" for key, value in rows[0]["point"].items())
         for row in rows:
@@ -203,24 +203,30 @@ def case_table(result: dict[str, Any]) -> str:
             if state is None:
                 body.append([spelled, row["contender"], *cells(row, rows)])
             else:
-                left_out.setdefault(f"{row['contender']}: {state}: {row[state]}", []).append(spelled)
+                left_out.setdefault((row["contender"], f"{state}: {row[state]}"), []).append(spelled)
             for before, what in (("", ""), ("forward_", ", forward")):
                 if f"{before}not_captured" in row:
                     clock = f", clock {row[f'{before}clock']!r}" if f"{before}clock" in row else ""
                     note = f"launched call by call, not captured in a CUDA graph{clock}: {row[f'{before}not_captured']}"
-                    left_out.setdefault(f"{row['contender']}{what}: {note}", []).append(spelled)
+                    left_out.setdefault((f"{row['contender']}{what}", note), []).append(spelled)
             if "not_counted" in row:
-                left_out.setdefault(f"{row['contender']}: not counted: {row['not_counted']}", []).append(spelled)
+                left_out.setdefault((row["contender"], f"not counted: {row['not_counted']}"), []).append(spelled)
         reason = next((row["input_reason"] for row in rows if "input_reason" in row), None)
         if reason:
-            left_out.setdefault(f"inputs are not rotated past the cache: {reason}", []).append(spelled)
+            left_out.setdefault(("inputs", f"not rotated past the cache: {reason}"), []).append(spelled)
     # A column that nobody fills says nothing.
     used = [i for i in range(2 + len(heads)) if i < 2 or any(row[i] != "-" for row in body)]
     text = table([["point", "", *heads][i] for i in used], [[row[i] for i in used] for row in body])
     notes = [COMPULSORY] * any("compulsory_bytes" in row for row in result["rows"])
     notes += [IN_PLACE] * (result["case"] == "merge" and result.get("device") == "cpu")
     notes += _where_the_model_fails(result)
-    notes += [f"* {reason} ({len(where)} of {len(points(result))} points)" for reason, where in left_out.items()]
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for (name, reason), where in left_out.items():
+        alike.setdefault((reason, tuple(where)), []).append(name)
+    notes += [
+        f"* {'; '.join(names)}: {reason} ({len(where)} of {len(points(result))} points)"
+        for (reason, where), names in alike.items()
+    ]
     return "\n\n".join([text] + (["\n".join(notes)] if notes else []))
 
 
