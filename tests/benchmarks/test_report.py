@@ -122,7 +122,10 @@ def test_steps_show_flops_and_what_part_of_the_ceilings_they_are_where_that_was_
     assert line.endswith("| 1,234 | 62 | 2,000 | 20 |")
     assert "It is no measured traffic." in text
     assert "* PEFT, all: not counted: no formula (1 of 1 points)" in text
-    assert "* inputs are not rotated past the cache: a call touches enough (1 of 1 points)" in text
+    assert "* inputs: not rotated past the cache: a call touches enough (1 of 1 points)" in text
+    rows[0]["not_counted"] = "no formula"
+    text = tables.case_table(_result("train_step", rows))
+    assert "* frozen, dx everywhere; PEFT, all: not counted: no formula (1 of 1 points)" in text
 
 
 def test_the_page_says_where_the_model_of_costs_fails(tmp_path: Path) -> None:
