@@ -121,13 +121,29 @@ def captured(calls: Sequence[Call], pool: Any = None) -> Any:
         getattr(call, "settle", lambda: None)()
     # What eager runs have left with the allocator is of no use to the graph's own pool.
     torch.cuda.empty_cache()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        for call in calls:
-            call()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            for call in calls:
+                call()
+    except Exception:
+        recover(before)
+        raise
     graph.replay()
     torch.cuda.synchronize()
     return graph
+
+
+def recover(stream: torch.cuda.Stream) -> None:
+    """Undo what a capture that failed leaves behind: its stream as the current one, its state of the random numbers.
+
+    `torch.cuda.graph` ends the capture before it restores `stream`, so that an error there skips the rest.
+    """
+    torch.cuda.set_stream(stream)
+    torch.cuda.synchronize()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    # A copy has the same seed and offset and belongs to no capture.
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def interleaved(

@@ -154,7 +154,7 @@ def checked(layer: Layer, problem: Problem) -> dict[str, Any]:
         again = call()
         same &= all(torch.equal(found[name], again[name]) for name in found)
         outputs = sum(t.nbytes for t in found.values())
-    del found, again
+    del found, again, call
     x, dy = problem.xs[0], problem.dys[0]
     for context in (nullcontext, slora.gates_on_device):
         # Inference takes paths of its own.

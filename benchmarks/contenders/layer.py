@@ -159,11 +159,11 @@ class Layer:
                 found[name] = self.shaped(name, gradient)
         return found
 
-    def ways(self, problem: Problem) -> dict[str, Callable[[], dict[str, Tensor]]]:
+    def ways(self, problem: Problem, capture: bool = True) -> dict[str, Callable[[], dict[str, Tensor]]]:
         """How the output and the gradients are computed on the first inputs, by what is to be said of a mistake.
 
         As launched one by one; by slora once more with the device's own gates, as a CUDA graph has them; and on a GPU
-        by replays of such a graph, where it can be captured.
+        by replays of such a graph, where it can be captured and `capture` asks for it.
         """
         x, dy = problem.xs[0], problem.dys[0]
         ways: dict[str, Callable[[], dict[str, Tensor]]] = {"": partial(self.trained, x, dy)}
@@ -175,7 +175,7 @@ class Layer:
                 return self.trained(x, dy)
 
         ways["with gates on the device "] = prepared
-        if problem.device != "cpu":
+        if capture and problem.device != "cpu":
             found: dict[str, Tensor] = {}
             try:
                 graph = captured([lambda: found.update(self.trained(x, dy))])

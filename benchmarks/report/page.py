@@ -170,7 +170,8 @@ python -m benchmarks gpu                                       # the proof on a 
 In bf16 PEFT's adapters are bf16, which is its fastest form, and slora's are fp32. PEFT's merge is the exception: its
 adapters are fp32 there, as slora's are.
 
-A bar's brackets are the least and the greatest ratio that the 20th and 80th percentiles of its two times give. What
+A bar's brackets are the least and the greatest ratio that the 20th and 80th percentiles of its two times give. Both are
+of one run; on a machine that others share, another run may differ by more (`LOG.md` has such runs side by side). What
 `compare` calls moved, a rank test on the repetitions of both runs tells from chance; five in each can show it, three
 cannot.
 

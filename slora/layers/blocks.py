@@ -198,9 +198,9 @@ class LoRABlocks(nn.Module):
         capturing = _capturing(x)
         if self.merged or not self.enabled or (self.released and (capturing or torch.compiler.is_compiling())):
             return addmm.base(x, weight, bias)
-        if torch.compiler.is_compiling() or (capturing and not self._off_for_good()):
+        if torch.compiler.is_compiling() or capturing:
             # The device's own gates decide, so that one graph serves while they move.
-            active = None
+            active: list[int] | None = [] if capturing and self._off_for_good() else None
             inactive = None
         else:
             activity = self.activity()

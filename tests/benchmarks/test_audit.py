@@ -69,6 +69,8 @@ ENTRY = {"part": 90, "kernel": "k", "label": "l", "registers": 128, "faults": []
 
 def test_a_file_that_is_right_gets_no_complaint() -> None:
     assert complaints(ENTRY, None) == complaints(ENTRY, dict(ENTRY)) == []
+    # Compiling the same twice may differ by so much.
+    assert complaints(ENTRY, ENTRY | {"registers": 136}) == []
     # Another Triton's code is in no file.
     assert complaints(None, ENTRY, same=False) == []
 
@@ -77,7 +79,7 @@ def test_a_file_that_is_right_gets_no_complaint() -> None:
     ("there", "fresh", "said"),
     [
         (None, ENTRY, "not in the file"),
-        (ENTRY, ENTRY | {"registers": 130}, "registers is 130, the file says 128"),
+        (ENTRY, ENTRY | {"registers": 137}, "registers is 137, the file says 128"),
         (ENTRY | {"faults": ["8 bytes spilled"]}, None, "8 bytes spilled"),
         (ENTRY, ENTRY | {"stack": 8}, "stack is 8, the file says None"),
     ],

@@ -118,6 +118,20 @@ def test_a_captured_call_is_replayed_and_one_that_cannot_be_is_launched() -> Non
 
 
 @pytest.mark.gpu
+def test_after_a_capture_that_failed_random_numbers_are_drawn_on_the_stream_of_before() -> None:
+    x, before = torch.zeros(8, device="cuda"), torch.cuda.current_stream()
+    for call in (lambda: float(x[0]), lambda: float(torch.randn(8, device="cuda")[0])):
+        with pytest.raises(Exception, match="captur"):
+            timing.captured([call])
+        assert torch.cuda.current_stream() == before
+        assert torch.randn(8, device="cuda").isfinite().all()
+    graph = timing.captured([lambda: x.copy_(torch.randn(8, device="cuda"))])
+    first = x.clone()
+    graph.replay()
+    assert not torch.equal(first, x)
+
+
+@pytest.mark.gpu
 def test_the_launch_of_a_graph_is_not_in_its_time_and_that_of_single_calls_is() -> None:
     x = torch.zeros(1024, device="cuda")
     (_, contestant) = timing.interleaved({"a": [lambda: x.add_(1.0)]}, "cuda", rounds=3)["a"]
