@@ -5,9 +5,9 @@
 
 A row is one contender at one point of the case's grid. A measure is a number, or the spread of repetitions:
 {"median", "p20", "p80", "n", "values"}, of which older files lack "values". Every number is finite, and times and
-ceilings are positive. A contender that could not run has
-"skipped" and the reason, one that raised "failed", one whose result was wrong "refused"; none of these has times.
-`complete` is false where a run met the end of its time before the end of its grid.
+ceilings are positive. A contender that could not run has "skipped" and the reason, one that raised "failed", one whose
+result was wrong "refused"; none of these has times. `complete` is false where a run met the end of its time before the
+end of its grid.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TIMES = {"seconds", "device_seconds", "forward", "forward_backward", "eager"}
 MEASURES = TIMES | {
     "peak_memory_mib", "added_memory_mib", "flops", "bytes", "compulsory_bytes", "flops_per_s", "peak_over_outputs",
     "launches", "deterministic", "percent_of_gemm", "percent_of_copy", "predicted", "deviation",
-    "update_seconds", "update_deviation",    "images_per_second", "tokens_per_second",
+    "update_seconds", "update_deviation", "images_per_second", "tokens_per_second",
 }  # fmt: skip
 
 

@@ -67,7 +67,7 @@ class GateMirror:
 
     def activity(self, layer: LoRABlocks) -> Activity:
         """Return the activity of `layer`, refreshed for the whole model if a gate has moved since."""
-        if layer._activity is None or not _unmoved(layer):
+        if layer._activity is None or not unmoved(layer):
             self._refresh(layer)
         assert layer._activity is not None
         return layer._activity
@@ -133,7 +133,8 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 register_optimizer_step_post_hook(_after_optimizer_step)
 
 
-def _unmoved(layer: LoRABlocks) -> bool:
+def unmoved(layer: LoRABlocks) -> bool:
+    """Whether the gates of `layer` are those that its activity was read from, without looking at them."""
     key = layer._gate_key
     return key is not None and key[0] is layer.gate and key[1:] == (version(layer.gate), layer.threshold)
 

@@ -15,7 +15,7 @@ class Missing(BenchmarkError):
     """A contender cannot run here. A case that can do without it records the reason; one that cannot ends."""
 
 
-def need(package: str) -> Any:
+def need(package: str, remedy: str = "install it, or leave its contenders out") -> Any:
     """Import `package`.
 
     Raises:
@@ -25,8 +25,7 @@ def need(package: str) -> Any:
         return importlib.import_module(package)
     except Exception as error:
         # Not only ImportError: a package that does not fit this torch fails in many ways.
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Missing(f"{package} cannot be imported ({first}); install it, or leave its contenders out") from error
+        raise Missing(f"{package} cannot be imported ({first_line(error)}); {remedy}") from error
 
 
 @contextmanager

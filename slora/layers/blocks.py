@@ -15,7 +15,7 @@ from slora import addmm, flops, ops
 from slora.config import Inactive, SelectiveLoRAConfig
 from slora.config import scaling as scaling_of
 from slora.errors import ConfigError, StateError
-from slora.gate import Activity, GateMirror, version
+from slora.gate import Activity, GateMirror, unmoved, version
 from slora.probe import ProbeGates
 
 _on_device: ContextVar[bool] = ContextVar("slora_gates_on_device", default=False)
@@ -224,8 +224,12 @@ class LoRABlocks(nn.Module):
         return y
 
     def _off_for_good(self) -> bool:
-        """Whether no block is active and none will be; without looking at the gates, which a graph cannot."""
-        return self.inactive == "frozen" and self._activity is not None and not self._activity.active
+        """Whether no block is active and none will be; without looking at the gates, which a graph cannot.
+
+        Gates that were written since they were read last, by a user or a checkpoint, may say otherwise.
+        """
+        known = self._activity if unmoved(self) else None
+        return self.inactive == "frozen" and known is not None and not known.active
 
     def _probed(
         self,

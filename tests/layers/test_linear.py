@@ -483,6 +483,19 @@ def test_what_a_cuda_graph_records_depends_on_no_gate_but_those_frozen_for_good(
         assert listed[len(expected) :] == [[i for i, gate in enumerate(gates) if gate]] * any(gates)
 
 
+def test_gates_that_were_raised_unseen_are_left_to_the_device_by_a_cuda_graph() -> None:
+    layer, x = layer_of(inactive="frozen"), torch.randn(7, 10)
+    with torch.no_grad():
+        layer.gate.zero_()
+    base = layer(x)
+    with torch.no_grad():
+        layer.gate[1] = 0.15
+    with slora.gates_on_device():
+        y = layer(x)
+    torch.testing.assert_close(y, layer(x))
+    assert not torch.equal(y, base)
+
+
 @pytest.mark.parametrize("policy", ["exact", "probe", "frozen"])
 def test_a_compiled_layer_has_one_graph_and_the_same_results_while_gates_move(policy: str, fresh_dynamo: Any) -> None:
     layer = layer_of(inactive=policy, probe_rows=4, probe_every=1)
