@@ -14,6 +14,7 @@ import torch
 from slora.errors import ConfigError
 
 Inactive = Literal["exact", "probe", "frozen"]
+Unit = Literal["blocks", "parameters", "flops"]
 
 
 @dataclass
@@ -171,6 +172,39 @@ def scaling(lora_alpha: float, r: int, use_rslora: bool) -> float:
 def matches_pattern(pattern: str, name: str) -> bool:
     """Whether an entry of `rank_pattern` or `alpha_pattern` is about the module `name`: its end, as in PEFT."""
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+
+
+def check_budget(budget: object, unit: str, n: int | None = None) -> None:
+    """Check what can be checked without a model, and with its number of blocks `n` the rest.
+
+    Raises:
+        ConfigError: names the budget, its value and what is allowed.
+    """
+    if unit not in get_args(Unit):
+        raise ConfigError(f"unit={unit!r} is unknown; use one of {', '.join(get_args(Unit))}")
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise ConfigError(f"budget={budget!r} is neither a number of blocks, such as 4, nor a share, such as 0.1")
+    if isinstance(budget, float):
+        if not 0 <= budget <= 1:
+            whole = f"; for {budget:.0f} blocks write {budget:.0f}" if budget > 1 and budget.is_integer() else ""
+            raise ConfigError(f"budget={budget} is a share, so from 0.0 to 1.0{whole}")
+        if unit == "blocks" and n is not None and budget > 0 and math.floor(budget * n + 0.5) == 0:
+            raise ConfigError(
+                f"budget={budget} of {n} blocks rounds to none; the smallest share that keeps one is "
+                f"{rounded_up(0.5 / n)}, or write 0 for none"
+            )
+        return
+    if unit != "blocks":
+        raise ConfigError(f"budget={budget} counts blocks, but unit={unit!r} wants a share, such as 0.1")
+    if budget < 0 or (n is not None and budget > n):
+        allowed = "0 or more" if n is None else f"0 to {n}, the number of blocks, or a share such as 0.1"
+        raise ConfigError(f"budget={budget} blocks is out of range; use {allowed}")
+
+
+def rounded_up(share: float) -> str:
+    """Return a positive share with four digits, none of it lost."""
+    digits = 3 - math.floor(math.log10(share))
+    return f"{math.ceil(share * 10**digits) / 10**digits:.{digits}f}"
 
 
 def _is_int(value: object) -> bool:

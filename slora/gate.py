@@ -8,7 +8,7 @@ device-to-host copy, so that eager mode can skip whole launches without asking t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -77,10 +77,11 @@ class GateMirror:
             self.step += 1
         layers = [layer for ref in self._layers if (layer := ref()) is not None]
         self._layers = [weakref.ref(layer) for layer in layers]
-        active = self._read(layers)
+        self._note(self._read(layers))
+
+    def _note(self, active: Mapping[LoRABlocks, Sequence[bool]]) -> None:
         none_active = not any(any(on) for on in active.values())
-        for layer in layers:
-            on = active[layer]
+        for layer, on in active.items():
             # With nothing active no gate moves by itself, so no step would be noticed and no probe be due.
             due = none_active or self.step % layer.probe_every == 0
             layer._activity = Activity(
@@ -114,6 +115,14 @@ class GateMirror:
         layers = [layer for ref in self._layers if (layer := ref()) is not None]
         if any(id(layer.gate) in moved for layer in layers):
             for layer in layers:
+                layer._gate_key = None
+
+    def _wrote(self, active: Mapping[LoRABlocks, Sequence[bool]]) -> None:
+        self.step += 1
+        if {id(layer) for ref in self._layers if (layer := ref()) is not None} == {id(layer) for layer in active}:
+            self._note(active)
+        else:
+            for layer in active:
                 layer._gate_key = None
 
 
@@ -156,6 +165,28 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRABlocks]]:
 def gates(model: nn.Module) -> list[nn.Parameter]:
     """Return the gate parameters of `model`, one `[blocks]` tensor per adapted layer."""
     return [layer.gate for _, layer in adapted_layers(model)]
+
+
+@torch.no_grad()
+def set_gates(values: Mapping[LoRABlocks, Sequence[float]]) -> None:
+    """Set the gates of all adapted layers of a model, one number per block.
+
+    One copy to each device, and none back: which blocks are active is known from `values`.
+    """
+    by_device: dict[torch.device, list[LoRABlocks]] = {}
+    by_mirror: dict[GateMirror, dict[LoRABlocks, list[bool]]] = {}
+    for layer, numbers in values.items():
+        by_device.setdefault(layer.gate.device, []).append(layer)
+        # As the kernels compare: in the dtype of the gate.
+        on = torch.tensor(numbers, dtype=layer.gate.dtype) >= layer.threshold
+        by_mirror.setdefault(layer._mirror, {})[layer] = on.tolist()
+    for device, layers in by_device.items():
+        flat = [number for layer in layers for number in values[layer]]
+        new = torch.tensor(flat, dtype=torch.float32).to(device, non_blocking=True)
+        for layer, part in zip(layers, new.split([layer.blocks for layer in layers]), strict=True):
+            layer.gate.copy_(part)
+    for mirror, active in by_mirror.items():
+        mirror._wrote(active)
 
 
 def gate_penalty(model: nn.Module) -> Tensor:

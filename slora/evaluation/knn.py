@@ -6,14 +6,14 @@ cosine similarity vote for their class with weight `exp(similarity / 0.07)`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, DataError
+from slora.features import final_features
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -28,14 +28,13 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Return `(features [n, d] fp32, labels [n])` on `device`, of a model in evaluation mode.
 
-    A timm model gives what its head sees (`forward_head(forward_features(x), pre_logits=True)`), an open_clip
-    model `encode_image(x)`. The model is left in the mode it was in.
+    The features are those of `slora.features.final_features`. The model is left in the mode it was in.
 
     Raises:
-        ConfigError: the model offers neither.
+        ConfigError: the model has no final features that slora finds.
         DataError: there is no image.
     """
-    embed = _embedding(model)
+    embed = final_features(model)
     training = model.training
     model.eval()
     try:
@@ -98,14 +97,3 @@ def knn_accuracy(
             votes.scatter_add_(1, voted[:, :neighbours], weights[:, :neighbours])
             correct[neighbours] += int((votes.argmax(1) == targets).sum())
     return {neighbours: hits / len(queries) for neighbours, hits in correct.items()}
-
-
-def _embedding(model: Any) -> Callable[[Tensor], Tensor]:
-    if callable(getattr(model, "forward_features", None)) and callable(getattr(model, "forward_head", None)):
-        return lambda images: model.forward_head(model.forward_features(images), pre_logits=True)
-    if callable(getattr(model, "encode_image", None)):
-        return lambda images: model.encode_image(images)
-    raise ConfigError(
-        f"{type(model).__name__} has neither timm's forward_features and forward_head nor open_clip's encode_image; "
-        f"give the features to knn_accuracy yourself"
-    )

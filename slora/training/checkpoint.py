@@ -30,13 +30,13 @@ from slora.training.optimizers import Optimizers
 from slora.training.settings import TrainSettings
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
-FORMAT = 1
+FORMAT = 2
 
 # What a resumed run may not change: the model, the meaning of its tensors, or which images form which step.
 FIXED = (
     "model", "pretrained", "data", "augment", "method", "r", "lora_alpha", "target_modules", "exclude_modules",
     "modules_to_save", "use_rslora", "blocks", "threshold", "inactive", "base_dtype", "gate_rule", "optimizer",
-    "batch_size", "gradient_accumulation", "seed",
+    "budget", "budget_unit", "ranking", "selection_warmup", "settling", "batch_size", "gradient_accumulation", "seed",
 )  # fmt: skip
 
 _NAME = re.compile(r"step-(\d+)")
@@ -50,8 +50,9 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """
     digest = hashlib.sha256()
     samples = []
+    own = {layer.gate for _, layer in adapted_layers(model)}
     for parameter in model.parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and parameter not in own:
             flat = parameter.detach().reshape(-1)
             samples.append(flat[:: max(1, flat.numel() // 256)][:256].float())
     if samples:
@@ -59,7 +60,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
-        "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        # Strategies take the gates in and out of training.
+        "trainable": [name for name, p in model.named_parameters() if p.requires_grad and p not in own],
         "frozen": digest.hexdigest(),
     }
 
@@ -165,8 +167,11 @@ def load(
             layer.gate.copy_(tensors[f"model.{name}.gate"])
         if state["freed"]:
             optimizers.release(model)
+        # Blocks that went off at the very last step are freed here already, a step early.
+        gone = {part for layer in layers.values() if layer.released for part in (layer.lora_A, layer.lora_B)}
         for name, value in expected.items():
-            value.copy_(tensors[f"model.{name}"])
+            if value not in gone:
+                value.copy_(tensors[f"model.{name}"])
         for name, buffer in buffers.items():
             buffer.copy_(tensors[f"buffer.{name}"])
     own = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}

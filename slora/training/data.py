@@ -174,6 +174,11 @@ class Transformed(Dataset[tuple[Tensor, int]]):
         return self.transform(image), int(label)
 
 
+def as_input(image: Image.Image, spec: InputSpec) -> Tensor:
+    """Return an image as `spec` asks for, `[c, h, w]`, not augmented."""
+    return _transform(spec, "none")(image)
+
+
 class ToColour:
     """A PIL image or tensor with 1 or 3 channels, whatever it had."""
 

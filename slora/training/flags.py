@@ -10,6 +10,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from slora.training.settings import TrainSettings
 
+# Users ask for blocks; how many parts a layer has is for few of them.
+FLAGS = {"budget": "--blocks", "blocks": "--blocks-per-layer"}
+
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Return `command` with a flag for every field of `TrainSettings` in place of its `**settings`."""
@@ -39,7 +42,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def _flag(name: str, hint: Any, sentence: str, default: Any) -> Any:
     import typer
 
-    flag = "--" + name.replace("_", "-")
+    flag = FLAGS.get(name, "--" + name.replace("_", "-"))
     help = f"{sentence} [default: {_shown(default)}]"
     # None stands for "not given": then a config file, or the default, decides.
     if get_origin(hint) is Literal:

@@ -91,6 +91,21 @@ def check_name(name: str | None, pretrained: bool = False) -> tuple[str, str, st
     return source, architecture, tag
 
 
+def new_head(name: str, pretrained: bool, classes: int) -> bool:
+    """Whether `build` puts a fresh head on pretrained features."""
+    source, architecture, tag = check_name(name, pretrained)
+    if source == "open_clip":
+        return bool(tag)
+    if not pretrained:
+        return False
+    if source == "demo":
+        from slora.demo.letters import CLASSES
+
+        return classes != len(CLASSES)
+    config = _imported("timm").models.get_pretrained_cfg(f"{architecture}.{tag}" if tag else architecture)
+    return config is None or config.num_classes != classes
+
+
 def build(name: str, classes: int, pretrained: bool = False) -> Built:
     """Build a model with a head of `classes` outputs, on the CPU in fp32.
 

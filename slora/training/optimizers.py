@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,7 +34,6 @@ class Optimizers:
         weights: rule of LoRA matrices, heads and, under method "full", everything; with `gate_rule="sgd"` it has
             a group of its own for the gates.
         gates: `slora.ProximalGates` under `gate_rule="proximal"`, else None.
-        moving_gates: the gates that either rule trains.
         penalty_in_loss: whether the penalty has to be added to the loss.
     """
 
@@ -52,7 +50,6 @@ class Optimizers:
             groups = [{"momentum": settings.momentum, **group} for group in groups]
             self.weights = SGD(groups, lr=settings.lr)
         self.gates = ProximalGates(trainable_gates, lr=settings.gate_lr) if proximal else None
-        self.moving_gates = trainable_gates
         self.penalty_in_loss = bool(trainable_gates) and not proximal
         self._highest = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in self.all]
 
@@ -62,10 +59,14 @@ class Optimizers:
         return [self.weights] if self.gates is None else [self.weights, self.gates]
 
     def set(self, scale: float, penalty: float) -> None:
-        """Set every learning rate to `scale` times its highest value, and the weight of the penalty."""
+        """Set the learning rates of the weights to `scale` times their highest values, and the weight of the penalty.
+
+        The rate of the gates is constant: a penalty then moves them by the same at every step.
+        """
         for optimizer, highest in zip(self.all, self._highest, strict=True):
             for group, lr in zip(optimizer.param_groups, highest, strict=True):
-                group["lr"] = lr * scale
+                if not self._is_gates(optimizer, group):
+                    group["lr"] = lr * scale
         if self.gates is not None:
             for group in self.gates.param_groups:
                 group["penalty"] = penalty
@@ -80,9 +81,11 @@ class Optimizers:
         own: list[nn.Parameter] = []
         for optimizer in self.all:
             for group in optimizer.param_groups:
-                is_gates = optimizer is self.gates or group.get("name") == "gates"
-                (own if is_gates else weights).extend(group["params"])
+                (own if self._is_gates(optimizer, group) else weights).extend(group["params"])
         return weights, own
+
+    def _is_gates(self, optimizer: Optimizer, group: dict[str, Any]) -> bool:
+        return optimizer is self.gates or group.get("name") == "gates"
 
     def state(self, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
         """Return the optimizers' tensors as `{"<optimizer>.<parameter name>.<key>": tensor}`."""
@@ -107,19 +110,6 @@ class Optimizers:
                         state[index] = entries
                     index += 1
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-@contextlib.contextmanager
-def held(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Keep `parameters` as they are: inside, those that require gradients get none, and no optimizer moves them."""
-    held = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in held:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in held:
-            parameter.requires_grad_(True)
 
 
 def finite(tensors: Mapping[str, Tensor]) -> str | None:

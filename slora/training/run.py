@@ -20,7 +20,9 @@ from slora.merging import merge_and_unload
 from slora.model import trainable_parameters
 from slora.training import checkpoint, models, rundir
 from slora.training.data import InputSpec, Source, check_name, open_data
+from slora.training.head_first import STEPS, trained_heads
 from slora.training.methods import prepare
+from slora.training.retained import check_retained, retained_images
 from slora.training.rundir import ADAPTER, CONFIG, EVALUATION, MODEL, RESULT, read_settings
 from slora.training.settings import TrainSettings
 from slora.training.trainer import TrainResult, train
@@ -70,12 +72,15 @@ def finetune(
         settings = TrainSettings.from_yaml(config, **overrides) if config else TrainSettings.from_dict(overrides)
     models.check_name(settings.model, settings.pretrained)
     data = check_name(settings.data)
+    check_retained(settings.retain_data)
     if out is None:
         out = _free_folder(settings, data)
     rundir.refuse_other_run(out, start)
     model, spec, source = build(settings)
     torch.manual_seed(settings.seed)
     prepare(model, settings=settings)
+    if settings.head_first is None:
+        settings = settings.replace(head_first=_head_first(model, settings, len(source.classes)))
     with rundir.claimed(out):
         write_text(out / CONFIG, _yaml(settings))
         if start is None or out.resolve() != rundir.home_of(start).resolve():
@@ -89,6 +94,7 @@ def finetune(
                 run_dir=out,
                 console=console,
                 resume=start,
+                retain=retained_images(settings, spec, source),
             )
             save_result(model, source, settings, out, result)
         except NonFiniteLossError as error:
@@ -96,6 +102,13 @@ def finetune(
         except WriteError as error:
             raise WriteError(f"{error} {rundir.after_a_full_disk(out, start)}") from error
     return out, result
+
+
+def _head_first(model: nn.Module, settings: TrainSettings, classes: int) -> int:
+    """The steps that the head of a prepared model is trained alone for where the user leaves that open."""
+    assert settings.model is not None
+    alone = settings.method != "linear" and len(trained_heads(model)) == 1
+    return STEPS if alone and models.new_head(settings.model, settings.pretrained, classes) else 0
 
 
 def build(settings: TrainSettings) -> tuple[nn.Module, InputSpec, Source]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from slora.config import Inactive, SelectiveLoRAConfig
+from slora.config import Inactive, SelectiveLoRAConfig, Unit, check_budget
 from slora.errors import ConfigError
 
 # One or more module names or endings, separated by commas. Anything else is a regular expression.
@@ -80,17 +80,40 @@ class TrainSettings:
     probe_rows: Annotated[int, "Rows of a layer's input that a probe reads."] = 512
     base_dtype: Annotated[str | None, "Dtype of the frozen weights, such as bfloat16; unset: as they are."] = None
 
-    penalty: Annotated[float, "Weight of the mean |gate| that is added to the loss."] = 1.0
-    penalty_warmup: Annotated[float, "Share of the steps without penalty."] = 0.1
-    penalty_ramp: Annotated[float, "Share of the steps over which the penalty then rises to its full weight."] = 0.0
-    selection: Annotated[
-        float, "Share of the steps in which the gates move; then the choice of blocks stands and nothing is probed."
-    ] = 1.0
+    budget: Annotated[
+        int | float | None,
+        "LoRA blocks to end with: a number such as 4, or a share such as 0.1; unset: as many as the gates leave.",
+    ] = None
+    budget_unit: Annotated[Unit, "What a share is of: blocks, their parameters, or their FLOPs."] = "blocks"
+    ranking: Annotated[
+        Literal["solo", "norm"],
+        "What a budget ranks blocks by: solo (what each gains by itself, one forward pass per block) or norm (free).",
+    ] = "solo"
+    selection_warmup: Annotated[
+        float | None,
+        "Share of the steps before the first block is switched off; unset: 0.4 with a budget, 0.1 with gates.",
+    ] = None
+    settling: Annotated[
+        float, "Share of the steps at the end in which the choice of blocks stands; at least a third."
+    ] = 1 / 3
+    penalty: Annotated[float, "Without a budget: weight of the mean |gate| that is added to the loss."] = 1.0
     gate_rule: Annotated[
         Literal["proximal", "sgd"],
         "Gates' own update: proximal (gradient step, then soft threshold) or sgd (penalty in the loss).",
     ] = "proximal"
-    gate_lr: Annotated[float, "Learning rate of the gates."] = 1e-2
+    gate_lr: Annotated[float, "Learning rate of the gates; constant over the run."] = 1e-2
+
+    head_first: Annotated[
+        int | None,
+        "Steps on the head alone, on features computed once, before the run; unset: 100 where the head is new.",
+    ] = None
+    retain_data: Annotated[
+        str | None,
+        "What the model is to keep: unlabelled images (a folder, or a data set by name) whose features are held "
+        "where they are, or generic: noise and shuffled patches; unset: none.",
+    ] = None
+    retain_weight: Annotated[float, "Weight of the retained features' drift in the loss."] = 2.0
+    retain_samples: Annotated[int, "Images of retain_data to use."] = 64
 
     epochs: Annotated[int, "Passes over the training data."] = 10
     max_steps: Annotated[int | None, "Optimizer steps of the run; overrides epochs."] = None
@@ -131,23 +154,46 @@ class TrainSettings:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
-        for name in ("epochs", "batch_size", "gradient_accumulation", "eval_batch_size", "log_every", "keep_last"):
+        for name in (
+            "epochs", "batch_size", "gradient_accumulation", "eval_batch_size", "log_every", "keep_last",
+            "retain_samples",
+        ):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) >= 1, "use 1 or more")
         _require("max_steps", self.max_steps, self.max_steps is None or self.max_steps >= 1, "use 1 or more")
-        for name in ("seed", "num_workers", "eval_every", "save_every"):
+        for name in ("seed", "num_workers", "eval_every", "save_every", "head_first"):
             _require(name, getattr(self, name), (getattr(self, name) or 0) >= 0, "use 0 or more")
-        for name in ("penalty", "gate_lr", "lr", "weight_decay", "clip_norm"):
+        for name in ("penalty", "gate_lr", "lr", "weight_decay", "clip_norm", "retain_weight"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value >= 0, "use a finite number from 0 up")
-        for name in ("penalty_warmup", "penalty_ramp", "selection", "warmup", "min_lr_ratio"):
+        for name in ("warmup", "min_lr_ratio"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "use a share from 0 to 1")
         for name in ("momentum", "label_smoothing"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "use a number from 0 to below 1")
+        self._check_selection()
         if self.base_dtype is not None and self.precision == "fp32":
             raise ConfigError(
                 f"base_dtype={self.base_dtype!r} needs precision='bf16'; fp32 arithmetic keeps fp32 weights"
             )
         self.lora_config()
+
+    def _check_selection(self) -> None:
+        warmup = 0.0 if self.selection_warmup is None else self.selection_warmup
+        share = 0 <= warmup <= 1
+        _require("selection_warmup", self.selection_warmup, share, "use a share from 0 to 1")
+        third = 1 / 3 - 1e-9 <= self.settling <= 1
+        _require("settling", self.settling, third, "use a share from 1/3 to 1, in which what is left goes on learning")
+        if warmup + self.settling > 1 + 1e-9:
+            raise ConfigError(
+                f"selection_warmup={warmup:g} and settling={self.settling:.3g} are longer than the run; lower one of "
+                f"them"
+            )
+        if self.budget is None:
+            return
+        check_budget(self.budget, self.budget_unit)
+        if self.method != "selective":
+            raise ConfigError(
+                f"budget={self.budget} needs method='selective'; method={self.method!r} trains all of its parameters"
+            )
 
     def lora_config(self, modules_to_save: Sequence[str] | None = None) -> SelectiveLoRAConfig:
         """Return the adapter config of the methods selective and lora; for lora every block is active for good.
@@ -242,11 +288,18 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if isinstance(value, str) and list[str] in options and _NAMES.fullmatch(value) and value != "all-linear":
         return [entry.strip() for entry in value.split(",")]
+    if int in options and float in options and _is_share(value):
+        # 1 is one of them, 1.0 all.
+        options = tuple(option for option in options if option is not int)
     for option in options:
         converted = _converted(value, option)
         if converted is not None or (value is None and option is type(None)):
             return converted
     raise ConfigError(f"{name}={value!r} is not {' or '.join(_described(option) for option in options)}")
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, float) or (isinstance(value, str) and not value.strip().lstrip("+-").isdigit())
 
 
 def _converted(value: Any, option: Any) -> Any:

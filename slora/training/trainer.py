@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,17 +18,25 @@ from torch import Tensor, nn
 from slora.errors import ConfigError, NonFiniteLossError
 from slora.evaluation.accuracy import logits_of, tally
 from slora.flops import count_flops
-from slora.gate import adapted_layers, gate_penalty, penalty_at
+from slora.gate import adapted_layers, gate_penalty
+from slora.retention import Distillation
+from slora.selection import Budget, Gates, SoloGain, Strategy
+from slora.selection.budget import WARMUP as BUDGET_WARMUP
+from slora.selection.gates import WARMUP
 from slora.training import checkpoint
 from slora.training.batches import Batches, Data, make_batches
+from slora.training.head_first import train_head
 from slora.training.measure import Clock, Window
-from slora.training.optimizers import Optimizers, finite, held, lr_scale
+from slora.training.optimizers import Optimizers, finite, lr_scale
 from slora.training.process import interruptible, make_accelerator, prepared, train_mode
 from slora.training.recorder import Recorder
 from slora.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+# Training images that solo gains are measured on.
+SAMPLE = 128
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Blocks = dict[str, tuple[int, ...]]
@@ -82,6 +91,7 @@ def train(
     *,
     resume: str | Path | None = None,
     criterion: Criterion | None = None,
+    retain: Tensor | None = None,
 ) -> TrainResult:
     """Train what requires gradients in `model` (see `slora.training.prepare`), in place.
 
@@ -98,6 +108,7 @@ def train(
         console: where a progress bar is drawn; None draws none.
         resume: a checkpoint folder of the same model, data and settings.
         criterion: `(logits, labels) -> scalar`; by default cross-entropy with `settings.label_smoothing`.
+        retain: inputs `[n, ...]` whose features are held where the base model has them (`slora.retention`).
 
     Raises:
         ConfigError: a setting does not fit the data, or nothing is trainable.
@@ -107,7 +118,7 @@ def train(
             checkpoint written.
     """
     settings = TrainSettings() if settings is None else settings
-    run = Trainer(model, train_data, eval_data, settings, run_dir, console, resume, criterion)
+    run = Trainer(model, train_data, eval_data, settings, run_dir, console, resume, criterion, retain)
     return run.run()
 
 
@@ -124,6 +135,7 @@ class Trainer:
         console: Console | None,
         resume: str | Path | None,
         criterion: Criterion | None,
+        retain: Tensor | None,
     ) -> None:
         if run_dir is not None:
             checkpoint.refuse_newer(Path(run_dir) / "checkpoints", resume)
@@ -158,7 +170,12 @@ class Trainer:
         self.fingerprint = checkpoint.fingerprint(model)
         self.layers = dict(adapted_layers(model))
         self.may_release = world == 1 and any(layer.inactive == "frozen" for layer in self.layers.values())
+        self.sample: list[tuple[Tensor, Tensor]] | None = None
+        self.selection = self._strategy()
         self.optimizers = Optimizers(model, settings)
+        self.keep: Distillation | None = None
+        if retain is not None and settings.retain_weight:
+            self.keep = Distillation(model, retain, settings.retain_weight, seed=settings.seed)
         self.result = TrainResult()
         self.step = 0
         self.start = self.last_checkpoint = None if resume is None else Path(resume)
@@ -178,10 +195,48 @@ class Trainer:
         self.clock = Clock(self.result.seconds, self.step)
         self.stop_requested = False
 
+    def _strategy(self) -> Strategy | None:
+        settings = self.settings
+        if settings.method != "selective" or not self.layers:
+            return None
+        if settings.budget is None:
+            warmup = WARMUP if settings.selection_warmup is None else settings.selection_warmup
+            return Gates(self.model, self.steps, penalty=settings.penalty, warmup=warmup, settling=settings.settling)
+        warmup = BUDGET_WARMUP if settings.selection_warmup is None else settings.selection_warmup
+        return Budget(
+            self.model,
+            settings.budget,
+            self.steps,
+            unit=settings.budget_unit,
+            ranking=SoloGain(self._sample_loss) if settings.ranking == "solo" else None,
+            warmup=warmup,
+            settling=settings.settling,
+        )
+
+    def _sample_loss(self) -> Tensor:
+        """The loss on the training images that solo gains are measured on: the same ones at every call."""
+        losses = []
+        if self.sample is None:
+            needed = -(-SAMPLE // self.settings.batch_size)
+            self.sample = list(itertools.islice(self.train_batches.epoch(0), needed))
+        for images, labels in self.sample:
+            with self.accelerator.autocast():
+                losses.append(self.criterion(logits_of(self.model(images)), labels))
+        return torch.stack(losses).mean()
+
     def run(self) -> TrainResult:
         """Run to the end and return the result."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(self.recorder))
+            if self.start is None and self.settings.head_first:
+                # Before the model is wrapped, so that several processes go on from the head of the first.
+                train_head(
+                    self.model,
+                    self.train_batches.epoch,
+                    self.settings.head_first,
+                    self.criterion,
+                    self.settings.seed,
+                )
             if self.run_dir is not None and self.accelerator.num_processes == 1:
                 stack.enter_context(interruptible(self._request_stop))
             self.wrapped, self.prepared = stack.enter_context(
@@ -195,6 +250,8 @@ class Trainer:
                 for _ in range(min(self.steps_per_epoch - done, self.steps - self.step)):
                     self._step(batches)
                     self._after_step()
+            if self.selection is not None:
+                self.selection.finish()
         self.result.steps = self.step
         self.result.seconds = self.clock.seconds()
         self.result.history = self.recorder.history
@@ -208,22 +265,27 @@ class Trainer:
         if self.may_release and self.optimizers.release(self.model):
             state = self._activity()
         settings = self.settings
-        warm, ramp = round(settings.penalty_warmup * self.steps), round(settings.penalty_ramp * self.steps)
-        selecting = self.step < round(settings.selection * self.steps)
-        self.penalty = penalty_at(self.step, settings.penalty, warm, ramp) if selecting else 0.0
+        gates = self.selection if isinstance(self.selection, Gates) else None
+        self.penalty = 0.0 if gates is None else gates.weight
         self.optimizers.set(lr_scale(self.step, self.steps, self.warmup, settings.min_lr_ratio), self.penalty)
-        with contextlib.nullcontext() if selecting else held(self.optimizers.moving_gates):
-            if settings.count_flops and (state, selecting) not in self.flops_of:
-                with self.clock.excluded():
-                    flops = count_flops(self._forward_backward, batches)
-                self.flops_of[state, selecting] = flops * self.accelerator.num_processes
-            else:
-                self._forward_backward(batches)
-        self.result.flops += self.flops_of.get((state, selecting), 0)
+        work = (state, None if self.selection is None else self.selection.phase, self._keeps())
+        if settings.count_flops and work not in self.flops_of:
+            with self.clock.excluded():
+                flops = count_flops(self._forward_backward, batches)
+            self.flops_of[work] = flops * self.accelerator.num_processes
+        else:
+            self._forward_backward(batches)
+        if self.selection is not None:
+            self.selection.step()
+        self.result.flops += self.flops_of.get(work, 0)
         self.step += 1
 
+    def _keeps(self) -> bool:
+        """Whether this step has the term of the retained samples."""
+        return self.keep is not None and self.step % self.keep.every == 0
+
     def _forward_backward(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        for _ in range(self.accumulation):
+        for part in range(self.accumulation):
             images, labels = next(batches)
             with self.accelerator.accumulate(self.wrapped):
                 logits = logits_of(self.wrapped(images))
@@ -231,6 +293,11 @@ class Trainer:
                 self.window.add(loss, logits, labels)
                 if self.optimizers.penalty_in_loss and self.penalty:
                     loss = loss + self.penalty * gate_penalty(self.model)
+                if part == 0 and self._keeps():
+                    assert self.keep is not None
+                    with self.accelerator.autocast():
+                        # accelerate divides every part's loss by their number.
+                        loss = loss + self.accumulation * self.keep(self.step)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self._clip()
@@ -370,12 +437,19 @@ class Trainer:
                     self.optimizers,
                     self.settings,
                     self.fingerprint,
-                    {"step": self.step, "steps": self.steps, "result": result},
+                    {
+                        "step": self.step,
+                        "steps": self.steps,
+                        "selection": None if self.selection is None else self.selection.state_dict(),
+                        "result": result,
+                    },
                 )
             self.accelerator.wait_for_everyone()
 
     def _restore(self, folder: Path) -> None:
         state = checkpoint.load(folder, self.model, self.optimizers, self.settings, self.fingerprint)
+        if self.selection is not None:
+            self.selection.load_state_dict(state["selection"])
         self.step = state["step"]
         result = state["result"]
         result["active_blocks"] = [

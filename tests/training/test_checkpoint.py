@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import slora.selection
 from slora import CheckpointError, ConfigError, WriteError
 from slora.gate import adapted_layers
 from slora.training import TrainResult, TrainSettings, checkpoint, prepare, train
@@ -26,7 +27,7 @@ Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
 
 # Gates spread around the threshold, so that blocks come and go during the few steps of these runs.
-SPREAD = {"lr": 0.05, "gate_lr": 0.4, "penalty": 0.4, "penalty_warmup": 0.0, "lora_dropout": 0.1, "blocks": 4}
+SPREAD = {"lr": 0.05, "gate_lr": 0.4, "penalty": 0.4, "selection_warmup": 0.0, "lora_dropout": 0.1, "blocks": 4}
 
 
 def started(make_model: Factory, settings: TrainSettings) -> nn.Module:
@@ -56,6 +57,9 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
         {"inactive": "frozen"},
         {"inactive": "frozen", "gate_rule": "sgd", "optimizer": "sgd"},
         {"inactive": "probe", "gradient_accumulation": 2, "batch_size": 4},
+        {"budget": 3},
+        {"budget": 0.25, "budget_unit": "parameters", "ranking": "norm", "inactive": "frozen"},
+        {"budget": 0.5, "budget_unit": "flops", "gradient_accumulation": 2, "batch_size": 4},
         {"method": "lora"},
         {"method": "full", "optimizer": "sgd"},
         {"method": "linear"},
@@ -137,7 +141,8 @@ def saved_once(
     optimizers = Optimizers(model, settings)
 
     def save(step: int) -> Path:
-        progress = {"step": step, "result": dataclasses.asdict(TrainResult())}
+        state = slora.selection.Gates(model, step).state_dict() | {"taken": step}
+        progress = {"step": step, "selection": state, "result": dataclasses.asdict(TrainResult())}
         return checkpoint.save(folder / "checkpoints", model, optimizers, settings, identity, progress)
 
     return checkpoint.newest(folder), save

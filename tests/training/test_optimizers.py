@@ -42,7 +42,7 @@ def test_the_proximal_rule_gives_the_gates_an_optimizer_of_their_own(make_model:
     assert "gates" not in [group["name"] for group in optimizers.weights.param_groups]
     optimizers.set(0.5, penalty=3.0)
     assert {group["lr"] for group in optimizers.weights.param_groups} == {0.125}
-    assert [(group["lr"], group["penalty"]) for group in optimizers.gates.param_groups] == [(0.25, 3.0)]
+    assert [(group["lr"], group["penalty"]) for group in optimizers.gates.param_groups] == [(0.5, 3.0)]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

@@ -159,7 +159,7 @@ def test_several_processes_are_refused_with_the_remedy(monkeypatch: pytest.Monke
 
 def test_an_adapter_with_freed_blocks_is_saved_and_loaded() -> None:
     folder, _ = run.finetune(
-        {**QUICK, "inactive": "frozen", "gate_lr": 1.0, "penalty": 3.0, "penalty_warmup": 0.0, "warmup": 0.0}
+        {**QUICK, "inactive": "frozen", "gate_lr": 1.0, "penalty": 3.0, "selection_warmup": 0.0, "warmup": 0.0}
     )
     settings = run.read_settings(folder)
     model = run.load_result(run.rebuild(settings, 10).model, settings, folder)

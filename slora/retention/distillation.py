@@ -1,0 +1,104 @@
+"""`Distillation`: a loss term that holds final features of unlabelled samples to those of the base model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from slora.errors import ConfigError
+from slora.features import final_features
+from slora.model import disabled
+
+
+class Distillation:
+    """Call it in each step and add what it returns to the loss.
+
+        keep = slora.retention.Distillation(model, old_images)
+        for x, y in loader:
+            loss = criterion(model(x), y) + keep()
+
+    The value is `weight * mean_z ||f(z) - f_base(z)||^2 / mean_z ||f_base(z) - mean f_base||^2` over `batch_size` of
+    the samples: drift of the final features, as a share of their variance. (Learning without Forgetting, arXiv
+    1606.09282, holds the old outputs on new samples; here it is the features, which need no old head, on old samples.)
+    The base features are computed once, with the blocks switched off.
+
+    Args:
+        model: adapted by `slora.inject`; not a wrapper around it.
+        samples: inputs of what the model is to keep, `[n, ...]`, n at least 2; without labels. A few dozen serve.
+        weight: of the term in the loss.
+        features: `samples -> [n, d]`; by default `slora.features.final_features(model)`.
+        batch_size: samples in a step.
+        every: steps between two that have the term; its weight is then `every` times as large.
+        seed: of the order in which samples are drawn.
+
+    Raises:
+        ConfigError: a value is out of range, or the model has no final features that slora finds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Tensor,
+        weight: float = 2.0,
+        *,
+        features: Callable[[Tensor], Tensor] | None = None,
+        batch_size: int = 32,
+        every: int = 2,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(samples, Tensor) or len(samples) < 2:
+            count = len(samples) if isinstance(samples, Tensor) else type(samples).__name__
+            raise ConfigError(f"samples={count} is not a tensor of 2 or more samples; stack them: torch.stack(images)")
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ConfigError(f"weight={weight} is negative or not finite; use 0 or more")
+        for name, value in (("batch_size", batch_size), ("every", every)):
+            if value < 1:
+                raise ConfigError(f"{name}={value} is not a positive integer")
+        self.weight, self.every, self.seed = weight, every, seed
+        self.batch_size = min(batch_size, len(samples))
+        self.features = final_features(model) if features is None else features
+        device = next(model.parameters()).device
+        self.samples = samples.to(device)
+        self.base = self._of_base(model)
+        if self.base.dim() != 2:
+            raise ConfigError(f"features of shape {list(self.base.shape)}; expected [n, d]: pool them first")
+        variance = (self.base - self.base.mean(0)).square().sum(1).mean()
+        # Samples that all look the same to the model have no scale of their own.
+        self.scale = torch.where(variance > 1e-12, variance, self.base.square().sum(1).mean().clamp(min=1e-12))
+        self.calls = 0
+
+    @torch.no_grad()
+    def _of_base(self, model: nn.Module) -> Tensor:
+        training = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with disabled(model):
+                return torch.cat([self.features(part).float() for part in self.samples.split(256)])
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+    def __call__(self, step: int | None = None) -> Tensor:
+        """Return the term of this step, a scalar; 0 without any work at those in between.
+
+        Args:
+            step: number of the step, which alone decides the samples; by default calls are counted.
+        """
+        if step is None:
+            step, self.calls = self.calls, self.calls + 1
+        if step % self.every or not self.weight:
+            return self.base.new_zeros(())
+        rows = self._rows(step // self.every)
+        drift = (self.features(self.samples[rows]).float() - self.base[rows]).square().sum(1).mean()
+        return self.weight * self.every * drift / self.scale
+
+    def _rows(self, draw: int) -> Tensor:
+        # Each sample comes up once before any comes up again.
+        per_pass = len(self.samples) // self.batch_size
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw // per_pass)
+        order = torch.randperm(len(self.samples), generator=generator)
+        first = draw % per_pass * self.batch_size
+        return order[first : first + self.batch_size].to(self.samples.device)

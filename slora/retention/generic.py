@@ -1,0 +1,48 @@
+"""Samples for retention where a user has none: inputs that are of no data set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slora.errors import ConfigError
+
+
+def generic_samples(images: Tensor, count: int = 64, *, patch: int = 4, seed: int = 0) -> Tensor:
+    """Return `count` inputs made from `images`: half of them noise, half with their patches shuffled.
+
+    Noise is normal, with the mean and standard deviation of each channel. Shuffled patches keep what is local and lose
+    what is depicted.
+
+    Args:
+        images: some inputs of the model, `[n, c, h, w]`.
+        count: samples to make.
+        patch: size of a patch in pixels; a border of less than one is cut off the shuffled part and left as it is.
+        seed: of what is drawn.
+
+    Returns:
+        `[count, c, h, w]`, dtype and device of `images`.
+
+    Raises:
+        ConfigError: `images` has another shape, or a patch is larger than an image.
+    """
+    if images.dim() != 4 or not len(images):
+        raise ConfigError(f"images of shape {list(images.shape)}; expected [n, channels, height, width]")
+    height, width = images.shape[2:]
+    if not 1 <= patch <= min(height, width):
+        raise ConfigError(f"patch={patch} does not fit images of {height} x {width}; use 1 to {min(height, width)}")
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(images), (count,), generator=generator)
+    samples = images[chosen.to(images.device)].clone()
+    mean, std = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
+    half = count // 2
+    noise = torch.randn(samples[:half].shape, generator=generator).to(samples)
+    samples[:half] = mean + std * noise
+    rows, columns = height // patch, width // patch
+    for sample in samples[half:]:
+        inner = sample[:, : rows * patch, : columns * patch]
+        patches = inner.unfold(1, patch, patch).unfold(2, patch, patch).flatten(1, 2)
+        order = torch.randperm(rows * columns, generator=generator).to(samples.device)
+        shuffled = patches[:, order].unflatten(1, (rows, columns))
+        inner.copy_(shuffled.permute(0, 1, 3, 2, 4).reshape(inner.shape))
+    return samples

@@ -1,0 +1,275 @@
+"""`Budget`: exactly as many blocks as asked for, or a share of the blocks, their parameters or their FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slora.config import Unit, check_budget, rounded_up
+from slora.errors import ConfigError, StateError
+from slora.flops import linear_flops
+from slora.gate import set_gates
+from slora.layers import LoRABlocks
+from slora.selection.ranking import Ranking, update_norm
+from slora.selection.strategy import SETTLING, Strategy, freeze_gates, hold, require_layers
+
+WARMUP = 0.4
+
+
+class Budget(Strategy):
+    """Ends with exactly the blocks asked for: all learn, the lowest ranked are switched off one after another, settle.
+
+        selection = slora.selection.Budget(model, 4, steps=300)
+        for x, y in loader:
+            ...
+            optimizer.step()
+            selection.step()
+
+    With `n` blocks and a budget of `K`, after a share `t` of the selection phase `K + round((n - K) * (1 - t)^3)` are
+    left (the cubic schedule of Zhu and Gupta, arXiv 1710.01878). A block that is off stays off. Gates follow the
+    ranking and nothing else: no optimizer moves them, a penalty on them has no effect, and inactive blocks cost
+    nothing. A gate says where its block stands: above the threshold by as many places as blocks could still go before
+    it, below by as many as would have to come back first.
+
+    In several processes the scores are averaged over all, so that each makes the same choice.
+
+    Args:
+        model: adapted by `slora.inject`.
+        budget: an int counts blocks; a float from 0 to 1 is a share of the `unit` of all blocks (1 is one block,
+            1.0 is all). A share of blocks is rounded to the nearest number; one of parameters or FLOPs is kept below
+            and filled by rank.
+        steps: optimizer steps of the run.
+        unit: what a share is of: "blocks", "parameters" (of A and B), or "flops" (of a forward pass, with the rows
+            that each layer saw in the first step).
+        ranking: scores blocks; by default `update_norm`, which is free. `SoloGain` is better and needs a loss.
+        warmup: share of the steps in which every block learns.
+        settling: share of the steps at the end in which the choice stands; at least a third.
+
+    Raises:
+        ConfigError: the budget is not from 0 to all blocks, a share rounds to nothing, or a value is out of range.
+        StateError: the model has no adapted layer, or another strategy is at work on it.
+    """
+
+    name: ClassVar[str] = "budget"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: int | float,
+        steps: int,
+        *,
+        unit: Unit = "blocks",
+        ranking: Ranking | None = None,
+        warmup: float = WARMUP,
+        settling: float = SETTLING,
+    ) -> None:
+        self.budget, self.unit = budget, unit
+        self.ranking: Ranking = update_norm if ranking is None else ranking
+        if not callable(self.ranking):
+            raise ConfigError(f"ranking={ranking!r} is not callable; use slora.selection.SoloGain(loss), or None")
+        layers = require_layers(model)
+        check_budget(budget, unit, sum(layer.blocks for layer in layers.values()))
+        self.rows = [1] * len(layers)
+        if unit == "parameters":
+            _target(budget, _costs(layers, unit, self.rows), unit)
+        self.scores: list[float] | None = None
+        self._hooks: list[Any] = []
+        super().__init__(model, steps, warmup, settling)
+
+    def start(self) -> None:
+        """Switch every block on and take the gates out of training."""
+        hold(self.layers)
+        self.ranks = list(range(self.n))
+        self._write(self.n)
+        if self.unit == "flops":
+            self.rows = [0] * len(self.layers)
+            for number, layer in enumerate(self.layers.values()):
+                self._hooks.append(layer.register_forward_pre_hook(self._noting_rows(number)))
+
+    def _noting_rows(self, number: int) -> Any:
+        def note(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            # A layer that did not run, and so costs nothing, keeps its 0.
+            self.rows[number] = self.rows[number] or math.prod(args[0].shape[:-1])
+
+        return note
+
+    def _choose(self) -> None:
+        if self._hooks:
+            self._stop_noting_rows()
+        if self.taken < self.first:
+            return
+        costs = _costs(self.layers, self.unit, self.rows)
+        total, target = sum(costs), _target(self.budget, costs, self.unit)
+        t = 1.0 if self.taken >= self.last else (self.taken - self.first) / (self.last - self.first)
+        allowed = target + (total - target) * (1 - t) ** 3
+        if self.unit == "blocks":
+            allowed = target + round((total - target) * (1 - t) ** 3)
+        kept = self.ranks[: self.left]
+        if sum(costs[i] for i in kept) <= allowed:
+            return
+        scores = self._scores()
+        ordered = sorted(kept, key=lambda i: -scores[i])
+        kept = _fill(ordered, costs, allowed)
+        chosen = set(kept)
+        self.ranks = [*kept, *(i for i in ordered if i not in chosen), *self.ranks[self.left :]]
+        self._write(len(kept))
+
+    def _stop_noting_rows(self) -> None:
+        self._remove_hooks()
+        if not any(self.rows):
+            raise StateError(
+                "unit='flops' needs the rows that each layer sees, but no layer ran before the first step() (a model "
+                "compiled before the strategy was made does not say); use unit='parameters'"
+            )
+        _target(self.budget, _costs(self.layers, self.unit, self.rows), self.unit)
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _scores(self) -> list[float]:
+        if self.scores is None or not getattr(self.ranking, "once", False):
+            self.scores = measured(self.ranking, self.model, self.n)
+        return self.scores
+
+    def _write(self, left: int) -> None:
+        """Leave the first `left` of the ranks on."""
+        self.left = left
+        set_gates(gates_of(self.ranks, left, self.layers))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, in JSON's types."""
+        return {
+            **super().state_dict(),
+            "budget": self.budget,
+            "unit": self.unit,
+            "rows": self.rows,
+            "ranks": self.ranks,
+            "left": self.left,
+            "scores": self.scores,
+        }
+
+    _progress: ClassVar[tuple[str, ...]] = ("steps", "taken", "rows", "ranks", "left", "scores")
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.rows, self.ranks, self.scores = list(state["rows"]), list(state["ranks"]), state["scores"]
+        if self.taken:
+            self._remove_hooks()
+        self._write(state["left"])
+        if self.taken >= self.last:
+            self._choose()
+
+
+def keep_blocks(
+    model: nn.Module, budget: int | float, *, unit: Unit = "blocks", ranking: Ranking | None = None
+) -> None:
+    """Keep the highest ranked active blocks of a trained model, switch the others off, and freeze all gates.
+
+    Args:
+        budget: as for `Budget`; a share is of all blocks, active or not.
+        unit: "blocks" or "parameters".
+        ranking: by default `update_norm`.
+
+    Raises:
+        ConfigError: the budget is out of range, or above what is active.
+        StateError: the model has no adapted layer, or is merged.
+    """
+    layers = require_layers(model)
+    n = sum(layer.blocks for layer in layers.values())
+    check_budget(budget, unit, n)
+    if unit == "flops":
+        raise ConfigError("unit='flops' needs the rows that each layer sees in a step; use unit='parameters'")
+    costs = _costs(layers, unit, [1] * len(layers))
+    target = _target(budget, costs, unit)
+    on = [i in layer.activity().active for layer in layers.values() for i in range(layer.blocks)]
+    if unit == "blocks" and target > sum(on):
+        raise ConfigError(
+            f"budget={budget} is {target:.0f} blocks, but only {sum(on)} of {n} are active; ask for fewer"
+        )
+    scores = measured(update_norm if ranking is None else ranking, model, n)
+    ordered = sorted((i for i in range(n) if on[i]), key=lambda i: -scores[i])
+    kept = _fill(ordered, costs, target)
+    chosen = set(kept)
+    ranks = [*kept, *(i for i in ordered if i not in chosen), *(i for i in range(n) if not on[i])]
+    freeze_gates(model)
+    set_gates(gates_of(ranks, len(kept), layers))
+
+
+def measured(ranking: Ranking, model: nn.Module, n: int) -> list[float]:
+    """Return the scores of `ranking`, averaged over processes; a NaN ranks last.
+
+    Raises:
+        ConfigError: the ranking returns something else than `[n]` scores.
+    """
+    scores: Any = ranking(model)
+    if not isinstance(scores, Tensor) or scores.shape != (n,):
+        found = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise ConfigError(f"the ranking returned {found}; expected a tensor with one score for each of {n} blocks")
+    scores = scores.detach().float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # A copy: the collective works in place.
+        scores = scores.clone()
+        torch.distributed.all_reduce(scores)
+        scores /= torch.distributed.get_world_size()
+    return [score if score == score else -math.inf for score in scores.tolist()]
+
+
+def gates_of(ranks: Sequence[int], left: int, layers: dict[str, LoRABlocks]) -> dict[LoRABlocks, list[float]]:
+    """Return gates that tell the rank of each block and leave the first `left` on.
+
+    `threshold + spread * (left + 1/2 - rank) / n`, with ranks from 1 and `spread` the size of the threshold.
+    """
+    n = len(ranks)
+    place = {block: position for position, block in enumerate(ranks, start=1)}
+    blocks = iter(range(n))
+    result = {}
+    for layer in layers.values():
+        spread = max(abs(layer.threshold), 1e-3)
+        result[layer] = [layer.threshold + spread * (left + 0.5 - place[next(blocks)]) / n for _ in range(layer.blocks)]
+    return result
+
+
+def _costs(layers: dict[str, LoRABlocks], unit: str, rows: Sequence[int]) -> list[float]:
+    """What each block costs, in the order of the blocks; `rows` are those that each layer sees."""
+    costs: list[float] = []
+    for layer, M in zip(layers.values(), rows, strict=True):
+        N, K = layer.base_weight.shape
+        n, r = N // layer.blocks, layer.r
+        each = {
+            "blocks": 1,
+            "parameters": r * (K + n),
+            "flops": linear_flops(M, r, K) + linear_flops(M, n, r),
+        }[unit]
+        costs += [each] * layer.blocks
+    return costs
+
+
+def _target(budget: int | float, costs: Sequence[float], unit: str) -> float:
+    """The budget in units of cost."""
+    if isinstance(budget, int):
+        return budget
+    if unit == "blocks":
+        return math.floor(budget * len(costs) + 0.5)
+    target, smallest = budget * sum(costs), min(cost for cost in costs if cost > 0)
+    if 0 < target < smallest:
+        raise ConfigError(
+            f"budget={budget} of the {unit} is less than the smallest block has; the smallest share that keeps one is "
+            f"{rounded_up(smallest / sum(costs))}, or write 0.0 for none"
+        )
+    return target
+
+
+def _fill(ordered: Sequence[int], costs: Sequence[float], allowed: float) -> list[int]:
+    """The blocks of `ordered` that fit, the first ones first; one that does not is passed over."""
+    kept, spent = [], 0.0
+    for i in ordered:
+        # Sums of costs are exact in doubles, but a share of them is not.
+        if spent + costs[i] <= allowed * (1 + 1e-12):
+            kept.append(i)
+            spent += costs[i]
+    return kept

@@ -1,0 +1,103 @@
+"""Head first: a new head is trained alone, on features computed once, before any block moves.
+
+A head that starts at random sends noise back into the blocks; after a linear probe they start from what the features
+already tell apart (linear probing then fine-tuning, arXiv 2202.10054).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from slora.errors import ConfigError
+from slora.evaluation.accuracy import logits_of
+from slora.features import input_of
+from slora.inject import head_names
+from slora.model import disabled
+
+HEAD_LR = 1e-2
+
+# Steps that a new head gets where nothing else is asked for.
+STEPS = 100
+
+
+def train_head(
+    model: nn.Module,
+    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    steps: int,
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    seed: int = 0,
+    lr: float = HEAD_LR,
+) -> None:
+    """Train the head of `model` for `steps` steps of AdamW with a cosine schedule, in place.
+
+    Costs one forward pass over as many of the batches as the steps need, at most all of `batches()`.
+
+    Args:
+        model: prepared for training; its blocks are left as they are.
+        batches: starts a pass over the training data.
+        criterion: `(logits, labels) -> scalar`.
+
+    Raises:
+        ConfigError: the model has not one head that is trained and whose output is the model's.
+    """
+    name = _head_of(model)
+    head = model.get_submodule(name)
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), disabled(model):
+            for images, targets in batches():
+                seen, output = input_of(model, name, images)
+                if not features and not torch.equal(head(seen), logits_of(output)):
+                    raise ConfigError(
+                        f"head_first needs a head whose output is the model's, but {type(model).__name__} goes on "
+                        f"after {name!r}; set head_first to 0"
+                    )
+                features.append(seen)
+                labels.append(targets)
+                if len(features) == steps:
+                    break
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    size = len(features[0])
+    x, y = torch.cat(features), torch.cat(labels)
+    optimizer = AdamW([parameter for parameter in head.parameters() if parameter.requires_grad], weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    rows: list[Tensor] = []
+    for step in range(steps):
+        if not rows:
+            rows = list(torch.randperm(len(x), generator=generator).split(size))[: len(x) // size]
+        chosen = rows.pop().to(x.device)
+        optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        loss = criterion(head(x[chosen]), y[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def trained_heads(model: nn.Module) -> list[str]:
+    """Return the names of the output heads of a prepared model that are trained."""
+    return [
+        name
+        for name in dict.fromkeys(head_names(model))
+        if any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
+    ]
+
+
+def _head_of(model: nn.Module) -> str:
+    trained = trained_heads(model)
+    if len(trained) != 1:
+        raise ConfigError(
+            f"head_first needs one output head that is trained, but {type(model).__name__} has {trained or 'none'}; "
+            f"set head_first to 0"
+        )
+    return trained[0]
