@@ -24,6 +24,7 @@ from slora.inject import inject, unload
 from slora.layers import SelectiveLoRALinear, gates_on_device
 from slora.merging import merge, merge_and_unload, unmerge
 from slora.model import active_blocks, disabled, parameter_groups, summary
+from slora.selection import freeze_gates, keep_blocks
 
 __version__ = "0.1.0"
 
@@ -44,9 +45,11 @@ __all__ = [
     "WriteError",
     "active_blocks",
     "disabled",
+    "freeze_gates",
     "gate_penalty",
     "gates_on_device",
     "inject",
+    "keep_blocks",
     "load_adapter",
     "merge",
     "merge_and_unload",

@@ -170,7 +170,7 @@ class Trainer:
         self.fingerprint = checkpoint.fingerprint(model)
         self.layers = dict(adapted_layers(model))
         self.may_release = world == 1 and any(layer.inactive == "frozen" for layer in self.layers.values())
-        self.sample: list[tuple[Tensor, Tensor]] | None = None
+        self.sample: tuple[Tensor, Tensor] | None = None
         self.selection = self._strategy()
         self.optimizers = Optimizers(model, settings)
         self.keep: Distillation | None = None
@@ -215,14 +215,14 @@ class Trainer:
 
     def _sample_loss(self) -> Tensor:
         """The loss on the training images that solo gains are measured on: the same ones at every call."""
-        losses = []
         if self.sample is None:
             needed = -(-SAMPLE // self.settings.batch_size)
-            self.sample = list(itertools.islice(self.train_batches.epoch(0), needed))
-        for images, labels in self.sample:
-            with self.accelerator.autocast():
-                losses.append(self.criterion(logits_of(self.model(images)), labels))
-        return torch.stack(losses).mean()
+            batches = list(itertools.islice(self.train_batches.epoch(0), needed))
+            images, labels = (torch.cat([batch[part] for batch in batches])[:SAMPLE] for part in (0, 1))
+            self.sample = images, labels
+        images, labels = self.sample
+        with self.accelerator.autocast():
+            return self.criterion(logits_of(self.model(images)), labels)
 
     def run(self) -> TrainResult:
         """Run to the end and return the result."""
@@ -275,10 +275,19 @@ class Trainer:
             self.flops_of[work] = flops * self.accelerator.num_processes
         else:
             self._forward_backward(batches)
-        if self.selection is not None:
-            self.selection.step()
         self.result.flops += self.flops_of.get(work, 0)
+        self._select()
         self.step += 1
+
+    def _select(self) -> None:
+        if self.selection is None:
+            return
+        if self.settings.count_flops and self.selection.taken + 1 == self.selection.first:
+            # Solo gains are forward passes, too.
+            flops = count_flops(self.selection.step)
+            self.result.flops += flops * self.accelerator.num_processes
+        else:
+            self.selection.step()
 
     def _keeps(self) -> bool:
         """Whether this step has the term of the retained samples."""

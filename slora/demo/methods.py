@@ -1,0 +1,248 @@
+"""The ways of adapting that the demo compares, and one training of each.
+
+Each starts from the same weights and sees the same batches. `blocks` is what a method may train beside the head: none,
+all 36, or four that a rule names, which are then the only ones from the first step to the last. Only the selective
+methods choose their four by themselves.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import slora
+from slora.demo.letters import letters
+from slora.demo.model import load_pretrained
+from slora.demo.shifts import Pair, task
+from slora.evaluation.knn import features, knn_accuracy
+from slora.gate import adapted_layers
+from slora.training import TrainSettings, prepare, train
+
+BUDGET = 4
+SMOOTHING = 0.1
+
+# What all methods share: the same number of the same batches under the same schedule.
+COMMON: dict[str, Any] = {
+    "max_steps": 200,
+    "batch_size": 32,
+    "head_first": 100,
+    "warmup": 0.1,
+    "weight_decay": 0.0,
+    "label_smoothing": SMOOTHING,
+    "r": 8,
+    "lora_alpha": 8,
+    "eval_every": 0,
+    "log_every": 5,
+    "device": "cpu",
+    "precision": "fp32",
+    "progress": False,
+}
+
+# `slora demo --quick`: shows that everything works; its figures mean nothing.
+QUICK: dict[str, Any] = {"max_steps": 10, "head_first": 5, "log_every": 2}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of adapting.
+
+    Attributes:
+        label: as the table names it.
+        own: settings beside `COMMON`.
+        rule: for a fixed choice of blocks: `(names of all blocks, seed) -> positions to train`.
+        retain: whether features of 64 unlabelled letters are held.
+    """
+
+    label: str
+    own: dict[str, Any]
+    rule: Callable[[list[str], int], list[int]] | None = None
+    retain: bool = False
+
+
+def _last(blocks: list[str], seed: int) -> list[int]:
+    return list(range(len(blocks)))[-BUDGET:]
+
+
+def _random(blocks: list[str], seed: int) -> list[int]:
+    return random.Random(f"blocks {seed}").sample(range(len(blocks)), BUDGET)
+
+
+def _late_fc1(blocks: list[str], seed: int) -> list[int]:
+    return [i for i, name in enumerate(blocks) if name.endswith("fc1")][-BUDGET:]
+
+
+METHODS: dict[str, Method] = {
+    "linear": Method("linear probe", {"method": "linear", "lr": 1e-2}),
+    "lora": Method("LoRA on all", {"method": "lora", "lr": 5e-3, "head_first": 0}),
+    "head-first": Method("head first, LoRA on all", {"method": "lora", "lr": 5e-3}),
+    "distilled": Method("the same + distillation", {"method": "lora", "lr": 5e-3}, retain=True),
+    "last": Method("head first, last 4", {"lr": 1e-2}, _last),
+    "random": Method("head first, random 4", {"lr": 1e-2}, _random),
+    "late-fc1": Method("head first, 4 late fc1", {"lr": 1e-2}, _late_fc1),
+    "selective": Method("head first, selective 4", {"budget": BUDGET, "lr": 1e-2}),
+    "selective-distilled": Method("the same + distillation", {"budget": BUDGET, "lr": 1e-2}, retain=True),
+}
+
+# The full run judges the update of these scaled as well, as when it is merged with `--scale` (WiSE-FT, arXiv
+# 2109.01903); the default run only LoRA's on all blocks, by HALF.
+SCALED = ("head-first", "last", "random", "late-fc1", "selective")
+SCALES = (0.25, 0.5, 0.75)
+HALF = 0.5
+
+# Letters that pretraining never saw: (images per class, seed) of those that vote, of those to be named, and of those
+# whose features are held.
+BANK, QUERIES, RETAINED = (50, 101), (40, 102), (2, 104)
+QUICK_BANK, QUICK_QUERIES = (6, 101), (3, 102)
+RETAINED_COUNT = 64
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+
+
+@dataclass(frozen=True)
+class Source:
+    """The letters, and what the pretrained model makes of them.
+
+    Attributes:
+        knn: accuracy of weighted k-NN on its features, 0 to 1.
+        head: accuracy of its own head.
+    """
+
+    bank: Pair
+    queries: Pair
+    retained: Tensor
+    letter_head: nn.Module
+    knn: float
+    head: float
+
+
+def source(quick: bool = False) -> Source:
+    """Render the letters and ask the pretrained model about them."""
+    bank, queries = letters(*(QUICK_BANK if quick else BANK)), letters(*(QUICK_QUERIES if quick else QUERIES))
+    retained = letters(*RETAINED)[0]
+    retained = retained[torch.randperm(len(retained), generator=torch.Generator().manual_seed(0))[:RETAINED_COUNT]]
+    model: Any = load_pretrained()
+    plain = Source(bank, queries, retained, model.head, 0.0, 0.0)
+    knn, head = source_accuracy(model, plain)
+    return Source(bank, queries, retained, model.head, knn, head)
+
+
+def pretrained() -> nn.Module:
+    """Return the letter reader with a head of zeros for the ten digits."""
+    model: Any = load_pretrained(10)
+    for block in model.blocks:
+        # On a CPU and 17 tokens the explicit softmax trains a quarter faster than the fused attention.
+        block.attn.fused_attn = False
+    return cast(nn.Module, model)
+
+
+def settings_of(method: str, seed: int = 0, quick: bool = False) -> TrainSettings:
+    """Return the settings of one run."""
+    return TrainSettings.from_dict(COMMON | METHODS[method].own | (_quick(method) if quick else {}) | {"seed": seed})
+
+
+def _quick(method: str) -> dict[str, Any]:
+    return {name: value for name, value in QUICK.items() if name not in METHODS[method].own}
+
+
+def run_method(
+    method: str,
+    shift: str,
+    seed: int,
+    letters: Source,
+    quick: bool = False,
+    scales: Sequence[float] = (),
+    validation: bool = False,
+) -> dict[str, Any]:
+    """Train once and return the run's entry of `demo.json`.
+
+    `accuracy` (0 to 1) and `nll` (nats, labels smoothed as in training) are on the target's test images; `knn` and
+    `head` are the points of accuracy lost on letters by k-NN on the features and by the original head. `kept` counts
+    the trained parameters that make up the result, `flops` are of all training steps and `seconds` their time. `scaled`
+    has the first four again for each of `scales`.
+    """
+    settings, chosen = settings_of(method, seed, quick), METHODS[method]
+    training, test = task(shift, seed, validation)
+    torch.manual_seed(seed)
+    model = prepare(pretrained(), settings=settings)
+    if chosen.rule is not None:
+        names = [name for name, layer in adapted_layers(model) for _ in range(layer.blocks)]
+        picked = torch.zeros(len(names)).index_fill(0, torch.tensor(chosen.rule(names, seed)), 1.0)
+        slora.keep_blocks(model, BUDGET, ranking=lambda _: picked)
+        # Nothing is left to choose; the trainer trains what requires gradients.
+        settings = settings.replace(method="lora")
+    outcome = train(
+        model,
+        TensorDataset(*training),
+        None,
+        settings,
+        retain=letters.retained if chosen.retain else None,
+    )
+    live = {name: on.tolist() for name, on in slora.active_blocks(model).items()}
+    entry = {
+        "method": method,
+        "shift": shift,
+        "seed": seed,
+        **judged(model, test, letters),
+        "active": sum(map(sum, live.values())),
+        "blocks": sum(map(len, live.values())),
+        "kept": 970 + _in_active_blocks(model),
+        "flops": outcome.flops,
+        "seconds": outcome.seconds,
+        "block_map": live,
+        "history": [
+            {"step": r["step"], "loss": r["loss"], "active": r.get("active")} for r in outcome.history if "loss" in r
+        ],
+    }
+    entry["scaled"] = [{"scale": scale, **judged(model, test, letters, scale)} for scale in scales]
+    return entry
+
+
+def judged(model: nn.Module, test: Pair, letters: Source, scale: float = 1.0) -> dict[str, float]:
+    """Return `accuracy`, `nll`, `knn` and `head` of a trained model, with its update scaled by `scale`."""
+    head = cast(Any, model).head
+    with _scaled(model, scale):
+        seen, labels = features(model, DataLoader(TensorDataset(*test), 512))
+        with torch.no_grad():
+            logits = head(seen)
+        knn, named = source_accuracy(model, letters)
+    return {
+        "accuracy": (logits.argmax(1) == labels).double().mean().item(),
+        "nll": F.cross_entropy(logits, labels, label_smoothing=SMOOTHING).item(),
+        "knn": 100 * (letters.knn - knn),
+        "head": 100 * (letters.head - named),
+    }
+
+
+def source_accuracy(model: nn.Module, letters: Source) -> tuple[float, float]:
+    """Return the accuracies on letters, 0 to 1: of k-NN on the model's features, and of the original head on them."""
+    bank, queries = (features(model, DataLoader(TensorDataset(*pair), 512)) for pair in (letters.bank, letters.queries))
+    knn = knn_accuracy(*bank, *queries, k=(NEIGHBOURS,), temperature=TEMPERATURE)[NEIGHBOURS]
+    with torch.no_grad():
+        named = (letters.letter_head(queries[0]).argmax(1) == queries[1]).double().mean().item()
+    return knn, named
+
+
+class _scaled:
+    """The model with its update scaled while inside: merged with that factor, then taken out again bit for bit."""
+
+    def __init__(self, model: nn.Module, scale: float) -> None:
+        self.model, self.scale = model, scale
+
+    def __enter__(self) -> None:
+        if self.scale != 1.0:
+            slora.merge(self.model, self.scale)
+
+    def __exit__(self, *_: object) -> None:
+        if self.scale != 1.0:
+            slora.unmerge(self.model)
+
+
+def _in_active_blocks(model: nn.Module) -> int:
+    counts = {layer: len(layer.activity().active) for _, layer in adapted_layers(model)}
+    return sum(n * (layer.lora_A[0].numel() + layer.lora_B[0].numel()) for layer, n in counts.items() if n)
