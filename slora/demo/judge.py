@@ -82,7 +82,7 @@ def with_spread(values: Sequence[float], form: str) -> str:
     # Rounding may leave a minus before a zero.
     mean = format(fmean(values), form)
     mean = mean.removeprefix("-") if not float(mean) else mean
-    return f"{mean} ± {stdev(values):{form}}" if len(values) > 1 else mean
+    return f"{mean} ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else mean
 
 
 def aims(result: Result) -> list[str]:

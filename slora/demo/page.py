@@ -143,8 +143,9 @@ def _curves(result: Result) -> list[Picture]:
 
 def _settings_table(settings: Mapping[str, Mapping[str, Any]]) -> Table:
     names = dict.fromkeys([*COMMON, *(name for method in METHODS.values() for name in method.own)])
+    # A JSON file has them by the alphabet.
+    settings = {method: settings[method] for method in METHODS}
     table: list[Sequence[str]] = [
-        [name, *("" if settings[method][name] is None else str(settings[method][name]) for method in settings)]
-        for name in names
+        [name, *("" if of[name] is None else str(of[name]) for of in settings.values())] for name in names
     ]
     return Table(["setting", *(SHORT[method] for method in settings)], table, "All else: the defaults.")
