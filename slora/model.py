@@ -46,26 +46,29 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float = 1e-3, gate_lr: float = 1e-2, weight_decay: float = 0.0
+    model: nn.Module, lr: float = 1e-3, gate_lr: float | None = 1e-2, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """Return optimizer groups for the trainable parameters of `model`, the gates with a rule of their own.
 
     Groups: "lora" (A and B), "saved" (other trainable matrices), "saved_no_decay" (biases, norms) and "gates";
     empty ones are left out. Adam divides a gradient by its own size, so under it a penalty alone would move
     every gate by `lr` per step however small the penalty is. The group of the gates therefore carries settings
-    that make `torch.optim.Adam` and `AdamW` take `lr * grad / (1 + |grad|)`, in effect plain SGD, and switch
-    off momentum in `torch.optim.SGD`. `slora.ProximalGates` is the other choice.
+    that make Adam take `lr * grad / (1 + |grad|)`, in effect plain SGD, and switch off momentum in SGD.
+
+    Adam, AdamW, NAdam, RAdam, Adamax, RMSprop and SGD of torch and timm obey them. For any other optimizer, and for
+    a learning-rate schedule that is not to touch the gates, leave them out by `gate_lr=None` and step
+    `slora.ProximalGates` beside it.
 
     Args:
         lr: learning rate of everything but the gates.
-        gate_lr: learning rate of the gates.
+        gate_lr: learning rate of the gates; None leaves them out, where another optimizer or nobody moves them.
         weight_decay: of matrices; gates, biases and norms have none.
 
     Raises:
         ConfigError: nothing in the model is trainable, or a value is negative.
     """
     for name, value in (("lr", lr), ("gate_lr", gate_lr), ("weight_decay", weight_decay)):
-        if not value >= 0:
+        if value is not None and not value >= 0:
             raise ConfigError(f"{name}={value} is negative or not a number; use 0 or more")
     lora: list[nn.Parameter] = []
     gate: list[nn.Parameter] = []
@@ -90,7 +93,7 @@ def parameter_groups(
         },
         {
             "name": "gates",
-            "params": gate,
+            "params": [] if gate_lr is None else gate,
             "lr": gate_lr,
             "weight_decay": 0.0,
             "betas": (0.0, 0.0),

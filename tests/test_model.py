@@ -131,6 +131,14 @@ def test_groups_without_members_are_left_out(vit: nn.Module) -> None:
     assert [group["name"] for group in slora.parameter_groups(model)] == ["lora"]
 
 
+def test_without_a_rate_the_gates_are_left_out(model: nn.Module) -> None:
+    groups = slora.parameter_groups(model, gate_lr=None)
+    assert [group["name"] for group in groups] == ["lora", "saved", "saved_no_decay"]
+    held = {id(p) for group in groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad} - {id(gate) for gate in gates(model)}
+    assert {key for group in groups for key in group} == {"name", "params", "lr", "weight_decay"}
+
+
 ADAMS = {
     "Adam": lambda groups: torch.optim.Adam(groups),
     "AdamW": lambda groups: torch.optim.AdamW(groups, weight_decay=0.5),
