@@ -124,6 +124,7 @@ def finetune(
     """
     from rich.console import Console
 
+    from slora.training.outcome import explained
     from slora.training.run import finetune as run
     from slora.training.rundir import command, read_settings
     from slora.training.trainer import Interrupted
@@ -140,9 +141,9 @@ def finetune(
     if result.active_blocks:
         active = sum(map(len, result.active_blocks[-1][1].values()))
         print(f"active blocks: {active}; see them with: slora inspect {folder}")
-        blocks = next((record["blocks"] for record in reversed(result.history) if "blocks" in record), None)
-        if active == blocks and read_settings(folder).method == "selective":
-            print("no block was switched off; train longer, or raise --gate-lr or --penalty")
+        blocks = next((record["blocks"] for record in reversed(result.history) if "blocks" in record), 0)
+        if text := explained(active, blocks, read_settings(folder).to_dict(), result.history):
+            print(text)
     steps = f"{result.steps} step{'' if result.steps == 1 else 's'}"
     print(f"{steps} in {_seconds(result.seconds)}; results are in {folder}")
     try:
@@ -243,19 +244,27 @@ def inspect(
         slora inspect runs/letters_vit-digits-selective
     """
     from slora.files import read_json
-    from slora.training.rundir import adapter_of
+    from slora.training.outcome import explained
+    from slora.training.recorder import METRICS, read_metrics
+    from slora.training.rundir import CONFIG, adapter_of, read_settings
 
     home = adapter_of(folder)
     content = read_json(home / "selective.json")
     try:
         print(_table(content["layers"], content["base"]["shapes"]))
         print(f"threshold {content['config']['threshold']}; base model {content['base']['class']}")
+        active = sum(len(entry["active"]) for entry in content["layers"].values())
+        blocks = sum(entry["blocks"] for entry in content["layers"].values())
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{home / 'selective.json'} is incomplete or damaged ({error})") from error
     if (folder / "result.json").exists():
         result = read_json(folder / "result.json")
         if result.get("accuracy") is not None:
             print(f"accuracy {result['accuracy']:.2%} after {result['steps']} steps, {_seconds(result['seconds'])}")
+    settings = read_settings(folder).to_dict() if (folder / CONFIG).exists() else content["config"]
+    records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    if text := explained(active, blocks, settings, records):
+        print(text)
 
 
 def report(

@@ -203,6 +203,16 @@ def gates(model: nn.Module) -> list[nn.Parameter]:
     return [layer.gate for _, layer in adapted_layers(model)]
 
 
+def gate_values(model: nn.Module) -> dict[str, list[float]]:
+    """Return `{layer name: the scores of its blocks}` of `model`, read by one device-to-host copy per device."""
+    layers = list(adapted_layers(model))
+    values = {
+        device: iter(torch.cat([layer.gate.detach() for _, layer in layers if layer.gate.device == device]).tolist())
+        for device in {layer.gate.device for _, layer in layers}
+    }
+    return {name: [next(values[layer.gate.device]) for _ in range(len(layer.gate))] for name, layer in layers}
+
+
 def gate_penalty(model: nn.Module) -> Tensor:
     """Return `mean_i |gate_i|` over all blocks of `model`, a differentiable fp32 scalar.
 

@@ -122,6 +122,21 @@ def trainable_parameters(model: nn.Module) -> int:
     return count
 
 
+def verdict(active: int, blocks: int) -> tuple[str, str]:
+    """Return what a model with none of its `blocks` active, or all, has become, and the remedy; else ("", "")."""
+    if blocks and not active:
+        return (
+            "no block is active: the model is the base model, but for modules trained in full, such as the head.",
+            "Lower the penalty, or lengthen its warm-up.",
+        )
+    if blocks and active == blocks:
+        return (
+            "all blocks are active: no gate is below the threshold, so this is plain LoRA.",
+            "Train longer, or raise the learning rate of the gates or the penalty.",
+        )
+    return "", ""
+
+
 @dataclass(frozen=True)
 class LayerSummary:
     """One adapted layer: FLOPs are those of a forward pass for one input row."""
@@ -145,11 +160,13 @@ class Summary:
         layers: the adapted layers in the order of the model.
         parameters: elements of all parameters, those of inactive blocks included.
         trainable: those that training can still change: `trainable_parameters`.
+        moving_gates: whether gates require gradients, so that blocks can still be switched off.
     """
 
     layers: tuple[LayerSummary, ...]
     parameters: int
     trainable: int
+    moving_gates: bool = False
 
     @property
     def blocks(self) -> int:
@@ -179,6 +196,8 @@ class Summary:
             f"trainable ({100 * self.trainable / max(1, self.parameters):.2f} %); "
             f"{100 * added / max(1, base):+.2f} % forward FLOPs in adapted layers"
         )
+        if self.active == 0 or self.moving_gates:
+            lines += filter(None, [" ".join(verdict(self.active, self.blocks)).strip()])
         return "\n".join(lines)
 
 
@@ -188,8 +207,9 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         StateError: the model has no adapted layer.
     """
-    rows = []
+    rows, moving = [], False
     for name, layer in adapted_layers(model):
+        moving = moving or layer.gate.requires_grad
         out_features, in_features = layer.base_weight.shape
         active = layer.activity().active
         running = 0 if layer.merged or not layer.enabled else len(active)
@@ -199,4 +219,5 @@ def summary(model: nn.Module) -> Summary:
         rows.append(LayerSummary(name, in_features, out_features, layer.r, layer.blocks, active, count, base, added))
     if not rows:
         raise StateError("the model has no adapted layer; call slora.inject(model, config) first")
-    return Summary(tuple(rows), sum(p.numel() for p in model.parameters()), trainable_parameters(model))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Summary(tuple(rows), parameters, trainable_parameters(model), moving)

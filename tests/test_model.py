@@ -265,6 +265,26 @@ def test_summary_prints_as_a_table(model: nn.Module) -> None:
     assert "% forward FLOPs" in lines[-1]
 
 
+@pytest.mark.parametrize("released", [False, True])
+def test_summary_of_a_model_without_an_active_block_says_that_it_is_the_base(vit: nn.Module, released: bool) -> None:
+    model = slora.inject(vit, slora.SelectiveLoRAConfig(r=2, inactive="frozen"))
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.zero_()
+    if released:
+        slora.release_frozen(model)
+    *_, counts, last = str(slora.summary(model)).splitlines()
+    assert counts.startswith("0 of 12 blocks active")
+    assert last.startswith("no block is active: the model is the base model, but for modules trained in full")
+
+
+def test_summary_says_that_all_blocks_are_active_only_where_gates_are_trained(model: nn.Module) -> None:
+    assert str(slora.summary(model)).splitlines()[-1].startswith("all blocks are active: no gate is below")
+    for gate in gates(model):
+        gate.requires_grad_(False)
+    assert str(slora.summary(model)).splitlines()[-1].startswith("12 of 12 blocks active")
+
+
 def test_summary_of_a_merged_or_disabled_model_adds_no_flops(model: nn.Module) -> None:
     with slora.disabled(model):
         assert sum(row.added_flops for row in slora.summary(model).layers) == 0
