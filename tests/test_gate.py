@@ -577,6 +577,18 @@ def test_the_values_of_all_gates_come_in_the_order_of_the_layers(vit: nn.Module)
     assert gate_values(nn.Linear(2, 2)) == {}
 
 
+@pytest.mark.gpu
+def test_the_values_of_all_gates_come_in_one_copy(vit: nn.Module) -> None:
+    model = slora.inject(vit, slora.SelectiveLoRAConfig(r=2)).cuda()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as caught:
+            gate_values(model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
+
+
 def test_penalty_of_a_plain_model_is_refused(vit: nn.Module) -> None:
     with pytest.raises(ConfigError, match=r"no gates; call slora.inject"):
         slora.gate_penalty(vit)

@@ -51,14 +51,12 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     run_dir = Path(run_dir)
     records = read_metrics(run_dir / METRICS)
-    if not any(record.get("loss") is not None for record in records):
-        broken = not_finite(records)
-        remedy = f"{broken}; lower lr, or lengthen warmup" if broken else "let the run reach its first log line"
-        raise CheckpointError(f"{run_dir / METRICS} holds no training step{'' if broken else ' yet'}; {remedy}")
+    if not _steps(records) and not not_finite(records):
+        raise CheckpointError(f"{run_dir / METRICS} holds no training step yet; let the run reach its first log line")
     settings = read_yaml(run_dir / CONFIG) if (run_dir / CONFIG).exists() else {}
     blocks = _blocks(run_dir / ADAPTER / SELECTIVE)
     evaluation = _evaluation(run_dir / EVALUATION)
-    sections = [Section("Over the run", pictures=_curves(records))]
+    sections = [Section("Over the run", pictures=_curves(records))] if _steps(records) else []
     if evaluation is not None:
         sections.insert(0, evaluation)
     if chosen := _gates(records, settings.get("threshold")) + ([_block_map(blocks)] if blocks else []):
@@ -71,12 +69,17 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     return write_page(out, title, _lead(records, settings), sections, alert=_alert(records, settings))
 
 
+def _steps(records: Records) -> Records:
+    """The records of training steps: without evaluations, and without the end of a run that broke off."""
+    return [record for record in records if record.get("loss") is not None]
+
+
 def _alert(records: Records, settings: Mapping[str, Any]) -> str:
     """What makes the run of no use, why, and the remedy; empty for any other run."""
     if broken := not_finite(records):
-        remedy = "Lower lr or lengthen warmup, and go on from the last checkpoint (slora finetune --resume)."
+        remedy = "Lower lr or lengthen warmup, and go on from the last checkpoint (--resume) or start again."
         return f"This run is dead: {broken}. {remedy}"
-    last = [record for record in records if record.get("loss") is not None][-1]
+    last = _steps(records)[-1]
     if last.get("blocks") and not last["active"]:
         text = explained(0, last["blocks"], settings, records)
         return f"This run is dead: {text}" if text else ""
@@ -84,7 +87,7 @@ def _alert(records: Records, settings: Mapping[str, Any]) -> str:
 
 
 def _lead(records: Records, settings: Mapping[str, Any]) -> str:
-    last = [record for record in records if record.get("loss") is not None][-1]
+    last = [*records[-1:], *_steps(records)][-1]
     what = ", ".join(str(settings[key]) for key in ("model", "data", "method") if settings.get(key))
     text = (f"{what}: " if what else "") + f"{last['step']} steps"
     if last.get("seconds") is not None:

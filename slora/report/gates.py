@@ -56,12 +56,6 @@ def gate_curves(
                     steps[-1], values[-1], "o", color=colour, markersize=4, markeredgecolor=colour_of("paper"),
                     markeredgewidth=0.6, zorder=5, clip_on=False,
                 )  # fmt: skip
-        if threshold is not None:
-            axes.axhline(threshold, color=colour_of("ink"), linewidth=1.1, linestyle=(0, (4, 2)), zorder=3)
-            axes.annotate(
-                f"threshold {threshold:g}", (0, threshold), xycoords=("axes fraction", "data"), xytext=(3, -3),
-                textcoords="offset points", va="top", fontsize=8.5, zorder=6,
-            )  # fmt: skip
         axes.set(xlabel="optimizer step", ylabel="gate")
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=TICK_STEPS))
@@ -70,7 +64,11 @@ def gate_curves(
             Line2D([], [], color=colour, linestyle=dashes, linewidth=1.8, label=kind)
             for kind, (colour, dashes) in looks.items()
         ]
-        columns = max(1, min(6, 66 // (5 + max(map(len, kinds)))))
+        if threshold is not None:
+            line = axes.axhline(threshold, color=colour_of("ink"), linewidth=1.1, linestyle=(0, (4, 2)), zorder=3)
+            line.set_label(f"threshold {threshold:g}")
+            entries.append(line)
+        columns = max(1, min(7, 62 // (4 + max(map(len, kinds)))))
         figure.legend(
             handles=entries, loc="outside lower center", ncols=columns, fontsize=8.5, handlelength=1.6,
             columnspacing=1.2,

@@ -36,9 +36,10 @@ def explained(active: int, blocks: int, settings: Mapping[str, Any], records: Re
     if not gate_lr * penalty * acted:
         return f"{what} gate_lr={gate_lr:g} and penalty={penalty:g} acted for {acted} steps. {remedy}"
     needed = (gate_init - threshold) * blocks / (gate_lr * penalty)
+    shown = f"{needed:,.0f}" if needed >= 10 else f"{needed:.2g}"
     why = (
-        f"The penalty alone takes (gate_init - threshold) * blocks / (gate_lr * penalty) = {needed:,.0f} steps to "
-        f"switch a block off, and acted for {acted:,}"
+        f"The penalty alone takes (gate_init - threshold) * blocks / (gate_lr * penalty) = {shown} steps to switch a "
+        f"block off, and acted for {acted:,}"
     )
     # The remedy makes it half of the steps: time to switch blocks off, and some left for the others to resist.
     factor = 2 * needed / acted

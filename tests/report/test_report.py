@@ -364,7 +364,7 @@ def test_a_run_without_an_active_block_is_shown_in_red_with_cause_and_remedy(run
     html = changed(run_dir, active=0, penalty=1.0)
     alert = html[html.index('<p class="alert" role="alert">') : html.index('<p class="lead">')]
     assert "This run is dead: no block is active: the model is the base model" in alert
-    assert "= 2 steps to switch a block off, and acted for 10. Set penalty=0.4." in alert
+    assert "= 1.8 steps to switch a block off, and acted for 10. Set penalty=0.4." in alert
     assert ".alert { color: var(--alert);" in html
 
 
@@ -390,10 +390,12 @@ def test_a_run_that_was_not_finite_is_shown_in_red(run_dir: Path, record: dict[s
     assert f"at step {record['step']}. Lower lr or lengthen warmup" in html
 
 
-def test_a_run_that_was_not_finite_before_its_first_record_is_named(tmp_path: Path) -> None:
+def test_a_run_that_was_not_finite_before_its_first_record_gets_a_page_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "error": "the loss is inf at step 3"}\n')
-    with pytest.raises(CheckpointError, match=r"holds no training step; the loss is inf at step 3; lower lr"):
-        write_report(tmp_path)
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "This run is dead: the loss is inf at step 3. Lower lr" in html
+    assert '<p class="lead">3 steps.</p>' in html
+    assert "Over the run" not in html
 
 
 def with_gates(run_dir: Path, steps: int = 5) -> None:
@@ -448,7 +450,7 @@ def test_gates_that_end_active_are_told_from_the_others(depth: int) -> None:
     assert sum(line.get_marker() == "o" for line in axes.lines) == 2
     assert any(set(line.get_ydata()) == {0.1} for line in axes.lines), "the threshold"
     (legend,) = axes.figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["fc1", "fc2"]
+    assert [text.get_text() for text in legend.get_texts()] == ["fc1", "fc2", "threshold 0.1"]
 
 
 def test_kinds_beyond_the_colours_differ_in_dashes() -> None:
