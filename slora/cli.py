@@ -110,20 +110,24 @@ def finetune(
 
     Data sets: cifar10, cifar100, dtd, eurosat, flowers102, food101, gtsrb, imagenet, mnist, pets, stl10, svhn,
     digits and letters (both offline), and imagefolder:PATH with a subfolder per class, inside train/ and val/ or
-    split 90/10. Ctrl-C finishes the step and writes a checkpoint. The penalty alone takes about 0.05 * blocks /
-    (gate-lr * penalty) steps to switch a block off: a run of few steps wants a high --gate-lr, and --selection below
-    1, so that the blocks that are left go on to learn.
+    split 90/10. Ctrl-C finishes the step and writes a checkpoint.
+
+    --blocks says how many LoRA blocks the result has: 4, or 0.1 for a tenth. All learn, the lowest ranked go one after
+    another, and those that are left go on to learn. Without it gates and a penalty decide, as in the paper, and how
+    many stay is not known before: the penalty alone takes about 0.05 * blocks / (gate-lr * penalty) steps to switch a
+    block off. --retain-data holds what the model knew.
 
     \b
     Examples:
-        slora finetune --model timm/vit_base_patch16_224 --pretrained --data cifar100 --r 16 --penalty 1
-        slora finetune --model demo/letters_vit --pretrained --data digits --batch-size 64 --gate-lr 0.5 \\
-            --penalty-warmup 0.2 --selection 0.5
+        slora finetune --model timm/vit_base_patch16_224 --pretrained --data cifar100 --blocks 0.1
+        slora finetune --model demo/letters_vit --pretrained --data digits --blocks 4 --retain-data letters \\
+            --batch-size 32 --max-steps 200 --lr 1e-2
         slora finetune --config run.yaml --lr 5e-4
         slora finetune --resume runs/vit_base_patch16_224-cifar100-selective
     """
     from rich.console import Console
 
+    from slora.training.outcome import explained
     from slora.training.run import finetune as run
     from slora.training.rundir import command, read_settings
     from slora.training.trainer import Interrupted
@@ -140,9 +144,9 @@ def finetune(
     if result.active_blocks:
         active = sum(map(len, result.active_blocks[-1][1].values()))
         print(f"active blocks: {active}; see them with: slora inspect {folder}")
-        blocks = next((record["blocks"] for record in reversed(result.history) if "blocks" in record), None)
-        if active == blocks and read_settings(folder).method == "selective":
-            print("no block was switched off; train longer, or raise --gate-lr or --penalty")
+        blocks = next((record["blocks"] for record in reversed(result.history) if "blocks" in record), 0)
+        if text := explained(active, blocks, read_settings(folder).to_dict(), result.history):
+            print(text)
     steps = f"{result.steps} step{'' if result.steps == 1 else 's'}"
     print(f"{steps} in {_seconds(result.seconds)}; results are in {folder}")
     try:
@@ -243,19 +247,27 @@ def inspect(
         slora inspect runs/letters_vit-digits-selective
     """
     from slora.files import read_json
-    from slora.training.rundir import adapter_of
+    from slora.training.outcome import explained
+    from slora.training.recorder import METRICS, read_metrics
+    from slora.training.rundir import CONFIG, adapter_of, read_settings
 
     home = adapter_of(folder)
     content = read_json(home / "selective.json")
     try:
         print(_table(content["layers"], content["base"]["shapes"]))
         print(f"threshold {content['config']['threshold']}; base model {content['base']['class']}")
+        active = sum(len(entry["active"]) for entry in content["layers"].values())
+        blocks = sum(entry["blocks"] for entry in content["layers"].values())
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{home / 'selective.json'} is incomplete or damaged ({error})") from error
     if (folder / "result.json").exists():
         result = read_json(folder / "result.json")
         if result.get("accuracy") is not None:
             print(f"accuracy {result['accuracy']:.2%} after {result['steps']} steps, {_seconds(result['seconds'])}")
+    settings = read_settings(folder).to_dict() if (folder / CONFIG).exists() else content["config"]
+    records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    if text := explained(active, blocks, settings, records):
+        print(text)
 
 
 def report(

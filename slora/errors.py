@@ -39,6 +39,10 @@ class BaseModelWarning(UserWarning):
     """An adapter was loaded into a model of the right shapes with other values than it was trained on."""
 
 
+class GateRuleWarning(UserWarning):
+    """An optimizer moves gates by a rule that cannot tell useful blocks from others."""
+
+
 class DataError(SLoRAError, ValueError):
     """A data set is missing, empty or damaged beyond what can be skipped."""
 

@@ -7,15 +7,17 @@ device-to-host copy, so that eager mode can skip whole launches without asking t
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from slora.errors import ConfigError
+from slora import gate_rule
+from slora.errors import ConfigError, GateRuleWarning
 
 if TYPE_CHECKING:
     from slora.layers.blocks import LoRABlocks
@@ -44,11 +46,13 @@ class GateMirror:
     Attributes:
         step: how often the gates were seen to have moved.
         copies: device-to-host copies made so far, one per refresh and device.
+        warned: whether a `GateRuleWarning` was given for this model.
     """
 
     def __init__(self) -> None:
         self.step = 0
         self.copies = 0
+        self.warned = False
         self._layers: list[weakref.ref[LoRABlocks]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateMirror:
@@ -58,7 +62,7 @@ class GateMirror:
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"step": self.step, "copies": 0, "_layers": []}
+        return {"step": self.step, "copies": 0, "warned": False, "_layers": []}
 
     def join(self, layer: LoRABlocks) -> None:
         """Refresh `layer` together with the others from now on."""
@@ -72,10 +76,14 @@ class GateMirror:
         assert layer._activity is not None
         return layer._activity
 
+    def layers(self) -> list[LoRABlocks]:
+        """Return the layers that have joined and are still alive."""
+        return [layer for ref in self._layers if (layer := ref()) is not None]
+
     def _refresh(self, asking: LoRABlocks) -> None:
         if asking._activity is not None:
             self.step += 1
-        layers = [layer for ref in self._layers if (layer := ref()) is not None]
+        layers = self.layers()
         self._layers = [weakref.ref(layer) for layer in layers]
         self._note(self._read(layers))
 
@@ -112,7 +120,7 @@ class GateMirror:
         return result
 
     def _forget(self, moved: set[int]) -> None:
-        layers = [layer for ref in self._layers if (layer := ref()) is not None]
+        layers = self.layers()
         if any(id(layer.gate) in moved for layer in layers):
             for layer in layers:
                 layer._gate_key = None
@@ -139,6 +147,43 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         mirror._forget(moved)
 
 
+# optimizer: (parameters in each of its groups, {group: the gates in it, with their models})
+_Gates = list[tuple[nn.Parameter, GateMirror]]
+_gates_in: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[list[int], dict[int, _Gates]]]
+_gates_in = weakref.WeakKeyDictionary()
+
+
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    # Before rather than after: an optimizer that cannot read the settings of the gates would fail without a reason.
+    if torch.compiler.is_compiling() or isinstance(optimizer, ProximalGates):
+        return
+    groups = optimizer.param_groups
+    sizes = [len(group["params"]) for group in groups]
+    known = _gates_in.get(optimizer)
+    if known is None or known[0] != sizes:
+        known = _gates_in[optimizer] = sizes, _find_gates(groups)
+        for i in known[1]:
+            if error := gate_rule.misread(optimizer, groups[i]):
+                raise ConfigError(error)
+    for i, members in known[1].items():
+        reason = gate_rule.fault(optimizer, groups[i]) if members else None
+        if reason is None:
+            continue
+        # One that needs no gradient, or gets none, is held by someone else.
+        for mirror in {mirror for gate, mirror in members if gate.requires_grad and gate.grad is not None}:
+            if not mirror.warned:
+                mirror.warned = True
+                warnings.warn(reason, GateRuleWarning, stacklevel=3)
+        members[:] = [member for member in members if not member[1].warned]
+
+
+def _find_gates(groups: list[dict[str, Any]]) -> dict[int, _Gates]:
+    owner = {id(layer.gate): mirror for mirror in _mirrors for layer in mirror.layers()}
+    found = {i: [(p, owner[id(p)]) for p in group["params"] if id(p) in owner] for i, group in enumerate(groups)}
+    return {i: members for i, members in found.items() if members}
+
+
+register_optimizer_step_pre_hook(_before_optimizer_step)
 register_optimizer_step_post_hook(_after_optimizer_step)
 
 
@@ -187,6 +232,16 @@ def set_gates(values: Mapping[LoRABlocks, Sequence[float]]) -> None:
             layer.gate.copy_(part)
     for mirror, active in by_mirror.items():
         mirror._wrote(active)
+
+
+def gate_values(model: nn.Module) -> dict[str, list[float]]:
+    """Return `{layer name: the scores of its blocks}` of `model`, read by one device-to-host copy per device."""
+    layers = list(adapted_layers(model))
+    values = {
+        device: iter(torch.cat([layer.gate.detach() for _, layer in layers if layer.gate.device == device]).tolist())
+        for device in {layer.gate.device for _, layer in layers}
+    }
+    return {name: [next(values[layer.gate.device]) for _ in range(len(layer.gate))] for name, layer in layers}
 
 
 def gate_penalty(model: nn.Module) -> Tensor:

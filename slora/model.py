@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slora.errors import ConfigError, StateError
 from slora.flops import forward_flops, linear_flops
 from slora.gate import adapted_layers
+from slora.selection.strategy import unfinished_selection
 
 
 def active_blocks(model: nn.Module) -> dict[str, Tensor]:
@@ -46,26 +47,29 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def parameter_groups(
-    model: nn.Module, lr: float = 1e-3, gate_lr: float = 1e-2, weight_decay: float = 0.0
+    model: nn.Module, lr: float = 1e-3, gate_lr: float | None = 1e-2, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """Return optimizer groups for the trainable parameters of `model`, the gates with a rule of their own.
 
     Groups: "lora" (A and B), "saved" (other trainable matrices), "saved_no_decay" (biases, norms) and "gates";
     empty ones are left out. Adam divides a gradient by its own size, so under it a penalty alone would move
     every gate by `lr` per step however small the penalty is. The group of the gates therefore carries settings
-    that make `torch.optim.Adam` and `AdamW` take `lr * grad / (1 + |grad|)`, in effect plain SGD, and switch
-    off momentum in `torch.optim.SGD`. `slora.ProximalGates` is the other choice.
+    that make Adam take `lr * grad / (1 + |grad|)`, in effect plain SGD, and switch off momentum in SGD.
+
+    Adam, AdamW, NAdam, RAdam, Adamax, RMSprop and SGD of torch and timm obey them. For any other optimizer, and for
+    a learning-rate schedule that is not to touch the gates, leave them out by `gate_lr=None` and step
+    `slora.ProximalGates` beside it.
 
     Args:
         lr: learning rate of everything but the gates.
-        gate_lr: learning rate of the gates.
+        gate_lr: learning rate of the gates; None leaves them out, where another optimizer or nobody moves them.
         weight_decay: of matrices; gates, biases and norms have none.
 
     Raises:
         ConfigError: nothing in the model is trainable, or a value is negative.
     """
     for name, value in (("lr", lr), ("gate_lr", gate_lr), ("weight_decay", weight_decay)):
-        if not value >= 0:
+        if value is not None and not value >= 0:
             raise ConfigError(f"{name}={value} is negative or not a number; use 0 or more")
     lora: list[nn.Parameter] = []
     gate: list[nn.Parameter] = []
@@ -90,7 +94,7 @@ def parameter_groups(
         },
         {
             "name": "gates",
-            "params": gate,
+            "params": [] if gate_lr is None else gate,
             "lr": gate_lr,
             "weight_decay": 0.0,
             "betas": (0.0, 0.0),
@@ -109,14 +113,30 @@ def parameter_groups(
 def trainable_parameters(model: nn.Module) -> int:
     """Return how many elements of the parameters of `model` training can still change.
 
-    Those that require gradients, but for the blocks that the policy "frozen" has switched off for good.
+    Those that require gradients, but for the blocks that are off for good: by the policy "frozen", or because gates
+    stand still.
     """
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     for _, layer in adapted_layers(model):
-        if layer.inactive == "frozen":
+        if layer.inactive == "frozen" or not layer.gate.requires_grad:
             parts = [part for part in (layer.lora_A, layer.lora_B, layer.gate) if part.requires_grad]
             count -= len(layer.activity().inactive) * sum(part[0].numel() for part in parts)
     return count
+
+
+def verdict(active: int, blocks: int) -> tuple[str, str]:
+    """Return what a model with none of its `blocks` active, or all, has become, and the remedy; else ("", "")."""
+    if blocks and not active:
+        return (
+            "no block is active: the model is the base model, but for modules trained in full, such as the head.",
+            "Lower the penalty, or lengthen its warm-up.",
+        )
+    if blocks and active == blocks:
+        return (
+            "all blocks are active: no gate is below the threshold, so this is plain LoRA.",
+            "Train longer, or raise the learning rate of the gates or the penalty.",
+        )
+    return "", ""
 
 
 @dataclass(frozen=True)
@@ -142,11 +162,15 @@ class Summary:
         layers: the adapted layers in the order of the model.
         parameters: elements of all parameters, those of inactive blocks included.
         trainable: those that training can still change: `trainable_parameters`.
+        moving_gates: whether gates require gradients, so that blocks can still be switched off.
+        selecting: where a strategy stands that has not made its choice yet; else empty.
     """
 
     layers: tuple[LayerSummary, ...]
     parameters: int
     trainable: int
+    moving_gates: bool = False
+    selecting: str = ""
 
     @property
     def blocks(self) -> int:
@@ -176,6 +200,10 @@ class Summary:
             f"trainable ({100 * self.trainable / max(1, self.parameters):.2f} %); "
             f"{100 * added / max(1, base):+.2f} % forward FLOPs in adapted layers"
         )
+        if self.selecting:
+            lines.append(self.selecting)
+        elif self.active == 0 or self.moving_gates:
+            lines += filter(None, [" ".join(verdict(self.active, self.blocks)).strip()])
         return "\n".join(lines)
 
 
@@ -185,8 +213,9 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         StateError: the model has no adapted layer.
     """
-    rows = []
+    rows, moving = [], False
     for name, layer in adapted_layers(model):
+        moving = moving or layer.gate.requires_grad
         out_features, in_features = layer.base_weight.shape
         active = layer.activity().active
         running = 0 if layer.merged or not layer.enabled else len(active)
@@ -196,4 +225,5 @@ def summary(model: nn.Module) -> Summary:
         rows.append(LayerSummary(name, in_features, out_features, layer.r, layer.blocks, active, count, base, added))
     if not rows:
         raise StateError("the model has no adapted layer; call slora.inject(model, config) first")
-    return Summary(tuple(rows), sum(p.numel() for p in model.parameters()), trainable_parameters(model))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Summary(tuple(rows), parameters, trainable_parameters(model), moving, unfinished_selection(model))

@@ -89,10 +89,12 @@ def test_the_help_of_each_command_suffices(slora: Callable[..., Outcome], comman
 def test_finetune_has_a_flag_with_its_default_for_every_setting(slora: Callable[..., Outcome]) -> None:
     text = " ".join(slora("finetune", "--help").out.split("Options:")[1].split())
     for field in dataclasses.fields(TrainSettings):
-        flag = "--" + field.name.replace("_", "-")
+        flag = {"budget": "--blocks", "blocks": "--blocks-per-layer"}.get(
+            field.name, "--" + field.name.replace("_", "-")
+        )
         assert f" {flag} " in text
         words = {"None": "unset", "True": "yes", "False": "no"}
-        default = words.get(str(field.default), str(field.default))
+        default = words.get(str(field.default), "1/3" if field.default == 1 / 3 else str(field.default))
         # Up to the next flag; sentences may hold hyphens, but no word starts with two.
         own = text.split(f" {flag} ", 1)[1].removeprefix(f"/ --no-{flag[2:]}").split(" --")[0]
         assert f"[default: {default}]" in own
@@ -415,10 +417,22 @@ def test_every_command_line_of_the_readme_is_understood() -> None:
         command.make_context(name, arguments)
 
 
-def test_finetune_says_so_when_no_block_was_switched_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for method, said in (("selective", True), ("lora", False)):
-        code = cli.app()(
-            ["finetune", *QUICK, "--method", method, "--out", str(tmp_path / method)], standalone_mode=False
-        )
-        assert not code
-        assert ("no block was switched off" in capsys.readouterr().out) is said
+def test_a_run_that_switches_no_block_off_says_so_and_why(slora: Callable[..., Outcome]) -> None:
+    for method in ("selective", "lora"):
+        outcome = slora("finetune", *QUICK, "--method", method, "--out", method)
+        assert outcome.code == 0, outcome.err
+        for text in (outcome.out, slora("inspect", method).out, slora("inspect", f"{method}/adapter").out):
+            assert ("all blocks are active" in text) == (method == "selective")
+        assert ("(gate_lr * penalty) = 180 steps" in outcome.out) == (method == "selective")
+
+
+def test_a_run_that_switches_every_block_off_says_so_and_why(slora: Callable[..., Outcome]) -> None:
+    off = ["--gate-lr", "5", "--penalty", "10", "--selection-warmup", "0"]
+    outcome = slora("finetune", *QUICK, *off, "--out", "run")
+    assert outcome.code == 0, outcome.err
+    assert "active blocks: 0" in outcome.out
+    for text in (outcome.out, slora("inspect", "run").out):
+        (line,) = (line for line in text.splitlines() if line.startswith("no block is active: the model is the base"))
+        assert "= 0.036 steps to switch a block off" in line
+    text = slora("inspect", "run/adapter").out
+    assert text.splitlines()[-1].endswith("Lower the penalty, or lengthen its warm-up.")

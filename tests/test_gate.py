@@ -18,7 +18,7 @@ import slora
 from slora import reference
 from slora.errors import ConfigError, StateError
 from slora.flops import count_flops
-from slora.gate import GateMirror, adapted_layers, gates
+from slora.gate import GateMirror, adapted_layers, gate_values, gates
 from slora.layers import LoRABlocks, SelectiveLoRALinear
 from slora.probe import sampled_rows
 
@@ -49,6 +49,10 @@ def off(model: nn.Module) -> nn.Module:
 
 def open_blocks(model: nn.Module) -> list[bool]:
     return [bool(on.any()) for on in slora.active_blocks(model).values()]
+
+
+# Several tests give gates a rule that is not theirs on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::slora.errors.GateRuleWarning")
 
 
 # The mirror
@@ -559,6 +563,30 @@ def test_a_block_that_frozen_switched_off_never_comes_back(name: str, make_mlp: 
     assert seen[-1] == [False, False], "every block has to be switched off, or the test shows nothing"
     for block in zip(*seen, strict=True):
         assert list(block) == sorted(block, reverse=True)
+
+
+def test_the_values_of_all_gates_come_in_the_order_of_the_layers(vit: nn.Module) -> None:
+    model = slora.inject(vit, slora.SelectiveLoRAConfig(r=2))
+    with torch.no_grad():
+        for i, parameter in enumerate(gates(model)):
+            parameter.copy_(torch.arange(len(parameter)) + 10 * i)
+    found = gate_values(model)
+    assert list(found) == [name for name, _ in adapted_layers(model)]
+    assert found["blocks.0.attn.qkv"] == [0.0, 1.0, 2.0]
+    assert found["blocks.1.mlp.fc2"] == [70.0]
+    assert gate_values(nn.Linear(2, 2)) == {}
+
+
+@pytest.mark.gpu
+def test_the_values_of_all_gates_come_in_one_copy(vit: nn.Module) -> None:
+    model = slora.inject(vit, slora.SelectiveLoRAConfig(r=2)).cuda()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchronizing") as caught:
+            gate_values(model)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
 
 
 def test_penalty_of_a_plain_model_is_refused(vit: nn.Module) -> None:

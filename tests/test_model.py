@@ -131,6 +131,14 @@ def test_groups_without_members_are_left_out(vit: nn.Module) -> None:
     assert [group["name"] for group in slora.parameter_groups(model)] == ["lora"]
 
 
+def test_without_a_rate_the_gates_are_left_out(model: nn.Module) -> None:
+    groups = slora.parameter_groups(model, gate_lr=None)
+    assert [group["name"] for group in groups] == ["lora", "saved", "saved_no_decay"]
+    held = {id(p) for group in groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad} - {id(gate) for gate in gates(model)}
+    assert {key for group in groups for key in group} == {"name", "params", "lr", "weight_decay"}
+
+
 ADAMS = {
     "Adam": lambda groups: torch.optim.Adam(groups),
     "AdamW": lambda groups: torch.optim.AdamW(groups, weight_decay=0.5),
@@ -255,6 +263,26 @@ def test_summary_prints_as_a_table(model: nn.Module) -> None:
     assert "#.#" in row
     assert "11 of 12 blocks active" in lines[-1]
     assert "% forward FLOPs" in lines[-1]
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_summary_of_a_model_without_an_active_block_says_that_it_is_the_base(vit: nn.Module, released: bool) -> None:
+    model = slora.inject(vit, slora.SelectiveLoRAConfig(r=2, inactive="frozen"))
+    with torch.no_grad():
+        for gate in gates(model):
+            gate.zero_()
+    if released:
+        slora.release_frozen(model)
+    *_, counts, last = str(slora.summary(model)).splitlines()
+    assert counts.startswith("0 of 12 blocks active")
+    assert last.startswith("no block is active: the model is the base model, but for modules trained in full")
+
+
+def test_summary_says_that_all_blocks_are_active_only_where_gates_are_trained(model: nn.Module) -> None:
+    assert str(slora.summary(model)).splitlines()[-1].startswith("all blocks are active: no gate is below")
+    for gate in gates(model):
+        gate.requires_grad_(False)
+    assert str(slora.summary(model)).splitlines()[-1].startswith("12 of 12 blocks active")
 
 
 def test_summary_of_a_merged_or_disabled_model_adds_no_flops(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Reports: what came out of a run, as one HTML page.
 
-    plots.py      the figures
+    plots.py      the figures, and the looks of all
+    gates.py      the figure of all gates over the steps
     page.py       text, tables and figures as one file; page.html.j2 is its layout
 
 This file holds the page of a `slora finetune` run; the page of `slora demo` is made in `slora.demo.run`.
@@ -16,14 +17,19 @@ from typing import Any
 from slora.adapter import SELECTIVE
 from slora.errors import CheckpointError
 from slora.files import read_json
+from slora.report.gates import gate_curves
 from slora.report.page import Picture, Section, Table, scaled, write_page
 from slora.report.plots import Line, block_map, curves
+from slora.training.outcome import explained, not_finite
 from slora.training.recorder import METRICS, read_metrics
 from slora.training.settings import read_yaml
 
 __all__ = ["write_report"]
 
 CONFIG, ADAPTER, REPORT, EVALUATION = "config.yaml", "adapter", "report.html", "evaluation.json"
+
+# Records drawn of each gate, at most twice as many.
+MOST_POINTS = 200
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -45,25 +51,43 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     """
     run_dir = Path(run_dir)
     records = read_metrics(run_dir / METRICS)
-    if not any("loss" in record for record in records):
+    if not _steps(records) and not not_finite(records):
         raise CheckpointError(f"{run_dir / METRICS} holds no training step yet; let the run reach its first log line")
     settings = read_yaml(run_dir / CONFIG) if (run_dir / CONFIG).exists() else {}
     blocks = _blocks(run_dir / ADAPTER / SELECTIVE)
     evaluation = _evaluation(run_dir / EVALUATION)
-    sections = [Section("Over the run", pictures=_curves(records))]
+    sections = [Section("Over the run", pictures=_curves(records))] if _steps(records) else []
     if evaluation is not None:
         sections.insert(0, evaluation)
-    if blocks:
-        sections.append(Section("Which blocks live", pictures=[_block_map(blocks)]))
+    if chosen := _gates(records, settings.get("threshold")) + ([_block_map(blocks)] if blocks else []):
+        sections.append(Section("Which blocks live", pictures=chosen))
     if settings:
         rows = [(name, _shown(value)) for name, value in settings.items()]
         sections.append(Section("Settings", table=Table(("setting", "value"), rows), folded=True))
     title = f"Fine-tuning run {run_dir.resolve().name}"
-    return write_page(run_dir / REPORT if out is None else Path(out), title, _lead(records, settings), sections)
+    out = run_dir / REPORT if out is None else Path(out)
+    return write_page(out, title, _lead(records, settings), sections, alert=_alert(records, settings))
+
+
+def _steps(records: Records) -> Records:
+    """The records of training steps: without evaluations, and without the end of a run that broke off."""
+    return [record for record in records if record.get("loss") is not None]
+
+
+def _alert(records: Records, settings: Mapping[str, Any]) -> str:
+    """What makes the run of no use, why, and the remedy; empty for any other run."""
+    if broken := not_finite(records):
+        remedy = "Lower lr or lengthen warmup, and go on from the last checkpoint (--resume) or start again."
+        return f"This run is dead: {broken}. {remedy}"
+    last = _steps(records)[-1]
+    if last.get("blocks") and not last["active"]:
+        text = explained(0, last["blocks"], settings, records)
+        return f"This run is dead: {text}" if text else ""
+    return ""
 
 
 def _lead(records: Records, settings: Mapping[str, Any]) -> str:
-    last = [record for record in records if "loss" in record][-1]
+    last = [*records[-1:], *_steps(records)][-1]
     what = ", ".join(str(settings[key]) for key in ("model", "data", "method") if settings.get(key))
     text = (f"{what}: " if what else "") + f"{last['step']} steps"
     if last.get("seconds") is not None:
@@ -78,7 +102,8 @@ def _lead(records: Records, settings: Mapping[str, Any]) -> str:
             text += f", {100 * best['eval_accuracy']:.2f} % at its best (step {best['step']})"
     if last.get("blocks"):
         text += f". {last['active']} of {last['blocks']} blocks are active"
-    return text + "."
+    why = explained(last["active"], last["blocks"], settings, records) if last.get("active") else ""
+    return f"{text}. {why[:1].upper()}{why[1:]}".rstrip() if why else text + "."
 
 
 def _curves(records: Records) -> list[Picture]:
@@ -110,6 +135,25 @@ def _curves(records: Records) -> list[Picture]:
         title = f"Learning rate: {max(rate['learning rate'][0][1]):.3g} at its highest"
         pictures.append((title, curves(rate, title, "learning rate", zero=True)))
     return [Picture(figure, f"{title}. A curve over optimizer steps.") for title, figure in pictures]
+
+
+def _gates(records: Records, threshold: float | None) -> list[Picture]:
+    """All gates over the steps; empty for runs that did not record them."""
+    kept = [record for record in records if record.get("gates")]
+    if not kept:
+        return []
+    # A page of thousands of records times hundreds of gates would be too large; the last record stays.
+    kept = kept[:: -max(1, len(kept) // MOST_POINTS)][::-1]
+    layers = {name: range(len(scores)) for name, scores in kept[-1]["gates"].items()}
+    kept = [record for record in kept if {n: range(len(s)) for n, s in record["gates"].items()} == layers]
+    gates = {name: [[r["gates"][name][i] for r in kept] for i in blocks] for name, blocks in layers.items()}
+    last = [values[-1] for scores in gates.values() for values in scores]
+    title, caption = f"{len(last)} gates from {min(last):.2g} to {max(last):.2g} at the end", "One line per block."
+    if threshold is not None:
+        title = f"{sum(value >= threshold for value in last)} of {len(last)} gates end at or above the threshold"
+        caption += " Strong lines with a dot end active, faint ones inactive."
+    figure = gate_curves([record["step"] for record in kept], gates, threshold, title)
+    return [Picture(figure, f"{title}. A curve of each gate over optimizer steps.", caption)]
 
 
 def _evaluation(path: Path) -> Section | None:

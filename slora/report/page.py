@@ -52,7 +52,7 @@ class Section:
     folded: bool = False
 
 
-def render(title: str, lead: str, sections: Sequence[Section], footer: str = "") -> str:
+def render(title: str, lead: str, sections: Sequence[Section], footer: str = "", alert: str = "") -> str:
     """Return the page. Everything but the figures is escaped.
 
     Args:
@@ -60,6 +60,7 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str = "")
         lead: the sentences under it: what this is and what came out.
         sections: the rest, in order.
         footer: the last line; the version of slora is put before it.
+        alert: what the reader has to know before anything else, in red above the lead.
     """
     source = files("slora.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -67,18 +68,20 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str = "")
     )
     numbers = iter(range(10_000))
     return environment.from_string(source).render(
-        title=title, lead=lead, sections=sections, footer=footer, version=slora.__version__, palette=PALETTE,
-        svg=lambda picture: inline_svg(picture.figure, picture.alt, f"f{next(numbers)}"),
+        title=title, lead=lead, sections=sections, footer=footer, alert=alert, version=slora.__version__,
+        palette=PALETTE, svg=lambda picture: inline_svg(picture.figure, picture.alt, f"f{next(numbers)}"),
     )  # fmt: skip
 
 
-def write_page(path: Path, title: str, lead: str, sections: Sequence[Section], footer: str = "") -> Path:
+def write_page(
+    path: Path, title: str, lead: str, sections: Sequence[Section], footer: str = "", alert: str = ""
+) -> Path:
     """Write what `render` returns to `path`, atomically, and return `path`.
 
     Raises:
         WriteError: the file cannot be written; names it, the cause and the remedy.
     """
-    write_text(path, render(title, lead, sections, footer))
+    write_text(path, render(title, lead, sections, footer, alert))
     return path
 
 

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -34,6 +34,9 @@ PALETTE: dict[str, tuple[str, str]] = {
     "lora": ("#0072b2", "#5cb2f2"),
     "selective": ("#009e73", "#35c796"),
     "live-text": ("#0b1512", "#04150f"),
+    "alert": ("#b3261e", "#ff8a80"),
+    "gold": ("#a87b00", "#e3b341"),
+    "sky": ("#56b4e9", "#a5dcff"),
 }
 MARKERS = {"full": "s", "linear": "^", "lora": "o", "selective": "D"}
 DASHES = {"full": (0, (6, 2)), "linear": (0, (1, 1.5)), "lora": (0, (4, 1.5, 1, 1.5)), "selective": "solid"}
@@ -42,7 +45,7 @@ DASHES = {"full": (0, (6, 2)), "linear": (0, (1, 1.5)), "lora": (0, (4, 1.5, 1, 
 WIDTH = 4.6
 
 # Distances between ticks, times a power of ten.
-_STEPS = [1, 2, 2.5, 5, 10]
+TICK_STEPS = [1, 2, 2.5, 5, 10]
 
 # Layers whose three blocks are query, key and value.
 _FUSED = ("qkv", "in_proj", "attn", "self_attn", "query_key_value")
@@ -51,6 +54,8 @@ _FUSED = ("qkv", "in_proj", "attn", "self_attn", "query_key_value")
 _ORDER = (
     (*_FUSED, "q", "q_proj", "query"), ("k", "k_proj", "key"), ("v", "v_proj", "value"), ("proj", "out_proj", "o_proj"),
 )  # fmt: skip
+
+Value = TypeVar("Value")
 
 # One value per run: a pair of x and y values of equal length.
 Line = tuple[Sequence[float], Sequence[float]]
@@ -73,7 +78,7 @@ def block_map(maps: Sequence[Mapping[str, Sequence[bool]]], title: str) -> Figur
     if not maps or not maps[0]:
         raise ValueError("no blocks to draw: give one map of at least one layer per run")
     counts = {name: [sum(bool(run[name][i]) for run in maps) for i in range(len(on))] for name, on in maps[0].items()}
-    cells = _cells(counts)
+    cells = by_cell(counts)
     rows, columns = (list(dict.fromkeys(place)) for place in zip(*cells, strict=True))
     lines = _wrapped(title)
     # All in inches. Long names of projections stand at 45 degrees and need room above and to the right.
@@ -85,7 +90,7 @@ def block_map(maps: Sequence[Mapping[str, Sequence[bool]]], title: str) -> Figur
     top = 0.17 * len(lines) + (0.2 + 0.055 * longest if slanted else 0.36)
     bottom, body = 0.55, 0.3 * len(rows)
     height = top + body + bottom
-    with _style():
+    with figure_style():
         figure = Figure(figsize=(WIDTH, height))
         position = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, body / height)
         axes = figure.add_axes(position, xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
@@ -102,7 +107,7 @@ def block_map(maps: Sequence[Mapping[str, Sequence[bool]]], title: str) -> Figur
                 label.set(rotation=45, ha="left", rotation_mode="anchor")
         axes.annotate(
             "layer", (0, 1), xycoords="axes fraction", xytext=(-4, 5.5), textcoords="offset points", ha="right",
-            color=_colour("muted"),
+            color=colour_of("muted"),
         )  # fmt: skip
         _map_legend(figure, len(maps), height)
         _title(figure, lines, height)
@@ -123,18 +128,18 @@ def target_against_retention(
         title: what is to be seen.
         labels: `{method: name to print}`; by default the method's own.
     """
-    with _style():
-        figure, axes = _framed(title, 3.7)
-        axes.axvline(100 * before, color=_colour("muted"), linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    with figure_style():
+        figure, axes = framed(title, 3.7)
+        axes.axvline(100 * before, color=colour_of("muted"), linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         means: dict[str, tuple[float, float]] = {}
         for method, points in runs.items():
             xs, ys = [100 * x for x, _ in points], [100 * y for _, y in points]
             means[method] = fmean(xs), fmean(ys)
-            colour, marker = _colour(method), MARKERS.get(method, "o")
+            colour, marker = colour_of(method), MARKERS.get(method, "o")
             axes.plot(xs, ys, marker, color=colour, markersize=4, alpha=0.5, markeredgewidth=0, zorder=2)
             axes.errorbar(
                 *means[method], xerr=_spread(xs), yerr=_spread(ys), fmt=marker, color=colour, markersize=9,
-                markeredgecolor=_colour("paper"), elinewidth=1.3, capsize=3, zorder=3,
+                markeredgecolor=colour_of("paper"), elinewidth=1.3, capsize=3, zorder=3,
             )  # fmt: skip
         axes.set(xlabel="k-NN accuracy on the source after fine-tuning (%)", ylabel="accuracy on the target (%)")
         axes.margins(0.12, 0.16)
@@ -142,7 +147,7 @@ def target_against_retention(
         axes.set_xlim(low, max(high, 100 * before + 0.1 * (high - low)))
         axes.annotate(
             f"before fine-tuning: {100 * before:.1f} %", (100 * before, 0.5), xycoords=("data", "axes fraction"),
-            xytext=(5, 0), textcoords="offset points", va="center", rotation=90, color=_colour("muted"), fontsize=8,
+            xytext=(5, 0), textcoords="offset points", va="center", rotation=90, color=colour_of("muted"), fontsize=8,
         )  # fmt: skip
         marks = [(100 * x, 100 * y) for points in runs.values() for x, y in points]
         for points, (x, y) in zip(runs.values(), means.values(), strict=True):
@@ -178,14 +183,14 @@ def curves(
         zero: whether the y axis starts at 0.
     """
     drawn = {name: runs for name, given in lines.items() if (runs := [run for run in given if len(run[0])])}
-    with _style():
-        figure, axes = _framed(title, 3.3 if len(drawn) > 1 else 2.9)
+    with figure_style():
+        figure, axes = framed(title, 3.3 if len(drawn) > 1 else 2.9)
         for i, (name, runs) in enumerate(drawn.items()):
             look = name if name in MARKERS else ("selective", "lora", "full", "linear")[i % 4]
             count = min(len(y) for _, y in runs)
             x, ys = list(runs[0][0][:count]), [list(y[:count]) for _, y in runs]
             mean = [fmean(values) for values in zip(*ys, strict=True)]
-            colour = _colour(look)
+            colour = colour_of(look)
             if len(ys) > 1:
                 low, high = ([pick(v) for v in zip(*ys, strict=True)] for pick in (min, max))
                 axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -200,12 +205,12 @@ def curves(
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
-            axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+            axes.yaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
         if percent:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
         if zero:
             axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_STEPS))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=TICK_STEPS))
         axes.margins(x=0.02)
         if len(drawn) > 1:
             figure.legend(loc="outside lower center", ncols=4, fontsize=8.5, handlelength=2.6, columnspacing=1.4)
@@ -226,22 +231,22 @@ def bars(
         form: how a mean is printed, as for `str.format`.
     """
     methods = list(values)
-    with _style():
-        figure, axes = _framed(title, 0.95 + 0.34 * len(methods))
+    with figure_style():
+        figure, axes = framed(title, 0.95 + 0.34 * len(methods))
         for row, method in enumerate(methods):
             runs, mean = values[method], fmean(values[method])
-            axes.barh(row, mean, height=0.62, color=_colour(method), alpha=0.85)
+            axes.barh(row, mean, height=0.62, color=colour_of(method), alpha=0.85)
             if len(set(runs)) > 1:
-                axes.plot(runs, [row] * len(runs), "|", color=_colour("ink"), markersize=9, markeredgewidth=1.2)
+                axes.plot(runs, [row] * len(runs), "|", color=colour_of("ink"), markersize=9, markeredgewidth=1.2)
             axes.annotate(
                 form.format(mean), (max(*runs, mean, 0), row), xytext=(5, 0), textcoords="offset points", va="center"
             )
         axes.set_yticks(range(len(methods)), [(labels or {}).get(method, method) for method in methods])
         axes.set(ylim=(len(methods) - 0.5, -0.5), xlabel=xlabel)
-        axes.axvline(0, color=_colour("muted"), linewidth=0.8)
+        axes.axvline(0, color=colour_of("muted"), linewidth=0.8)
         low, high = axes.get_xlim()
         axes.set_xlim(min(0, low), high + 0.16 * (high - low))
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS))
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", length=0)
     return figure
@@ -253,7 +258,7 @@ def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
     Raises:
         WriteError: the file cannot be written; names it, the cause and the remedy.
     """
-    with _style():
+    with figure_style():
         write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=180))
 
 
@@ -269,21 +274,25 @@ def grid_position(layer: str) -> tuple[str, str]:
     return ".".join(parts[:cut]) or "model", ".".join(parts[cut:])
 
 
-def _cells(counts: Mapping[str, Sequence[int]]) -> dict[tuple[str, str], int]:
-    """`{(row label, column label): runs with this block active}`, labels as short as they can be."""
-    places = {layer: grid_position(layer) for layer in counts}
+def by_cell(values: Mapping[str, Sequence[Value]]) -> dict[tuple[str, str], Value]:
+    """Return `{(row label, column label): value}` of all blocks, labels as short as they can be.
+
+    Args:
+        values: `{layer name: one value per block}`.
+    """
+    places = {layer: grid_position(layer) for layer in values}
     # Files list layers by the alphabet: 10 before 2, proj before qkv.
     places = dict(sorted(places.items(), key=lambda item: (_counting(item[1][0]), _flow(item[1][1]))))
     row_names = _short_rows(list(dict.fromkeys(row for row, _ in places.values())))
     column_names = _short_columns(list(dict.fromkeys(column for _, column in places.values())))
     cells = {}
     for layer, (row, column) in places.items():
-        values, name, leaf = counts[layer], column_names[column], column.rpartition(".")[2]
-        for i, value in enumerate(values):
-            if len(values) == 3 and leaf in _FUSED:
+        own, name, leaf = values[layer], column_names[column], column.rpartition(".")[2]
+        for i, value in enumerate(own):
+            if len(own) == 3 and leaf in _FUSED:
                 label = name.removesuffix(leaf) + "qkv"[i]
             else:
-                label = name if len(values) == 1 else f"{name} {i + 1}"
+                label = name if len(own) == 1 else f"{name} {i + 1}"
             cells[row_names[row], label] = value
     return cells
 
@@ -327,15 +336,21 @@ def _cell(axes: Axes, x: float, y: float, count: int, runs: int, width: float = 
     share = count / runs
     if count:
         # The least share stays clearly apart from an empty cell.
-        fill = Rectangle(corner, width, height, facecolor=_colour("selective"), alpha=0.2 + 0.8 * share, linewidth=0)
+        fill = Rectangle(corner, width, height, facecolor=colour_of("selective"), alpha=0.2 + 0.8 * share, linewidth=0)
     else:
         fill = Rectangle(
-            corner, width, height, facecolor="none", edgecolor=_colour("muted"), linewidth=0.7, linestyle=(0, (1.5, 2))
+            corner,
+            width,
+            height,
+            facecolor="none",
+            edgecolor=colour_of("muted"),
+            linewidth=0.7,
+            linestyle=(0, (1.5, 2)),
         )
     fill.set_gid("block")
     axes.add_patch(fill)
     if runs > 1 and count:
-        colour = _colour("live-text" if share > 0.6 else "ink")
+        colour = colour_of("live-text" if share > 0.6 else "ink")
         axes.text(x, y, str(count), ha="center", va="center", color=colour, fontsize=8.5)
 
 
@@ -390,8 +405,8 @@ def _name_points(
         )  # fmt: skip
 
 
-def _framed(title: str, height: float) -> tuple[Figure, Axes]:
-    """A figure with its title over axes of `height` inches, labels included."""
+def framed(title: str, height: float) -> tuple[Figure, Axes]:
+    """Return a figure with its title over axes of `height` inches, labels included, and the axes."""
     lines = _wrapped(title)
     total = height + 0.17 * len(lines) + 0.1
     figure = Figure(figsize=(WIDTH, total), layout="constrained")
@@ -416,13 +431,15 @@ def _spread(values: Sequence[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
 
 
-def _colour(name: str) -> str:
+def colour_of(name: str) -> str:
+    """Return the colour on white of a name of `PALETTE`; unknown names are muted."""
     return PALETTE[name if name in PALETTE else "muted"][0]
 
 
 @contextmanager
-def _style() -> Iterator[None]:
-    ink, muted, grid = (_colour(name) for name in ("ink", "muted", "grid"))
+def figure_style() -> Iterator[None]:
+    """Draw inside in the looks of this file; global settings come back afterwards."""
+    ink, muted, grid = (colour_of(name) for name in ("ink", "muted", "grid"))
     style: Any = {
         "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9, "text.color": ink,
         "axes.labelcolor": ink, "axes.edgecolor": muted, "axes.facecolor": "none", "axes.grid": True,

@@ -162,9 +162,15 @@ class Strategy(ABC):
             )
 
 
-def strategy_of(model: nn.Module) -> Strategy | None:
-    """Return the strategy that is at work on `model`, or None."""
-    return _strategy_of(dict(adapted_layers(model)))
+def unfinished_selection(model: nn.Module) -> str:
+    """Return where a strategy stands that has not made its choice yet, as a sentence; else the empty string."""
+    strategy = _strategy_of(dict(adapted_layers(model)))
+    if strategy is None or strategy.taken >= strategy.last:
+        return ""
+    return (
+        f"the choice of blocks is not made yet: {type(strategy).__name__} has taken {strategy.taken} of "
+        f"{strategy.steps} steps and is through with it at step {strategy.last}"
+    )
 
 
 def freeze_gates(model: nn.Module) -> None:

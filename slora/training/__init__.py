@@ -10,6 +10,7 @@
     recorder.py     metrics.jsonl, TensorBoard, the progress bar
     checkpoint.py   what a run needs to go on
     rundir.py       the run directory: its files, who writes into it, how to go on with an unfinished run
+    outcome.py      why a run ended with no block active, or with all
     run.py          the `finetune` command, which fills it; flags.py: settings as flags
 
 Read in this order. Nothing here is imported by the core of slora; it needs `pip install "slora[train]"`.

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from slora.errors import ConfigError, NonFiniteLossError
 from slora.evaluation.accuracy import logits_of, tally
 from slora.flops import count_flops
-from slora.gate import adapted_layers, gate_penalty
+from slora.gate import adapted_layers, gate_penalty, gate_values
 from slora.retention import Distillation
 from slora.selection import Budget, Gates, SoloGain, Strategy
 from slora.selection.budget import WARMUP as BUDGET_WARMUP
@@ -60,8 +61,8 @@ class TrainResult:
 
     Attributes:
         history: the records of the run, as in `metrics.jsonl`: every `log_every` steps `step, epoch, loss,
-            accuracy, lr, penalty, grad_norm, active, blocks, mean_gate, images_per_second, seconds, flops`, and at
-            evaluations `step, eval_loss, eval_accuracy`.
+            accuracy, lr, penalty, grad_norm, active, blocks, mean_gate, images_per_second, seconds, flops`, under
+            method "selective" `gates: {layer: [...]}`, and at evaluations `step, eval_loss, eval_accuracy`.
         accuracy: on the evaluation data after the last step, 0 to 1; None without evaluation data.
         best_accuracy: the highest of the run, at `best_step`.
         steps: optimizer steps taken, those before a resume included.
@@ -383,7 +384,10 @@ class Trainer:
             record["penalty"] = self.penalty
             record["active"] = sum(map(len, blocks.values()))
             record["blocks"] = sum(layer.blocks for layer in self.layers.values())
-            record["mean_gate"] = mean_gate = gate_penalty(self.model).item()
+            values = gate_values(self.model)
+            record["mean_gate"] = mean_gate = fmean(abs(value) for scores in values.values() for value in scores)
+            if self.settings.method == "selective":
+                record["gates"] = {name: [round(value, 7) for value in scores] for name, scores in values.items()}
             if not math.isfinite(mean_gate):
                 self._refuse(f"a gate is not finite at or shortly before step {self.step}", self.step)
             if changed:
@@ -397,6 +401,7 @@ class Trainer:
         self.recorder.add(record)
 
     def _refuse(self, what: str, step: int) -> None:
+        self.recorder.add({"step": step, "error": what})
         lr = lr_scale(step - 1, self.steps, self.warmup, self.settings.min_lr_ratio) * self.settings.lr
         last = self.last_checkpoint
         if last is None:

@@ -13,8 +13,10 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from slora import report
 from slora.errors import CheckpointError, ConfigError
 from slora.report import write_report
+from slora.report.gates import gate_curves
 from slora.report.page import Picture, Section, Table, inline_svg, render, scaled
 from slora.report.plots import (
     PALETTE,
@@ -274,6 +276,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "target_against_retention": lambda: target_against_retention({"lora": [(0.5, 0.9)]}, 0.7, "title"),
     "curves": lambda: curves({"a": [([1], [2.0])], "b": [([1, 2], [0.1, 10.0])]}, "title", "loss", log=True),
     "bars": lambda: bars({"full": [1.0]}, "title", "points"),
+    "gate_curves": lambda: gate_curves([1, 2], {"a.0.fc": [[0.15, 0.2]], "a.1.fc": [[0.15, 0.05]]}, 0.1, "title"),
 }
 
 
@@ -338,3 +341,125 @@ def test_a_page_follows_dark_themes_and_small_screens() -> None:
 )
 def test_large_numbers_get_a_prefix(value: float, text: str) -> None:
     assert scaled(value) == text
+
+
+# Runs that are of no use, and the gates
+
+
+def changed(run_dir: Path, *extra: dict[str, Any], **values: Any) -> str:
+    """The page of the run with `values` in its last training record and further records."""
+    path = run_dir / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()[:-1]]
+    [record for record in records if "loss" in record][-1].update(values)
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, *extra]))
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert_self_contained(html)
+    return html
+
+
+def test_a_run_without_an_active_block_is_shown_in_red_with_cause_and_remedy(run_dir: Path) -> None:
+    assert 'role="alert"' not in write_report(run_dir).read_text(encoding="utf-8")
+    rates = "gate_init: 0.15\nthreshold: 0.1\ngate_lr: 0.5\npenalty: 1.0\n"
+    (run_dir / "config.yaml").write_text("method: selective\n" + rates)
+    html = changed(run_dir, active=0, penalty=1.0)
+    alert = html[html.index('<p class="alert" role="alert">') : html.index('<p class="lead">')]
+    assert "This run is dead: no block is active: the model is the base model" in alert
+    assert "= 1.8 steps to switch a block off, and acted for 10. Set penalty=0.4." in alert
+    assert ".alert { color: var(--alert);" in html
+
+
+def test_no_block_of_another_method_is_no_alarm(run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text("method: full\n")
+    assert 'role="alert"' not in changed(run_dir, active=0)
+
+
+def test_a_run_with_all_blocks_active_says_so_without_alarm(run_dir: Path) -> None:
+    html = changed(run_dir, active=18)
+    assert "18 of 18 blocks are active. All blocks are active: no gate is below the threshold" in html
+    assert 'role="alert"' not in html
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{"step": 51, "error": "the loss is nan at step 51"}, {"step": 50, "eval_loss": None, "eval_accuracy": 0.1}],
+    ids=["error", "evaluation"],
+)
+def test_a_run_that_was_not_finite_is_shown_in_red(run_dir: Path, record: dict[str, Any]) -> None:
+    html = changed(run_dir, record)
+    assert html.index('role="alert"') < html.index('class="lead"')
+    assert f"at step {record['step']}. Lower lr or lengthen warmup" in html
+
+
+def test_a_run_that_was_not_finite_before_its_first_record_gets_a_page_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "error": "the loss is inf at step 3"}\n')
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "This run is dead: the loss is inf at step 3. Lower lr" in html
+    assert '<p class="lead">3 steps.</p>' in html
+    assert "Over the run" not in html
+
+
+def with_gates(run_dir: Path, steps: int = 5) -> None:
+    (run_dir / "config.yaml").write_text("method: selective\nthreshold: 0.1\n")
+    lines = []
+    for step in range(1, steps + 1):
+        gates = {
+            name: [0.15 + (0.01 if on else -0.06) * step / steps for on in blocks] for name, blocks in TIMM.items()
+        }
+        lines.append(json.dumps({"step": step, "loss": 1.0, "active": 6, "blocks": 18, "gates": gates}))
+    (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_the_page_shows_every_gate_where_the_run_recorded_them(run_dir: Path) -> None:
+    plain = write_report(run_dir).read_text(encoding="utf-8")
+    assert "gates end" not in plain
+    with_gates(run_dir)
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert "6 of 18 gates end at or above the threshold" in html
+    assert len(re.findall(r'<g id="f\d+-gate"', html)) == 18
+    (run_dir / "config.yaml").unlink()
+    assert "18 gates from 0.09 to 0.16 at the end" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+def test_records_from_before_gates_were_recorded_are_left_out(run_dir: Path) -> None:
+    with_gates(run_dir)
+    path = run_dir / "metrics.jsonl"
+    path.write_text('{"step": 0, "loss": 1.0, "active": 18, "blocks": 18}\n' + path.read_text())
+    assert "6 of 18 gates end" in write_report(run_dir).read_text(encoding="utf-8")
+
+
+def test_the_page_of_a_long_run_stays_small(run_dir: Path) -> None:
+    with_gates(run_dir, 1000)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    figure = report._gates(records, 0.1)[0].figure
+    lines = [line for line in figure.axes[0].lines if line.get_gid() == "gate"]
+    assert all(200 <= len(line.get_xdata()) <= 400 and line.get_xdata()[-1] == 1000 for line in lines)
+
+
+@pytest.mark.parametrize("depth", [6, 24])
+def test_gates_that_end_active_are_told_from_the_others(depth: int) -> None:
+    gates = {f"blocks.{i}.{name}": [[0.15, 0.2 if i == 0 else 0.05]] for i in range(depth) for name in ("fc1", "fc2")}
+    axes = gate_curves([0, 10], gates, 0.1, "title").axes[0]
+    lines = {True: [], False: []}
+    for line in axes.lines:
+        if line.get_gid() == "gate":
+            lines[line.get_ydata()[-1] >= 0.1].append(line)
+    assert {on: len(some) for on, some in lines.items()} == {True: 2, False: 2 * depth - 2}
+    assert all(line.get_alpha() == 1.0 for line in lines[True])
+    assert all(line.get_alpha() < 0.6 and line.get_linewidth() < 1 for line in lines[False])
+    assert len({line.get_color() for line in lines[True]}) == 2, "a colour for each kind of layer"
+    assert sum(line.get_marker() == "o" for line in axes.lines) == 2
+    assert any(set(line.get_ydata()) == {0.1} for line in axes.lines), "the threshold"
+    (legend,) = axes.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["fc1", "fc2", "threshold 0.1"]
+
+
+def test_kinds_beyond_the_colours_differ_in_dashes() -> None:
+    gates = {f"blocks.0.layer_{name}": [[0.2]] for name in "abcdefgh"}
+    lines = [line for line in gate_curves([1], gates, None, "title").axes[0].lines if line.get_gid() == "gate"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 8
+
+
+@pytest.mark.parametrize(("steps", "gates"), [([], {"a": [[]]}), ([1], {})], ids=["no step", "no gate"])
+def test_no_gates_are_refused(steps: list[int], gates: dict[str, list[list[float]]]) -> None:
+    with pytest.raises(ValueError, match="no gates to draw"):
+        gate_curves(steps, gates, 0.1, "title")

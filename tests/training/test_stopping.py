@@ -51,9 +51,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
     for text in (f"the loss is {value} at step 11", f"learning rate {rate:.3g}", str(good), "Nothing was overwritten"):
         assert text in str(caught.value)
     assert checkpoint.newest(tmp_path) == good
-    assert all(record["step"] <= 10 for record in read_metrics(tmp_path / "metrics.jsonl"))
+    *steps, last = read_metrics(tmp_path / "metrics.jsonl")
+    assert all(record["step"] <= 10 for record in steps)
+    assert last == {"step": 11, "error": f"the loss is {value} at step 11"}
     resumed = train(ready(make_model, settings), data, None, settings, tmp_path, resume=good)
     assert resumed.steps == 40
+    assert not any("error" in record for record in resumed.history)
 
 
 def test_a_checkpoint_due_right_after_the_loss_broke_is_not_written(

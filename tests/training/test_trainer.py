@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -220,6 +221,28 @@ def test_metrics_and_tensorboard_and_checkpoints_fill_the_run_directory(
     assert [record["step"] for record in records if "eval_accuracy" in record] == [8, 12]
     for key in ("epoch", "accuracy", "lr", "penalty", "grad_norm", "active", "blocks", "mean_gate", "flops", "seconds"):
         assert records[0][key] is not None
+    tags = EventAccumulator(str(events.parent)).Reload().Tags()["scalars"]
+    assert "training/mean_gate" in tags
+    assert not any("gates" in tag for tag in tags)
+
+
+def test_the_records_hold_every_gate_of_a_selective_run_and_those_of_no_other(
+    make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path
+) -> None:
+    for method in ("selective", "lora", "full"):
+        settings = settings.replace(method=method)
+        model = ready(make_model, settings)
+        train(model, data, None, settings, tmp_path / method)
+        records = [record for record in read_metrics(tmp_path / method / "metrics.jsonl") if "loss" in record]
+        assert [("gates" in record) for record in records] == [method == "selective"] * len(records)
+        if method == "selective":
+            last = records[-1]["gates"]
+            assert list(last) == [name for name, _ in adapted_layers(model)]
+            for name, layer in adapted_layers(model):
+                assert last[name] == pytest.approx(layer.gate.tolist(), abs=1e-7)
+            values = [abs(value) for scores in last.values() for value in scores]
+            assert records[-1]["mean_gate"] == pytest.approx(sum(values) / len(values), abs=1e-7)
+            assert records[0]["gates"] != last
 
 
 def test_without_a_run_directory_nothing_is_written(
