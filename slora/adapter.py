@@ -43,8 +43,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     record = injection(model)
     layers = dict(adapted_layers(model))
-    if any(layer.merged for layer in layers.values()):
-        raise StateError("the model is merged; call slora.unmerge(model) before saving its adapter")
+    content = selective(model)
     folder = Path(directory)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
@@ -55,17 +54,11 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for key, value in model.get_submodule(name).state_dict().items():
             # A copy: safetensors refuses tensors that share memory, as tied weights do.
             tensors[f"{PREFIX}{name}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    selective = {
-        "format": FORMAT,
-        "config": record.config.to_dict(),
-        "layers": {name: _layer_entry(name, layer) for name, layer in layers.items()},
-        "base": fingerprint(model),
-    }
     write_together(
         {
             folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
             folder / CONFIG: text_writer(json_text(peft_config(record.config, layers, record.modules_to_save))),
-            folder / SELECTIVE: text_writer(json_text(selective)),
+            folder / SELECTIVE: text_writer(json_text(content)),
         }
     )
 
@@ -84,15 +77,13 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     folder = Path(directory)
     if not (folder / SELECTIVE).exists():
         raise CheckpointError(f"{folder / SELECTIVE} does not exist; give a directory that slora.save_adapter wrote")
-    selective = read_json(folder / SELECTIVE)
+    content = read_json(folder / SELECTIVE)
     tensors = _read_tensors(folder / WEIGHTS)
     try:
-        if selective["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder / SELECTIVE} has format {selective['format']!r}; this version reads {FORMAT}"
-            )
-        config = SelectiveLoRAConfig.from_dict(selective["config"])
-        entries, base = dict(selective["layers"]), selective["base"]
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{folder / SELECTIVE} has format {content['format']!r}; this version reads {FORMAT}")
+        config = SelectiveLoRAConfig.from_dict(content["config"])
+        entries, base = dict(content["layers"]), content["base"]
         base = {"class": base["class"], "shapes": dict(base["shapes"]), "digest": base["digest"]}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / SELECTIVE} is incomplete or damaged ({error!r})") from error
@@ -154,6 +145,23 @@ def _fill(
         present = model.state_dict()
         for key, value in saved.items():
             present[key].copy_(value)
+
+
+def selective(model: nn.Module) -> dict[str, Any]:
+    """Return the content of `selective.json`: config, `{layer: r, blocks, active, gate}` and the base's fingerprint.
+
+    Raises:
+        StateError: the model is not adapted, is merged, or a gate is not finite.
+    """
+    layers = dict(adapted_layers(model))
+    if any(layer.merged for layer in layers.values()):
+        raise StateError("the model is merged; call slora.unmerge(model) before saving its adapter")
+    return {
+        "format": FORMAT,
+        "config": injection(model).config.to_dict(),
+        "layers": {name: _layer_entry(name, layer) for name, layer in layers.items()},
+        "base": fingerprint(model),
+    }
 
 
 @torch.no_grad()

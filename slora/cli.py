@@ -24,6 +24,10 @@ NEEDS_TRAIN = (
     "Without it there is slora doctor"
 )
 INTERRUPTED = 130
+CHECKPOINT = (
+    "A checkpoint of the run, finished or not: best (on the evaluation data), last, or the number of a step. "
+    "[default: the run's result]"
+)
 
 
 def main() -> None:
@@ -168,15 +172,18 @@ def evaluate(
         typer.Option(help="Images per forward pass. [default: the run's]"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto or cpu. [default: the run's]")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help=CHECKPOINT)] = None,
 ) -> None:
     """Measure what a fine-tuned model can do, and what it still knows of a data set from before.
 
     Accuracy on the run's own data; with --source, weighted k-NN (temperature 0.07) on the features of that data
-    set, with the model before and after fine-tuning. Writes evaluation.json into the run directory.
+    set, with the model before and after fine-tuning. Writes evaluation.json into the run directory, or
+    evaluation-step-STEP.json for a checkpoint.
 
     \b
-    Example:
+    Examples:
         slora evaluate runs/letters_vit-digits-selective --source letters
+        slora evaluate runs/letters_vit-digits-selective --checkpoint best
     """
     from slora.evaluation.evaluate import evaluate as measure
 
@@ -190,9 +197,11 @@ def evaluate(
         "eval_batch_size": eval_batch_size,
         "device": device,
     }
-    result = measure(run, source, neighbours, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    result = measure(run, source, neighbours, checkpoint, **given)
     scores = result["accuracy"]
-    print(f"accuracy on {scores['data']} ({scores['count']} images)")
+    whose = "" if result["checkpoint"] is None else f" of {result['checkpoint']}"
+    print(f"accuracy{whose} on {scores['data']} ({scores['count']} images)")
     print(f"  top-1 {scores['top1']:.2%}   top-5 {scores['top5']:.2%}   mean over classes {scores['per_class']:.2%}")
     if result["knn"] is not None:
         knn = result["knn"]
@@ -201,7 +210,8 @@ def evaluate(
         for number, before in knn["before"].items():
             after = knn["after"][number]
             print(f"  {number:>4} {before:8.2%} {after:8.2%} {100 * (after - before):+8.2f}")
-    print(f"put it on the page of the run with: {shlex.join(['slora', 'report', str(run)])}")
+    if checkpoint is None:
+        print(f"put it on the page of the run with: {shlex.join(['slora', 'report', str(run)])}")
 
 
 def merge(
@@ -219,37 +229,46 @@ def merge(
         typer.Option(help="Outputs of the classifier head. [default: those of the head in the adapter]"),
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor on the update; between 0 and 1 it interpolates.")] = 1.0,
+    checkpoint: Annotated[str | None, typer.Option(help=CHECKPOINT)] = None,
 ) -> None:
     """Fold the active blocks of an adapter into its model and write plain weights.
 
     \b
     Examples:
         slora merge runs/letters_vit-digits-selective --out merged.safetensors
+        slora merge runs/letters_vit-digits-selective --checkpoint best --out best.safetensors
         slora merge my-adapter --model timm/vit_base_patch16_224 --pretrained --out merged.safetensors
     """
-    from slora.training.run import merge_adapter
+    from slora.training.merged import merge_adapter
 
-    count = merge_adapter(adapter, out, model, pretrained, classes, scale)
+    count = merge_adapter(adapter, out, model, pretrained, classes, scale, checkpoint)
     print(f"{count} block{'' if count == 1 else 's'} merged; {out} holds the plain model")
 
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Adapter directory, or run directory of slora finetune.")],
+    checkpoint: Annotated[str | None, typer.Option(help=CHECKPOINT)] = None,
 ) -> None:
     """Show which blocks of an adapter live: '#' active, '.' inactive, with their gates.
 
     \b
-    Example:
+    Examples:
         slora inspect runs/letters_vit-digits-selective
+        slora inspect runs/letters_vit-digits-selective --checkpoint last
     """
     from slora.files import read_json
     from slora.training.rundir import adapter_of
 
+    if checkpoint is not None:
+        from slora.training.run import blocks_of
+
+        name, content = blocks_of(folder, checkpoint)
+        _show_blocks(content)
+        print(f"checkpoint {name}")
+        return
     home = adapter_of(folder)
-    content = read_json(home / "selective.json")
     try:
-        print(_table(content["layers"], content["base"]["shapes"]))
-        print(f"threshold {content['config']['threshold']}; base model {content['base']['class']}")
+        _show_blocks(read_json(home / "selective.json"))
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{home / 'selective.json'} is incomplete or damaged ({error})") from error
     if (folder / "result.json").exists():
@@ -283,6 +302,11 @@ def doctor() -> None:
     from slora.doctor import main as show
 
     show()
+
+
+def _show_blocks(content: dict[str, Any]) -> None:
+    print(_table(content["layers"], content["base"]["shapes"]))
+    print(f"threshold {content['config']['threshold']}; base model {content['base']['class']}")
 
 
 def _table(layers: dict[str, Any], shapes: dict[str, list[int]]) -> str:

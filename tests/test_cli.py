@@ -276,6 +276,26 @@ def test_merge_and_inspect_read_a_run(slora: Callable[..., Outcome], tmp_path: P
     assert slora("merge", "run", "--out", "merged.safetensors").code == 2
 
 
+def test_a_checkpoint_is_evaluated_merged_and_inspected_by_its_step(
+    slora: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    assert slora("finetune", *QUICK, "--out", "run").code == 0
+    outcome = slora("evaluate", "run", "--checkpoint", "2")
+    assert outcome.code == 0, outcome.err
+    assert "accuracy of step-00000002 on digits (40 images)" in outcome.out
+    assert "slora report" not in outcome.out
+    outcome = slora("inspect", "run", "--checkpoint", "best")
+    assert outcome.code == 0, outcome.err
+    assert "36 of 36 blocks active (100.0%)" in outcome.out
+    assert outcome.out.splitlines()[-1] == "checkpoint step-00000004"
+    outcome = slora("merge", "run", "--checkpoint", "last", "--out", "merged.safetensors")
+    assert outcome.out == "36 blocks merged; merged.safetensors holds the plain model\n"
+    for command in (["evaluate", "run"], ["inspect", "run"], ["merge", "run", "--out", "x.safetensors"]):
+        outcome = slora(*command, "--checkpoint", "3")
+        assert outcome.code == 2
+        assert "run has no checkpoint of step 3; there are 2, 4" in outcome.err
+
+
 @pytest.mark.parametrize("method", ["linear", "full"])
 def test_inspect_and_merge_name_what_a_run_without_blocks_holds(slora: Callable[..., Outcome], method: str) -> None:
     assert slora("finetune", *QUICK, "--method", method, "--max-steps", "1", "--out", "run").code == 0
@@ -385,7 +405,7 @@ def test_every_command_needs_only_what_it_uses(monkeypatch: pytest.MonkeyPatch) 
 def test_merging_into_other_weights_than_the_adapters_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     import slora
     from slora.demo.model import load_pretrained
-    from slora.training.run import merge_adapter
+    from slora.training.merged import merge_adapter
 
     model = slora.inject(load_pretrained(10), slora.SelectiveLoRAConfig(r=2, modules_to_save=["head"]))
     slora.save_adapter(model, tmp_path / "adapter")

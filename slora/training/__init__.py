@@ -8,9 +8,10 @@
     batches.py      which images form which step
     trainer.py      the run itself: `train`; process.py: accelerate and signals around it, measure.py: losses and time
     recorder.py     metrics.jsonl, TensorBoard, the progress bar
-    checkpoint.py   what a run needs to go on
+    checkpoint.py   what a run needs to go on; checkpoint_folders.py: which checkpoints there are
     rundir.py       the run directory: its files, who writes into it, how to go on with an unfinished run
     run.py          the `finetune` command, which fills it; flags.py: settings as flags
+    merged.py       the `merge` command
 
 Read in this order. Nothing here is imported by the core of slora; it needs `pip install "slora[train]"`.
 """

@@ -1,13 +1,14 @@
 """The run directory: what stands in it, who writes into it, and how to go on with a run that is not finished.
 
 config.yaml       the settings
+classes.json      names of the classes, in the order of the model's outputs
 metrics.jsonl     the records of the run, one JSON object a line
 tensorboard/      the same for TensorBoard
 checkpoints/      step-<step>: what a run needs to go on
 adapter/          the result of selective and lora (`slora.save_adapter`)
 model/            the result of full and linear: `model.safetensors`
 result.json       accuracy, time, FLOPs, active blocks; written last
-evaluation.json   written by slora.evaluation
+evaluation.json   written by slora.evaluation; evaluation-step-<step>.json for a checkpoint
 report.html       written by slora.report
 """
 
@@ -21,11 +22,11 @@ from pathlib import Path
 
 from slora.adapter import SELECTIVE
 from slora.errors import CheckpointError, ConfigError
-from slora.files import cannot_write
+from slora.files import cannot_write, read_json
 from slora.training import checkpoint
 from slora.training.settings import TrainSettings, read_yaml
 
-CONFIG, RESULT, EVALUATION = "config.yaml", "result.json", "evaluation.json"
+CONFIG, CLASSES, RESULT, EVALUATION = "config.yaml", "classes.json", "result.json", "evaluation.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 WEIGHTS = "model.safetensors"
 
@@ -39,6 +40,22 @@ def read_settings(run_dir: Path) -> TrainSettings:
     if not (run_dir / CONFIG).exists():
         raise ConfigError(f"{run_dir} holds no {CONFIG}; give the folder of a run made by slora finetune")
     return TrainSettings.from_dict(read_yaml(run_dir / CONFIG))
+
+
+def labels(run_dir: Path) -> tuple[str, ...] | None:
+    """Return the names of the classes that a run learns, or None where it kept none.
+
+    Raises:
+        CheckpointError: their file is damaged.
+    """
+    for path in (run_dir / CLASSES, run_dir / RESULT):
+        if path.exists():
+            content = read_json(path)
+            names = content.get("classes") if isinstance(content, dict) else content
+            if not isinstance(names, list):
+                raise CheckpointError(f"{path} holds no list of classes; it may be damaged")
+            return tuple(map(str, names))
+    return None
 
 
 def start_of(resume: Path) -> Path:
@@ -110,8 +127,8 @@ def _lock(descriptor: int, out: Path) -> None:
 
 
 def remove_traces(out: Path) -> None:
-    """Remove the events of a run that is started over; its other files are replaced as the new one writes them."""
-    for path in (out / "tensorboard").glob("events.out.tfevents.*"):
+    """Remove what a run that is started over left and the new one does not replace."""
+    for path in (*(out / "tensorboard").glob("events.out.tfevents.*"), *out.glob("evaluation-step-*.json")):
         path.unlink(missing_ok=True)
 
 
@@ -186,10 +203,7 @@ def adapter_of(folder: Path) -> Path:
         if not path.exists():
             raise unfinished(path, folder)
         if not blocks:
-            raise ConfigError(
-                f"{folder} was trained with method={method}, which has no LoRA blocks to show or to merge; its result "
-                f"is a plain model already: {path}"
-            )
+            raise without_blocks(folder, method, f"to show or to merge; its result is a plain model already: {path}")
         return path
     home = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
     if not (home / SELECTIVE).exists():
@@ -197,6 +211,14 @@ def adapter_of(folder: Path) -> Path:
     return home
 
 
+def without_blocks(run_dir: Path, method: str, what: str) -> ConfigError:
+    """Return the error for a run that trained no blocks; `what` ends its sentence."""
+    return ConfigError(f"{run_dir} was trained with method={method}, which has no LoRA blocks {what}")
+
+
 def unfinished(missing: Path, run_dir: Path) -> CheckpointError:
     """Return the error for a run that has not written `missing` yet."""
-    return CheckpointError(f"{missing} does not exist: the run is not finished; go on with: {command(run_dir)}")
+    text = f"{missing} does not exist: the run is not finished; go on with: {command(run_dir)}"
+    if checkpoint.checkpoints(run_dir / CHECKPOINTS):
+        text += ", or use what it has learned so far, with --checkpoint last"
+    return CheckpointError(text)

@@ -1,0 +1,105 @@
+"""The `merge` command: a run or an adapter as one file of plain weights, which says what it is."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_model
+from torch import nn
+
+from slora.adapter import PREFIX, SELECTIVE, WEIGHTS, load_adapter
+from slora.errors import BaseModelWarning, CheckpointError, ConfigError
+from slora.files import read_json, write_atomically
+from slora.gate import adapted_layers
+from slora.merging import merge_and_unload
+from slora.training import checkpoint, models, rundir
+from slora.training.run import load_result, rebuild, rebuild_for
+from slora.training.settings import TrainSettings
+
+
+def merge_adapter(
+    folder: Path,
+    out: Path,
+    model_name: str | None = None,
+    pretrained: bool = False,
+    classes: int | None = None,
+    scale: float = 1.0,
+    which: str | None = None,
+) -> int:
+    """Merge the adapter in `folder` into its model, write `out`, and return the number of blocks merged.
+
+    Args:
+        folder: an adapter directory, or a run directory, which knows its model.
+        out: safetensors file for the plain state dict.
+        model_name: as for `models.build`; None for that of the run.
+        pretrained: whether the adapter belongs to pretrained weights; a run knows it.
+        classes: outputs of the head; None for those of the run, or of the head that the adapter holds.
+        scale: factor on the update.
+        which: None for the result of a finished run; else one of the checkpoints of a run, finished or not: "best",
+            "last" or the number of a step. Then runs without blocks give their plain weights.
+
+    Raises:
+        ConfigError: `out` exists, the run has no blocks, or the model or the number of classes is not known.
+        CheckpointError: the run is not finished or has no such checkpoint, or the adapter is missing, damaged, or of
+            another model.
+        WriteError: the disk is full or the folder cannot be written.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another file, or remove it first")
+    settings = rundir.read_settings(folder) if which is not None or _is_run(folder) else TrainSettings()
+    model_name = model_name or settings.model
+    if model_name is None:
+        raise ConfigError(f"{folder} is an adapter without its run; name its model, such as timm/vit_base_patch16_224")
+    settings = settings.replace(model=model_name, pretrained=pretrained or settings.pretrained)
+    if which is None:
+        model = _with_adapter(rundir.adapter_of(folder), settings, classes)
+    else:
+        model = _with_checkpoint(folder, which, settings, classes)
+    layers = dict(adapted_layers(model))
+    if not layers and scale != 1.0:
+        raise rundir.without_blocks(folder, settings.method, f"that scale={scale} could act on; leave it out")
+    count = sum(len(layer.activity().active) for layer in layers.values())
+    if layers:
+        merge_and_unload(model, scale)
+    write_atomically(out, lambda path: save_model(model, str(path)))
+    return count
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / rundir.CONFIG).exists()
+
+
+def _with_checkpoint(run_dir: Path, which: str, settings: TrainSettings, classes: int | None) -> nn.Module:
+    folder = checkpoint.chosen(run_dir, which)
+    models.check_name(settings.model, settings.pretrained)
+    model = rebuild_for(run_dir, settings) if classes is None else rebuild(settings, classes).model
+    return load_result(model, settings, run_dir, folder)
+
+
+def _with_adapter(adapter: Path, settings: TrainSettings, classes: int | None) -> nn.Module:
+    models.check_name(settings.model, settings.pretrained)
+    model = rebuild(settings, classes or _classes_in(adapter)).model
+    try:
+        with warnings.catch_warnings():
+            # A file of weights that fit nothing is of no use to anyone, so here it is an error.
+            warnings.simplefilter("error", BaseModelWarning)
+            return load_adapter(model, adapter)
+    except BaseModelWarning as error:
+        raise CheckpointError(f"{error} On the command line --pretrained does that.") from error
+
+
+def _classes_in(adapter: Path) -> int:
+    """The outputs of the head that an adapter holds."""
+    content = read_json(adapter / SELECTIVE)
+    try:
+        saved = content["config"]["modules_to_save"] or []
+        with safe_open(adapter / WEIGHTS, framework="pt") as file:
+            weights = [f"{PREFIX}{name}.weight" for name in saved]
+            shapes = [file.get_slice(key).get_shape() for key in weights if key in file.keys()]  # noqa: SIM118
+    except (KeyError, TypeError, SafetensorError, OSError) as error:
+        raise CheckpointError(f"{adapter} is incomplete or damaged ({error})") from error
+    if not shapes:
+        raise ConfigError(f"{adapter} holds no classifier head; say how many outputs the model has with --classes")
+    return int(shapes[-1][0])
