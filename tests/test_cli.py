@@ -296,6 +296,24 @@ def test_a_checkpoint_is_evaluated_merged_and_inspected_by_its_step(
         assert "run has no checkpoint of step 3; there are 2, 4" in outcome.err
 
 
+def test_the_size_of_images_and_more_arguments_of_the_model_are_kept_with_the_run(
+    slora: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    tiny = "--model timm/vit_tiny_patch16_224 --img-size 32 --model-args depth=1,init_values=1e-5 --max-steps 1".split()
+    outcome = slora("finetune", *QUICK, *tiny, "--out", "run")
+    assert outcome.code == 0, outcome.err
+    config = (tmp_path / "run/config.yaml").read_text()
+    assert "\nimg_size: 32\nmodel_args:\n  depth: 1\n  init_values: 1.0e-05\n" in config
+    assert slora("evaluate", "run").code == 0
+    assert slora("merge", "run", "--checkpoint", "last", "--out", "x").code == 0
+    outcome = slora("finetune", "--resume", "run", "--img-size", "48")
+    assert outcome.code == 2
+    assert "was written with img_size=32, this run has 48" in outcome.err
+    outcome = slora("finetune", *QUICK, *tiny, "--model-args", "dept=1", "--out", "other")
+    assert outcome.code == 2
+    assert "model_args holds 'dept', which timm/vit_tiny_patch16_224 does not take" in outcome.err
+
+
 @pytest.mark.parametrize("method", ["linear", "full"])
 def test_inspect_and_merge_name_what_a_run_without_blocks_holds(slora: Callable[..., Outcome], method: str) -> None:
     assert slora("finetune", *QUICK, "--method", method, "--max-steps", "1", "--out", "run").code == 0

@@ -18,9 +18,9 @@ STATE = "state.json"
 
 # What a resumed run may not change: the model, the meaning of its tensors, or which images form which step.
 FIXED = (
-    "model", "pretrained", "data", "augment", "method", "r", "lora_alpha", "target_modules", "exclude_modules",
-    "modules_to_save", "use_rslora", "blocks", "threshold", "inactive", "base_dtype", "gate_rule", "optimizer",
-    "batch_size", "gradient_accumulation", "seed",
+    "model", "pretrained", "img_size", "model_args", "data", "augment", "method", "r", "lora_alpha", "target_modules",
+    "exclude_modules", "modules_to_save", "use_rslora", "blocks", "threshold", "inactive", "base_dtype", "gate_rule",
+    "optimizer", "batch_size", "gradient_accumulation", "seed",
 )  # fmt: skip
 
 _NAME = re.compile(r"step-(\d+)")

@@ -113,7 +113,7 @@ def rebuild(settings: TrainSettings, classes: int) -> models.Built:
     assert settings.model is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return models.build(settings.model, classes, settings.pretrained)
+        return models.build(settings.model, classes, settings.pretrained, settings.img_size, settings.model_args)
 
 
 def rebuild_for(run_dir: Path, settings: TrainSettings) -> nn.Module:
