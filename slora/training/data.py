@@ -146,13 +146,13 @@ def open_data(name: str, root: str | Path = "data", download: bool = True) -> So
     if name in OFFLINE:
         return _offline(name)
     entry = TORCHVISION[name]
-    training = _joined([_opened(name, entry, Path(root), download, options) for options in entry.training])
+    parts = [_opened(name, entry, Path(root), download, options) for options in entry.training]
+    classes, training = _class_names(parts[0], entry.classes), _joined(parts)
     if entry.evaluation:
         evaluation = _joined([_opened(name, entry, Path(root), download, options) for options in entry.evaluation])
     else:
         rows, held_out = split(list(training.targets))
         training, evaluation = Subset(training, rows), Subset(training, held_out)
-    classes = tuple(str(number) for number in range(entry.classes))
     damage = Damage(len(training) + len(evaluation))
     return Source(name, classes, training, evaluation, entry.augment, damage)
 
@@ -229,6 +229,15 @@ def _offline(name: str) -> Source:
         training, evaluation = letters(100, seed=1), letters(50, seed=2)
         classes = LETTERS
     return Source(name, tuple(classes), TensorDataset(*training), TensorDataset(*evaluation), "none")
+
+
+def _class_names(dataset: Any, count: int) -> tuple[str, ...]:
+    """The names that torchvision gives to the classes, or their numbers where it has none."""
+    names = getattr(dataset, "classes", None)
+    if not isinstance(names, (list, tuple)) or len(names) != count:
+        return tuple(str(number) for number in range(count))
+    # ImageNet has several names for a class.
+    return tuple(name if isinstance(name, str) else ", ".join(name) for name in names)
 
 
 def _joined(parts: list[Any]) -> Any:

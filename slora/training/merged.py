@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import nn
 
-from slora.adapter import PREFIX, SELECTIVE, WEIGHTS, load_adapter
+from slora import __version__
+from slora.adapter import PREFIX, SELECTIVE, WEIGHTS, fingerprint, load_adapter
 from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.files import read_json, write_atomically
 from slora.gate import adapted_layers
@@ -30,6 +32,22 @@ def merge_adapter(
 ) -> int:
     """Merge the adapter in `folder` into its model, write `out`, and return the number of blocks merged.
 
+    The file says in its metadata, all of it strings, what it holds: `safe_open(out, "pt").metadata()` has
+
+        format              "pt"
+        slora_version       of the slora that wrote the file
+        model               as for `models.build`
+        pretrained          "true" or "false": what the training started from
+        img_size            pixels on a side of the model's images, where it was chosen
+        model_args          JSON object, where there are some
+        active_blocks       number of blocks merged
+        scale               factor on the update
+        base_fingerprint    digest of the base weights, `slora.adapter.fingerprint`; not of runs without blocks
+        data, method        of the run
+        classes             JSON list of the classes' names, in the order of the outputs
+
+    The last three are those of a run; an adapter directory alone does not know them.
+
     Args:
         folder: an adapter directory, or a run directory, which knows its model.
         out: safetensors file for the plain state dict.
@@ -48,11 +66,14 @@ def merge_adapter(
     """
     if out.exists():
         raise ConfigError(f"{out} exists; choose another file, or remove it first")
-    settings = rundir.read_settings(folder) if which is not None or _is_run(folder) else TrainSettings()
+    run = which is not None or (folder / rundir.CONFIG).exists()
+    settings = rundir.read_settings(folder) if run else TrainSettings()
     model_name = model_name or settings.model
     if model_name is None:
         raise ConfigError(f"{folder} is an adapter without its run; name its model, such as timm/vit_base_patch16_224")
     settings = settings.replace(model=model_name, pretrained=pretrained or settings.pretrained)
+    labels = rundir.labels(folder) if run else None
+    classes = classes or (len(labels) if labels else None)
     if which is None:
         model = _with_adapter(rundir.adapter_of(folder), settings, classes)
     else:
@@ -61,14 +82,31 @@ def merge_adapter(
     if not layers and scale != 1.0:
         raise rundir.without_blocks(folder, settings.method, f"that scale={scale} could act on; leave it out")
     count = sum(len(layer.activity().active) for layer in layers.values())
+    metadata = _of_model(settings) | {"active_blocks": str(count), "scale": str(scale)}
+    if run:
+        metadata |= {"data": settings.data or "", "method": settings.method}
+    if labels:
+        metadata["classes"] = json.dumps(labels)
     if layers:
+        metadata["base_fingerprint"] = fingerprint(model)["digest"]
         merge_and_unload(model, scale)
-    write_atomically(out, lambda path: save_model(model, str(path)))
+    write_atomically(out, lambda path: save_model(model, str(path), metadata))
     return count
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / rundir.CONFIG).exists()
+def _of_model(settings: TrainSettings) -> dict[str, str]:
+    """What the file says of the model before it was trained, and of who wrote it."""
+    values = {
+        "format": "pt",
+        "slora_version": __version__,
+        "model": settings.model or "",
+        "pretrained": json.dumps(settings.pretrained),
+    }
+    if settings.img_size is not None:
+        values["img_size"] = str(settings.img_size)
+    if settings.model_args:
+        values["model_args"] = json.dumps(settings.model_args)
+    return values
 
 
 def _with_checkpoint(run_dir: Path, which: str, settings: TrainSettings, classes: int | None) -> nn.Module:

@@ -94,6 +94,25 @@ def test_splits_are_joined_and_opened_as_the_registry_says(tmp_path: Path, monke
     assert (len(source.training), len(source.evaluation), len(source.classes)) == (80, 40, 47)
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["plain", "dotted"] * 5, ("plain", "dotted") * 5),
+        ([("tench", "Tinca tinca")] * 10, ("tench, Tinca tinca",) * 10),
+        (None, tuple("0123456789")),
+        (["too few"], tuple("0123456789")),
+    ],
+    ids=["names", "several names", "no names", "another number"],
+)
+def test_classes_have_the_names_that_torchvision_gives_them(
+    names: Any, expected: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fake, "classes", names, raising=False)
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Fake)
+    Fake.opened = []
+    assert open_data("mnist", tmp_path).classes == expected
+
+
 def test_a_data_set_without_splits_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets, "EuroSAT", Fake)
     Fake.opened = []

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import slora
@@ -368,6 +369,28 @@ def test_a_merged_model_computes_what_the_adapted_one_does(from_run: bool) -> No
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match=r"merged.safetensors exists"):
         merged.merge_adapter(folder, out, None, False, None)
+
+
+def test_a_merged_file_says_what_it_holds() -> None:
+    folder, _ = run.finetune({**QUICK, "pretrained": True})
+    merged.merge_adapter(folder, Path("run.safetensors"), scale=0.5)
+    digest = json.loads((folder / "adapter/selective.json").read_text())["base"]["digest"]
+    expected = {
+        "format": "pt", "slora_version": slora.__version__, "model": "demo/letters_vit", "pretrained": "true",
+        "active_blocks": "36", "scale": "0.5", "base_fingerprint": digest,
+    }  # fmt: skip
+    with safe_open("run.safetensors", framework="pt") as file:
+        found = file.metadata()
+    assert json.loads(found.pop("classes")) == [str(digit) for digit in range(10)]
+    assert found == {**expected, "data": "digits", "method": "selective"}
+    merged.merge_adapter(folder / "adapter", Path("adapter.safetensors"), "demo/letters_vit", pretrained=True)
+    with safe_open("adapter.safetensors", framework="pt") as file:
+        assert file.metadata() == {**expected, "scale": "1.0"}
+    full, _ = run.finetune({**QUICK, "method": "full", "max_steps": 1})
+    merged.merge_adapter(full, Path("full.safetensors"), which="last")
+    with safe_open("full.safetensors", framework="pt") as file:
+        found = file.metadata()
+    assert (found["method"], found["active_blocks"], "base_fingerprint" in found) == ("full", "0", False)
 
 
 def test_an_adapter_without_its_run_needs_the_name_of_its_model() -> None:
