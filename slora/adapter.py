@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slora.adapter_files import CONFIG, FORMAT, PREFIX, SELECTIVE, WEIGHTS
 from slora.config import SelectiveLoRAConfig
 from slora.errors import BaseModelWarning, CheckpointError, SLoRAError, StateError
 from slora.files import json_text, read_json, text_writer, write_together
@@ -28,10 +29,6 @@ from slora.inject import inject, injection, unchanged_on_error, unload
 from slora.layers import LoRABlocks
 
 Model = TypeVar("Model", bound=nn.Module)
-
-WEIGHTS, CONFIG, SELECTIVE = "adapter_model.safetensors", "adapter_config.json", "selective.json"
-PREFIX = "base_model.model."
-FORMAT = 1
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:

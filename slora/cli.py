@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+from slora import __version__
 from slora.errors import CheckpointError, ConfigError, MissingDependencyError, SLoRAError
 
 try:
@@ -33,6 +34,9 @@ CHECKPOINT = (
 def main() -> None:
     """Run the command line; an error of slora's is one red line on stderr and exit code 2."""
     if typer is None:
+        if sys.argv[1:] == ["--version"]:
+            print(f"slora {__version__}")
+            sys.exit(0)
         if sys.argv[1:] == ["doctor"]:
             doctor()
             sys.exit(0)
@@ -71,7 +75,16 @@ def app() -> typer.Typer:
     return result
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"slora {__version__}")
+        raise typer.Exit
+
+
 def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where in the code an error arose. Also: SLORA_TRACEBACK=1.")
     ] = False,
@@ -126,13 +139,18 @@ def finetune(
         slora finetune --config run.yaml --lr 5e-4
         slora finetune --resume runs/vit_base_patch16_224-cifar100-selective
     """
+    from slora.training.request import read_request
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    # What is wrong with it is said before torch is imported, which takes seconds.
+    read_request(given, config, out, resume)
+
     from rich.console import Console
 
     from slora.training.run import finetune as run
     from slora.training.rundir import command, read_settings
     from slora.training.trainer import Interrupted
 
-    given = {name: value for name, value in settings.items() if value is not None}
     try:
         folder, result = run(given, config, out, resume, Console(stderr=True))
     except Interrupted as stop:

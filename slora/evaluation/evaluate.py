@@ -18,7 +18,8 @@ from slora.files import write_json
 from slora.model import disabled
 from slora.training import checkpoint
 from slora.training.batches import make_batches
-from slora.training.data import InputSpec, Source, check_name, open_data
+from slora.training.data import InputSpec, Source, open_data
+from slora.training.data_names import check_name
 from slora.training.run import build, load_result, rebuild
 from slora.training.rundir import EVALUATION, read_settings
 from slora.training.settings import TrainSettings

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from slora.adapter import SELECTIVE
+from slora.adapter_files import SELECTIVE
 from slora.errors import CheckpointError
 from slora.files import read_json
 from slora.report.page import Picture, Section, Table, scaled, write_page

@@ -11,7 +11,8 @@ from safetensors.torch import save_model
 from torch import nn
 
 from slora import __version__
-from slora.adapter import PREFIX, SELECTIVE, WEIGHTS, fingerprint, load_adapter
+from slora.adapter import fingerprint, load_adapter
+from slora.adapter_files import PREFIX, SELECTIVE, WEIGHTS
 from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.files import read_json, write_atomically
 from slora.gate import adapted_layers

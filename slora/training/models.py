@@ -1,11 +1,10 @@
-"""Models by name: `timm/NAME`, `open_clip/ARCH[:PRETRAINED]`, `demo/letters_vit`."""
+"""Models, built by name: `timm/NAME`, `open_clip/ARCH[:PRETRAINED]`, `demo/letters_vit`."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 
 from slora.errors import CheckpointError, ConfigError, MissingDependencyError
 from slora.training.data import InputSpec
-
-SOURCES = ("timm", "open_clip", "demo")
-DEMO = "letters_vit"
+from slora.training.model_names import DEMO, check_known, source_of
 
 
 class Built(NamedTuple):
@@ -60,33 +57,25 @@ def check_name(name: str | None, pretrained: bool = False) -> tuple[str, str, st
         ConfigError: the source, the architecture or the tag is unknown; near names are listed.
         MissingDependencyError: the package it comes from is not installed.
     """
-    if not name:
-        raise ConfigError(f"no model was named; use --model timm/NAME, open_clip/ARCH:PRETRAINED or demo/{DEMO}")
-    source, _, rest = name.partition("/")
-    if source not in SOURCES or not rest:
-        raise ConfigError(
-            f"model={name!r} does not say where it comes from; write timm/NAME, open_clip/ARCH:PRETRAINED "
-            f"or demo/{DEMO}"
-        )
+    source, rest = source_of(name)
     if source == "demo":
-        _known("model", rest, [DEMO], prefix="demo/")
         return source, rest, ""
     if source == "timm":
         timm = _imported("timm")
         architecture, _, tag = rest.partition(".")
         if architecture.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
             return source, rest, ""
-        _known("model", architecture, timm.list_models(), prefix="timm/")
+        check_known("model", architecture, timm.list_models(), prefix="timm/")
         if tag:
             tags = [full.partition(".")[2] for full in timm.list_pretrained(architecture + ".*")]
-            _known(f"pretrained tag of timm/{architecture}", tag, tags)
+            check_known(f"pretrained tag of timm/{architecture}", tag, tags)
         return source, architecture, tag
     open_clip = _imported("open_clip")
     architecture, _, tag = rest.partition(":")
-    _known("model", architecture, open_clip.list_models(), prefix="open_clip/")
+    check_known("model", architecture, open_clip.list_models(), prefix="open_clip/")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag:
-        _known(f"pretrained tag of open_clip/{architecture}", tag, tags)
+        check_known(f"pretrained tag of open_clip/{architecture}", tag, tags)
     elif pretrained:
         some = ", ".join(f"open_clip/{architecture}:{each}" for each in tags[:5]) or "none is known for it"
         raise ConfigError(f"pretrained open_clip weights have a name; write one of {some}")
@@ -204,14 +193,6 @@ def _imported(package: str) -> Any:
         raise MissingDependencyError(
             f'{package} cannot be imported ({str(error).strip().splitlines()[0]}); pip install "slora[train]"'
         ) from error
-
-
-def _known(what: str, name: str, names: Iterable[str], prefix: str = "") -> None:
-    known = list(names)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or known[:5]
-        listed = ", ".join(prefix + each for each in near) or "none"
-        raise ConfigError(f"{what} {prefix + name!r} is unknown; near names are {listed}")
 
 
 @contextlib.contextmanager

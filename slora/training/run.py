@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +11,15 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from slora.adapter import load_adapter, save_adapter, selective
-from slora.errors import CheckpointError, ConfigError, NonFiniteLossError, WriteError
+from slora.errors import CheckpointError, NonFiniteLossError, WriteError
 from slora.files import write_atomically, write_json, write_text
 from slora.gate import adapted_layers
 from slora.model import trainable_parameters
 from slora.training import checkpoint, models, rundir
-from slora.training.data import InputSpec, Source, check_name, open_data
+from slora.training.data import InputSpec, Source, open_data
+from slora.training.data_names import check_name
 from slora.training.methods import prepare
+from slora.training.request import read_request
 from slora.training.rundir import ADAPTER, CONFIG, EVALUATION, MODEL, RESULT, read_settings
 from slora.training.settings import TrainSettings
 from slora.training.trainer import TrainResult, train
@@ -49,28 +50,7 @@ def finetune(
         DataError, CheckpointError, TargetError: see `train`, `open_data` and `models.build`.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ConfigError(
-            f"WORLD_SIZE={processes}: slora finetune runs in one process; for several, call slora.training.train in a "
-            f"script of your own under accelerate launch"
-        )
-    start = None
-    if resume is not None:
-        if config is not None:
-            raise ConfigError("config and resume were both given; a resumed run takes its own config.yaml")
-        start = rundir.start_of(resume)
-        home = rundir.home_of(start)
-        settings = TrainSettings.from_yaml(home / CONFIG, **overrides)
-        checkpoint.check_settings(start, settings)
-        out = home if out is None else out
-    else:
-        settings = TrainSettings.from_yaml(config, **overrides) if config else TrainSettings.from_dict(overrides)
-    models.check_name(settings.model, settings.pretrained)
-    data = check_name(settings.data)
-    if out is None:
-        out = _free_folder(settings, data)
-    rundir.refuse_other_run(out, start)
+    settings, out, start = read_request(overrides, config, out, resume)
     model, spec, source = build(settings)
     torch.manual_seed(settings.seed)
     prepare(model, settings=settings)
@@ -201,12 +181,6 @@ def blocks_of(run_dir: Path, which: str) -> tuple[str, dict[str, Any]]:
     folder = checkpoint.chosen(run_dir, which)
     model = load_result(rebuild_for(run_dir, settings), settings, run_dir, folder)
     return folder.name, selective(model)
-
-
-def _free_folder(settings: TrainSettings, data: str) -> Path:
-    model = (settings.model or "").partition("/")[2].replace("/", "_").replace(":", "_")
-    label = Path(data.partition(":")[2]).name if ":" in data else data
-    return rundir.free(Path("runs") / f"{model}-{label}-{settings.method}")
 
 
 def _yaml(settings: TrainSettings) -> str:

@@ -10,6 +10,8 @@ model/            the result of full and linear: `model.safetensors`
 result.json       accuracy, time, FLOPs, active blocks; written last
 evaluation.json   written by slora.evaluation; evaluation-step-<step>.json for a checkpoint
 report.html       written by slora.report
+
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from slora.adapter import SELECTIVE
+from slora.adapter_files import SELECTIVE
 from slora.errors import CheckpointError, ConfigError
 from slora.files import cannot_write, read_json
-from slora.training import checkpoint
+from slora.training import checkpoint_folders
 from slora.training.settings import TrainSettings, read_yaml
 
 CONFIG, CLASSES, RESULT, EVALUATION = "config.yaml", "classes.json", "result.json", "evaluation.json"
@@ -64,9 +66,9 @@ def start_of(resume: Path) -> Path:
     Raises:
         CheckpointError: there is none; says how to start a run over that stopped before its first.
     """
-    if (resume / CONFIG).exists() and not checkpoint.checkpoints(resume / CHECKPOINTS):
+    if (resume / CONFIG).exists() and not checkpoint_folders.checkpoints(resume / CHECKPOINTS):
         raise CheckpointError(f"{resume} holds no checkpoint; start its run over with: {command(resume)}")
-    return checkpoint.newest(resume)
+    return checkpoint_folders.newest(resume)
 
 
 def home_of(start: Path) -> Path:
@@ -82,7 +84,7 @@ def refuse_other_run(out: Path, start: Path | None) -> None:
     Raises:
         ConfigError: `out` holds a run with something to lose.
     """
-    lasting = any((out / name).exists() for name in (RESULT, ADAPTER, MODEL)) or checkpoint.checkpoints(
+    lasting = any((out / name).exists() for name in (RESULT, ADAPTER, MODEL)) or checkpoint_folders.checkpoints(
         out / CHECKPOINTS
     )
     if lasting and (start is None or out.resolve() != home_of(start).resolve()):
@@ -143,7 +145,7 @@ def command(out: Path, start: Path | None = None, lr: float | None = None, into:
     words = ["slora", "finetune"]
     if start is not None:
         words += ["--resume", str(start)]
-    elif checkpoint.checkpoints(out / CHECKPOINTS):
+    elif checkpoint_folders.checkpoints(out / CHECKPOINTS):
         words += ["--resume", str(out)]
     else:
         words += ["--config", str(out / CONFIG)]
@@ -155,7 +157,7 @@ def command(out: Path, start: Path | None = None, lr: float | None = None, into:
 
 def after_a_full_disk(out: Path, start: Path | None) -> str:
     """Return what to run once there is room again."""
-    if start is not None and not checkpoint.checkpoints(out / CHECKPOINTS):
+    if start is not None and not checkpoint_folders.checkpoints(out / CHECKPOINTS):
         return f"Then run: {command(out, start, into=out)}"
     return f"Then run: {command(out)}"
 
@@ -163,12 +165,12 @@ def after_a_full_disk(out: Path, start: Path | None) -> str:
 def after_divergence(out: Path, start: Path | None, lr: float) -> str:
     """Return what to run after a loss that was not finite, at a learning rate below `lr`."""
     lr = min(lr / 10, 0.1)
-    found = checkpoint.checkpoints(out / CHECKPOINTS)
+    found = checkpoint_folders.checkpoints(out / CHECKPOINTS)
     if start is None or (found and found[-1].resolve() != start.resolve()):
         return f"Run: {command(out, lr=lr)}"
     elsewhere = out.resolve() != home_of(start).resolve()
     text = f"Run: {command(out, start, lr, into=out if elsewhere else None)}"
-    before = checkpoint.before(start)
+    before = checkpoint_folders.before(start)
     if before is not None:
         # Into another folder: this one holds the later checkpoint, which is not to be overwritten.
         return f"{text} and, to go back: {command(out, before, lr, into=out if elsewhere else free(out))}"
@@ -219,6 +221,6 @@ def without_blocks(run_dir: Path, method: str, what: str) -> ConfigError:
 def unfinished(missing: Path, run_dir: Path) -> CheckpointError:
     """Return the error for a run that has not written `missing` yet."""
     text = f"{missing} does not exist: the run is not finished; go on with: {command(run_dir)}"
-    if checkpoint.checkpoints(run_dir / CHECKPOINTS):
+    if checkpoint_folders.checkpoints(run_dir / CHECKPOINTS):
         text += ", or use what it has learned so far, with --checkpoint last"
     return CheckpointError(text)

@@ -13,7 +13,8 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from slora import ConfigError, DataError
-from slora.training.data import TORCHVISION, InputSpec, check_name, names, open_data
+from slora.training.data import InputSpec, open_data
+from slora.training.data_names import TORCHVISION, check_name, names
 
 DEMO = InputSpec(1, 16, (0.0,), (1.0,), "bilinear")
 
