@@ -23,6 +23,7 @@ from slora.errors import (
     SLoRAError,
     StateError,
     TargetError,
+    UnsavedParameterWarning,
     WriteError,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "ShapeError",
     "StateError",
     "TargetError",
+    "UnsavedParameterWarning",
     "WriteError",
     "active_blocks",
     "disabled",
@@ -80,8 +82,8 @@ _HOMES = {name: f"slora.{module}" for module, names in _LAZY.items() for name in
 
 # Modules of the core, which `import slora` alone gives as attributes, too.
 _MODULES = (
-    "adapter addmm arguments backends dropout files flops forms gate layers merging model ops probe reference room "
-    "tuning"
+    "adapter addmm arguments backends dropout files flops forms gate layers merging model names ops peft_format probe "
+    "reference room saved tuning"
 ).split()
 
 if not TYPE_CHECKING:

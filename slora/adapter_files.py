@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 WEIGHTS, CONFIG, SELECTIVE = "adapter_model.safetensors", "adapter_config.json", "selective.json"
-
 # What PEFT puts before the names of modules.
 PREFIX = "base_model.model."
 

@@ -31,7 +31,7 @@ class SelectiveLoRAConfig:
             must match the whole module name, or a list of names and name endings ("qkv", "attn.proj").
         exclude_modules: the same, for modules to leave alone.
         modules_to_save: names or name endings of modules that are trained in full and saved with the
-            adapter, such as a new classifier head.
+            adapter, such as a new classifier head, or of single parameters, such as CLIP's "logit_scale".
         rank_pattern: {regular expression on the end of a module name: rank}, overriding `r`.
         alpha_pattern: the same for `lora_alpha`.
         use_rslora: scale by `lora_alpha / sqrt(r)` (arXiv 2312.03732).

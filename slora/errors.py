@@ -39,6 +39,10 @@ class BaseModelWarning(UserWarning):
     """An adapter was loaded into a model of the right shapes with other values than it was trained on."""
 
 
+class UnsavedParameterWarning(UserWarning):
+    """Parameters that are trained were not saved with the adapter, because nothing names them."""
+
+
 class DataError(SLoRAError, ValueError):
     """A data set is missing, empty or damaged beyond what can be skipped."""
 
