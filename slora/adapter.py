@@ -70,10 +70,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     )
     forgotten = unsaved(model, record.saved)
     if forgotten:
-        more = f" and {len(forgotten) - 5} more" if len(forgotten) > 5 else ""
+        named = ", ".join(map(repr, forgotten[:5])) + (f" and {len(forgotten) - 5} more" if len(forgotten) > 5 else "")
         warnings.warn(
-            f"{', '.join(map(repr, forgotten[:5]))}{more} require gradients, but are not saved in {folder}; name them "
-            f"in modules_to_save of the config that slora.inject gets, or freeze them",
+            f"not all that requires gradients is saved in {folder}; missing: {named}. Name it "
+            f"in modules_to_save of the config that slora.inject gets, or freeze it",
             UnsavedParameterWarning,
             stacklevel=2,
         )

@@ -220,7 +220,7 @@ def without_blocks(run_dir: Path, method: str, what: str) -> ConfigError:
 
 def unfinished(missing: Path, run_dir: Path) -> CheckpointError:
     """Return the error for a run that has not written `missing` yet."""
-    text = f"{missing} does not exist: the run is not finished; go on with: {command(run_dir)}"
-    if checkpoint_folders.checkpoints(run_dir / CHECKPOINTS):
-        text += ", or use what it has learned so far, with --checkpoint last"
-    return CheckpointError(text)
+    # The command stands last, where it is easy to copy.
+    there = checkpoint_folders.checkpoints(run_dir / CHECKPOINTS)
+    hint = " (--checkpoint last takes what it has learned so far)" if there else ""
+    return CheckpointError(f"{missing} does not exist{hint}: the run is not finished; go on with: {command(run_dir)}")

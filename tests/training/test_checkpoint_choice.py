@@ -100,7 +100,7 @@ def test_an_interrupted_run_is_evaluated_merged_and_inspected_from_its_checkpoin
     assert evaluate(cut, which="best")["accuracy"]["top1"] == pytest.approx(accuracy[best])
     assert run.blocks_of(cut, "2")[0] == "step-00000002"
     assert merged.merge_adapter(cut, Path("cut.safetensors"), which="last") > 0
-    with pytest.raises(CheckpointError, match=r"not finished; go on with: .*, or use .*--checkpoint last"):
+    with pytest.raises(CheckpointError, match=r"\(--checkpoint last takes .*\): the run is not finished; go on with"):
         evaluate(cut)
 
 
