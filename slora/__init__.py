@@ -2,9 +2,15 @@
 
 A pretrained model gets gated LoRA blocks, training decides which few of them exist, and the rest of the model
 stays what it was. Start with `inject`; `slora.reference` states the mathematics.
+
+What needs torch is imported when it is first asked for, so that the command line answers a typo at once.
 """
 
-from slora.adapter import load_adapter, save_adapter
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from slora.config import SelectiveLoRAConfig
 from slora.errors import (
     BaseModelWarning,
@@ -18,14 +24,18 @@ from slora.errors import (
     SLoRAError,
     StateError,
     TargetError,
+    UnsavedParameterWarning,
     WriteError,
 )
-from slora.gate import ProximalGates, gate_penalty, penalty_at, release_frozen
-from slora.inject import inject, unload
-from slora.layers import SelectiveLoRALinear, gates_on_device
-from slora.merging import merge, merge_and_unload, unmerge
-from slora.model import active_blocks, disabled, parameter_groups, summary
-from slora.selection import freeze_gates, keep_blocks
+
+if TYPE_CHECKING:
+    from slora.adapter import load_adapter, save_adapter
+    from slora.gate import ProximalGates, gate_penalty, penalty_at, release_frozen
+    from slora.inject import inject, unload
+    from slora.layers import SelectiveLoRALinear, gates_on_device
+    from slora.merging.merge import merge, merge_and_unload, unmerge
+    from slora.model import active_blocks, disabled, parameter_groups, summary
+    from slora.selection import freeze_gates, keep_blocks
 
 __version__ = "0.1.0"
 
@@ -44,6 +54,7 @@ __all__ = [
     "ShapeError",
     "StateError",
     "TargetError",
+    "UnsavedParameterWarning",
     "WriteError",
     "active_blocks",
     "disabled",
@@ -63,3 +74,48 @@ __all__ = [
     "unload",
     "unmerge",
 ]
+
+_LAZY = {
+    "adapter": "load_adapter save_adapter",
+    "gate": "ProximalGates gate_penalty penalty_at release_frozen",
+    "inject": "inject unload",
+    "layers": "SelectiveLoRALinear gates_on_device",
+    "merging": "merge merge_and_unload unmerge",
+    "model": "active_blocks disabled parameter_groups summary",
+    "selection": "freeze_gates keep_blocks",
+}
+_HOMES = {name: f"slora.{module}" for module, names in _LAZY.items() for name in names.split()}
+
+# Modules of the core, which `import slora` alone gives as attributes, too.
+_MODULES = (
+    "adapter addmm arguments backends dropout features files flops forms gate gate_rule layers merging model names ops "
+    "peft_format probe reference retention room saved selection tuning"
+).split()
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            value = getattr(importlib.import_module(_HOMES[name]), name)
+            globals()[name] = value
+            return value
+        if name in _MODULES:
+            return importlib.import_module(f"slora.{name}")
+        raise AttributeError(f"module 'slora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
+
+
+class _Package(ModuleType):
+    """This package: its name `inject` is the function, also after the import of the submodule of that name."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python binds a submodule to its package when it is first imported.
+        if name == "inject" and isinstance(value, ModuleType):
+            value = value.inject
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -3,6 +3,10 @@
 The first two use PEFT's names for tensors and settings; the third holds what PEFT does not know: gates,
 threshold, and which base model the adapter belongs to. Only active blocks are written. Several blocks on one
 linear become one LoRA pair of their summed rank: A stacked, B block-diagonal. Nothing is pickled.
+
+Single parameters that `modules_to_save` names stand among the tensors under their own names, not in
+`adapter_config.json`: there PEFT knows of modules only. PEFT 0.21 loads them into the model, so that its output is the
+same, but takes them for the model's own and does not save them again.
 """
 
 from __future__ import annotations
@@ -20,22 +24,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from slora.adapter_files import CONFIG, FORMAT, PREFIX, SELECTIVE, WEIGHTS
 from slora.config import SelectiveLoRAConfig
-from slora.errors import BaseModelWarning, CheckpointError, SLoRAError, StateError
+from slora.errors import BaseModelWarning, CheckpointError, SLoRAError, StateError, UnsavedParameterWarning
 from slora.files import json_text, read_json, text_writer, write_together
 from slora.gate import adapted_layers
 from slora.inject import inject, injection, unchanged_on_error, unload
 from slora.layers import LoRABlocks
+from slora.peft_format import peft_config, stacked_pair
+from slora.saved import Saved, unsaved
 
 Model = TypeVar("Model", bound=nn.Module)
-
-WEIGHTS, CONFIG, SELECTIVE = "adapter_model.safetensors", "adapter_config.json", "selective.json"
-PREFIX = "base_model.model."
-FORMAT = 1
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` into `directory`: all files, or none where one of them cannot be written.
+
+    Parameters that require gradients but belong neither to a block nor to `modules_to_save` are not saved: an
+    `UnsavedParameterWarning` names them.
 
     Raises:
         StateError: the model is not adapted, or is merged.
@@ -43,31 +49,34 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     record = injection(model)
     layers = dict(adapted_layers(model))
-    if any(layer.merged for layer in layers.values()):
-        raise StateError("the model is merged; call slora.unmerge(model) before saving its adapter")
+    content = selective(model)
     folder = Path(directory)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if layer.activity().active:
             A, B = stacked_pair(layer)
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
-    for name in record.modules_to_save:
+    for name in record.saved.modules:
         for key, value in model.get_submodule(name).state_dict().items():
-            # A copy: safetensors refuses tensors that share memory, as tied weights do.
-            tensors[f"{PREFIX}{name}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-    selective = {
-        "format": FORMAT,
-        "config": record.config.to_dict(),
-        "layers": {name: _layer_entry(name, layer) for name, layer in layers.items()},
-        "base": fingerprint(model),
-    }
+            tensors[f"{PREFIX}{name}.{key}"] = _copy(value)
+    for name in record.saved.parameters:
+        tensors[f"{PREFIX}{name}"] = _copy(model.get_parameter(name))
     write_together(
         {
             folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            folder / CONFIG: text_writer(json_text(peft_config(record.config, layers, record.modules_to_save))),
-            folder / SELECTIVE: text_writer(json_text(selective)),
+            folder / CONFIG: text_writer(json_text(peft_config(record.config, layers, record.saved.modules))),
+            folder / SELECTIVE: text_writer(json_text(content)),
         }
     )
+    forgotten = unsaved(model, record.saved)
+    if forgotten:
+        named = ", ".join(map(repr, forgotten[:5])) + (f" and {len(forgotten) - 5} more" if len(forgotten) > 5 else "")
+        warnings.warn(
+            f"not all that requires gradients is saved in {folder}; missing: {named}. Name it "
+            f"in modules_to_save of the config that slora.inject gets, or freeze it",
+            UnsavedParameterWarning,
+            stacklevel=2,
+        )
 
 
 def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
@@ -84,15 +93,13 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     folder = Path(directory)
     if not (folder / SELECTIVE).exists():
         raise CheckpointError(f"{folder / SELECTIVE} does not exist; give a directory that slora.save_adapter wrote")
-    selective = read_json(folder / SELECTIVE)
+    content = read_json(folder / SELECTIVE)
     tensors = _read_tensors(folder / WEIGHTS)
     try:
-        if selective["format"] != FORMAT:
-            raise CheckpointError(
-                f"{folder / SELECTIVE} has format {selective['format']!r}; this version reads {FORMAT}"
-            )
-        config = SelectiveLoRAConfig.from_dict(selective["config"])
-        entries, base = dict(selective["layers"]), selective["base"]
+        if content["format"] != FORMAT:
+            raise CheckpointError(f"{folder / SELECTIVE} has format {content['format']!r}; this version reads {FORMAT}")
+        config = SelectiveLoRAConfig.from_dict(content["config"])
+        entries, base = dict(content["layers"]), content["base"]
         base = {"class": base["class"], "shapes": dict(base["shapes"]), "digest": base["digest"]}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / SELECTIVE} is incomplete or damaged ({error!r})") from error
@@ -141,7 +148,7 @@ def _fill(
             raise
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise CheckpointError(f"{folder / SELECTIVE}: the entry of {name!r} is damaged ({error!r})") from error
-    saved = _saved_state(model, injection(model).modules_to_save, unread, folder)
+    saved = _saved_state(model, injection(model).saved, unread, folder)
     if unread:
         raise CheckpointError(
             f"{folder / WEIGHTS} holds {min(unread)!r}, which has no place in this model; load it into the plain "
@@ -156,48 +163,25 @@ def _fill(
             present[key].copy_(value)
 
 
-@torch.no_grad()
-def stacked_pair(layer: LoRABlocks) -> tuple[Tensor, Tensor]:
-    """Return the active blocks of `layer` as one pair on the CPU: `A [n * r, in]`, block-diagonal `B [out, n * r]`."""
-    active = list(layer.activity().active)
-    A = layer.lora_A[active].reshape(-1, layer.lora_A.shape[-1])
-    n, r = layer.lora_B.shape[1:]
-    B = layer.lora_B.new_zeros(layer.blocks * n, len(active) * r)
-    for j, i in enumerate(active):
-        B[i * n : (i + 1) * n, j * r : (j + 1) * r] = layer.lora_B[i]
-    return A.cpu().contiguous(), B.cpu().contiguous()
+def _copy(value: Tensor) -> Tensor:
+    # safetensors refuses tensors that share memory, as tied weights do.
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def peft_config(
-    config: SelectiveLoRAConfig, layers: Mapping[str, LoRABlocks], modules_to_save: tuple[str, ...]
-) -> dict[str, Any]:
-    """Return `adapter_config.json`: the active layers as a PEFT LoRA, ranks and alphas of stacked blocks summed."""
-    ranks, alphas = {}, {}
-    for name, layer in layers.items():
-        count = len(layer.activity().active)
-        if not count:
-            continue
-        # PEFT divides alpha by the stacked rank (or its root), so alpha grows with it and the factor stays c.
-        r, alpha = count * layer.r, layer.lora_alpha * (count**0.5 if config.use_rslora else count)
-        if r != config.r:
-            ranks[name] = r
-        if alpha != config.lora_alpha:
-            alphas[name] = alpha
+def selective(model: nn.Module) -> dict[str, Any]:
+    """Return the content of `selective.json`: config, `{layer: r, blocks, active, gate}` and the base's fingerprint.
+
+    Raises:
+        StateError: the model is not adapted, is merged, or a gate is not finite.
+    """
+    layers = dict(adapted_layers(model))
+    if any(layer.merged for layer in layers.values()):
+        raise StateError("the model is merged; call slora.unmerge(model) before saving its adapter")
     return {
-        "peft_type": "LORA",
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "target_modules": [name for name, layer in layers.items() if layer.activity().active],
-        "modules_to_save": list(modules_to_save) or None,
-        "rank_pattern": {f"^{name}$": rank for name, rank in ranks.items()},
-        "alpha_pattern": {f"^{name}$": alpha for name, alpha in alphas.items()},
-        "use_rslora": config.use_rslora,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "task_type": None,
-        "base_model_name_or_path": None,
+        "format": FORMAT,
+        "config": injection(model).config.to_dict(),
+        "layers": {name: _layer_entry(name, layer) for name, layer in layers.items()},
+        "base": fingerprint(model),
     }
 
 
@@ -304,19 +288,19 @@ def _block_state(
     return state
 
 
-def _saved_state(
-    model: nn.Module, modules: tuple[str, ...], tensors: dict[str, Tensor], folder: Path
-) -> dict[str, Tensor]:
+def _saved_state(model: nn.Module, saved: Saved, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Take what `modules_to_save` saved out of `tensors`."""
+    present: dict[str, Tensor] = {name: model.get_parameter(name) for name in saved.parameters}
+    for name in saved.modules:
+        present |= {f"{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
     state = {}
-    for name in modules:
-        for key, value in model.get_submodule(name).state_dict().items():
-            saved = _tensor(tensors, f"{PREFIX}{name}.{key}", folder)
-            if saved.shape != value.shape:
-                raise CheckpointError(
-                    f"{folder / WEIGHTS}: {name}.{key} has shape {list(saved.shape)}, the model's has "
-                    f"{list(value.shape)}; build the model with the same number of outputs"
-                )
-            state[f"{name}.{key}"] = saved
+    for name, value in present.items():
+        state[name] = _tensor(tensors, f"{PREFIX}{name}", folder)
+        if state[name].shape != value.shape:
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} has shape {list(state[name].shape)}, the model's has "
+                f"{list(value.shape)}; build the model with the same number of outputs"
+            )
     return state
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+from slora import __version__
 from slora.errors import CheckpointError, ConfigError, MissingDependencyError, SLoRAError
 
 try:
@@ -24,11 +25,18 @@ NEEDS_TRAIN = (
     "Without it there is slora doctor"
 )
 INTERRUPTED = 130
+CHECKPOINT = (
+    "A checkpoint of the run, finished or not: best (on the evaluation data), last, or the number of a step. "
+    "[default: the run's result]"
+)
 
 
 def main() -> None:
     """Run the command line; an error of slora's is one red line on stderr and exit code 2."""
     if typer is None:
+        if sys.argv[1:] == ["--version"]:
+            print(f"slora {__version__}")
+            sys.exit(0)
         if sys.argv[1:] == ["doctor"]:
             doctor()
             sys.exit(0)
@@ -67,7 +75,16 @@ def app() -> typer.Typer:
     return result
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"slora {__version__}")
+        raise typer.Exit
+
+
 def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
     traceback: Annotated[
         bool, typer.Option("--traceback", help="Show where in the code an error arose. Also: SLORA_TRACEBACK=1.")
     ] = False,
@@ -125,6 +142,12 @@ def finetune(
         slora finetune --config run.yaml --lr 5e-4
         slora finetune --resume runs/vit_base_patch16_224-cifar100-selective
     """
+    from slora.training.request import read_request
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    # What is wrong with it is said before torch is imported, which takes seconds.
+    read_request(given, config, out, resume)
+
     from rich.console import Console
 
     from slora.training.outcome import explained
@@ -132,7 +155,6 @@ def finetune(
     from slora.training.rundir import command, read_settings
     from slora.training.trainer import Interrupted
 
-    given = {name: value for name, value in settings.items() if value is not None}
     try:
         folder, result = run(given, config, out, resume, Console(stderr=True))
     except Interrupted as stop:
@@ -172,15 +194,18 @@ def evaluate(
         typer.Option(help="Images per forward pass. [default: the run's]"),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto or cpu. [default: the run's]")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help=CHECKPOINT)] = None,
 ) -> None:
     """Measure what a fine-tuned model can do, and what it still knows of a data set from before.
 
     Accuracy on the run's own data; with --source, weighted k-NN (temperature 0.07) on the features of that data
-    set, with the model before and after fine-tuning. Writes evaluation.json into the run directory.
+    set, with the model before and after fine-tuning. Writes evaluation.json into the run directory, or
+    evaluation-step-STEP.json for a checkpoint.
 
     \b
-    Example:
+    Examples:
         slora evaluate runs/letters_vit-digits-selective --source letters
+        slora evaluate runs/letters_vit-digits-selective --checkpoint best
     """
     from slora.evaluation.evaluate import evaluate as measure
 
@@ -194,9 +219,11 @@ def evaluate(
         "eval_batch_size": eval_batch_size,
         "device": device,
     }
-    result = measure(run, source, neighbours, **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    result = measure(run, source, neighbours, checkpoint, **given)
     scores = result["accuracy"]
-    print(f"accuracy on {scores['data']} ({scores['count']} images)")
+    whose = "" if result["checkpoint"] is None else f" of {result['checkpoint']}"
+    print(f"accuracy{whose} on {scores['data']} ({scores['count']} images)")
     print(f"  top-1 {scores['top1']:.2%}   top-5 {scores['top5']:.2%}   mean over classes {scores['per_class']:.2%}")
     if result["knn"] is not None:
         knn = result["knn"]
@@ -205,7 +232,8 @@ def evaluate(
         for number, before in knn["before"].items():
             after = knn["after"][number]
             print(f"  {number:>4} {before:8.2%} {after:8.2%} {100 * (after - before):+8.2f}")
-    print(f"put it on the page of the run with: {shlex.join(['slora', 'report', str(run)])}")
+    if checkpoint is None:
+        print(f"put it on the page of the run with: {shlex.join(['slora', 'report', str(run)])}")
 
 
 def merge(
@@ -223,47 +251,56 @@ def merge(
         typer.Option(help="Outputs of the classifier head. [default: those of the head in the adapter]"),
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor on the update; between 0 and 1 it interpolates.")] = 1.0,
+    checkpoint: Annotated[str | None, typer.Option(help=CHECKPOINT)] = None,
 ) -> None:
     """Fold the active blocks of an adapter into its model and write plain weights.
 
     \b
     Examples:
         slora merge runs/letters_vit-digits-selective --out merged.safetensors
+        slora merge runs/letters_vit-digits-selective --checkpoint best --out best.safetensors
         slora merge my-adapter --model timm/vit_base_patch16_224 --pretrained --out merged.safetensors
     """
-    from slora.training.run import merge_adapter
+    from slora.training.merged import merge_adapter
 
-    count = merge_adapter(adapter, out, model, pretrained, classes, scale)
+    count = merge_adapter(adapter, out, model, pretrained, classes, scale, checkpoint)
     print(f"{count} block{'' if count == 1 else 's'} merged; {out} holds the plain model")
 
 
 def inspect(
     folder: Annotated[Path, typer.Argument(help="Adapter directory, or run directory of slora finetune.")],
+    checkpoint: Annotated[str | None, typer.Option(help=CHECKPOINT)] = None,
 ) -> None:
     """Show which blocks of an adapter live: '#' active, '.' inactive, with their gates.
 
     \b
-    Example:
+    Examples:
         slora inspect runs/letters_vit-digits-selective
+        slora inspect runs/letters_vit-digits-selective --checkpoint last
     """
     from slora.files import read_json
-    from slora.training.outcome import explained
     from slora.training.recorder import METRICS, read_metrics
     from slora.training.rundir import CONFIG, adapter_of, read_settings
 
+    if checkpoint is not None:
+        from slora.training.run import blocks_of
+
+        name, content = blocks_of(folder, checkpoint)
+        _show_blocks(content)
+        print(f"checkpoint {name}")
+        return
     home = adapter_of(folder)
-    content = read_json(home / "selective.json")
     try:
-        print(_table(content["layers"], content["base"]["shapes"]))
-        print(f"threshold {content['config']['threshold']}; base model {content['base']['class']}")
-        active = sum(len(entry["active"]) for entry in content["layers"].values())
-        blocks = sum(entry["blocks"] for entry in content["layers"].values())
+        content = read_json(home / "selective.json")
+        active, blocks = _show_blocks(content)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{home / 'selective.json'} is incomplete or damaged ({error})") from error
     if (folder / "result.json").exists():
         result = read_json(folder / "result.json")
         if result.get("accuracy") is not None:
             print(f"accuracy {result['accuracy']:.2%} after {result['steps']} steps, {_seconds(result['seconds'])}")
+    from slora.training.outcome import explained
+
     settings = read_settings(folder).to_dict() if (folder / CONFIG).exists() else content["config"]
     records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
     if text := explained(active, blocks, settings, records):
@@ -295,6 +332,14 @@ def doctor() -> None:
     from slora.doctor import main as show
 
     show()
+
+
+def _show_blocks(content: dict[str, Any]) -> tuple[int, int]:
+    """Print the blocks of an adapter and return how many there are: (active, all)."""
+    print(_table(content["layers"], content["base"]["shapes"]))
+    print(f"threshold {content['config']['threshold']}; base model {content['base']['class']}")
+    layers = content["layers"].values()
+    return sum(len(entry["active"]) for entry in layers), sum(entry["blocks"] for entry in layers)
 
 
 def _table(layers: dict[str, Any], shapes: dict[str, list[int]]) -> str:

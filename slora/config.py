@@ -7,11 +7,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from slora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 Inactive = Literal["exact", "probe", "frozen"]
 Unit = Literal["blocks", "parameters", "flops"]
@@ -31,7 +32,7 @@ class SelectiveLoRAConfig:
             must match the whole module name, or a list of names and name endings ("qkv", "attn.proj").
         exclude_modules: the same, for modules to leave alone.
         modules_to_save: names or name endings of modules that are trained in full and saved with the
-            adapter, such as a new classifier head.
+            adapter, such as a new classifier head, or of single parameters, such as CLIP's "logit_scale".
         rank_pattern: {regular expression on the end of a module name: rank}, overriding `r`.
         alpha_pattern: the same for `lora_alpha`.
         use_rslora: scale by `lora_alpha / sqrt(r)` (arXiv 2312.03732).
@@ -103,12 +104,8 @@ class SelectiveLoRAConfig:
         for name in ("probe_every", "probe_rows"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive integer")
-        if self.base_dtype is not None and not (
-            isinstance(self.base_dtype, torch.dtype) and self.base_dtype.is_floating_point
-        ):
-            raise ConfigError(
-                f"base_dtype={self.base_dtype!r} is not a floating-point torch.dtype such as torch.bfloat16"
-            )
+        if self.base_dtype is not None:
+            _check_dtype("base_dtype", self.base_dtype)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str) and value != "all-linear":
@@ -157,10 +154,7 @@ class SelectiveLoRAConfig:
             raise ConfigError(f"unknown config fields {unknown}; known are {sorted(known)}")
         values = dict(fields)
         if isinstance(values.get("base_dtype"), str):
-            dtype = getattr(torch, values["base_dtype"], None)
-            if dtype is None:
-                raise ConfigError(f"base_dtype={values['base_dtype']!r} is not the name of a torch dtype")
-            values["base_dtype"] = dtype
+            values["base_dtype"] = _dtype_named("base_dtype", values["base_dtype"])
         return cls(**values)
 
 
@@ -223,6 +217,23 @@ def _check_rank(name: str, value: object) -> None:
 def _check_alpha(name: str, value: float) -> None:
     if not _is_finite(value) or value <= 0:
         raise ConfigError(f"{name}={value!r} is not a positive finite number")
+
+
+def _check_dtype(name: str, value: object) -> None:
+    # Here and below, because everything else in a config can be checked without torch.
+    import torch
+
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise ConfigError(f"{name}={value!r} is not a floating-point torch.dtype such as torch.bfloat16")
+
+
+def _dtype_named(name: str, value: str) -> torch.dtype:
+    import torch
+
+    dtype: torch.dtype | None = getattr(torch, value, None)
+    if dtype is None:
+        raise ConfigError(f"{name}={value!r} is not the name of a torch dtype")
+    return dtype
 
 
 def _check_pattern(name: str, pattern: object) -> None:

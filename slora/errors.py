@@ -43,6 +43,10 @@ class GateRuleWarning(UserWarning):
     """An optimizer moves gates by a rule that cannot tell useful blocks from others."""
 
 
+class UnsavedParameterWarning(UserWarning):
+    """Parameters that are trained were not saved with the adapter, because nothing names them."""
+
+
 class DataError(SLoRAError, ValueError):
     """A data set is missing, empty or damaged beyond what can be skipped."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,8 @@ from slora.config import SelectiveLoRAConfig, matches_pattern
 from slora.errors import StateError, TargetError
 from slora.gate import GateMirror, adapted_layers
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear
+from slora.names import ends_with, inside, near, no_match
+from slora.saved import Saved, saved_parts
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,6 +27,12 @@ class Injection(NamedTuple):
 
     config: SelectiveLoRAConfig
     modules_to_save: tuple[str, ...]
+    parameters_to_save: tuple[str, ...] = ()
+
+    @property
+    def saved(self) -> Saved:
+        """What is trained in full."""
+        return Saved(self.modules_to_save, self.parameters_to_save)
 
 
 def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
@@ -53,8 +60,8 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
     lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise TargetError(f"{lazy[0]!r} of a lazy module has no shape yet; run the model once, then inject")
-    saved = saved_modules(model, config)
-    found = {name: kind for name, kind in targets(model, config).items() if not _inside(name, saved)}
+    saved = saved_parts(model, config)
+    found = {name: kind for name, kind in targets(model, config).items() if not inside(name, saved.modules)}
     if not found:
         raise TargetError(
             "exclude_modules and modules_to_save leave no layer to adapt; remove entries, or name more target_modules"
@@ -62,7 +69,8 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, field) or ():
             if not any(matches_pattern(pattern, name) for name in found):
-                raise _nothing(field, pattern, list(found), "layer that is adapted")
+                raise no_match(field, pattern, list(found), "layer that is adapted")
+    _refuse_bases(model, found, saved)
     for name, kind in found.items():
         kind.choose_blocks(config, model.get_submodule(name), name)
     mirror = GateMirror()
@@ -73,11 +81,11 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
         for name, kind in found.items():
             module = model.get_submodule(name)
             new[module] = _adapted(kind, module, config, name, mirror)
-        for name in saved:
-            model.get_submodule(name).requires_grad_(True)
+        for parameter in saved.of(model):
+            parameter.requires_grad_(True)
     swap(model, new)
     _set_fused_encoders(model)
-    model._slora = Injection(config, saved)  # type: ignore[assignment]
+    model._slora = Injection(config, *saved)  # type: ignore[assignment]
     return model
 
 
@@ -138,7 +146,7 @@ def targets(model: nn.Module, config: SelectiveLoRAConfig) -> dict[str, type[LoR
     excluded = _matching(config.exclude_modules, candidates, model, "exclude_modules")
     if config.target_modules == "all-linear":
         heads = head_names(model)
-        chosen = {name for name in candidates if not _inside(name, heads)}
+        chosen = {name for name in candidates if not inside(name, heads)}
         if not chosen:
             raise _no_linear(model, list(candidates))
     else:
@@ -154,20 +162,20 @@ def targets(model: nn.Module, config: SelectiveLoRAConfig) -> dict[str, type[LoR
     return {name: kind for name, kind in candidates.items() if name in chosen - excluded}
 
 
-def saved_modules(model: nn.Module, config: SelectiveLoRAConfig) -> tuple[str, ...]:
-    """Return the names of the modules that `config.modules_to_save` selects.
-
-    Raises:
-        TargetError: an entry matches no module.
-    """
-    names = [name for name, _ in model.named_modules() if name]
-    chosen: list[str] = []
-    for entry in config.modules_to_save or ():
-        hits = [name for name in names if _ends_with(name, entry)]
-        if not hits:
-            raise _nothing("modules_to_save", entry, names)
-        chosen += [hit for hit in hits if hit not in chosen]
-    return tuple(chosen)
+def _refuse_bases(model: nn.Module, found: Mapping[str, type[LoRABlocks]], saved: Saved) -> None:
+    """Refuse to train in full what the blocks of an adapted layer are added to."""
+    bases = {}
+    for name, kind in found.items():
+        module = model.get_submodule(name)
+        for attribute in (kind.weight_name, kind.bias_name):
+            bases[module._parameters.get(attribute)] = name
+    for name in saved.parameters:
+        layer = bases.get(model.get_parameter(name))
+        if layer is not None:
+            raise TargetError(
+                f"modules_to_save names {name!r}, but {layer!r} is adapted and keeps its weight and bias; name "
+                f"the layer itself to train it in full instead, or list it in exclude_modules"
+            )
 
 
 def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
@@ -240,7 +248,7 @@ def _matching(
     chosen: set[str] = set()
     for entry in entries:
         whole = isinstance(patterns, str)
-        matches = functools.partial(re.fullmatch, entry) if whole else functools.partial(_ends_with, ending=entry)
+        matches = functools.partial(re.fullmatch, entry) if whole else functools.partial(ends_with, ending=entry)
         hits = {name for name in candidates if matches(name)}
         if not hits:
             others = [(name, type(m).__name__) for name, m in model.named_modules() if name and matches(name)]
@@ -251,7 +259,7 @@ def _matching(
                 )
             if whole:
                 raise _no_whole_name(field, entry, list(candidates))
-            raise _nothing(field, entry, list(candidates))
+            raise no_match(field, entry, list(candidates))
         chosen |= hits
     return chosen
 
@@ -275,30 +283,12 @@ def _no_linear(model: nn.Module, heads: Sequence[str] = ()) -> TargetError:
     return TargetError(f"{kind} has no linear layer {'below its head ' if heads else ''}to adapt; {remedy}")
 
 
-def _ends_with(name: str, ending: str) -> bool:
-    return name == ending or name.endswith("." + ending)
-
-
-def _inside(name: str, parents: Sequence[str]) -> bool:
-    return any(name == parent or name.startswith(parent + ".") for parent in parents)
-
-
 def _no_whole_name(field: str, expression: str, names: Sequence[str]) -> TargetError:
     text = f"{field}={expression!r} is a string, so a regular expression for whole names of modules, and matches none"
     endings = [entry.strip() for entry in expression.split(",")]
-    if all(any(_ends_with(name, ending) for name in names) for ending in endings):
+    if all(any(ends_with(name, ending) for name in names) for ending in endings):
         return TargetError(f"{text}; for the modules whose names end so, use a list: {field}={endings}")
-    return TargetError(f"{text}; near names are {', '.join(map(repr, _near(expression, names)))}")
-
-
-def _nothing(field: str, entry: str, names: Sequence[str], what: str = "module") -> TargetError:
-    near = ", ".join(map(repr, _near(entry, names)))
-    return TargetError(f"{field} entry {entry!r} matches no {what}; near names are {near}")
-
-
-def _near(entry: str, names: Sequence[str]) -> list[str]:
-    endings = dict.fromkeys([*names, *(".".join(n.split(".")[-k:]) for n in names for k in (1, 2))])
-    return difflib.get_close_matches(entry, endings, n=5, cutoff=0.4) or list(endings)[:5]
+    return TargetError(f"{text}; near names are {', '.join(near(expression, names))}")
 
 
 def _set_fused_encoders(model: nn.Module) -> None:

@@ -278,6 +278,44 @@ def test_merge_and_inspect_read_a_run(slora: Callable[..., Outcome], tmp_path: P
     assert slora("merge", "run", "--out", "merged.safetensors").code == 2
 
 
+def test_a_checkpoint_is_evaluated_merged_and_inspected_by_its_step(
+    slora: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    assert slora("finetune", *QUICK, "--out", "run").code == 0
+    outcome = slora("evaluate", "run", "--checkpoint", "2")
+    assert outcome.code == 0, outcome.err
+    assert "accuracy of step-00000002 on digits (40 images)" in outcome.out
+    assert "slora report" not in outcome.out
+    outcome = slora("inspect", "run", "--checkpoint", "best")
+    assert outcome.code == 0, outcome.err
+    assert "36 of 36 blocks active (100.0%)" in outcome.out
+    assert outcome.out.splitlines()[-1] == "checkpoint step-00000004"
+    outcome = slora("merge", "run", "--checkpoint", "last", "--out", "merged.safetensors")
+    assert outcome.out == "36 blocks merged; merged.safetensors holds the plain model\n"
+    for command in (["evaluate", "run"], ["inspect", "run"], ["merge", "run", "--out", "x.safetensors"]):
+        outcome = slora(*command, "--checkpoint", "3")
+        assert outcome.code == 2
+        assert "run has no checkpoint of step 3; there are 2, 4" in outcome.err
+
+
+def test_the_size_of_images_and_more_arguments_of_the_model_are_kept_with_the_run(
+    slora: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    tiny = "--model timm/vit_tiny_patch16_224 --img-size 32 --model-args depth=1,init_values=1e-5 --max-steps 1".split()
+    outcome = slora("finetune", *QUICK, *tiny, "--out", "run")
+    assert outcome.code == 0, outcome.err
+    config = (tmp_path / "run/config.yaml").read_text()
+    assert "\nimg_size: 32\nmodel_args:\n  depth: 1\n  init_values: 1.0e-05\n" in config
+    assert slora("evaluate", "run").code == 0
+    assert slora("merge", "run", "--checkpoint", "last", "--out", "x").code == 0
+    outcome = slora("finetune", "--resume", "run", "--img-size", "48")
+    assert outcome.code == 2
+    assert "was written with img_size=32, this run has 48" in outcome.err
+    outcome = slora("finetune", *QUICK, *tiny, "--model-args", "dept=1", "--out", "other")
+    assert outcome.code == 2
+    assert "model_args holds 'dept', which timm/vit_tiny_patch16_224 does not take" in outcome.err
+
+
 @pytest.mark.parametrize("method", ["linear", "full"])
 def test_inspect_and_merge_name_what_a_run_without_blocks_holds(slora: Callable[..., Outcome], method: str) -> None:
     assert slora("finetune", *QUICK, "--method", method, "--max-steps", "1", "--out", "run").code == 0
@@ -374,20 +412,78 @@ def test_doctor_shows_versions_and_how_to_get_what_is_missing(
     assert "SLORA_BACKEND='fastest' is unknown" in rows["SLORA_BACKEND"]
 
 
-def test_every_command_needs_only_what_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+HEAVY = ("torch", "torchvision", "timm", "open_clip", "accelerate", "numpy")
+
+
+def without_torch(*arguments: str) -> tuple[int, str]:
+    """Run a command line in a new interpreter, which must not import anything heavy; return its code and output."""
     import subprocess
 
     code = (
-        "import sys, slora.cli; print([m for m in ('torchvision', 'timm', 'rich', 'accelerate') if m in sys.modules])"
+        f"import sys; sys.argv = {['slora', *arguments]!r}\n"
+        f"import slora.cli\n"
+        f"try:\n    slora.cli.main()\n"
+        f"finally:\n    assert 'torch' not in sys.modules\n    print([m for m in {HEAVY!r} if m in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() in ("[]", "['rich']")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["fintune"], 2, "No such command 'fintune'"),
+        (["finetune", "--lrr", "1"], 2, "No such option: --lrr"),
+        (["finetune", "--lr", "abc"], 2, "Invalid value for '--lr'"),
+        (["finetune", "--method", "foo"], 2, "method='foo' is not 'selective' or"),
+        (["finetune", "--data", "digitz"], 2, "data='digitz' is unknown; near names are digits"),
+        (["finetune", "--data", "digits", "--model", "vit"], 2, "model='vit' does not say where it comes from"),
+        (["finetune", "--data", "digits", "--model", "demo/leters"], 2, "near names are demo/letters_vit"),
+        (["finetune", "--data", "digits", "--model", "timm/x", "--modules-to-save", "?"], 2, "modules_to_save='?'"),
+        (["finetune", "--resume", "absent"], 2, "absent holds no checkpoint"),
+        (["inspect", "absent"], 2, "selective.json does not exist"),
+        (["finetune", "--help"], 0, "Fine-tune a pretrained model"),
+        (["--version"], 0, "slora "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_arguments_and_help_are_answered_without_torch(arguments: list[str], code: int, text: str) -> None:
+    found, output = without_torch(*arguments)
+    assert found == code
+    assert text in output
+
+
+def test_settings_that_a_resumed_run_has_to_keep_are_checked_without_torch(
+    slora: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    assert slora("finetune", *QUICK, "--max-steps", "1", "--out", "run").code == 0
+    code, output = without_torch("finetune", "--resume", "run", "--batch-size", "9")
+    assert code == 2
+    assert "was written with batch_size=8, this run has 9" in output
+    code, output = without_torch("finetune", *QUICK, "--out", "run")
+    assert code == 2
+    assert "run holds a run already" in output
+
+
+def test_the_version_is_stated_once(slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import version
+
+    from slora import __version__
+
+    assert slora("--version").out == f"slora {__version__}\n"
+    assert version("slora") == __version__
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert __version__ not in text
+    assert 'version = {attr = "slora.__version__"}' in text
+    monkeypatch.setattr(cli, "typer", None)
+    assert slora("--version").out == f"slora {__version__}\n"
 
 
 def test_merging_into_other_weights_than_the_adapters_is_refused_and_writes_nothing(tmp_path: Path) -> None:
     import slora
     from slora.demo.model import load_pretrained
-    from slora.training.run import merge_adapter
+    from slora.training.merged import merge_adapter
 
     model = slora.inject(load_pretrained(10), slora.SelectiveLoRAConfig(r=2, modules_to_save=["head"]))
     slora.save_adapter(model, tmp_path / "adapter")

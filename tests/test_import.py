@@ -15,6 +15,9 @@ EXTRAS = (
 # None in sys.modules is how Python itself says that a package cannot be imported.
 BLOCK = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS!r}))\n"
 
+# What needs torch is imported when it is first asked for; this asks for all of it.
+ALL = "import slora; [getattr(slora, name) for name in slora.__all__]"
+
 
 def run(code: str) -> str:
     """Run `code` in a new interpreter and return what it prints."""
@@ -47,15 +50,62 @@ print("done")
 
 
 def test_importing_slora_loads_no_extra_package() -> None:
-    out = run("import torch, sys; before = set(sys.modules); import slora; print(*(set(sys.modules) - before))")
+    out = run(f"import torch, sys; before = set(sys.modules); {ALL}; print(*(set(sys.modules) - before))")
     loaded = {name.partition(".")[0] for name in out.split()}
     assert loaded & set(EXTRAS) == set()
 
 
 def test_importing_slora_loads_only_the_core() -> None:
-    out = run("import sys, slora; print(*(name for name in sys.modules if name.startswith('slora.')))")
+    out = run(f"import sys; {ALL}; print(*(name for name in sys.modules if name.startswith('slora.')))")
     parts = {name.split(".")[1] for name in out.split()}
     assert parts & {"cli", "training", "evaluation", "report", "demo", "kernels"} == set()
+
+
+def test_importing_slora_does_not_import_torch() -> None:
+    modules = "slora slora.config slora.training slora.training.data_names slora.training.model_names slora.cli"
+    out = run(f"import sys, {', '.join(modules.split())}; print('torch' in sys.modules)")
+    assert out == "False\n"
+
+
+def test_names_are_found_in_whatever_order_modules_are_imported() -> None:
+    out = run(
+        """
+import slora.inject, slora.training.methods
+import types
+import slora
+assert isinstance(slora.inject, types.FunctionType), slora.inject
+assert isinstance(slora.reference, types.ModuleType), slora.reference
+assert slora.merging.batched_merge_ and slora.room.empty
+assert set(slora.__all__) <= set(dir(slora))
+from slora import *
+from slora.training import *
+import pickle
+assert pickle.loads(pickle.dumps((inject, SelectiveLoRALinear))) == (slora.inject, slora.SelectiveLoRALinear)
+assert train is slora.training.trainer.train and Interrupted is slora.training.Interrupted
+print(hasattr(slora, "injekt"), hasattr(slora.training, "trian"))
+"""
+    )
+    assert out == "False False\n"
+
+
+def test_the_function_inject_is_found_before_its_module_is_imported() -> None:
+    assert run("import slora; print(slora.inject.__module__, slora.inject.__name__)") == "slora.inject inject\n"
+    assert run("from slora import inject; import slora.inject; print(slora.inject is inject)") == "True\n"
+
+
+def test_an_adapted_layer_registers_the_operators() -> None:
+    code = "import torch, slora; slora.SelectiveLoRALinear(4, 4, r=2, lora_alpha=2); print(torch.ops.slora.{})"
+    for name in ("selective_linear", "selective_linear_backward"):
+        assert run(code.format(name)) == f"slora.{name}\n"
+
+
+def test_every_module_of_the_core_is_an_attribute_of_the_package() -> None:
+    import slora
+
+    out = run(f"import sys; {ALL}; print(*(name for name in sys.modules if name.startswith('slora.')))")
+    core = {name.split(".")[1] for name in out.split()}
+    assert core <= {*slora._MODULES, "inject", "config", "errors", "adapter_files"}
+    assert set(slora._HOMES) | {name for name in slora.__all__ if name in vars(slora)} == set(slora.__all__)
 
 
 def test_every_public_name_is_there_and_documented() -> None:

@@ -314,6 +314,26 @@ def test_a_pattern_that_is_about_no_adapted_layer_is_refused_with_near_names(vit
     assert {name: type(module) for name, module in vit.named_modules()} == before
 
 
+def test_single_parameters_are_trained_in_full(vit: nn.Module) -> None:
+    model = slora.inject(vit, small(modules_to_save=["cls_token", "blocks.1.norm1.weight", "head"]))
+    full = {
+        name
+        for name, p in model.named_parameters()
+        if p.requires_grad and not name.endswith(("lora_A", "lora_B", "gate"))
+    }
+    assert full == {"cls_token", "blocks.1.norm1.weight", "head.weight", "head.bias"}
+    assert injection(model).modules_to_save == ("head",)
+    assert injection(model).parameters_to_save == ("cls_token", "blocks.1.norm1.weight")
+    groups = slora.parameter_groups(model)
+    (saved,) = (group["params"] for group in groups if group["name"] == "saved_no_decay")
+    assert any(p is model.get_parameter("blocks.1.norm1.weight") for p in saved)
+
+
+def test_an_ending_of_a_parameter_means_all_that_end_so(vit: nn.Module) -> None:
+    model = slora.inject(vit, small(modules_to_save=["norm1.bias"]))
+    assert injection(model).parameters_to_save == ("blocks.0.norm1.bias", "blocks.1.norm1.bias")
+
+
 def test_modules_to_save_are_trained_in_full_and_not_adapted(vit: nn.Module) -> None:
     model = slora.inject(vit, small(modules_to_save=["head", "blocks.1.mlp"]))
     trainable = {
@@ -384,6 +404,17 @@ FAILURES: dict[str, tuple[Config, type[Exception], list[str]]] = {
         ["matches only modules that cannot be adapted, such as 'patch_embed.proj' (Conv2d)"],
     ),
     "exclude without match": (small(exclude_modules=["fc3"]), TargetError, ["exclude_modules entry 'fc3'", "'fc1'"]),
+    "save a base weight": (
+        small(modules_to_save=["blocks.0.attn.qkv.weight"]),
+        TargetError,
+        ["'blocks.0.attn.qkv.weight'", "'blocks.0.attn.qkv' is adapted", "exclude_modules"],
+    ),
+    "save a base bias": (small(modules_to_save=["fc1.bias"]), TargetError, ["'blocks.0.mlp.fc1' is adapted"]),
+    "save a parameter without match": (
+        small(modules_to_save=["cls_tokn"]),
+        TargetError,
+        ["modules_to_save entry 'cls_tokn' matches no module or parameter", "'cls_token'"],
+    ),
     "save without match": (small(modules_to_save=["haed"]), TargetError, ["modules_to_save entry 'haed'", "'head'"]),
     "everything excluded": (small(target_modules=["qkv"], exclude_modules=["qkv"]), TargetError, ["no layer to adapt"]),
     "everything saved": (small(target_modules=["fc1"], modules_to_save=["mlp"]), TargetError, ["no layer to adapt"]),

@@ -29,7 +29,6 @@ def build(num_classes: int) -> VisionTransformer:
         patch_size=4,
         in_chans=1,
         num_classes=num_classes,
-        global_pool=__import__("os").environ.get("GP", "token"),
         embed_dim=96,
         depth=6,
         num_heads=3,

@@ -16,17 +16,23 @@ from slora.evaluation.accuracy import accuracy
 from slora.evaluation.knn import NEIGHBOURS, features, knn_accuracy
 from slora.files import write_json
 from slora.model import disabled
+from slora.training import checkpoint
 from slora.training.batches import make_batches
-from slora.training.data import InputSpec, Source, check_name, open_data
+from slora.training.data import InputSpec, Source, open_data
+from slora.training.data_names import check_name
 from slora.training.run import build, load_result, rebuild
 from slora.training.rundir import EVALUATION, read_settings
 from slora.training.settings import TrainSettings
 
 
 def evaluate(
-    run_dir: Path, source: str | None = None, k: Sequence[int] = NEIGHBOURS, **overrides: Any
+    run_dir: Path,
+    source: str | None = None,
+    k: Sequence[int] = NEIGHBOURS,
+    which: str | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
-    """Evaluate a finished run, write `evaluation.json` into its directory, and return the same.
+    """Evaluate a run, write `evaluation.json` into its directory, and return the same.
 
     Accuracy is that of the trained model on the evaluation images of the run's data set. With `source`, weighted
     k-NN on its features: images of the source's training part vote, those of its evaluation part are named; once
@@ -35,18 +41,23 @@ def evaluate(
     Args:
         source: data set that the model knew before; None evaluates accuracy only.
         k: numbers of neighbours.
+        which: None for the result of a finished run; else one of the checkpoints of a run, finished or not: "best",
+            "last" or the number of a step. Its file is `evaluation-step-<step>.json`.
         overrides: settings of the run to change, such as `data_root` or `eval_batch_size`.
 
     Returns:
-        `{"accuracy": {"data", "top1", "top5", "per_class", "loss", "count"}, "knn": {"source", "bank", "queries",
-        "before": {k: share}, "after": {k: share}}}`; shares are from 0 to 1, "knn" is None without `source`.
+        `{"checkpoint", "accuracy": {"data", "top1", "top5", "per_class", "loss", "count"}, "knn": {"source", "bank",
+        "queries", "before": {k: share}, "after": {k: share}}}`; shares are from 0 to 1, "knn" is None without
+        `source`, "checkpoint" is the name of its folder or None.
 
     Raises:
         ConfigError: the folder holds no run, a name is unknown, or a k exceeds the images that vote.
-        CheckpointError: the run is not finished, or its files are damaged or of another model.
+        CheckpointError: the run is not finished or has no such checkpoint, or its files are damaged or of another
+            model.
         DataError: a data set is missing or damaged.
     """
     settings = read_settings(run_dir).replace(**overrides)
+    folder = None if which is None else checkpoint.chosen(run_dir, which)
     if source is not None:
         source = check_name(source)
     model, spec, own = build(settings)
@@ -55,10 +66,10 @@ def evaluate(
         raise ConfigError(
             f"k={max(k)} exceeds the {len(known.training)} images of {source} that vote; use smaller numbers"
         )
-    load_result(model, settings, run_dir)
+    load_result(model, settings, run_dir, folder)
     device = _device(settings)
     model.to(device)
-    result: dict[str, Any] = {"knn": None}
+    result: dict[str, Any] = {"checkpoint": None if folder is None else folder.name, "knn": None}
     batches = make_batches(
         own.data(spec, training=False), settings.eval_batch_size, device, num_workers=settings.workers()
     )
@@ -76,7 +87,7 @@ def evaluate(
             "before": {str(neighbours): share for neighbours, share in before.items()},
             "after": {str(neighbours): share for neighbours, share in after.items()},
         }
-    write_json(run_dir / EVALUATION, result)
+    write_json(run_dir / (EVALUATION if folder is None else f"evaluation-{folder.name}.json"), result)
     return result
 
 

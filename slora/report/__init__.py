@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from slora.adapter import SELECTIVE
+from slora.adapter_files import SELECTIVE
 from slora.errors import CheckpointError
 from slora.files import read_json
 from slora.report.gates import gate_curves

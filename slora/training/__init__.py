@@ -1,23 +1,51 @@
 """Training: from a model and a data set to an adapter, or to fully trained weights for comparison.
 
-    settings.py     every knob of a run
-    data.py         data sets by name; folders.py: image folders, damaged files skipped
-    models.py       models by name
+    settings.py     every knob of a run; model_args.py: that of more arguments for a model
+    data.py         data sets by name (data_names.py: which); folders.py: image folders, damaged files skipped
+    models.py       models by name (model_names.py: their form)
     methods.py      what is trainable: selective, lora, full, linear
     optimizers.py   learning rates over the run, and the gates' own rule
     batches.py      which images form which step
     trainer.py      the run itself: `train`; process.py: accelerate and signals around it, measure.py: losses and time
     recorder.py     metrics.jsonl, TensorBoard, the progress bar
-    checkpoint.py   what a run needs to go on
+    checkpoint.py   what a run needs to go on; checkpoint_folders.py: which checkpoints there are
     rundir.py       the run directory: its files, who writes into it, how to go on with an unfinished run
     outcome.py      why a run ended with no block active, or with all
-    run.py          the `finetune` command, which fills it; flags.py: settings as flags
+    request.py      what the `finetune` command is asked for, checked; flags.py: settings as flags
+    run.py          the `finetune` command, which fills the run directory
+    merged.py       the `merge` command
 
 Read in this order. Nothing here is imported by the core of slora; it needs `pip install "slora[train]"`.
 """
 
-from slora.training.methods import prepare
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from slora.training.settings import TrainSettings
-from slora.training.trainer import Interrupted, TrainResult, train
+
+if TYPE_CHECKING:
+    from slora.training.methods import prepare
+    from slora.training.trainer import Interrupted, TrainResult, train
 
 __all__ = ["Interrupted", "TrainResult", "TrainSettings", "prepare", "train"]
+
+# What needs torch, imported when it is first asked for.
+_HOMES = {
+    "Interrupted": "slora.training.trainer",
+    "TrainResult": "slora.training.trainer",
+    "prepare": "slora.training.methods",
+    "train": "slora.training.trainer",
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            value = getattr(importlib.import_module(_HOMES[name]), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module 'slora.training' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

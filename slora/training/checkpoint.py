@@ -2,7 +2,8 @@
 
 Kept is what training changes: trainable parameters, buffers, optimizer state, the random generators, where the run
 stands, and how often the gates have moved (the seed of the probes). Frozen weights are only identified. The folder
-is written under a temporary name, flushed and renamed; older ones go after that. Nothing is pickled.
+is written under a temporary name, flushed and renamed; older ones go after that. Nothing is pickled. Which folders
+there are, and which of them a run may go on from, is said in `checkpoint_folders.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,40 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slora.errors import CheckpointError, ConfigError
+from slora.errors import CheckpointError
 from slora.files import cannot_write, read_json, umask
-from slora.gate import adapted_layers
+from slora.gate import adapted_layers, release_frozen
+from slora.training.checkpoint_folders import (
+    FIXED,
+    STATE,
+    before,
+    check_settings,
+    checkpoints,
+    chosen,
+    newest,
+    refuse_newer,
+    step_of,
+)
 from slora.training.optimizers import Optimizers
 from slora.training.settings import TrainSettings
 
-TENSORS, STATE = "tensors.safetensors", "state.json"
+__all__ = [
+    "FIXED",
+    "before",
+    "check_settings",
+    "checkpoints",
+    "chosen",
+    "fingerprint",
+    "load",
+    "load_model",
+    "newest",
+    "refuse_newer",
+    "save",
+    "step_of",
+]
+
+TENSORS = "tensors.safetensors"
 FORMAT = 2
-
-# What a resumed run may not change: the model, the meaning of its tensors, or which images form which step.
-FIXED = (
-    "model", "pretrained", "data", "augment", "method", "r", "lora_alpha", "target_modules", "exclude_modules",
-    "modules_to_save", "use_rslora", "blocks", "threshold", "inactive", "base_dtype", "gate_rule", "optimizer",
-    "budget", "budget_unit", "ranking", "selection_warmup", "settling", "batch_size", "gradient_accumulation", "seed",
-)  # fmt: skip
-
-_NAME = re.compile(r"step-(\d+)")
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -64,23 +82,6 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "trainable": [name for name, p in model.named_parameters() if p.requires_grad and p not in own],
         "frozen": digest.hexdigest(),
     }
-
-
-def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the checkpoints in a `checkpoints/` folder, oldest first."""
-    found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step)
-
-
-def refuse_newer(folder: Path, start: str | os.PathLike[str] | None) -> None:
-    """Refuse to write into a `checkpoints/` folder that holds checkpoints after `start` (any, where it is None).
-
-    Raises:
-        ConfigError: there is one; nothing is to be overwritten, and two runs in one folder are none.
-    """
-    found = checkpoints(folder)
-    if found and (start is None or _step(found[-1]) > _step(Path(start))):
-        raise ConfigError(f"{folder} holds {found[-1].name} already; resume from that, or choose another run directory")
 
 
 def save(
@@ -136,23 +137,56 @@ def load(
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or of another model or run; names what differs.
     """
+    state, tensors = _read(folder)
+    _check_model(folder, state["model"], identity)
+    check_settings(folder, settings, state)
+    _fill(folder, model, state, tensors, optimizers.release)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    own = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
+    optimizers.load_state(names, own)
+    _set_random_state(state["random"], tensors)
+    return state
+
+
+def load_model(folder: Path, model: nn.Module, settings: TrainSettings) -> dict[str, Any]:
+    """Put what a checkpoint says of the model into one that is freshly prepared, without its run; return its state.
+
+    Raises:
+        CheckpointError: see `load`.
+    """
+    state, tensors = _read(folder)
+    _check_model(folder, state["model"], fingerprint(model))
+    check_settings(folder, settings, state)
+    _fill(folder, model, state, tensors, release_frozen)
+    return state
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = read_json(folder / STATE)
     try:
         tensors = load_file(folder / TENSORS)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder / TENSORS} does not exist; resume from another checkpoint") from error
+        raise CheckpointError(f"{folder / TENSORS} does not exist; use another checkpoint") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{folder / TENSORS} is not a readable safetensors file ({error}); resume from another checkpoint"
+            f"{folder / TENSORS} is not a readable safetensors file ({error}); use another checkpoint"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{folder / STATE} is not a checkpoint of this version of slora (format {FORMAT})")
-    _check_model(folder, state["model"], identity)
-    check_settings(folder, settings, state)
+    return state, tensors
+
+
+def _fill(
+    folder: Path,
+    model: nn.Module,
+    state: dict[str, Any],
+    tensors: dict[str, Tensor],
+    release: Callable[[nn.Module], int],
+) -> None:
+    """Put parameters, buffers and gates into `model`; `release` frees what the policy "frozen" had freed."""
     layers = dict(adapted_layers(model))
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     freed = {f"{name}.{part}" for name in state["freed"] for part in ("lora_A", "lora_B", "gate")}
-    expected = {name: p for p, name in names.items() if p.requires_grad and name not in freed}
+    expected = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in freed}
     buffers = _buffers(model)
     for kind, wanted in (("model", expected), ("buffer", buffers)):
         for name, value in wanted.items():
@@ -166,7 +200,7 @@ def load(
         for name, layer in layers.items():
             layer.gate.copy_(tensors[f"model.{name}.gate"])
         if state["freed"]:
-            optimizers.release(model)
+            release(model)
         # Blocks that went off at the very last step are freed here already, a step early.
         gone = {part for layer in layers.values() if layer.released for part in (layer.lora_A, layer.lora_B)}
         for name, value in expected.items():
@@ -174,53 +208,10 @@ def load(
                 value.copy_(tensors[f"model.{name}"])
         for name, buffer in buffers.items():
             buffer.copy_(tensors[f"buffer.{name}"])
-    own = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
-    optimizers.load_state(names, own)
     for name, layer in layers.items():
         layer._mirror.step, layer._activity = state["gates_moved"][name], None
     for layer in layers.values():
         layer.activity()
-    _set_random_state(state["random"], tensors)
-    return state
-
-
-def check_settings(folder: Path, settings: TrainSettings, state: dict[str, Any] | None = None) -> None:
-    """Check that a run may go on from a checkpoint with `settings`; early, before a model is built.
-
-    Raises:
-        CheckpointError: a setting differs that a run has to keep, or the checkpoint is unreadable.
-    """
-    saved = (read_json(folder / STATE) if state is None else state).get("settings", {})
-    for name in FIXED:
-        before, now = saved.get(name), settings.to_dict()[name]
-        if before != now:
-            raise CheckpointError(
-                f"{folder} was written with {name}={before!r}, this run has {now!r}; resume with the former, "
-                f"or start a new run"
-            )
-
-
-def newest(run_dir: str | os.PathLike[str]) -> Path:
-    """Return the newest checkpoint of a run directory, or `run_dir` itself where it is a checkpoint.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    folder = Path(run_dir)
-    if (folder / STATE).exists():
-        return folder
-    found = checkpoints(folder / "checkpoints")
-    if not found:
-        raise CheckpointError(
-            f"{folder} holds no checkpoint; give a run directory that has checkpoints/step-*, or start a new run"
-        )
-    return found[-1]
-
-
-def before(start: Path) -> Path | None:
-    """Return the checkpoint before `start` in the same folder, or None."""
-    earlier = [path for path in checkpoints(start.parent) if _step(path) < _step(start)]
-    return earlier[-1] if earlier else None
 
 
 def _write(target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -266,12 +257,6 @@ def _remove_old(folder: Path, keep_last: int, best_step: int | None) -> None:
             gone = path.with_name(f".{path.name}.tmp-old")
             path.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
-
-
-def _step(path: Path) -> int:
-    """The step in a checkpoint's name; -1 where it has another name."""
-    match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
 
 
 def _check_model(folder: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:

@@ -1,8 +1,7 @@
-"""Data sets by name, and the transforms between their images and a model's input."""
+"""Data sets, opened by name, and the transforms between their images and a model's input."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from slora.errors import ConfigError, DataError, MissingDependencyError
+from slora.errors import DataError, MissingDependencyError
 from slora.training.batches import Damage, DamagedImage, Data
+from slora.training.data_names import FOLDER, OFFLINE, TORCHVISION, Entry, check_name
 from slora.training.folders import UNREADABLE, described, image_folder, name_of, split
 
 
@@ -29,75 +29,6 @@ class InputSpec:
     interpolation: str = "bicubic"
     crop: float = 1.0
     """Share of an evaluation image's shorter side that the model sees."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A data set of torchvision: its class, its splits as keyword arguments, and what augmentation suits it."""
-
-    kind: str
-    classes: int
-    training: tuple[dict[str, Any], ...]
-    evaluation: tuple[dict[str, Any], ...]
-    """Empty where the data set has no split of its own; then 10 % of each class are set apart."""
-    augment: str = "crop-flip"
-    downloads: bool = True
-
-
-def _flag(kind: str, classes: int, **kwargs: Any) -> Entry:
-    return Entry(kind, classes, ({"train": True},), ({"train": False},), **kwargs)
-
-
-def _split(kind: str, classes: int, training: str, evaluation: str, **kwargs: Any) -> Entry:
-    return Entry(
-        kind, classes, tuple({"split": name} for name in training.split("+")), ({"split": evaluation},), **kwargs
-    )
-
-
-TORCHVISION = {
-    "cifar10": _flag("CIFAR10", 10),
-    "cifar100": _flag("CIFAR100", 100),
-    "dtd": _split("DTD", 47, "train+val", "test"),
-    "eurosat": Entry("EuroSAT", 10, ({},), ()),
-    "flowers102": _split("Flowers102", 102, "train+val", "test"),
-    "food101": _split("Food101", 101, "train", "test"),
-    # A mirrored sign or digit is another one.
-    "gtsrb": _split("GTSRB", 43, "train", "test", augment="crop"),
-    "imagenet": _split("ImageNet", 1000, "train", "val", downloads=False),
-    "mnist": _flag("MNIST", 10, augment="none"),
-    "pets": _split("OxfordIIITPet", 37, "trainval", "test"),
-    "stl10": _split("STL10", 10, "train", "test"),
-    "svhn": _split("SVHN", 10, "train", "test", augment="none"),
-}
-OFFLINE = ("digits", "letters")
-FOLDER = "imagefolder:"
-
-
-def names() -> list[str]:
-    """Return every name that `open_data` takes; `imagefolder:PATH` is one more."""
-    return sorted([*TORCHVISION, *OFFLINE])
-
-
-def check_name(name: str | None) -> str:
-    """Return `name` in the form of `names()`; early, before anything is loaded.
-
-    Raises:
-        ConfigError: the name is unknown; near names are listed.
-    """
-    if not name:
-        raise ConfigError(f"no data set was named; use one of {', '.join(names())} or imagefolder:PATH")
-    if name.startswith(FOLDER):
-        return name
-    plain = name.lower().replace("-", "").replace("_", "")
-    plain = {"oxfordiiitpet": "pets", "oxfordpets": "pets", "flowers": "flowers102", "in1k": "imagenet"}.get(
-        plain, plain
-    )
-    if plain not in names():
-        if Path(name).is_dir():
-            raise ConfigError(f"data={name!r} is a folder; write imagefolder:{name}")
-        near = difflib.get_close_matches(plain, names(), n=3) or names()
-        raise ConfigError(f"data={name!r} is unknown; near names are {', '.join(near)}, or imagefolder:PATH")
-    return plain
 
 
 @dataclass
@@ -146,13 +77,13 @@ def open_data(name: str, root: str | Path = "data", download: bool = True) -> So
     if name in OFFLINE:
         return _offline(name)
     entry = TORCHVISION[name]
-    training = _joined([_opened(name, entry, Path(root), download, options) for options in entry.training])
+    parts = [_opened(name, entry, Path(root), download, options) for options in entry.training]
+    classes, training = _class_names(parts[0], entry.classes), _joined(parts)
     if entry.evaluation:
         evaluation = _joined([_opened(name, entry, Path(root), download, options) for options in entry.evaluation])
     else:
         rows, held_out = split(list(training.targets))
         training, evaluation = Subset(training, rows), Subset(training, held_out)
-    classes = tuple(str(number) for number in range(entry.classes))
     damage = Damage(len(training) + len(evaluation))
     return Source(name, classes, training, evaluation, entry.augment, damage)
 
@@ -234,6 +165,15 @@ def _offline(name: str) -> Source:
         training, evaluation = letters(100, seed=1), letters(50, seed=2)
         classes = LETTERS
     return Source(name, tuple(classes), TensorDataset(*training), TensorDataset(*evaluation), "none")
+
+
+def _class_names(dataset: Any, count: int) -> tuple[str, ...]:
+    """The names that torchvision gives to the classes, or their numbers where it has none."""
+    names = getattr(dataset, "classes", None)
+    if not isinstance(names, (list, tuple)) or len(names) != count:
+        return tuple(str(number) for number in range(count))
+    # ImageNet has several names for a class.
+    return tuple(name if isinstance(name, str) else ", ".join(name) for name in names)
 
 
 def _joined(parts: list[Any]) -> Any:

@@ -9,7 +9,8 @@ from torch import nn
 
 from slora.errors import ConfigError
 from slora.gate import adapted_layers
-from slora.inject import head_names, inject, saved_modules
+from slora.inject import head_names, inject
+from slora.saved import saved_parts
 from slora.training.settings import Method, TrainSettings
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -58,13 +59,13 @@ def heads_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def _only(model: Model, heads: Sequence[str], settings: TrainSettings) -> Model:
-    chosen = saved_modules(model, settings.lora_config(heads))
+    chosen = list(saved_parts(model, settings.lora_config(heads)).of(model))
     if not chosen:
         raise ConfigError(
             f"method='linear' trains the head, but {type(model).__name__} has none that is called head, fc or "
             f"classifier; name it in modules_to_save"
         )
     model.requires_grad_(False)
-    for name in chosen:
-        model.get_submodule(name).requires_grad_(True)
+    for parameter in chosen:
+        parameter.requires_grad_(True)
     return model

@@ -1,9 +1,10 @@
-"""Models by name: `timm/NAME`, `open_clip/ARCH[:PRETRAINED]`, `demo/letters_vit`."""
+"""Models, built by name: `timm/NAME`, `open_clip/ARCH[:PRETRAINED]`, `demo/letters_vit`."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,7 @@ from torch import Tensor, nn
 
 from slora.errors import CheckpointError, ConfigError, MissingDependencyError
 from slora.training.data import InputSpec
-
-SOURCES = ("timm", "open_clip", "demo")
-DEMO = "letters_vit"
+from slora.training.model_names import DEMO, check_known, source_of
 
 
 class Built(NamedTuple):
@@ -58,33 +57,25 @@ def check_name(name: str | None, pretrained: bool = False) -> tuple[str, str, st
         ConfigError: the source, the architecture or the tag is unknown; near names are listed.
         MissingDependencyError: the package it comes from is not installed.
     """
-    if not name:
-        raise ConfigError(f"no model was named; use --model timm/NAME, open_clip/ARCH:PRETRAINED or demo/{DEMO}")
-    source, _, rest = name.partition("/")
-    if source not in SOURCES or not rest:
-        raise ConfigError(
-            f"model={name!r} does not say where it comes from; write timm/NAME, open_clip/ARCH:PRETRAINED "
-            f"or demo/{DEMO}"
-        )
+    source, rest = source_of(name)
     if source == "demo":
-        _known("model", rest, [DEMO], prefix="demo/")
         return source, rest, ""
     if source == "timm":
         timm = _imported("timm")
         architecture, _, tag = rest.partition(".")
         if architecture.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
             return source, rest, ""
-        _known("model", architecture, timm.list_models(), prefix="timm/")
+        check_known("model", architecture, timm.list_models(), prefix="timm/")
         if tag:
             tags = [full.partition(".")[2] for full in timm.list_pretrained(architecture + ".*")]
-            _known(f"pretrained tag of timm/{architecture}", tag, tags)
+            check_known(f"pretrained tag of timm/{architecture}", tag, tags)
         return source, architecture, tag
     open_clip = _imported("open_clip")
     architecture, _, tag = rest.partition(":")
-    _known("model", architecture, open_clip.list_models(), prefix="open_clip/")
+    check_known("model", architecture, open_clip.list_models(), prefix="open_clip/")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag:
-        _known(f"pretrained tag of open_clip/{architecture}", tag, tags)
+        check_known(f"pretrained tag of open_clip/{architecture}", tag, tags)
     elif pretrained:
         some = ", ".join(f"open_clip/{architecture}:{each}" for each in tags[:5]) or "none is known for it"
         raise ConfigError(f"pretrained open_clip weights have a name; write one of {some}")
@@ -106,59 +97,86 @@ def new_head(name: str, pretrained: bool, classes: int) -> bool:
     return config is None or config.num_classes != classes
 
 
-def build(name: str, classes: int, pretrained: bool = False) -> Built:
+def build(
+    name: str,
+    classes: int,
+    pretrained: bool = False,
+    img_size: int | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> Built:
     """Build a model with a head of `classes` outputs, on the CPU in fp32.
 
     Weights that are not pretrained, the head's among them, come from torch's global generator. An open_clip name
     with a tag is always pretrained.
 
+    Args:
+        img_size: side of the images in pixels; None for the model's own. A timm model that takes images of any size,
+            such as a ResNet, is then given images of this one.
+        model_args: more keyword arguments of `timm.create_model` or `open_clip.create_model`.
+
     Raises:
-        ConfigError: the name is unknown; near names are listed.
+        ConfigError: the name is unknown (near names are listed), or the model does not take `img_size` or
+            `model_args`, which are named.
         CheckpointError: the pretrained weights could not be fetched or read.
         MissingDependencyError: the package it comes from is not installed.
     """
     source, architecture, tag = check_name(name, pretrained)
+    model_args = dict(model_args or {})
     if source == "demo":
-        return _demo(classes, pretrained)
+        return _demo(classes, pretrained, img_size, model_args)
     if source == "timm":
-        return _timm(f"{architecture}.{tag}" if tag else architecture, classes, pretrained)
-    return _open_clip(architecture, tag, classes)
+        return _timm(f"{architecture}.{tag}" if tag else architecture, classes, pretrained, img_size, model_args)
+    return _open_clip(architecture, tag, classes, img_size, model_args)
 
 
-def _demo(classes: int, pretrained: bool) -> Built:
+def _demo(classes: int, pretrained: bool, img_size: int | None, model_args: Mapping[str, Any]) -> Built:
     from slora.demo.letters import IMAGE_SIZE
     from slora.demo.model import build as build_demo
     from slora.demo.model import load_pretrained
 
+    if model_args or img_size not in (None, IMAGE_SIZE):
+        raise ConfigError(
+            f"demo/{DEMO} has no choices and takes images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, but "
+            f"{_given(img_size, model_args)} was given; leave it out"
+        )
     model = load_pretrained(classes) if pretrained else build_demo(classes)
     return Built(model, InputSpec(1, IMAGE_SIZE, (0.0,), (1.0,), "bilinear"))
 
 
-def _timm(name: str, classes: int, pretrained: bool) -> Built:
+def _timm(name: str, classes: int, pretrained: bool, img_size: int | None, model_args: dict[str, Any]) -> Built:
     timm = _imported("timm")
-    try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=classes)
-    except Exception as error:
-        if not pretrained:
-            raise
-        raise _not_fetched(f"timm/{name}", error) from error
+    channels = model_args.get("in_chans")
+    if channels not in (None, 1, 3):
+        raise ConfigError(f"model_args holds in_chans={channels!r}, but images have 1 or 3 channels; use one of these")
+
+    def create(**size: int) -> Any:
+        return timm.create_model(name, pretrained=pretrained, num_classes=classes, **size, **model_args)
+
+    with _in_words(f"timm/{name}", pretrained, img_size, model_args):
+        try:
+            model = create() if img_size is None else create(img_size=img_size)
+        except TypeError as error:
+            if img_size is None or _unexpected(error) != "img_size":
+                raise
+            # A model that takes images of any size has no argument for it.
+            model = create()
     config = timm.data.resolve_model_data_config(model)
-    channels, height, width = config["input_size"]
-    spec = InputSpec(
-        channels, max(height, width), tuple(config["mean"]), tuple(config["std"]), config["interpolation"],
-        config["crop_pct"],
-    )  # fmt: skip
-    return Built(model, spec)
+    usual, height, width = config["input_size"]
+    channels = channels or usual
+    mean, std = (_per_channel(config[key], channels) for key in ("mean", "std"))
+    size = img_size or max(height, width)
+    return Built(model, InputSpec(channels, size, mean, std, config["interpolation"], config["crop_pct"]))
 
 
-def _open_clip(architecture: str, tag: str, classes: int) -> Built:
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def _open_clip(architecture: str, tag: str, classes: int, img_size: int | None, model_args: Mapping[str, Any]) -> Built:
     open_clip = _imported("open_clip")
-    try:
-        clip = open_clip.create_model(architecture, pretrained=tag or None)
-    except Exception as error:
-        if not tag:
-            raise
-        raise _not_fetched(f"open_clip/{architecture}:{tag}", error) from error
+    name = f"open_clip/{architecture}:{tag}" if tag else f"open_clip/{architecture}"
+    with _in_words(name, bool(tag), img_size, model_args):
+        clip = open_clip.create_model(architecture, pretrained=tag or None, force_image_size=img_size, **model_args)
     visual = clip.visual
     size = visual.image_size[0] if isinstance(visual.image_size, (tuple, list)) else visual.image_size
     mean, std = (
@@ -192,16 +210,43 @@ def _imported(package: str) -> Any:
         ) from error
 
 
-def _known(what: str, name: str, names: Iterable[str], prefix: str = "") -> None:
-    known = list(names)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or known[:5]
-        listed = ", ".join(prefix + each for each in near) or "none"
-        raise ConfigError(f"{what} {prefix + name!r} is unknown; near names are {listed}")
+@contextlib.contextmanager
+def _in_words(name: str, pretrained: bool, img_size: int | None, model_args: Mapping[str, Any]) -> Iterator[None]:
+    """Say of what fails inside whether `img_size` and `model_args` or the pretrained weights are to blame."""
+    try:
+        yield
+    except Exception as error:
+        given = _given(img_size, model_args)
+        key = _unexpected(error)
+        if key in model_args:
+            raise ConfigError(
+                f"model_args holds {key!r}, which {name} does not take; use arguments of that model, or leave it out"
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if given and not pretrained:
+            raise ConfigError(f"{name} cannot be built with {given} ({reason}); use other values") from error
+        if given and "state_dict" in reason:
+            raise ConfigError(
+                f"the pretrained weights of {name} do not fit it with {given}; leave these out, or train without "
+                f"pretrained weights"
+            ) from error
+        if not pretrained:
+            raise
+        raise _not_fetched(name, reason) from error
 
 
-def _not_fetched(name: str, error: Exception) -> CheckpointError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+def _given(img_size: int | None, model_args: Mapping[str, Any]) -> str:
+    size = {} if img_size is None else {"img_size": img_size}
+    return ", ".join(f"{key}={value!r}" for key, value in {**size, **model_args}.items())
+
+
+def _unexpected(error: Exception) -> str | None:
+    """The keyword argument that a call did not take, by the words of Python's own error."""
+    found = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
+    return found[1] if found else None
+
+
+def _not_fetched(name: str, reason: str) -> CheckpointError:
     return CheckpointError(
         f"the pretrained weights of {name} could not be fetched or read ({reason}); check the network, or put them "
         f"into the hub's cache, or train without pretrained weights"

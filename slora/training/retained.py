@@ -10,30 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from slora.errors import ConfigError, DataError
+from slora.errors import DataError
 from slora.retention import generic_samples
 from slora.training.batches import DamagedImage
-from slora.training.data import InputSpec, Source, as_input, check_name, open_data
+from slora.training.data import InputSpec, Source, as_input, open_data
+from slora.training.data_names import GENERIC, check_retained
 from slora.training.folders import UNREADABLE, described
 from slora.training.settings import TrainSettings
 
-GENERIC = "generic"
 ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
-
-def check_retained(name: str | None) -> None:
-    """Check `retain_data`; early, before anything is loaded.
-
-    Raises:
-        ConfigError: it is neither "generic", nor a folder, nor a data set.
-    """
-    if name is not None and name != GENERIC and not Path(name).expanduser().is_dir():
-        try:
-            check_name(name)
-        except ConfigError as error:
-            raise ConfigError(
-                f"retain_data={name!r} is neither 'generic', nor a folder of images, nor a data set by name"
-            ) from error
 
 
 def retained_images(settings: TrainSettings, spec: InputSpec, source: Source) -> Tensor | None:

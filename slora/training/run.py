@@ -1,28 +1,27 @@
-"""The `finetune` command, which fills a run directory, and what reads its result: loading and merging."""
+"""The `finetune` command, which fills a run directory, and the way of its result, or a checkpoint, into a model."""
 
 from __future__ import annotations
 
-import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from slora.adapter import PREFIX, SELECTIVE, WEIGHTS, load_adapter, save_adapter
-from slora.errors import BaseModelWarning, CheckpointError, ConfigError, NonFiniteLossError, WriteError
-from slora.files import read_json, write_atomically, write_json, write_text
+from slora.adapter import load_adapter, save_adapter, selective
+from slora.errors import CheckpointError, NonFiniteLossError, WriteError
+from slora.files import write_atomically, write_json, write_text
 from slora.gate import adapted_layers
-from slora.merging import merge_and_unload
 from slora.model import trainable_parameters
 from slora.training import checkpoint, models, rundir
-from slora.training.data import InputSpec, Source, check_name, open_data
+from slora.training.data import InputSpec, Source, open_data
+from slora.training.data_names import check_name
 from slora.training.head_first import STEPS, trained_heads
 from slora.training.methods import prepare
-from slora.training.retained import check_retained, retained_images
+from slora.training.request import read_request
+from slora.training.retained import retained_images
 from slora.training.rundir import ADAPTER, CONFIG, EVALUATION, MODEL, RESULT, read_settings
 from slora.training.settings import TrainSettings
 from slora.training.trainer import TrainResult, train
@@ -53,29 +52,7 @@ def finetune(
         DataError, CheckpointError, TargetError: see `train`, `open_data` and `models.build`.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ConfigError(
-            f"WORLD_SIZE={processes}: slora finetune runs in one process; for several, call slora.training.train in a "
-            f"script of your own under accelerate launch"
-        )
-    start = None
-    if resume is not None:
-        if config is not None:
-            raise ConfigError("config and resume were both given; a resumed run takes its own config.yaml")
-        start = rundir.start_of(resume)
-        home = rundir.home_of(start)
-        settings = TrainSettings.from_yaml(home / CONFIG, **overrides)
-        checkpoint.check_settings(start, settings)
-        out = home if out is None else out
-    else:
-        settings = TrainSettings.from_yaml(config, **overrides) if config else TrainSettings.from_dict(overrides)
-    models.check_name(settings.model, settings.pretrained)
-    data = check_name(settings.data)
-    check_retained(settings.retain_data)
-    if out is None:
-        out = _free_folder(settings, data)
-    rundir.refuse_other_run(out, start)
+    settings, out, start = read_request(overrides, config, out, resume)
     model, spec, source = build(settings)
     torch.manual_seed(settings.seed)
     prepare(model, settings=settings)
@@ -83,6 +60,7 @@ def finetune(
         settings = settings.replace(head_first=_head_first(model, settings, len(source.classes)))
     with rundir.claimed(out):
         write_text(out / CONFIG, _yaml(settings))
+        write_json(out / rundir.CLASSES, list(source.classes))
         if start is None or out.resolve() != rundir.home_of(start).resolve():
             rundir.remove_traces(out)
         try:
@@ -127,7 +105,20 @@ def rebuild(settings: TrainSettings, classes: int) -> models.Built:
     assert settings.model is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return models.build(settings.model, classes, settings.pretrained)
+        return models.build(settings.model, classes, settings.pretrained, settings.img_size, settings.model_args)
+
+
+def rebuild_for(run_dir: Path, settings: TrainSettings) -> nn.Module:
+    """Return the plain model of the run in `run_dir`; its data set is opened only where the run kept no labels.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see `build`.
+    """
+    labels = rundir.labels(run_dir)
+    if labels is None:
+        return build(settings)[0]
+    models.check_name(settings.model, settings.pretrained)
+    return rebuild(settings, len(labels)).model
 
 
 def save_result(model: nn.Module, source: Source, settings: TrainSettings, out: Path, result: TrainResult) -> None:
@@ -160,12 +151,19 @@ def save_result(model: nn.Module, source: Source, settings: TrainSettings, out: 
     write_json(out / RESULT, values)
 
 
-def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path) -> nn.Module:
-    """Put what a finished run learned into its plain model, in place, and return it.
+def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path, folder: Path | None = None) -> nn.Module:
+    """Put what a run learned into its plain model, in place, and return it.
+
+    Args:
+        settings: of the run, as `rundir.read_settings` gives them.
+        folder: one of its checkpoints, see `checkpoint.chosen`; None for the result of a finished run.
 
     Raises:
         CheckpointError: the run is not finished, or its files are damaged or of another model.
     """
+    if folder is not None:
+        checkpoint.load_model(folder, prepare(model, settings=settings), settings)
+        return model
     if settings.method in ("selective", "lora"):
         if not (run_dir / ADAPTER).is_dir():
             raise rundir.unfinished(run_dir / ADAPTER, run_dir)
@@ -182,10 +180,19 @@ def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path) -> nn.
     return model
 
 
-def _free_folder(settings: TrainSettings, data: str) -> Path:
-    model = (settings.model or "").partition("/")[2].replace("/", "_").replace(":", "_")
-    label = Path(data.partition(":")[2]).name if ":" in data else data
-    return rundir.free(Path("runs") / f"{model}-{label}-{settings.method}")
+def blocks_of(run_dir: Path, which: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of a checkpoint of a run, and what `selective.json` would hold of its blocks.
+
+    Raises:
+        ConfigError: the folder holds no run, or its method has no blocks.
+        CheckpointError: see `load_result` and `checkpoint.chosen`.
+    """
+    settings = read_settings(run_dir)
+    if settings.method not in ("selective", "lora"):
+        raise rundir.without_blocks(run_dir, settings.method, "to show")
+    folder = checkpoint.chosen(run_dir, which)
+    model = load_result(rebuild_for(run_dir, settings), settings, run_dir, folder)
+    return folder.name, selective(model)
 
 
 def _yaml(settings: TrainSettings) -> str:
@@ -193,62 +200,3 @@ def _yaml(settings: TrainSettings) -> str:
 
     text: str = yaml.safe_dump(settings.to_dict(), sort_keys=False, allow_unicode=True)
     return text
-
-
-def merge_adapter(
-    folder: Path, out: Path, model_name: str | None, pretrained: bool, classes: int | None, scale: float = 1.0
-) -> int:
-    """Merge the adapter in `folder` into its model, write `out`, and return the number of blocks merged.
-
-    Args:
-        folder: an adapter directory, or a run directory, which knows its model.
-        out: safetensors file for the plain state dict.
-        model_name: as for `models.build`; None for that of the run.
-        pretrained: whether the adapter belongs to pretrained weights; a run knows it.
-        classes: outputs of the head; None for those of the head that the adapter holds.
-        scale: factor on the update.
-
-    Raises:
-        ConfigError: `out` exists, the run has no blocks, or the model or the number of classes is not known.
-        CheckpointError: the run is not finished, or the adapter is missing, damaged, or of another model.
-        WriteError: the disk is full or the folder cannot be written.
-    """
-    if out.exists():
-        raise ConfigError(f"{out} exists; choose another file, or remove it first")
-    if (folder / CONFIG).exists():
-        settings = read_settings(folder)
-        model_name, pretrained = model_name or settings.model, pretrained or settings.pretrained
-    else:
-        settings = TrainSettings()
-    if model_name is None:
-        raise ConfigError(f"{folder} is an adapter without its run; name its model, such as timm/vit_base_patch16_224")
-    adapter = rundir.adapter_of(folder)
-    models.check_name(model_name, pretrained)
-    classes = classes or _classes_in(adapter)
-    model = rebuild(settings.replace(model=model_name, pretrained=pretrained), classes)[0]
-    try:
-        with warnings.catch_warnings():
-            # A file of weights that fit nothing is of no use to anyone, so here it is an error.
-            warnings.simplefilter("error", BaseModelWarning)
-            load_adapter(model, adapter)
-    except BaseModelWarning as error:
-        raise CheckpointError(f"{error} On the command line --pretrained does that.") from error
-    count = sum(len(layer.activity().active) for _, layer in adapted_layers(model))
-    merge_and_unload(model, scale)
-    write_atomically(out, lambda path: save_model(model, str(path)))
-    return count
-
-
-def _classes_in(adapter: Path) -> int:
-    """The outputs of the head that an adapter holds."""
-    content = read_json(adapter / SELECTIVE)
-    try:
-        saved = content["config"]["modules_to_save"] or []
-        with safe_open(adapter / WEIGHTS, framework="pt") as file:
-            weights = [f"{PREFIX}{name}.weight" for name in saved]
-            shapes = [file.get_slice(key).get_shape() for key in weights if key in file.keys()]  # noqa: SIM118
-    except (KeyError, TypeError, SafetensorError, OSError) as error:
-        raise CheckpointError(f"{adapter} is incomplete or damaged ({error})") from error
-    if not shapes:
-        raise ConfigError(f"{adapter} holds no classifier head; say how many outputs the model has with --classes")
-    return int(shapes[-1][0])

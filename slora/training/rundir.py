@@ -1,14 +1,17 @@
 """The run directory: what stands in it, who writes into it, and how to go on with a run that is not finished.
 
 config.yaml       the settings
+classes.json      names of the classes, in the order of the model's outputs
 metrics.jsonl     the records of the run, one JSON object a line
 tensorboard/      the same for TensorBoard
 checkpoints/      step-<step>: what a run needs to go on
 adapter/          the result of selective and lora (`slora.save_adapter`)
 model/            the result of full and linear: `model.safetensors`
 result.json       accuracy, time, FLOPs, active blocks; written last
-evaluation.json   written by slora.evaluation
+evaluation.json   written by slora.evaluation; evaluation-step-<step>.json for a checkpoint
 report.html       written by slora.report
+
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from slora.adapter import SELECTIVE
+from slora.adapter_files import SELECTIVE
 from slora.errors import CheckpointError, ConfigError
-from slora.files import cannot_write
-from slora.training import checkpoint
+from slora.files import cannot_write, read_json
+from slora.training import checkpoint_folders
 from slora.training.settings import TrainSettings, read_yaml
 
-CONFIG, RESULT, EVALUATION = "config.yaml", "result.json", "evaluation.json"
+CONFIG, CLASSES, RESULT, EVALUATION = "config.yaml", "classes.json", "result.json", "evaluation.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 WEIGHTS = "model.safetensors"
 
@@ -41,15 +44,31 @@ def read_settings(run_dir: Path) -> TrainSettings:
     return TrainSettings.from_dict(read_yaml(run_dir / CONFIG))
 
 
+def labels(run_dir: Path) -> tuple[str, ...] | None:
+    """Return the names of the classes that a run learns, or None where it kept none.
+
+    Raises:
+        CheckpointError: their file is damaged.
+    """
+    for path in (run_dir / CLASSES, run_dir / RESULT):
+        if path.exists():
+            content = read_json(path)
+            names = content.get("classes") if isinstance(content, dict) else content
+            if not isinstance(names, list):
+                raise CheckpointError(f"{path} holds no list of classes; it may be damaged")
+            return tuple(map(str, names))
+    return None
+
+
 def start_of(resume: Path) -> Path:
     """Return the checkpoint that `--resume` asks for: a checkpoint itself, or the newest of a run directory.
 
     Raises:
         CheckpointError: there is none; says how to start a run over that stopped before its first.
     """
-    if (resume / CONFIG).exists() and not checkpoint.checkpoints(resume / CHECKPOINTS):
+    if (resume / CONFIG).exists() and not checkpoint_folders.checkpoints(resume / CHECKPOINTS):
         raise CheckpointError(f"{resume} holds no checkpoint; start its run over with: {command(resume)}")
-    return checkpoint.newest(resume)
+    return checkpoint_folders.newest(resume)
 
 
 def home_of(start: Path) -> Path:
@@ -65,7 +84,7 @@ def refuse_other_run(out: Path, start: Path | None) -> None:
     Raises:
         ConfigError: `out` holds a run with something to lose.
     """
-    lasting = any((out / name).exists() for name in (RESULT, ADAPTER, MODEL)) or checkpoint.checkpoints(
+    lasting = any((out / name).exists() for name in (RESULT, ADAPTER, MODEL)) or checkpoint_folders.checkpoints(
         out / CHECKPOINTS
     )
     if lasting and (start is None or out.resolve() != home_of(start).resolve()):
@@ -110,8 +129,8 @@ def _lock(descriptor: int, out: Path) -> None:
 
 
 def remove_traces(out: Path) -> None:
-    """Remove the events of a run that is started over; its other files are replaced as the new one writes them."""
-    for path in (out / "tensorboard").glob("events.out.tfevents.*"):
+    """Remove what a run that is started over left and the new one does not replace."""
+    for path in (*(out / "tensorboard").glob("events.out.tfevents.*"), *out.glob("evaluation-step-*.json")):
         path.unlink(missing_ok=True)
 
 
@@ -126,7 +145,7 @@ def command(out: Path, start: Path | None = None, lr: float | None = None, into:
     words = ["slora", "finetune"]
     if start is not None:
         words += ["--resume", str(start)]
-    elif checkpoint.checkpoints(out / CHECKPOINTS):
+    elif checkpoint_folders.checkpoints(out / CHECKPOINTS):
         words += ["--resume", str(out)]
     else:
         words += ["--config", str(out / CONFIG)]
@@ -138,7 +157,7 @@ def command(out: Path, start: Path | None = None, lr: float | None = None, into:
 
 def after_a_full_disk(out: Path, start: Path | None) -> str:
     """Return what to run once there is room again."""
-    if start is not None and not checkpoint.checkpoints(out / CHECKPOINTS):
+    if start is not None and not checkpoint_folders.checkpoints(out / CHECKPOINTS):
         return f"Then run: {command(out, start, into=out)}"
     return f"Then run: {command(out)}"
 
@@ -146,12 +165,12 @@ def after_a_full_disk(out: Path, start: Path | None) -> str:
 def after_divergence(out: Path, start: Path | None, lr: float) -> str:
     """Return what to run after a loss that was not finite, at a learning rate below `lr`."""
     lr = min(lr / 10, 0.1)
-    found = checkpoint.checkpoints(out / CHECKPOINTS)
+    found = checkpoint_folders.checkpoints(out / CHECKPOINTS)
     if start is None or (found and found[-1].resolve() != start.resolve()):
         return f"Run: {command(out, lr=lr)}"
     elsewhere = out.resolve() != home_of(start).resolve()
     text = f"Run: {command(out, start, lr, into=out if elsewhere else None)}"
-    before = checkpoint.before(start)
+    before = checkpoint_folders.before(start)
     if before is not None:
         # Into another folder: this one holds the later checkpoint, which is not to be overwritten.
         return f"{text} and, to go back: {command(out, before, lr, into=out if elsewhere else free(out))}"
@@ -186,10 +205,7 @@ def adapter_of(folder: Path) -> Path:
         if not path.exists():
             raise unfinished(path, folder)
         if not blocks:
-            raise ConfigError(
-                f"{folder} was trained with method={method}, which has no LoRA blocks to show or to merge; its result "
-                f"is a plain model already: {path}"
-            )
+            raise without_blocks(folder, method, f"to show or to merge; its result is a plain model already: {path}")
         return path
     home = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
     if not (home / SELECTIVE).exists():
@@ -197,6 +213,14 @@ def adapter_of(folder: Path) -> Path:
     return home
 
 
+def without_blocks(run_dir: Path, method: str, what: str) -> ConfigError:
+    """Return the error for a run that trained no blocks; `what` ends its sentence."""
+    return ConfigError(f"{run_dir} was trained with method={method}, which has no LoRA blocks {what}")
+
+
 def unfinished(missing: Path, run_dir: Path) -> CheckpointError:
     """Return the error for a run that has not written `missing` yet."""
-    return CheckpointError(f"{missing} does not exist: the run is not finished; go on with: {command(run_dir)}")
+    # The command stands last, where it is easy to copy.
+    there = checkpoint_folders.checkpoints(run_dir / CHECKPOINTS)
+    hint = " (--checkpoint last takes what it has learned so far)" if there else ""
+    return CheckpointError(f"{missing} does not exist{hint}: the run is not finished; go on with: {command(run_dir)}")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from slora.config import Inactive, SelectiveLoRAConfig, Unit, check_budget
 from slora.errors import ConfigError
+from slora.training.model_args import Scalar, arguments, check_keys
 
 # One or more module names or endings, separated by commas. Anything else is a regular expression.
 _NAMES = re.compile(r"\s*[\w.-]+(\s*,\s*[\w.-]+)*\s*")
@@ -31,8 +32,8 @@ class TrainSettings:
     """Every knob of a run. `slora finetune` has a flag for each; `config.yaml` of a run directory holds them all.
 
     Fields that `slora.SelectiveLoRAConfig` has too mean the same. Shares are of the run's optimizer steps, from 0
-    to 1. `model`, `pretrained`, `data`, `data_root`, `download` and `augment` are read by the command line and
-    ignored by `slora.training.train`, which gets objects.
+    to 1. `model`, `pretrained`, `img_size`, `model_args`, `data`, `data_root`, `download` and `augment` are read by
+    the command line and ignored by `slora.training.train`, which gets objects.
 
     Raises:
         ConfigError: a value is out of range or of the wrong type; names the field, the value and what is allowed.
@@ -42,6 +43,13 @@ class TrainSettings:
         None
     )
     pretrained: Annotated[bool, "Start from the model's pretrained weights."] = False
+    img_size: Annotated[int | None, "Side of the images that the model takes, in pixels; unset: the model's own."] = (
+        None
+    )
+    model_args: Annotated[
+        dict[str, Scalar] | None,
+        "More arguments of the model, given to timm's or open_clip's create_model, as drop_path_rate=0.1,qk_norm=true.",
+    ] = None
     data: Annotated[str | None, "Data set: a name such as cifar100, or imagefolder:PATH."] = None
     data_root: Annotated[str, "Folder that holds downloaded data sets."] = "data"
     download: Annotated[bool, "Download the data set where it is missing."] = True
@@ -160,6 +168,8 @@ class TrainSettings:
         ):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) >= 1, "use 1 or more")
         _require("max_steps", self.max_steps, self.max_steps is None or self.max_steps >= 1, "use 1 or more")
+        _require("img_size", self.img_size, self.img_size is None or self.img_size >= 1, "use 1 or more")
+        check_keys(self.model_args or ())
         for name in ("seed", "num_workers", "eval_every", "save_every", "head_first"):
             _require(name, getattr(self, name), (getattr(self, name) or 0) >= 0, "use 0 or more")
         for name in ("penalty", "gate_lr", "lr", "weight_decay", "clip_norm", "retain_weight"):
@@ -309,6 +319,8 @@ def _converted(value: Any, option: Any) -> Any:
     if get_origin(option) is list:
         names = isinstance(value, (list, tuple)) and all(isinstance(entry, str) for entry in value)
         return list(value) if names else None
+    if option == dict[str, Scalar]:
+        return arguments(value)
     if get_origin(option) is dict:
         return _converted_mapping(value, get_args(option)[1])
     if option is str:
@@ -343,6 +355,8 @@ def _described(option: Any) -> str:
         return " or ".join(repr(choice) for choice in get_args(option))
     if get_origin(option) is list:
         return "a list of names"
+    if option == dict[str, Scalar]:
+        return "arguments with scalar values, such as drop_path_rate=0.1,qk_norm=true"
     if get_origin(option) is dict:
         return "a mapping such as qkv=8,fc2=32"
     return {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "unset"}[option]

@@ -13,7 +13,8 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 from slora import ConfigError, DataError
-from slora.training.data import TORCHVISION, InputSpec, check_name, names, open_data
+from slora.training.data import InputSpec, open_data
+from slora.training.data_names import TORCHVISION, check_name, names
 
 DEMO = InputSpec(1, 16, (0.0,), (1.0,), "bilinear")
 
@@ -92,6 +93,25 @@ def test_splits_are_joined_and_opened_as_the_registry_says(tmp_path: Path, monke
     source = open_data("dtd", tmp_path, download=False)
     assert Fake.opened == [{"split": name, "download": False} for name in ("train", "val", "test")]
     assert (len(source.training), len(source.evaluation), len(source.classes)) == (80, 40, 47)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["plain", "dotted"] * 5, ("plain", "dotted") * 5),
+        ([("tench", "Tinca tinca")] * 10, ("tench, Tinca tinca",) * 10),
+        (None, tuple("0123456789")),
+        (["too few"], tuple("0123456789")),
+    ],
+    ids=["names", "several names", "no names", "another number"],
+)
+def test_classes_have_the_names_that_torchvision_gives_them(
+    names: Any, expected: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fake, "classes", names, raising=False)
+    monkeypatch.setattr(torchvision.datasets, "MNIST", Fake)
+    Fake.opened = []
+    assert open_data("mnist", tmp_path).classes == expected
 
 
 def test_a_data_set_without_splits_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,13 @@ def test_other_modules_can_stand_for_the_head(make_model: Callable[[], nn.Module
     assert trainable(prepare(make_model(), "selective", settings)) == LORA | GATES | expected
 
 
+def test_single_parameters_are_trained_beside_the_head(make_model: Callable[[], nn.Module]) -> None:
+    settings = TrainSettings(r=2, modules_to_save=["norm.weight", "head"])
+    expected = HEAD | {"norm.weight"}
+    assert trainable(prepare(make_model(), "linear", settings)) == expected
+    assert trainable(prepare(make_model(), "selective", settings)) == LORA | GATES | expected
+
+
 def test_a_linear_probe_without_a_head_is_refused_with_the_remedy() -> None:
     with pytest.raises(slora.ConfigError, match=r"Sequential has none .* name it in modules_to_save"):
         prepare(nn.Sequential(nn.Linear(4, 4)), "linear")

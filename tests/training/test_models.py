@@ -103,3 +103,58 @@ def test_an_open_clip_tower_gets_a_head_and_every_method_fits_it(tiny_clip: str)
         "head.weight",
         "head.bias",
     }
+
+
+def test_a_timm_model_is_built_for_images_of_another_size_and_with_more_arguments() -> None:
+    model, spec = build("timm/vit_tiny_patch16_224", 7, img_size=64, model_args={"depth": 2, "class_token": False,
+                                                                               "global_pool": "avg"})  # fmt: skip
+    assert spec.size == 64
+    assert len(model.get_submodule("blocks")._modules) == 2
+    assert model.get_parameter("pos_embed").shape == (1, 16, 192)
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 7)
+
+
+def test_a_timm_model_for_images_of_any_size_is_given_those_asked_for() -> None:
+    model, spec = build("timm/resnet18", 7, img_size=32, model_args={"in_chans": 1})
+    assert (spec.channels, spec.size) == (1, 32)
+    assert spec.mean == (pytest.approx((0.485 + 0.456 + 0.406) / 3),)
+    assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+
+def test_an_open_clip_tower_takes_images_of_another_size_and_more_arguments(tiny_clip: str) -> None:
+    model, spec = build(tiny_clip, 5, img_size=24, model_args={"force_quick_gelu": True})
+    assert spec.size == 24
+    assert model(torch.zeros(1, 3, 24, 24)).shape == (1, 5)
+    assert {type(module).__name__ for module in model.modules()} >= {"QuickGELU"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "arguments", "message"),
+    [
+        ("timm/vit_tiny_patch16_224", None, {"dept": 3}, "holds 'dept', which timm/vit_tiny_patch16_224 does not take"),
+        ("timm/resnet18", 32, {"dept": 3}, "holds 'dept', which timm/resnet18 does not take"),
+        ("clip", 24, {"dept": 3}, "holds 'dept', which open_clip/ViT-tiny-test does not take"),
+        ("timm/vit_tiny_patch16_224", 64, {"depth": "x"}, "cannot be built with img_size=64, depth='x' "),
+        ("timm/vit_tiny_patch16_224", None, {"in_chans": 4}, "in_chans=4, but images have 1 or 3 channels"),
+        ("demo/letters_vit", 32, {}, "takes images of 16 x 16 pixels, but img_size=32 was given; leave it out"),
+        ("demo/letters_vit", None, {"depth": 3}, "has no choices .* but depth=3 was given; leave it out"),
+    ],
+)
+def test_what_a_model_does_not_take_is_named(
+    name: str, size: int | None, arguments: dict[str, Any], message: str, tiny_clip: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(tiny_clip if name == "clip" else name, 5, img_size=size, model_args=arguments)
+
+
+def test_pretrained_weights_that_do_not_fit_the_arguments_are_told_from_a_network_that_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import timm
+
+    def misfit(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("Error(s) in loading state_dict for VisionTransformer:\n\tUnexpected key(s)")
+
+    monkeypatch.setattr(timm, "create_model", misfit)
+    with pytest.raises(ConfigError, match=r"weights of timm/vit_tiny_patch16_224 do not fit it with depth=2; leave"):
+        build("timm/vit_tiny_patch16_224", 7, pretrained=True, model_args={"depth": 2})

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import slora
 import slora.adapter
 from slora import CheckpointError, ConfigError, NonFiniteLossError, SLoRAError, TargetError, WriteError
-from slora.training import checkpoint, run, rundir
+from slora.training import checkpoint, merged, run, rundir
 from slora.training.recorder import read_metrics
 
 QUICK: dict[str, Any] = {
@@ -55,7 +56,7 @@ def test_a_run_directory_holds_what_the_run_learned_and_what_it_takes_to_repeat_
     folder, result = run.finetune(QUICK)
     assert folder == Path("runs/letters_vit-digits-selective")
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter", "checkpoints", "config.yaml", "metrics.jsonl", "result.json",
+        "adapter", "checkpoints", "classes.json", "config.yaml", "metrics.jsonl", "result.json",
     ]  # fmt: skip
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert {key: config[key] for key in QUICK} == QUICK
@@ -171,7 +172,9 @@ def test_a_run_that_breaks_leaves_no_adapter_and_no_result(monkeypatch: pytest.M
     with pytest.raises(NonFiniteLossError, match=r"at step 3 .*checkpoints/step-00000002"):
         run.finetune(QUICK)
     folder = Path("runs/letters_vit-digits-selective")
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints", "classes.json", "config.yaml", "metrics.jsonl",
+    ]  # fmt: skip
 
 
 class _Breaking:
@@ -354,26 +357,48 @@ def test_a_merged_model_computes_what_the_adapted_one_does(from_run: bool) -> No
     run.load_result(model, settings, folder)
     out = Path("merged.safetensors")
     if from_run:
-        count = run.merge_adapter(folder, out, None, False, None)
+        count = merged.merge_adapter(folder, out, None, False, None)
     else:
-        count = run.merge_adapter(folder / "adapter", out, "demo/letters_vit", False, None)
+        count = merged.merge_adapter(folder / "adapter", out, "demo/letters_vit", False, None)
     assert count == 36
     plain = run.rebuild(settings, 10).model
     plain.load_state_dict(load_file(out))
     images, _ = source.data(spec, training=False)[:20]  # type: ignore[misc]
     with torch.no_grad():
-        expected, merged = model.eval()(images), plain.eval()(images)
-    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-5)
+        expected, found = model.eval()(images), plain.eval()(images)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match=r"merged.safetensors exists"):
-        run.merge_adapter(folder, out, None, False, None)
+        merged.merge_adapter(folder, out, None, False, None)
+
+
+def test_a_merged_file_says_what_it_holds() -> None:
+    folder, _ = run.finetune({**QUICK, "pretrained": True})
+    merged.merge_adapter(folder, Path("run.safetensors"), scale=0.5)
+    digest = json.loads((folder / "adapter/selective.json").read_text())["base"]["digest"]
+    expected = {
+        "format": "pt", "slora_version": slora.__version__, "model": "demo/letters_vit", "pretrained": "true",
+        "active_blocks": "36", "scale": "0.5", "base_fingerprint": digest,
+    }  # fmt: skip
+    with safe_open("run.safetensors", framework="pt") as file:
+        found = file.metadata()
+    assert json.loads(found.pop("classes")) == [str(digit) for digit in range(10)]
+    assert found == {**expected, "data": "digits", "method": "selective"}
+    merged.merge_adapter(folder / "adapter", Path("adapter.safetensors"), "demo/letters_vit", pretrained=True)
+    with safe_open("adapter.safetensors", framework="pt") as file:
+        assert file.metadata() == {**expected, "scale": "1.0"}
+    full, _ = run.finetune({**QUICK, "method": "full", "max_steps": 1})
+    merged.merge_adapter(full, Path("full.safetensors"), which="last")
+    with safe_open("full.safetensors", framework="pt") as file:
+        found = file.metadata()
+    assert (found["method"], found["active_blocks"], "base_fingerprint" in found) == ("full", "0", False)
 
 
 def test_an_adapter_without_its_run_needs_the_name_of_its_model() -> None:
     folder, _ = run.finetune(QUICK)
     with pytest.raises(ConfigError, match="is an adapter without its run; name its model"):
-        run.merge_adapter(folder / "adapter", Path("x.safetensors"), None, False, None)
+        merged.merge_adapter(folder / "adapter", Path("x.safetensors"), None, False, None)
     full, _ = run.finetune({**QUICK, "method": "linear"})
     plain = re.escape(f"method=linear, which has no LoRA blocks to show or to merge; its result is a plain model "
                       f"already: {full / 'model/model.safetensors'}")  # fmt: skip
     with pytest.raises(ConfigError, match=plain):
-        run.merge_adapter(full, Path("x.safetensors"), None, False, None)
+        merged.merge_adapter(full, Path("x.safetensors"), None, False, None)

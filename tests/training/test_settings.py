@@ -155,3 +155,35 @@ def test_plain_lora_is_the_same_adapter_with_every_block_active_for_good() -> No
     assert (lora.gate_init, selective.gate_init) == (1.0, 0.15)
     assert lora.threshold < -1e6
     assert dataclasses.replace(lora, gate_init=0.15, threshold=0.1) == selective
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("drop_path_rate=0.1,qk_norm=true", {"drop_path_rate": 0.1, "qk_norm": True}),
+        ("init_values=1e-5, global_pool=avg", {"init_values": 1e-5, "global_pool": "avg"}),
+        ("depth=3,class_token=null", {"depth": 3, "class_token": None}),
+        ({"depth": 3, "init_values": "1e-5"}, {"depth": 3, "init_values": 1e-5}),
+        (None, None),
+    ],
+)
+def test_arguments_of_the_model_are_yaml_scalars(given: Any, meant: dict[str, Any] | None) -> None:
+    settings = TrainSettings(model_args=given)
+    assert settings.model_args == meant
+    assert TrainSettings.from_dict(settings.to_dict()) == settings
+
+
+@pytest.mark.parametrize(
+    "given", ["depth", "=3", "depth=[3", "a b=3", "depth={a: 1}", "a=.nan", {"a": [1, 2]}, {3: 4}, 5]
+)
+def test_what_is_no_argument_of_a_model_is_refused(given: Any) -> None:
+    with pytest.raises(ConfigError, match=r"model_args=.* is not arguments with scalar values, such as drop_path_rate"):
+        TrainSettings(model_args=given)
+
+
+def test_arguments_of_the_model_that_have_a_setting_of_their_own_are_refused() -> None:
+    for key in ("pretrained", "num_classes", "img_size", "force_image_size"):
+        with pytest.raises(ConfigError, match=f"model_args holds '{key}', which slora sets itself"):
+            TrainSettings(model_args={"depth": 3, key: 1})
+    with pytest.raises(ConfigError, match=r"img_size=0 is out of range; use 1 or more"):
+        TrainSettings(img_size=0)

@@ -1,0 +1,131 @@
+"""The checkpoint folders of a run: which there are, which one is meant, and what a run that goes on from one must keep.
+
+What stands in them is written and read by `checkpoint.py`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from slora.errors import CheckpointError, ConfigError
+from slora.files import read_json
+from slora.training.settings import TrainSettings
+
+STATE = "state.json"
+
+# What a resumed run may not change: the model, the meaning of its tensors, or which images form which step.
+FIXED = (
+    "model", "pretrained", "img_size", "model_args", "data", "augment", "method", "r", "lora_alpha", "target_modules",
+    "exclude_modules", "modules_to_save", "use_rslora", "blocks", "threshold", "inactive", "base_dtype", "gate_rule",
+    "optimizer", "budget", "budget_unit", "ranking", "selection_warmup", "settling", "batch_size",
+    "gradient_accumulation", "seed",
+)  # fmt: skip
+
+_NAME = re.compile(r"step-(\d+)")
+
+
+def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the checkpoints in a `checkpoints/` folder, oldest first."""
+    found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name; -1 where it has another name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else -1
+
+
+def refuse_newer(folder: Path, start: str | os.PathLike[str] | None) -> None:
+    """Refuse to write into a `checkpoints/` folder that holds checkpoints after `start` (any, where it is None).
+
+    Raises:
+        ConfigError: there is one; nothing is to be overwritten, and two runs in one folder are none.
+    """
+    found = checkpoints(folder)
+    if found and (start is None or step_of(found[-1]) > step_of(Path(start))):
+        raise ConfigError(f"{folder} holds {found[-1].name} already; resume from that, or choose another run directory")
+
+
+def check_settings(folder: Path, settings: TrainSettings, state: dict[str, Any] | None = None) -> None:
+    """Check that a run may go on from a checkpoint with `settings`; early, before a model is built.
+
+    Raises:
+        CheckpointError: a setting differs that a run has to keep, or the checkpoint is unreadable.
+    """
+    saved = (read_json(folder / STATE) if state is None else state).get("settings", {})
+    for name in FIXED:
+        before, now = saved.get(name), settings.to_dict()[name]
+        if before != now:
+            raise CheckpointError(
+                f"{folder} was written with {name}={before!r}, this run has {now!r}; resume with the former, "
+                f"or start a new run"
+            )
+
+
+def newest(run_dir: str | os.PathLike[str]) -> Path:
+    """Return the newest checkpoint of a run directory, or `run_dir` itself where it is a checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(run_dir)
+    if (folder / STATE).exists():
+        return folder
+    found = checkpoints(folder / "checkpoints")
+    if not found:
+        raise CheckpointError(
+            f"{folder} holds no checkpoint; give a run directory that has checkpoints/step-*, or start a new run"
+        )
+    return found[-1]
+
+
+def before(start: Path) -> Path | None:
+    """Return the checkpoint before `start` in the same folder, or None."""
+    earlier = [path for path in checkpoints(start.parent) if step_of(path) < step_of(start)]
+    return earlier[-1] if earlier else None
+
+
+def chosen(run_dir: Path, which: str) -> Path:
+    """Return the checkpoint of a run, finished or not, that `which` means.
+
+    Args:
+        which: "last" for the newest, "best" for the most accurate on the evaluation data, or the number of a step.
+
+    Raises:
+        CheckpointError: the run has no such checkpoint; those that it has are listed.
+        ConfigError: `which` is none of these.
+    """
+    last = newest(run_dir)
+    if which == "last":
+        return last
+    found = {step_of(path): path for path in checkpoints(run_dir / "checkpoints")}
+    there = f"there are {', '.join(map(str, found))}"
+    if which == "best":
+        step = _best_step(last)
+        if step is None:
+            raise CheckpointError(f"{run_dir} was not evaluated yet, so that no checkpoint is its best; {there}")
+        if step not in found:
+            raise CheckpointError(
+                f"{run_dir} was most accurate at step {step}, of which it keeps no checkpoint; {there}. A run with "
+                f"save_every other than 0 keeps its best"
+            )
+        return found[step]
+    if not which.isdecimal():
+        raise ConfigError(f"checkpoint={which!r} is neither best nor last nor the number of a step; {there}")
+    if int(which) not in found:
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {int(which)}; {there}")
+    return found[int(which)]
+
+
+def _best_step(newest: Path) -> int | None:
+    # The newest checkpoint knows of every evaluation before it.
+    state = read_json(newest / STATE)
+    try:
+        step = state["result"]["best_step"]
+        return None if step is None else int(step)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{newest / STATE} is incomplete or damaged ({error!r}); use another one") from error

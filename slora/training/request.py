@@ -1,0 +1,65 @@
+"""What `slora finetune` is asked for, checked as far as that goes without torch, whose import takes seconds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from slora.errors import ConfigError
+from slora.training import rundir
+from slora.training.checkpoint_folders import check_settings
+from slora.training.data_names import check_name, check_retained
+from slora.training.model_names import source_of
+from slora.training.settings import TrainSettings
+
+
+class Request(NamedTuple):
+    """A run that may begin."""
+
+    settings: TrainSettings
+    out: Path
+    """The run directory."""
+    start: Path | None
+    """The checkpoint to go on from."""
+
+
+def read_request(
+    overrides: dict[str, Any], config: Path | None = None, out: Path | None = None, resume: Path | None = None
+) -> Request:
+    """Return the request that the arguments of `slora.training.run.finetune` make.
+
+    Raises:
+        ConfigError: a setting or a name is wrong, or `out` holds another run.
+        CheckpointError: there is no checkpoint to resume from, or a setting differs that a resumed run has to keep.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise ConfigError(
+            f"WORLD_SIZE={processes}: slora finetune runs in one process; for several, call slora.training.train in a "
+            f"script of your own under accelerate launch"
+        )
+    start = None
+    if resume is not None:
+        if config is not None:
+            raise ConfigError("config and resume were both given; a resumed run takes its own config.yaml")
+        start = rundir.start_of(resume)
+        home = rundir.home_of(start)
+        settings = TrainSettings.from_yaml(home / rundir.CONFIG, **overrides)
+        check_settings(start, settings)
+        out = home if out is None else out
+    else:
+        settings = TrainSettings.from_yaml(config, **overrides) if config else TrainSettings.from_dict(overrides)
+    data = check_name(settings.data)
+    check_retained(settings.retain_data)
+    source_of(settings.model)
+    if out is None:
+        out = _free_folder(settings, data)
+    rundir.refuse_other_run(out, start)
+    return Request(settings, out, start)
+
+
+def _free_folder(settings: TrainSettings, data: str) -> Path:
+    model = (settings.model or "").partition("/")[2].replace("/", "_").replace(":", "_")
+    label = Path(data.partition(":")[2]).name if ":" in data else data
+    return rundir.free(Path("runs") / f"{model}-{label}-{settings.method}")
