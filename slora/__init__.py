@@ -24,6 +24,7 @@ from slora.errors import (
     SLoRAError,
     StateError,
     TargetError,
+    UnfinishedSelectionWarning,
     UnsavedParameterWarning,
     WriteError,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "ShapeError",
     "StateError",
     "TargetError",
+    "UnfinishedSelectionWarning",
     "UnsavedParameterWarning",
     "WriteError",
     "active_blocks",

@@ -26,13 +26,21 @@ from torch import Tensor, nn
 
 from slora.adapter_files import CONFIG, FORMAT, PREFIX, SELECTIVE, WEIGHTS
 from slora.config import SelectiveLoRAConfig
-from slora.errors import BaseModelWarning, CheckpointError, SLoRAError, StateError, UnsavedParameterWarning
+from slora.errors import (
+    BaseModelWarning,
+    CheckpointError,
+    SLoRAError,
+    StateError,
+    UnfinishedSelectionWarning,
+    UnsavedParameterWarning,
+)
 from slora.files import json_text, read_json, text_writer, write_together
 from slora.gate import adapted_layers
 from slora.inject import inject, injection, unchanged_on_error, unload
 from slora.layers import LoRABlocks
 from slora.peft_format import peft_config, stacked_pair
 from slora.saved import Saved, unsaved
+from slora.selection.strategy import unfinished_selection
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,7 +49,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` into `directory`: all files, or none where one of them cannot be written.
 
     Parameters that require gradients but belong neither to a block nor to `modules_to_save` are not saved: an
-    `UnsavedParameterWarning` names them.
+    `UnsavedParameterWarning` names them. A strategy (`slora.selection`) that has not made its choice yet gives an
+    `UnfinishedSelectionWarning`.
 
     Raises:
         StateError: the model is not adapted, or is merged.
@@ -68,6 +77,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             folder / SELECTIVE: text_writer(json_text(content)),
         }
     )
+    selecting = unfinished_selection(model)
+    if selecting:
+        active = sum(len(layer.activity().active) for layer in layers.values())
+        warnings.warn(
+            f"{folder} holds the {active} blocks that are active now, but {selecting}. Call its step() after every "
+            f"optimizer step, or choose at once with slora.keep_blocks(model, budget)",
+            UnfinishedSelectionWarning,
+            stacklevel=2,
+        )
     forgotten = unsaved(model, record.saved)
     if forgotten:
         named = ", ".join(map(repr, forgotten[:5])) + (f" and {len(forgotten) - 5} more" if len(forgotten) > 5 else "")

@@ -47,6 +47,10 @@ class UnsavedParameterWarning(UserWarning):
     """Parameters that are trained were not saved with the adapter, because nothing names them."""
 
 
+class UnfinishedSelectionWarning(UserWarning):
+    """An adapter was saved before its strategy had made its choice, so that it holds more blocks than asked for."""
+
+
 class DataError(SLoRAError, ValueError):
     """A data set is missing, empty or damaged beyond what can be skipped."""
 

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -289,6 +290,23 @@ def test_finish_before_the_choice_is_refused_with_the_remedy(make: Make, batch: 
     assert count(model) == 2
     with pytest.raises(StateError, match="this Budget is over"):
         selection.step()
+
+
+def test_a_choice_that_is_not_made_yet_shows_in_the_summary_and_when_it_is_saved(
+    make: Make, batch: Batch, tmp_path: Path
+) -> None:
+    model = make()
+    selection = Budget(model, 2, 30)
+    run(model, selection, batch, 14)
+    what = "not made yet: Budget has taken 14 of 30 steps and is through with it at step 20"
+    assert str(slora.summary(model)).endswith(what)
+    with pytest.warns(slora.UnfinishedSelectionWarning, match=rf"holds the 4 blocks that are active now, .*{what}"):
+        slora.save_adapter(model, tmp_path)
+    run(model, selection, batch, 6)
+    assert "not made yet" not in str(slora.summary(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        slora.save_adapter(model, tmp_path)
 
 
 def test_two_strategies_at_once_are_refused(make: Make, batch: Batch) -> None:
