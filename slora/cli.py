@@ -95,20 +95,30 @@ def _common(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("slora-demo"),
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with different random seeds.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Runs of each method, with different random seeds. [default: 3; full: 5]")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and shorter runs: to see that it works.")] = False,
     open_report: Annotated[bool, typer.Option("--open", help="Open the page in a browser at the end.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Four shifts instead of one, and scaled updates: about half an hour.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Trainings at a time, one thread each. [default: one per core, at most 4]")
+    ] = None,
 ) -> None:
     """Adapt a small vision transformer to handwritten digits, on a CPU, offline, and write a page of results.
 
-    Compares selective adaptation with LoRA, full fine-tuning and a linear head: what each learns, and what each
+    Compares what a sceptic asks for: a linear probe, LoRA on all blocks with and without the head first, scaled, with
+    distillation, on the last 4 blocks, on 4 at random, and selective adaptation with 4: what each learns, and what each
     forgets.
 
     \b
-    Example:
+    Examples:
         slora demo --seeds 1 --out results
+        slora demo --full
     """
-    _needed("slora.demo.run", "demo").main(out, seeds, quick, open_report)
+    _needed("slora.demo.run", "demo").main(out, seeds, quick, open_report, full, jobs)
 
 
 def finetune(

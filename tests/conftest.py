@@ -17,8 +17,8 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# One thread where several processes share the machine; a few where the tests run in one.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(4, os.cpu_count() or 1))
+# Small models: several threads spend most of their time waiting for each other.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

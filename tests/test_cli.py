@@ -369,8 +369,11 @@ def test_demo_and_report_hand_over_their_arguments(
     calls: list[Any] = []
     monkeypatch.setitem(sys.modules, "slora.demo.run", types.SimpleNamespace(main=lambda *a: calls.append(a)))
     assert slora("demo").code == 0
-    assert slora("demo", "--out", "there", "--seeds", "1", "--quick", "--open").code == 0
-    assert calls == [(Path("slora-demo"), 3, False, False), (Path("there"), 1, True, True)]
+    assert slora("demo", "--out", "there", "--seeds", "1", "--quick", "--open", "--full", "--jobs", "2").code == 0
+    assert calls == [
+        (Path("slora-demo"), None, False, False, False, None),
+        (Path("there"), 1, True, True, True, 2),
+    ]
     (tmp_path / "metrics.jsonl").write_text("")
     assert slora("report", ".").out == "page\n"
 

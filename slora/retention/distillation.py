@@ -45,7 +45,7 @@ class Distillation:
         weight: float = 2.0,
         *,
         features: Callable[[Tensor], Tensor] | None = None,
-        batch_size: int = 32,
+        batch_size: int = 16,
         every: int = 2,
         seed: int = 0,
     ) -> None:

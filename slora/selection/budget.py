@@ -108,6 +108,8 @@ class Budget(Strategy):
         allowed = target + (total - target) * (1 - t) ** 3
         if self.unit == "blocks":
             allowed = target + round((total - target) * (1 - t) ** 3)
+        if self.scores is None and target < total and getattr(self.ranking, "once", False):
+            self._scores()
         kept = self.ranks[: self.left]
         if sum(costs[i] for i in kept) <= allowed:
             return

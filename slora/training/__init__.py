@@ -10,6 +10,8 @@
     recorder.py     metrics.jsonl, TensorBoard, the progress bar
     checkpoint.py   what a run needs to go on; checkpoint_folders.py: which checkpoints there are
     rundir.py       the run directory: its files, who writes into it, how to go on with an unfinished run
+    strategies.py   which blocks stay: the strategy that settings ask for; head_first.py: the head alone, before
+    retained.py     samples of what the model is to keep
     outcome.py      why a run ended with no block active, or with all
     request.py      what the `finetune` command is asked for, checked; flags.py: settings as flags
     run.py          the `finetune` command, which fills the run directory

@@ -97,6 +97,11 @@ class TrainSettings:
         Literal["solo", "norm"],
         "What a budget ranks blocks by: solo (what each gains by itself, one forward pass per block) or norm (free).",
     ] = "solo"
+    drift_price: Annotated[
+        float | None,
+        "With ranking solo: divide each gain by the drift of the final features on noise and shuffled patches, to this "
+        "power; unset: 0.5, or 0 with retain_data.",
+    ] = None
     selection_warmup: Annotated[
         float | None,
         "Share of the steps before the first block is switched off; unset: 0.4 with a budget, 0.1 with gates.",
@@ -197,6 +202,8 @@ class TrainSettings:
                 f"selection_warmup={warmup:g} and settling={self.settling:.3g} are longer than the run; lower one of "
                 f"them"
             )
+        price = 0.0 if self.drift_price is None else self.drift_price
+        _require("drift_price", self.drift_price, math.isfinite(price) and price >= 0, "use a finite number from 0 up")
         if self.budget is None:
             return
         check_budget(self.budget, self.budget_unit)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,9 +20,7 @@ from slora.evaluation.accuracy import logits_of, tally
 from slora.flops import count_flops
 from slora.gate import adapted_layers, gate_penalty, gate_values
 from slora.retention import Distillation
-from slora.selection import Budget, Gates, SoloGain, Strategy
-from slora.selection.budget import WARMUP as BUDGET_WARMUP
-from slora.selection.gates import WARMUP
+from slora.selection import Gates, Strategy
 from slora.training import checkpoint
 from slora.training.batches import Batches, Data, make_batches
 from slora.training.head_first import train_head
@@ -32,12 +29,10 @@ from slora.training.optimizers import Optimizers, finite, lr_scale
 from slora.training.process import interruptible, make_accelerator, prepared, train_mode
 from slora.training.recorder import Recorder
 from slora.training.settings import TrainSettings
+from slora.training.strategies import first_images, strategy
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-# Training images that solo gains are measured on.
-SAMPLE = 128
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Blocks = dict[str, tuple[int, ...]]
@@ -171,8 +166,17 @@ class Trainer:
         self.fingerprint = checkpoint.fingerprint(model)
         self.layers = dict(adapted_layers(model))
         self.may_release = world == 1 and any(layer.inactive == "frozen" for layer in self.layers.values())
-        self.sample: tuple[Tensor, Tensor] | None = None
-        self.selection = self._strategy()
+        self.selection: Strategy | None = None
+        if self.layers:
+            self.selection = strategy(
+                model,
+                self.steps,
+                settings,
+                lambda count: first_images(self.train_batches.epoch(0), count),
+                self.criterion,
+                self.accelerator.autocast,
+                retained=retain is not None and settings.retain_weight > 0,
+            )
         self.optimizers = Optimizers(model, settings)
         self.keep: Distillation | None = None
         if retain is not None and settings.retain_weight:
@@ -195,35 +199,6 @@ class Trainer:
         self.flops_of: dict[Any, int] = {}
         self.clock = Clock(self.result.seconds, self.step)
         self.stop_requested = False
-
-    def _strategy(self) -> Strategy | None:
-        settings = self.settings
-        if settings.method != "selective" or not self.layers:
-            return None
-        if settings.budget is None:
-            warmup = WARMUP if settings.selection_warmup is None else settings.selection_warmup
-            return Gates(self.model, self.steps, penalty=settings.penalty, warmup=warmup, settling=settings.settling)
-        warmup = BUDGET_WARMUP if settings.selection_warmup is None else settings.selection_warmup
-        return Budget(
-            self.model,
-            settings.budget,
-            self.steps,
-            unit=settings.budget_unit,
-            ranking=SoloGain(self._sample_loss) if settings.ranking == "solo" else None,
-            warmup=warmup,
-            settling=settings.settling,
-        )
-
-    def _sample_loss(self) -> Tensor:
-        """The loss on the training images that solo gains are measured on: the same ones at every call."""
-        if self.sample is None:
-            needed = -(-SAMPLE // self.settings.batch_size)
-            batches = list(itertools.islice(self.train_batches.epoch(0), needed))
-            images, labels = (torch.cat([batch[part] for batch in batches])[:SAMPLE] for part in (0, 1))
-            self.sample = images, labels
-        images, labels = self.sample
-        with self.accelerator.autocast():
-            return self.criterion(logits_of(self.model(images)), labels)
 
     def run(self) -> TrainResult:
         """Run to the end and return the result."""

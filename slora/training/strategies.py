@@ -1,0 +1,131 @@
+"""The strategy that settings ask for, and the samples that its ranking is measured on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from slora.errors import ConfigError
+from slora.evaluation.accuracy import logits_of
+from slora.features import final_features
+from slora.retention import generic_samples
+from slora.selection import Budget, Gates, SoloGain, Strategy, budget, gates
+from slora.training.settings import TrainSettings
+
+# Training images that solo gains are measured on, and samples that the drift is.
+SAMPLE, DRIFT_SAMPLE = 128, 64
+
+# Exponent of the price on drift where no retained samples hold the features.
+PRICE = 0.5
+
+
+def strategy(
+    model: nn.Module,
+    steps: int,
+    settings: TrainSettings,
+    sample: Callable[[int], tuple[Tensor, Tensor]],
+    criterion: Callable[[Tensor, Tensor], Tensor],
+    autocast: Callable[[], contextlib.AbstractContextManager[object]],
+    retained: bool,
+) -> Strategy | None:
+    """Return the strategy of a run of `steps` steps, at work on `model`; None where the method has none.
+
+    Args:
+        sample: returns that many training images with their labels, the same ones at every call.
+        criterion: `(logits, labels) -> scalar`.
+        autocast: the context that the model runs in.
+        retained: whether retained samples hold the features.
+
+    Raises:
+        ConfigError: the budget is out of range, or a drift is asked for of a model without final features.
+    """
+    if settings.method != "selective":
+        return None
+    warmup = settings.selection_warmup
+    if settings.budget is None:
+        return Gates(
+            model,
+            steps,
+            penalty=settings.penalty,
+            warmup=gates.WARMUP if warmup is None else warmup,
+            settling=settings.settling,
+        )
+    measured = _Measured(model, sample, criterion, autocast, settings.seed)
+    ranking = None
+    if settings.ranking == "solo":
+        price = settings.drift_price
+        if price is None:
+            price = 0.0 if retained or not measured.has_features else PRICE
+        ranking = SoloGain(measured.loss, measured.features if price else None, price)
+    return Budget(
+        model,
+        settings.budget,
+        steps,
+        unit=settings.budget_unit,
+        ranking=ranking,
+        warmup=budget.WARMUP if warmup is None else warmup,
+        settling=settings.settling,
+    )
+
+
+class _Measured:
+    """Loss and final features of a model on fixed samples."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: Callable[[int], tuple[Tensor, Tensor]],
+        criterion: Callable[[Tensor, Tensor], Tensor],
+        autocast: Callable[[], contextlib.AbstractContextManager[object]],
+        seed: int,
+    ) -> None:
+        self.model, self.sample, self.criterion = model, sample, criterion
+        self.autocast, self.seed = autocast, seed
+
+    @cached_property
+    def images(self) -> tuple[Tensor, Tensor]:
+        return self.sample(SAMPLE)
+
+    @cached_property
+    def generic(self) -> Tensor:
+        images = self.images[0]
+        if images.dim() != 4:
+            # Inputs that are no images have no patches.
+            return images[:DRIFT_SAMPLE]
+        patch = max(1, min(images.shape[2:]) // 4)
+        return generic_samples(images, DRIFT_SAMPLE, patch=patch, seed=self.seed)
+
+    @property
+    def has_features(self) -> bool:
+        try:
+            final_features(self.model)
+        except ConfigError:
+            return False
+        return True
+
+    def loss(self) -> Tensor:
+        images, labels = self.images
+        with self.autocast():
+            return self.criterion(logits_of(self.model(images)), labels)
+
+    def features(self) -> Tensor:
+        with self.autocast():
+            return final_features(self.model)(self.generic)
+
+
+def first_images(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+    """Return up to `count` images and labels from the start of a pass over the training data."""
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    while sum(map(len, images)) < count:
+        try:
+            x, y = next(batches)
+        except StopIteration:
+            break
+        images.append(x)
+        labels.append(y)
+    return torch.cat(images)[:count], torch.cat(labels)[:count]
