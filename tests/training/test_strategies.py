@@ -1,0 +1,116 @@
+"""Which strategy settings ask for, and what its ranking is measured on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slora import ConfigError
+from slora.selection import Budget, Gates, SoloGain, update_norm
+from slora.training import TrainSettings, prepare, train
+from slora.training.strategies import first_images, strategy
+
+Factory = Callable[[], nn.Module]
+Pair = tuple[Tensor, Tensor]
+
+
+def made(model: nn.Module, settings: TrainSettings, data: Pair, retained: bool = False) -> Any:
+    def sample(count: int) -> Pair:
+        return data[0][:count], data[1][:count]
+
+    return strategy(model, 10, settings, sample, F.cross_entropy, contextlib.nullcontext, retained)
+
+
+@pytest.mark.parametrize(
+    ("changes", "retained", "price"),
+    [
+        ({}, False, 0.5),
+        ({}, True, 0.0),
+        ({"drift_price": 0.0}, False, 0.0),
+        ({"drift_price": 1.5}, True, 1.5),
+    ],
+    ids=["nothing holds", "samples hold", "no price", "own price"],
+)
+def test_drift_has_a_price_where_nothing_else_holds_the_features(
+    make_model: Factory, data: Pair, settings: TrainSettings, changes: dict[str, Any], retained: bool, price: float
+) -> None:
+    settings = settings.replace(budget=2, **changes)
+    made_of = made(prepare(make_model(), settings=settings), settings, data, retained)
+    assert isinstance(made_of, Budget)
+    assert isinstance(made_of.ranking, SoloGain)
+    assert made_of.ranking.price == price
+    assert (made_of.ranking.features is None) == (price == 0)
+
+
+def test_a_ranking_changes_nothing_of_the_model(make_model: Factory, data: Pair, settings: TrainSettings) -> None:
+    settings = settings.replace(budget=2)
+    model = prepare(make_model(), settings=settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.3)
+    made_of = made(model.train(), settings, data)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scores = made_of.ranking(model)
+    assert scores.shape == (3,)
+    assert torch.equal(scores, made_of.ranking(model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training
+
+
+def test_norm_and_gates_are_there_too(make_model: Factory, data: Pair, settings: TrainSettings) -> None:
+    by_norm = settings.replace(budget=0.5, ranking="norm", selection_warmup=0.2)
+    made_of = made(prepare(make_model(), settings=by_norm), by_norm, data)
+    assert made_of.ranking is update_norm
+    assert (made_of.first, made_of.budget) == (2, 0.5)
+    assert isinstance(made(prepare(make_model(), settings=settings), settings, data), Gates)
+    lora = settings.replace(method="lora")
+    assert made(prepare(make_model(), settings=lora), lora, data) is None
+
+
+def test_a_budget_above_the_blocks_of_the_model_is_refused_before_anything_is_trained(
+    make_model: Factory, data: Pair, settings: TrainSettings
+) -> None:
+    model = prepare(make_model(), settings=settings)
+    before = model.get_parameter("head.weight").clone()
+    with pytest.raises(ConfigError, match="budget=4 blocks is out of range; use 0 to 3"):
+        train(model, data, None, settings.replace(budget=4, head_first=5))
+    assert torch.equal(before, model.get_parameter("head.weight"))
+
+
+@pytest.mark.parametrize("budget", [0, 1, 3, 0.5])
+def test_a_run_ends_with_its_budget_and_counts_what_ranking_costs(
+    make_model: Factory, data: Pair, settings: TrainSettings, budget: float
+) -> None:
+    settings = settings.replace(budget=budget, log_every=1, count_flops=True)
+    result = train(prepare(make_model(), settings=settings), data, None, settings)
+    counts = [record["active"] for record in result.history]
+    assert counts[-1] == {0: 0, 1: 1, 3: 3, 0.5: 2}[budget]
+    # All up to the warm-up of 0.4 * 12 steps, the choice by step 8.
+    assert counts[:5] == [3] * 5
+    assert set(counts[7:]) == {counts[-1]}
+    steps = [b["flops"] - a["flops"] for a, b in zip(result.history, result.history[1:], strict=False)]
+    if budget != 3:
+        # Step 5 ends with the gains: 4 forward passes over 64 images, where a step takes 8.
+        assert steps[3] > 4 * steps[0]
+
+
+def test_a_sample_is_what_a_pass_begins_with(data: Pair) -> None:
+    read = []
+
+    def batches() -> Iterator[Pair]:
+        for i in range(0, 64, 8):
+            read.append(i)
+            yield data[0][i : i + 8], data[1][i : i + 8]
+
+    images, labels = first_images(batches(), 20)
+    assert torch.equal(images, data[0][:20])
+    assert torch.equal(labels, data[1][:20])
+    assert read == [0, 8, 16]
+    assert len(first_images(batches(), 1000)[0]) == 64
