@@ -224,7 +224,8 @@ def measured(ranking: Ranking, model: nn.Module, n: int) -> list[float]:
 def gates_of(ranks: Sequence[int], left: int, layers: dict[str, LoRABlocks]) -> dict[LoRABlocks, list[float]]:
     """Return gates that tell the rank of each block and leave the first `left` on.
 
-    `threshold + spread * (left + 1/2 - rank) / n`, with ranks from 1 and `spread` the size of the threshold.
+    `threshold + spread * (left + 1/2 - rank) / n`, with ranks from 1 and `spread` the size of the threshold; while all
+    are on there are no ranks, and every gate is `threshold + spread / 2`.
     """
     n = len(ranks)
     place = {block: position for position, block in enumerate(ranks, start=1)}
@@ -232,6 +233,9 @@ def gates_of(ranks: Sequence[int], left: int, layers: dict[str, LoRABlocks]) -> 
     result = {}
     for layer in layers.values():
         spread = max(abs(layer.threshold), 1e-3)
+        if left == n:
+            result[layer] = [layer.threshold + spread / 2] * layer.blocks
+            continue
         result[layer] = [layer.threshold + spread * (left + 0.5 - place[next(blocks)]) / n for _ in range(layer.blocks)]
     return result
 

@@ -98,10 +98,10 @@ class TrainSettings:
         "What a budget ranks blocks by: solo (what each gains by itself, one forward pass per block) or norm (free).",
     ] = "solo"
     drift_price: Annotated[
-        float | None,
+        float,
         "With ranking solo: divide each gain by the drift of the final features on noise and shuffled patches, to this "
-        "power; unset: 0.5, or 0 with retain_data.",
-    ] = None
+        "power.",
+    ] = 0.5
     selection_warmup: Annotated[
         float | None,
         "Share of the steps before the first block is switched off; unset: 0.4 with a budget, 0.1 with gates.",
@@ -177,7 +177,7 @@ class TrainSettings:
         check_keys(self.model_args or ())
         for name in ("seed", "num_workers", "eval_every", "save_every", "head_first"):
             _require(name, getattr(self, name), (getattr(self, name) or 0) >= 0, "use 0 or more")
-        for name in ("penalty", "gate_lr", "lr", "weight_decay", "clip_norm", "retain_weight"):
+        for name in ("penalty", "gate_lr", "lr", "weight_decay", "clip_norm", "retain_weight", "drift_price"):
             value = getattr(self, name)
             _require(name, value, math.isfinite(value) and value >= 0, "use a finite number from 0 up")
         for name in ("warmup", "min_lr_ratio"):
@@ -202,8 +202,6 @@ class TrainSettings:
                 f"selection_warmup={warmup:g} and settling={self.settling:.3g} are longer than the run; lower one of "
                 f"them"
             )
-        price = 0.0 if self.drift_price is None else self.drift_price
-        _require("drift_price", self.drift_price, math.isfinite(price) and price >= 0, "use a finite number from 0 up")
         if self.budget is None:
             return
         check_budget(self.budget, self.budget_unit)

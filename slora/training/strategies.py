@@ -19,9 +19,6 @@ from slora.training.settings import TrainSettings
 # Training images that solo gains are measured on, and samples that the drift is.
 SAMPLE, DRIFT_SAMPLE = 128, 64
 
-# Exponent of the price on drift where no retained samples hold the features.
-PRICE = 0.5
-
 
 def strategy(
     model: nn.Module,
@@ -30,7 +27,6 @@ def strategy(
     sample: Callable[[int], tuple[Tensor, Tensor]],
     criterion: Callable[[Tensor, Tensor], Tensor],
     autocast: Callable[[], contextlib.AbstractContextManager[object]],
-    retained: bool,
 ) -> Strategy | None:
     """Return the strategy of a run of `steps` steps, at work on `model`; None where the method has none.
 
@@ -38,7 +34,6 @@ def strategy(
         sample: returns that many training images with their labels, the same ones at every call.
         criterion: `(logits, labels) -> scalar`.
         autocast: the context that the model runs in.
-        retained: whether retained samples hold the features.
 
     Raises:
         ConfigError: the budget is out of range, or a drift is asked for of a model without final features.
@@ -58,8 +53,12 @@ def strategy(
     ranking = None
     if settings.ranking == "solo":
         price = settings.drift_price
-        if price is None:
-            price = 0.0 if retained or not measured.has_features else PRICE
+        if price:
+            # Found out now rather than when selection begins.
+            try:
+                final_features(model)
+            except ConfigError as error:
+                raise ConfigError(f"drift_price={price}: {error}; or set drift_price to 0") from error
         ranking = SoloGain(measured.loss, measured.features if price else None, price)
     return Budget(
         model,
@@ -98,14 +97,6 @@ class _Measured:
             return images[:DRIFT_SAMPLE]
         patch = max(1, min(images.shape[2:]) // 4)
         return generic_samples(images, DRIFT_SAMPLE, patch=patch, seed=self.seed)
-
-    @property
-    def has_features(self) -> bool:
-        try:
-            final_features(self.model)
-        except ConfigError:
-            return False
-        return True
 
     def loss(self) -> Tensor:
         images, labels = self.images

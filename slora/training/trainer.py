@@ -175,7 +175,6 @@ class Trainer:
                 lambda count: first_images(self.train_batches.epoch(0), count),
                 self.criterion,
                 self.accelerator.autocast,
-                retained=retain is not None and settings.retain_weight > 0,
             )
         self.optimizers = Optimizers(model, settings)
         self.keep: Distillation | None = None

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import slora
 from slora import ConfigError
 from slora.selection import Budget, Gates, SoloGain, update_norm
 from slora.training import TrainSettings, prepare, train
@@ -20,28 +21,19 @@ Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
 
 
-def made(model: nn.Module, settings: TrainSettings, data: Pair, retained: bool = False) -> Any:
+def made(model: nn.Module, settings: TrainSettings, data: Pair) -> Any:
     def sample(count: int) -> Pair:
         return data[0][:count], data[1][:count]
 
-    return strategy(model, 10, settings, sample, F.cross_entropy, contextlib.nullcontext, retained)
+    return strategy(model, 10, settings, sample, F.cross_entropy, contextlib.nullcontext)
 
 
-@pytest.mark.parametrize(
-    ("changes", "retained", "price"),
-    [
-        ({}, False, 0.5),
-        ({}, True, 0.0),
-        ({"drift_price": 0.0}, False, 0.0),
-        ({"drift_price": 1.5}, True, 1.5),
-    ],
-    ids=["nothing holds", "samples hold", "no price", "own price"],
-)
-def test_drift_has_a_price_where_nothing_else_holds_the_features(
-    make_model: Factory, data: Pair, settings: TrainSettings, changes: dict[str, Any], retained: bool, price: float
+@pytest.mark.parametrize("price", [0.0, 0.5, 1.5])
+def test_drift_has_the_price_that_is_set(
+    make_model: Factory, data: Pair, settings: TrainSettings, price: float
 ) -> None:
-    settings = settings.replace(budget=2, **changes)
-    made_of = made(prepare(make_model(), settings=settings), settings, data, retained)
+    settings = settings.replace(budget=2, drift_price=price)
+    made_of = made(prepare(make_model(), settings=settings), settings, data)
     assert isinstance(made_of, Budget)
     assert isinstance(made_of.ranking, SoloGain)
     assert made_of.ranking.price == price
@@ -99,6 +91,15 @@ def test_a_run_ends_with_its_budget_and_counts_what_ranking_costs(
     if budget != 3:
         # Step 5 ends with the gains: 4 forward passes over 64 images, where a step takes 8.
         assert steps[3] > 4 * steps[0]
+
+
+def test_a_price_needs_final_features(data: Pair, settings: TrainSettings) -> None:
+    settings = settings.replace(budget=1, modules_to_save=[])
+    model = prepare(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 4)), settings=settings)
+    with pytest.raises(ConfigError, match=r"drift_price=0.5: Sequential has neither .*; or set drift_price to 0"):
+        train(model, data, None, settings)
+    slora.freeze_gates(model)
+    train(model, data, None, settings.replace(drift_price=0.0))
 
 
 def test_a_sample_is_what_a_pass_begins_with(data: Pair) -> None:
