@@ -94,7 +94,7 @@ def test_finetune_has_a_flag_with_its_default_for_every_setting(slora: Callable[
         )
         assert f" {flag} " in text
         words = {"None": "unset", "True": "yes", "False": "no"}
-        default = words.get(str(field.default), "1/3" if field.default == 1 / 3 else str(field.default))
+        default = words.get(str(field.default), str(field.default))
         # Up to the next flag; sentences may hold hyphens, but no word starts with two.
         own = text.split(f" {flag} ", 1)[1].removeprefix(f"/ --no-{flag[2:]}").split(" --")[0]
         assert f"[default: {default}]" in own

@@ -23,6 +23,7 @@ FIXED = {
     "random": "4 at random",
     "late-fc1": "fc1 of the last 4 layers",
     "head-first": "all, scaled",
+    "rank-16": "all of rank 16, scaled",
 }
 
 HEADINGS = ("method", "blocks", "target %", "NLL", "k-NN lost", "head lost", "parameters", "TFLOP", "seconds")

@@ -36,8 +36,6 @@ COMMON: dict[str, Any] = {
     "warmup": 0.1,
     "weight_decay": 0.0,
     "label_smoothing": SMOOTHING,
-    "r": 8,
-    "lora_alpha": 8,
     "eval_every": 0,
     "log_every": 5,
     "device": "cpu",
@@ -78,21 +76,27 @@ def _late_fc1(blocks: list[str], seed: int) -> list[int]:
     return [i for i, name in enumerate(blocks) if name.endswith("fc1")][-BUDGET:]
 
 
+_ALL = {"method": "lora", "lr": 5e-3, "r": 8, "lora_alpha": 8}
+_WIDER = {"r": 16, "lora_alpha": 16}
+# With the schedule that a budget has by itself.
+_FOUR = {**_WIDER, "lr": 1e-2, "lr_hold": 0.4}
+
 METHODS: dict[str, Method] = {
     "linear": Method("linear probe", {"method": "linear", "lr": 1e-2}),
-    "lora": Method("LoRA on all", {"method": "lora", "lr": 5e-3, "head_first": 0}),
-    "head-first": Method("head first, LoRA on all", {"method": "lora", "lr": 5e-3}),
-    "distilled": Method("the same + distillation", {"method": "lora", "lr": 5e-3}, retain=True),
-    "last": Method("head first, last 4", {"lr": 1e-2}, _last),
-    "random": Method("head first, random 4", {"lr": 1e-2}, _random),
-    "late-fc1": Method("head first, 4 late fc1", {"lr": 1e-2}, _late_fc1),
-    "selective": Method("head first, selective 4", {"budget": BUDGET, "lr": 1e-2}),
-    "selective-distilled": Method("the same + distillation", {"budget": BUDGET, "lr": 1e-2}, retain=True),
+    "lora": Method("LoRA on all", {**_ALL, "head_first": 0}),
+    "head-first": Method("head first, LoRA on all", _ALL),
+    "rank-16": Method("the same, rank 16", {**_ALL, **_WIDER, "lr": 2.5e-3}),
+    "distilled": Method("rank 16 + distillation", {**_ALL, **_WIDER}, retain=True),
+    "last": Method("head first, last 4", _FOUR, _last),
+    "random": Method("head first, random 4", _FOUR, _random),
+    "late-fc1": Method("head first, 4 late fc1", _FOUR, _late_fc1),
+    "selective": Method("head first, selective 4", {**_FOUR, "budget": BUDGET}),
+    "selective-distilled": Method("selective 4 + distillation", {**_FOUR, "budget": BUDGET}, retain=True),
 }
 
 # The full run judges the update of these scaled as well, as when it is merged with `--scale` (WiSE-FT, arXiv
 # 2109.01903); the default run only LoRA's on all blocks, by HALF.
-SCALED = ("head-first", "last", "random", "late-fc1", "selective")
+SCALED = ("head-first", "rank-16", "last", "random", "late-fc1", "selective")
 SCALES = (0.25, 0.5, 0.75)
 HALF = 0.5
 
@@ -195,9 +199,7 @@ def run_method(
         "flops": outcome.flops,
         "seconds": outcome.seconds,
         "block_map": live,
-        "history": [
-            {"step": r["step"], "loss": r["loss"], "active": r.get("active")} for r in outcome.history if "loss" in r
-        ],
+        "active_at": [[r["step"], r["active"]] for r in outcome.history if "active" in r],
     }
     entry["scaled"] = [{"scale": scale, **judged(model, test, letters, scale)} for scale in scales]
     return entry

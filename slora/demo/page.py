@@ -19,6 +19,7 @@ SHORT = {
     "linear": "linear probe",
     "lora": "LoRA, all",
     "head-first": "head first, all",
+    "rank-16": "all, rank 16",
     "distilled": "all + distillation",
     "last": "last 4",
     "random": "random 4",
@@ -131,7 +132,7 @@ def _curves(result: Result) -> list[Picture]:
     runs = [run for run in result["runs"] if run["method"] in ("selective", "selective-distilled")]
     lines = {
         method: [
-            ([r["step"] for r in run["history"]], [r["active"] for r in run["history"]])
+            ([step for step, _ in run["active_at"]], [active for _, active in run["active_at"]])
             for run in runs
             if run["method"] == method
         ]

@@ -6,6 +6,7 @@ waiting for each other.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import platform
@@ -30,7 +31,7 @@ from slora.demo.methods import HALF, METHODS, SCALED, SCALES, Source, run_method
 from slora.demo.page import write_report
 from slora.demo.shifts import SHIFTS
 from slora.errors import CheckpointError, ConfigError
-from slora.files import write_json
+from slora.files import write_text
 
 FORMAT = 2
 
@@ -90,7 +91,7 @@ def main(
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")
         raise SystemExit(130) from None
-    write_json(out / "demo.json", result)
+    write_text(out / "demo.json", _json(result))
     report = write_report(result, out)
     for sentence in aims(result):
         console.print(sentence, highlight=False, soft_wrap=True)
@@ -139,6 +140,13 @@ def _run_all(console: Console, seeds: int, shifts: list[str], quick: bool, full:
     result["runs"].sort(key=lambda run: order.index(_job_of(run, order)))
     console.print(_table(result))
     return result
+
+
+def _json(result: Result) -> str:
+    """A line for each run, so that two versions of the file can be compared."""
+    head = json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1)
+    lines = ",\n".join("  " + json.dumps(run) for run in result["runs"])
+    return f'{head[:-2]},\n "runs": [\n{lines}\n ]\n}}\n'
 
 
 def _job_of(run: Mapping[str, Any], order: list[Job]) -> Job:

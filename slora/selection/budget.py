@@ -15,9 +15,9 @@ from slora.flops import linear_flops
 from slora.gate import set_gates
 from slora.layers import LoRABlocks
 from slora.selection.ranking import Ranking, update_norm
-from slora.selection.strategy import SETTLING, Strategy, freeze_gates, hold, require_layers
+from slora.selection.strategy import Strategy, freeze_gates, hold, require_layers
 
-WARMUP = 0.4
+WARMUP, SETTLING = 0.3, 0.6
 
 
 class Budget(Strategy):
@@ -47,7 +47,8 @@ class Budget(Strategy):
             that each layer saw in the first step).
         ranking: scores blocks; by default `update_norm`, which is free. `SoloGain` is better and needs a loss.
         warmup: share of the steps in which every block learns.
-        settling: share of the steps at the end in which the choice stands; at least a third.
+        settling: share of the steps at the end in which the choice stands; at least a third. Keep the learning rate up
+            until then (a decay before leaves little of it for the blocks that stay).
 
     Raises:
         ConfigError: the budget is not from 0 to all blocks, a share rounds to nothing, or a value is out of range.

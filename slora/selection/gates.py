@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError
 from slora.gate import gate_penalty
-from slora.selection.strategy import SETTLING, Strategy, hold
+from slora.selection.strategy import LEAST_SETTLING, Strategy, hold
 
-WARMUP = 0.1
+WARMUP, SETTLING = 0.1, LEAST_SETTLING
 
 
 class Gates(Strategy):

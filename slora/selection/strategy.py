@@ -15,7 +15,7 @@ from slora.layers import LoRABlocks
 
 Phase = Literal["warm-up", "selection", "settling"]
 
-SETTLING = 1 / 3
+LEAST_SETTLING = 1 / 3
 
 _in_charge: weakref.WeakKeyDictionary[LoRABlocks, weakref.ref[Strategy]] = weakref.WeakKeyDictionary()
 
@@ -52,7 +52,7 @@ class Strategy(ABC):
             raise ConfigError(f"steps={steps!r} is not a number of optimizer steps; use those of the run, 1 or more")
         if not 0 <= warmup <= 1:
             raise ConfigError(f"warmup={warmup} is not a share of the steps; use a number from 0 to 1")
-        if not SETTLING - 1e-9 <= settling <= 1:
+        if not LEAST_SETTLING - 1e-9 <= settling <= 1:
             raise ConfigError(
                 f"settling={settling} is below a third of the steps (or above all), in which the blocks that are "
                 f"left go on learning; use a number from 1/3 to 1"

@@ -60,6 +60,4 @@ def _flag(name: str, hint: Any, sentence: str, default: Any) -> Any:
 def _shown(default: Any) -> str:
     if default is None:
         return "unset"
-    if default == 1 / 3:
-        return "1/3"
     return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)

@@ -15,15 +15,16 @@ from slora.model import parameter_groups
 from slora.training.settings import TrainSettings
 
 
-def lr_scale(step: int, steps: int, warmup: int, floor: float = 0.0) -> float:
+def lr_scale(step: int, steps: int, warmup: int, floor: float = 0.0, hold: int = 0) -> float:
     """Return the factor on every learning rate at `step` (from 0) of a run of `steps` steps.
 
-    `(step + 1) / warmup` during the warm-up, then `floor + (1 - floor) * (1 + cos(pi * t)) / 2`, where t goes
-    from 0 at step `warmup` to 1 at `steps`.
+    `(step + 1) / warmup` during the warm-up, 1 up to step `hold`, then `floor + (1 - floor) * (1 + cos(pi * t)) / 2`,
+    where t goes from 0 to 1 at `steps`.
     """
     if step < warmup:
         return (step + 1) / warmup
-    t = (step - warmup) / max(1, steps - warmup)
+    start = min(max(warmup, hold), steps)
+    t = max(0, step - start) / max(1, steps - start)
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, t)))
 
 

@@ -104,11 +104,13 @@ class TrainSettings:
     ] = 0.5
     selection_warmup: Annotated[
         float | None,
-        "Share of the steps before the first block is switched off; unset: 0.4 with a budget, 0.1 with gates.",
+        "Share of the steps before the first block is switched off; unset: 0.3 with a budget, 0.1 with gates.",
     ] = None
     settling: Annotated[
-        float, "Share of the steps at the end in which the choice of blocks stands; at least a third."
-    ] = 1 / 3
+        float | None,
+        "Share of the steps at the end in which the choice of blocks stands, at least a third; unset: 0.6 with a "
+        "budget, 1/3 with gates.",
+    ] = None
     penalty: Annotated[float, "Without a budget: weight of the mean |gate| that is added to the loss."] = 1.0
     gate_rule: Annotated[
         Literal["proximal", "sgd"],
@@ -133,7 +135,11 @@ class TrainSettings:
     batch_size: Annotated[int, "Images per forward pass and process."] = 128
     gradient_accumulation: Annotated[int, "Forward passes per optimizer step."] = 1
     optimizer: Annotated[Literal["adamw", "sgd"], "Rule for everything but the gates."] = "adamw"
-    lr: Annotated[float, "Highest learning rate; cosine schedule with linear warm-up."] = 1e-3
+    lr: Annotated[float, "Highest learning rate; linear warm-up, then held, then a cosine."] = 1e-3
+    lr_hold: Annotated[
+        float | None,
+        "Share of the steps before the cosine begins; unset: with a budget until its choice is made, else none.",
+    ] = None
     min_lr_ratio: Annotated[float, "Learning rate at the end, as a share of the highest."] = 0.0
     warmup: Annotated[float, "Share of the steps over which the learning rate rises."] = 0.05
     weight_decay: Annotated[
@@ -184,6 +190,8 @@ class TrainSettings:
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "use a share from 0 to 1")
         for name in ("momentum", "label_smoothing"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "use a number from 0 to below 1")
+        hold = 0.0 if self.lr_hold is None else self.lr_hold
+        _require("lr_hold", self.lr_hold, 0 <= hold <= 1, "use a share from 0 to 1")
         self._check_selection()
         if self.base_dtype is not None and self.precision == "fp32":
             raise ConfigError(
@@ -195,12 +203,12 @@ class TrainSettings:
         warmup = 0.0 if self.selection_warmup is None else self.selection_warmup
         share = 0 <= warmup <= 1
         _require("selection_warmup", self.selection_warmup, share, "use a share from 0 to 1")
-        third = 1 / 3 - 1e-9 <= self.settling <= 1
+        settling = (1 / 3 if self.budget is None else 0.6) if self.settling is None else self.settling
+        third = 1 / 3 - 1e-9 <= settling <= 1
         _require("settling", self.settling, third, "use a share from 1/3 to 1, in which what is left goes on learning")
-        if warmup + self.settling > 1 + 1e-9:
+        if warmup + settling > 1 + 1e-9:
             raise ConfigError(
-                f"selection_warmup={warmup:g} and settling={self.settling:.3g} are longer than the run; lower one of "
-                f"them"
+                f"selection_warmup={warmup:g} and settling={settling:.3g} are longer than the run; lower one of them"
             )
         if self.budget is None:
             return

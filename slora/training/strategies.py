@@ -47,7 +47,7 @@ def strategy(
             steps,
             penalty=settings.penalty,
             warmup=gates.WARMUP if warmup is None else warmup,
-            settling=settings.settling,
+            settling=gates.SETTLING if settings.settling is None else settings.settling,
         )
     measured = _Measured(model, sample, criterion, autocast, settings.seed)
     ranking = None
@@ -67,7 +67,7 @@ def strategy(
         unit=settings.budget_unit,
         ranking=ranking,
         warmup=budget.WARMUP if warmup is None else warmup,
-        settling=settings.settling,
+        settling=budget.SETTLING if settings.settling is None else settings.settling,
     )
 
 

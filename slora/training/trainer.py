@@ -20,7 +20,7 @@ from slora.evaluation.accuracy import logits_of, tally
 from slora.flops import count_flops
 from slora.gate import adapted_layers, gate_penalty, gate_values
 from slora.retention import Distillation
-from slora.selection import Gates, Strategy
+from slora.selection import Budget, Gates, Strategy
 from slora.training import checkpoint
 from slora.training.batches import Batches, Data, make_batches
 from slora.training.head_first import train_head
@@ -176,6 +176,11 @@ class Trainer:
                 self.criterion,
                 self.accelerator.autocast,
             )
+        if settings.lr_hold is not None:
+            self.hold = round(settings.lr_hold * self.steps)
+        else:
+            # The few blocks that a budget leaves would hardly learn at what a cosine has left of the rate by then.
+            self.hold = self.selection.last if isinstance(self.selection, Budget) else 0
         self.optimizers = Optimizers(model, settings)
         self.keep: Distillation | None = None
         if retain is not None and settings.retain_weight:
@@ -242,7 +247,8 @@ class Trainer:
         settings = self.settings
         gates = self.selection if isinstance(self.selection, Gates) else None
         self.penalty = 0.0 if gates is None else gates.weight
-        self.optimizers.set(lr_scale(self.step, self.steps, self.warmup, settings.min_lr_ratio), self.penalty)
+        scale = lr_scale(self.step, self.steps, self.warmup, settings.min_lr_ratio, self.hold)
+        self.optimizers.set(scale, self.penalty)
         work = (state, None if self.selection is None else self.selection.phase, self._keeps())
         if settings.count_flops and work not in self.flops_of:
             with self.clock.excluded():

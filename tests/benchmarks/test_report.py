@@ -81,21 +81,26 @@ def test_a_missing_result_says_not_measured(tmp_path: Path) -> None:
 
 
 def test_the_demo_table_holds_means_and_spreads_of_its_runs(tmp_path: Path) -> None:
-    run = {"method": "lora", "active": 36, "blocks": 36, "trainable": 1000, "flops": 2e12, "seconds": 3.0}
+    plain = {"active": 36, "blocks": 36, "kept": 1000, "flops": 2e12, "seconds": 3.0, "shift": "digits", "scaled": []}
     runs = [
-        {**run, "seed": 0, "target_accuracy": 0.97, "source_after": 0.90},
-        {**run, "seed": 1, "target_accuracy": 0.99, "source_after": 0.94},
-        {**run, "method": "selective", "seed": 0, "active": 6, "target_accuracy": 0.965, "source_after": 0.97},
-    ]
+        {**plain, "method": method, "seed": seed, "accuracy": accuracy, "nll": 0.6, "knn": lost, "head": lost}
+        for method, seed, accuracy, lost in (
+            ("head-first", 0, 0.97, 2.0), ("head-first", 1, 0.99, 4.0),
+            ("selective-distilled", 0, 0.965, 1.0), ("selective-distilled", 1, 0.985, 1.0),
+        )
+    ]  # fmt: skip
     (tmp_path / "docs").mkdir()
-    about = {"processor": "a processor", "threads": 2, "slora": "0.1.0", "torch": "2.11.0"}
-    demo = {"environment": about, "source_before": 0.99, "runs": runs}
+    about = {"processor": "a processor", "processes": 2, "slora": "0.1.0", "torch": "2.11.0"}
+    before = {"knn": 0.99, "head": 0.995}
+    demo = {"environment": about, "source_before": before, "shifts": ["digits"], "runs": runs}
     (tmp_path / "docs" / "demo.json").write_text(json.dumps(demo))
     text = page.filled(TEXT, tmp_path)
-    assert "| LoRA on all blocks | 98.00 ± 1.41 | 7.00 ± 2.83 | 36.0 of 36 | 1,000 | 2.00 | 3.00 ± 0.00 |" in text
-    assert "from `docs/demo.json`: a processor (2 threads), slora 0.1.0, torch 2.11.0." in text
-    assert "over 2 seeds" in text
-    assert "* Target within 1 point of LoRA: missed. Selective reaches 96.5 %, 1.5 points below LoRA's 98.0 %." in text
+    figures = "36 | 98.00 ± 1.41 | 0.600 ± 0.000 | 3.00 ± 1.41 | 3.00 ± 1.41 | 1,000 | 2.00 | 3.0"
+    assert f"| head first, LoRA on all | {figures} |" in text
+    assert "Means over digits; standard deviation over 2 seeds. From `docs/demo.json`: a processor" in text
+    assert "99.00 % of letters by k-NN, 99.50 % by the original head" in text
+    assert "* With 64 unlabelled letters, exactly 4 blocks: " in text
+    assert "at most 40 % of its forgetting: met. -0.50 ± 0.00 points on the target" in text
 
 
 def test_a_readme_without_its_marks_is_refused(tmp_path: Path) -> None:

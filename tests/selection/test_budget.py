@@ -76,7 +76,7 @@ def test_the_cubic_schedule_runs_between_warm_up_and_settling(make: Make, batch:
 
 def test_the_blocks_that_stay_go_on_learning_and_the_others_do_not(make: Make, batch: Batch) -> None:
     model = make()
-    selection = Budget(model, 2, 30)
+    selection = Budget(model, 2, 30, warmup=0.4, settling=1 / 3)
     run(model, selection, batch, 20)
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -254,7 +254,7 @@ def test_resuming_with_another_budget_is_refused(make: Make) -> None:
         ({"steps": 2.0}, "steps=2.0 is not a number of optimizer steps"),
         ({"warmup": 1.5}, "warmup=1.5 is not a share"),
         ({"settling": 0.2}, "settling=0.2 is below a third of the steps"),
-        ({"warmup": 0.7}, "warmup=0.7 and settling=0.333 are more than the run"),
+        ({"warmup": 0.5}, "warmup=0.5 and settling=0.6 are more than the run"),
         ({"ranking": "norm"}, "ranking='norm' is not callable"),
     ],
 )
@@ -280,7 +280,7 @@ def test_a_ranking_of_another_shape_is_refused(make: Make) -> None:
 
 def test_finish_before_the_choice_is_refused_with_the_remedy(make: Make, batch: Batch) -> None:
     model = make()
-    selection = Budget(model, 2, 30)
+    selection = Budget(model, 2, 30, warmup=0.4, settling=1 / 3)
     for taken in (0, 10):
         run(model, selection, batch, taken)
         with pytest.raises(StateError, match=f"finish\\(\\) after {taken} of 30 steps.*by step 20: call step"):
@@ -296,7 +296,7 @@ def test_a_choice_that_is_not_made_yet_shows_in_the_summary_and_when_it_is_saved
     make: Make, batch: Batch, tmp_path: Path
 ) -> None:
     model = make()
-    selection = Budget(model, 2, 30)
+    selection = Budget(model, 2, 30, warmup=0.4, settling=1 / 3)
     run(model, selection, batch, 14)
     what = "not made yet: Budget has taken 14 of 30 steps and is through with it at step 20"
     assert str(slora.summary(model)).endswith(what)

@@ -60,7 +60,7 @@ def test_norm_and_gates_are_there_too(make_model: Factory, data: Pair, settings:
     by_norm = settings.replace(budget=0.5, ranking="norm", selection_warmup=0.2)
     made_of = made(prepare(make_model(), settings=by_norm), by_norm, data)
     assert made_of.ranking is update_norm
-    assert (made_of.first, made_of.budget) == (2, 0.5)
+    assert (made_of.first, made_of.last, made_of.budget) == (2, 4, 0.5)
     assert isinstance(made(prepare(make_model(), settings=settings), settings, data), Gates)
     lora = settings.replace(method="lora")
     assert made(prepare(make_model(), settings=lora), lora, data) is None
@@ -84,13 +84,13 @@ def test_a_run_ends_with_its_budget_and_counts_what_ranking_costs(
     result = train(prepare(make_model(), settings=settings), data, None, settings)
     counts = [record["active"] for record in result.history]
     assert counts[-1] == {0: 0, 1: 1, 3: 3, 0.5: 2}[budget]
-    # All up to the warm-up of 0.4 * 12 steps, the choice by step 8.
-    assert counts[:5] == [3] * 5
-    assert set(counts[7:]) == {counts[-1]}
+    # All up to the warm-up of 0.3 * 12 steps, the choice by step 12 - 8.
+    assert counts[:3] == [3] * 3
+    assert set(counts[3:]) == {counts[-1]}
     steps = [b["flops"] - a["flops"] for a, b in zip(result.history, result.history[1:], strict=False)]
     if budget != 3:
-        # Step 5 ends with the gains: 4 forward passes over 64 images, where a step takes 8.
-        assert steps[3] > 4 * steps[0]
+        # Step 4 ends with the gains: 4 forward passes over 64 images, where a step takes 8.
+        assert steps[2] > 4 * steps[0]
 
 
 def test_a_price_needs_final_features(data: Pair, settings: TrainSettings) -> None:

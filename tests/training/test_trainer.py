@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import socket
 import subprocess
@@ -121,6 +122,22 @@ def test_the_learning_rate_follows_the_schedule(make_model: Factory, data: Pair,
     assert [record["lr"] for record in result.history] == pytest.approx(
         [0.02 * lr_scale(step, 10, 3, 0.1) for step in range(10)]
     )
+
+
+def test_a_budget_holds_the_learning_rate_until_its_choice_is_made(
+    make_model: Factory, data: Pair, settings: TrainSettings
+) -> None:
+    settings = settings.replace(max_steps=10, warmup=0.2, lr=0.02, log_every=1)
+    rates = {}
+    for name, changes in {
+        "budget": {"budget": 1}, "gates": {}, "held": {"lr_hold": 0.7}, "not held": {"budget": 1, "lr_hold": 0.0}
+    }.items():  # fmt: skip
+        own = settings.replace(**changes)
+        rates[name] = [record["lr"] / 0.02 for record in train(ready(make_model, own), data, None, own).history]
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert rates["budget"] == pytest.approx([0.5, 1.0, 1.0, 1.0, *cosine])
+    assert rates["held"] == pytest.approx([0.5, *[1.0] * 6, 1.0, 0.75, 0.25])
+    assert rates["gates"] == rates["not held"] == pytest.approx([lr_scale(step, 10, 2) for step in range(10)])
 
 
 def test_the_penalty_acts_in_the_selection_phase_alone(
