@@ -76,6 +76,11 @@ def _late_fc1(blocks: list[str], seed: int) -> list[int]:
     return [i for i, name in enumerate(blocks) if name.endswith("fc1")][-BUDGET:]
 
 
+# Chosen on training images that no run trains on (`task(..., validation=True)`, mostly "noisy" and "mnist", two seeds
+# that the demo does not use); the test images took no part. All blocks: rank 8 and 5e-3 read most without the losses of
+# 1e-2 (2 points more on "noisy", five times the letters lost); rank 16 is there at the rate that loses no more. Four
+# blocks, whatever chose them: rank 8 or 16, rates of 5e-3 to 2e-2, with or without a held rate; for selection also its
+# phases, weights of the distillation of 0.5 to 3, and rankings with and without a price on drift.
 _ALL = {"method": "lora", "lr": 5e-3, "r": 8, "lora_alpha": 8}
 _WIDER = {"r": 16, "lora_alpha": 16}
 # With the schedule that a budget has by itself.
@@ -87,7 +92,7 @@ METHODS: dict[str, Method] = {
     "head-first": Method("head first, LoRA on all", _ALL),
     "rank-16": Method("the same, rank 16", {**_ALL, **_WIDER, "lr": 2.5e-3}),
     "distilled": Method("rank 16 + distillation", {**_ALL, **_WIDER}, retain=True),
-    "last": Method("head first, last 4", _FOUR, _last),
+    "last": Method("head first, last 4", {**_FOUR, "lr": 2e-2}, _last),
     "random": Method("head first, random 4", _FOUR, _random),
     "late-fc1": Method("head first, 4 late fc1", _FOUR, _late_fc1),
     "selective": Method("head first, selective 4", {**_FOUR, "budget": BUDGET}),
