@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -76,20 +76,27 @@ class SoloGain:
         layers = [layer for _, layer in adapted_layers(model)]
         with _evaluating(model), _only(layers) as switch:
             switch(None)
-            base, before = self.loss(), None if self.features is None else self.features()
+            base, before = self._loss(), None if self.features is None else self.features()
             gains, drifts = [], []
             for layer in layers:
                 for i in range(layer.blocks):
                     switch((layer, i))
-                    gains.append((base - self.loss()).float())
+                    gains.append(base - self._loss())
                     if self.features is not None and before is not None:
                         drifts.append((self.features() - before).float().square().sum(-1).mean())
-        scores = torch.stack([gain.reshape(()) for gain in gains])
+        scores = torch.stack(gains)
         if drifts:
             drift = torch.stack(drifts)
             # Only the gain of a block that gains is divided: a loss must not become small by moving much.
             scores = torch.where(scores > 0, scores / drift.clamp(min=1e-12) ** self.price, scores)
         return scores
+
+    def _loss(self) -> Tensor:
+        loss: Any = self.loss()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ConfigError(f"the loss of SoloGain returned {found}; it has to be a scalar, such as a mean")
+        return loss.float().reshape(())
 
 
 @contextlib.contextmanager

@@ -278,6 +278,16 @@ def test_a_ranking_of_another_shape_is_refused(make: Make) -> None:
         keep_blocks(make(), 2, ranking=lambda _: torch.ones(2))
 
 
+@pytest.mark.parametrize(("loss", "found"), [(lambda: torch.ones(3), r"a tensor \[3\]"), (lambda: 1.0, "float")])
+def test_a_loss_that_is_no_scalar_is_refused_and_the_gates_are_left_as_they_were(
+    make: Make, loss: Callable[[], Any], found: str
+) -> None:
+    model = make()
+    with pytest.raises(ConfigError, match=f"the loss of SoloGain returned {found}; it has to be a scalar"):
+        keep_blocks(model, 2, ranking=SoloGain(loss))
+    assert all((gate == 0.15).all() for gate in gates(model))
+
+
 def test_finish_before_the_choice_is_refused_with_the_remedy(make: Make, batch: Batch) -> None:
     model = make()
     selection = Budget(model, 2, 30, warmup=0.4, settling=1 / 3)
