@@ -52,7 +52,7 @@ class Budget(Strategy):
 
     Raises:
         ConfigError: the budget is not from 0 to all blocks, a share rounds to nothing, or a value is out of range.
-        StateError: the model has no adapted layer, or another strategy is at work on it.
+        StateError: the model has no adapted layer, another strategy is at work on it, or matrices were freed.
     """
 
     name: ClassVar[str] = "budget"
@@ -73,6 +73,12 @@ class Budget(Strategy):
         if not callable(self.ranking):
             raise ConfigError(f"ranking={ranking!r} is not callable; use slora.selection.SoloGain(loss), or None")
         layers = require_layers(model)
+        freed = [name for name, layer in layers.items() if layer.released]
+        if freed:
+            raise StateError(
+                f"the LoRA matrices of {len(freed)} layers, the first {freed[0]!r}, were freed by inactive='frozen', "
+                f"so they cannot be switched on for a new choice; use slora.keep_blocks, or inject anew"
+            )
         check_budget(budget, unit, sum(layer.blocks for layer in layers.values()))
         self.rows = [1] * len(layers)
         if unit == "parameters":
@@ -204,7 +210,7 @@ def keep_blocks(
 
 
 def measured(ranking: Ranking, model: nn.Module, n: int) -> list[float]:
-    """Return the scores of `ranking`, averaged over processes; a NaN ranks last.
+    """Return the scores of `ranking`, averaged over processes; all finite, a NaN ranks last.
 
     Raises:
         ConfigError: the ranking returns something else than `[n]` scores.
@@ -219,7 +225,9 @@ def measured(ranking: Ranking, model: nn.Module, n: int) -> list[float]:
         scores = scores.clone()
         torch.distributed.all_reduce(scores)
         scores /= torch.distributed.get_world_size()
-    return [score if score == score else -math.inf for score in scores.tolist()]
+    # Finite, because JSON, which a checkpoint's state is, knows no other numbers.
+    values: list[float] = scores.nan_to_num(nan=torch.finfo(torch.float32).min).tolist()
+    return values
 
 
 def gates_of(ranks: Sequence[int], left: int, layers: dict[str, LoRABlocks]) -> dict[LoRABlocks, list[float]]:

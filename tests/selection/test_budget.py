@@ -153,6 +153,7 @@ def test_a_score_that_is_not_a_number_ranks_last(make: Make, batch: Batch) -> No
     selection = Budget(model, 5, 3, ranking=lambda _: torch.tensor([1.0, 2.0, float("nan"), 3.0, 4.0, 5.0]))
     run(model, selection, batch, 3)
     assert flags(model) == [True, True, False, True, True, True]
+    json.dumps(selection.state_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("unit", ["parameters", "flops"])
@@ -339,6 +340,17 @@ def test_a_model_without_blocks_or_merged_is_refused(make: Make) -> None:
     model = slora.merge(make(trained=True))
     with pytest.raises(StateError, match=r"is merged.*call slora.unmerge"):
         keep_blocks(model, 1)
+
+
+def test_freed_matrices_are_not_switched_on_again(make: Make) -> None:
+    model = make(inactive="frozen")
+    with torch.no_grad():
+        gates(model)[0].fill_(0.0)
+    assert slora.release_frozen(model) > 0
+    with pytest.raises(StateError, match=r"1 layers, the first 'first', were freed by inactive='frozen'"):
+        Budget(model, 2, 3)
+    keep_blocks(model, 2)
+    assert count(model) == 2
 
 
 def test_no_more_blocks_can_be_kept_than_are_active(make: Make) -> None:
