@@ -7,15 +7,16 @@ methods choose their four by themselves.
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import slora
 from slora.demo.letters import letters
@@ -214,7 +215,7 @@ def judged(model: nn.Module, test: Pair, letters: Source, scale: float = 1.0) ->
     """Return `accuracy`, `nll`, `knn` and `head` of a trained model, with its update scaled by `scale`."""
     head = cast(Any, model).head
     with _scaled(model, scale):
-        seen, labels = features(model, DataLoader(TensorDataset(*test), 512))
+        seen, labels = features(model, _batches(test))
         with torch.no_grad():
             logits = head(seen)
         knn, named = source_accuracy(model, letters)
@@ -228,26 +229,28 @@ def judged(model: nn.Module, test: Pair, letters: Source, scale: float = 1.0) ->
 
 def source_accuracy(model: nn.Module, letters: Source) -> tuple[float, float]:
     """Return the accuracies on letters, 0 to 1: of k-NN on the model's features, and of the original head on them."""
-    bank, queries = (features(model, DataLoader(TensorDataset(*pair), 512)) for pair in (letters.bank, letters.queries))
+    bank, queries = (features(model, _batches(pair)) for pair in (letters.bank, letters.queries))
     knn = knn_accuracy(*bank, *queries, k=(NEIGHBOURS,), temperature=TEMPERATURE)[NEIGHBOURS]
     with torch.no_grad():
         named = (letters.letter_head(queries[0]).argmax(1) == queries[1]).double().mean().item()
     return knn, named
 
 
-class _scaled:
-    """The model with its update scaled while inside: merged with that factor, then taken out again bit for bit."""
+def _batches(pair: Pair) -> Iterable[Pair]:
+    return zip(pair[0].split(512), pair[1].split(512), strict=True)
 
-    def __init__(self, model: nn.Module, scale: float) -> None:
-        self.model, self.scale = model, scale
 
-    def __enter__(self) -> None:
-        if self.scale != 1.0:
-            slora.merge(self.model, self.scale)
-
-    def __exit__(self, *_: object) -> None:
-        if self.scale != 1.0:
-            slora.unmerge(self.model)
+@contextlib.contextmanager
+def _scaled(model: nn.Module, scale: float) -> Iterator[None]:
+    """Scale the update of the model while inside: merged with that factor, then taken out again bit for bit."""
+    if scale == 1.0:
+        yield
+        return
+    slora.merge(model, scale)
+    try:
+        yield
+    finally:
+        slora.unmerge(model)
 
 
 def _in_active_blocks(model: nn.Module) -> int:

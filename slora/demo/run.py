@@ -6,6 +6,7 @@ waiting for each other.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -192,13 +193,14 @@ def _run_job(job: Job) -> Result:
     return run_method(job.method, job.shift, job.seed, _letters, job.quick, job.scales)
 
 
-class _one_thread:
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _table(result: Result, caption: str | None = None) -> Table:
