@@ -184,8 +184,6 @@ def run_method(
         names = [name for name, layer in adapted_layers(model) for _ in range(layer.blocks)]
         picked = torch.zeros(len(names)).index_fill(0, torch.tensor(chosen.rule(names, seed)), 1.0)
         slora.keep_blocks(model, BUDGET, ranking=lambda _: picked)
-        # Nothing is left to choose; the trainer trains what requires gradients.
-        settings = settings.replace(method="lora")
     outcome = train(
         model,
         TensorDataset(*training),

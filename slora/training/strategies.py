@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from slora.errors import ConfigError
 from slora.evaluation.accuracy import logits_of
 from slora.features import final_features
+from slora.gate import gates as gates_of
 from slora.retention import generic_samples
 from slora.selection import Budget, Gates, SoloGain, Strategy, budget, gates
 from slora.training.settings import TrainSettings
@@ -28,7 +29,9 @@ def strategy(
     criterion: Callable[[Tensor, Tensor], Tensor],
     autocast: Callable[[], contextlib.AbstractContextManager[object]],
 ) -> Strategy | None:
-    """Return the strategy of a run of `steps` steps, at work on `model`; None where the method has none.
+    """Return the strategy of a run of `steps` steps, at work on `model`.
+
+    None where the method has none, and without a budget where the gates are frozen: the choice is made.
 
     Args:
         sample: returns that many training images with their labels, the same ones at every call.
@@ -42,6 +45,8 @@ def strategy(
         return None
     warmup = settings.selection_warmup
     if settings.budget is None:
+        if not any(gate.requires_grad for gate in gates_of(model)):
+            return None
         return Gates(
             model,
             steps,

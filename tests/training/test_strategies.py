@@ -102,6 +102,16 @@ def test_a_price_needs_final_features(data: Pair, settings: TrainSettings) -> No
     train(model, data, None, settings.replace(drift_price=0.0))
 
 
+def test_a_choice_that_is_made_stands_without_a_budget(
+    make_model: Factory, data: Pair, settings: TrainSettings
+) -> None:
+    model = prepare(make_model(), settings=settings)
+    slora.keep_blocks(model, 1)
+    before = slora.active_blocks(model)
+    train(model, data, None, settings.replace(penalty=100.0, gate_lr=1.0))
+    assert all(torch.equal(on, before[name]) for name, on in slora.active_blocks(model).items())
+
+
 def test_a_sample_is_what_a_pass_begins_with(data: Pair) -> None:
     read = []
 
