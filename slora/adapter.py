@@ -40,7 +40,7 @@ from slora.inject import inject, injection, unchanged_on_error, unload
 from slora.layers import LoRABlocks
 from slora.peft_format import peft_config, stacked_pair
 from slora.saved import Saved, unsaved
-from slora.selection.strategy import unfinished_selection
+from slora.selection.strategy import freeze_gates, unfinished_selection
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -101,7 +101,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     """Load an adapter into `model`, in place, and return it; a plain model is injected first.
 
     Everything is read and checked before the first parameter changes. Blocks that were inactive when the
-    adapter was saved get fresh matrices (`B = 0`) and their saved gate.
+    adapter was saved get fresh matrices (`B = 0`) and their saved gate. Where a budget chose the blocks, the gates are
+    frozen: the choice stands.
 
     Raises:
         CheckpointError: a file is missing or damaged, or the adapter belongs to another model; the first
@@ -119,6 +120,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         config = SelectiveLoRAConfig.from_dict(content["config"])
         entries, base = dict(content["layers"]), content["base"]
         base = {"class": base["class"], "shapes": dict(base["shapes"]), "digest": base["digest"]}
+        asked = str(content.get("asked", ""))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / SELECTIVE} is incomplete or damaged ({error!r})") from error
     _check_base(model, base, folder)
@@ -132,6 +134,10 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
             except BaseException:
                 unload(model)
                 raise
+    for _, layer in adapted_layers(model):
+        layer._mirror.asked = asked
+    if asked:
+        freeze_gates(model)
     if fingerprint(model)["digest"] != base["digest"]:
         warnings.warn(
             f"{folder} was trained on other base weights than this {type(model).__name__} has: shapes agree, "
@@ -187,7 +193,7 @@ def _copy(value: Tensor) -> Tensor:
 
 
 def selective(model: nn.Module) -> dict[str, Any]:
-    """Return the content of `selective.json`: config, `{layer: r, blocks, active, gate}` and the base's fingerprint.
+    """Return the content of `selective.json`: config, `{layer: r, blocks, active, gate}`, the base's fingerprint.
 
     Raises:
         StateError: the model is not adapted, is merged, or a gate is not finite.
@@ -195,8 +201,11 @@ def selective(model: nn.Module) -> dict[str, Any]:
     layers = dict(adapted_layers(model))
     if any(layer.merged for layer in layers.values()):
         raise StateError("the model is merged; call slora.unmerge(model) before saving its adapter")
+    asked = next((layer._mirror.asked for layer in layers.values()), "")
     return {
         "format": FORMAT,
+        # Only where a budget chose the blocks.
+        **({"asked": asked} if asked else {}),
         "config": injection(model).config.to_dict(),
         "layers": {name: _layer_entry(name, layer) for name, layer in layers.items()},
         "base": fingerprint(model),

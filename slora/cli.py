@@ -311,7 +311,8 @@ def inspect(
             print(f"accuracy {result['accuracy']:.2%} after {result['steps']} steps, {_seconds(result['seconds'])}")
     from slora.training.outcome import explained
 
-    settings = read_settings(folder).to_dict() if (folder / CONFIG).exists() else content["config"]
+    asked = {"asked": content["asked"]} if content.get("asked") else {}
+    settings = read_settings(folder).to_dict() if (folder / CONFIG).exists() else content["config"] | asked
     records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
     if text := explained(active, blocks, settings, records):
         print(text)

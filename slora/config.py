@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,31 +169,36 @@ def matches_pattern(pattern: str, name: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
-def check_budget(budget: object, unit: str, n: int | None = None) -> None:
-    """Check what can be checked without a model, and with its number of blocks `n` the rest.
+def check_budget(budget: object, unit: str, n: int | None = None) -> int | float:
+    """Check what can be checked without a model, and with its number of blocks `n` the rest; return a plain number.
 
     Raises:
         ConfigError: names the budget, its value and what is allowed.
     """
     if unit not in get_args(Unit):
         raise ConfigError(f"unit={unit!r} is unknown; use one of {', '.join(get_args(Unit))}")
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise ConfigError(f"budget={budget!r} is neither a number of blocks, such as 4, nor a share, such as 0.1")
+    # NumPy's numbers as well.
+    budget = int(budget) if isinstance(budget, numbers.Integral) else float(budget)
     if isinstance(budget, float):
         if not 0 <= budget <= 1:
-            whole = f"; for {budget:.0f} blocks write {budget:.0f}" if budget > 1 and budget.is_integer() else ""
-            raise ConfigError(f"budget={budget} is a share, so from 0.0 to 1.0{whole}")
+            raise ConfigError(
+                f"budget={budget} is a share, so from 0.0 to 1.0; for a number of blocks write it without a point, "
+                f"such as 4"
+            )
         if unit == "blocks" and n is not None and budget > 0 and math.floor(budget * n + 0.5) == 0:
             raise ConfigError(
                 f"budget={budget} of {n} blocks rounds to none; the smallest share that keeps one is "
                 f"{rounded_up(0.5 / n)}, or write 0 for none"
             )
-        return
+        return budget
     if unit != "blocks":
         raise ConfigError(f"budget={budget} counts blocks, but unit={unit!r} wants a share, such as 0.1")
     if budget < 0 or (n is not None and budget > n):
         allowed = "0 or more" if n is None else f"0 to {n}, the number of blocks, or a share such as 0.1"
         raise ConfigError(f"budget={budget} blocks is out of range; use {allowed}")
+    return budget
 
 
 def rounded_up(share: float) -> str:

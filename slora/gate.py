@@ -45,6 +45,8 @@ class GateMirror:
 
     Attributes:
         step: how often the gates were seen to have moved.
+        strategy: what is at work on the model (`slora.selection`), or None.
+        asked: the budget that the blocks were chosen by, as in "budget=4"; empty where the gates decide.
         copies: device-to-host copies made so far, one per refresh and device.
         warned: whether a `GateRuleWarning` was given for this model.
     """
@@ -53,16 +55,19 @@ class GateMirror:
         self.step = 0
         self.copies = 0
         self.warned = False
+        self.strategy: Any = None
+        self.asked = ""
         self._layers: list[weakref.ref[LoRABlocks]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateMirror:
         copy = GateMirror()
-        copy.step = self.step
+        copy.step, copy.asked = self.step, self.asked
         memo[id(self)] = copy
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"step": self.step, "copies": 0, "warned": False, "_layers": []}
+        own: dict[str, Any] = {"copies": 0, "warned": False, "strategy": None, "_layers": []}
+        return {"step": self.step, "asked": self.asked, **own}
 
     def join(self, layer: LoRABlocks) -> None:
         """Refresh `layer` together with the others from now on."""
@@ -287,6 +292,8 @@ class ProximalGates(torch.optim.Optimizer):
     `loss + penalty * gate_penalty(model)`, after `release_frozen`, too. Unlike a subgradient step it does not
     oscillate around 0, and unlike Adam it moves a gate by what the penalty asks for rather than by `lr` whatever
     the penalty is.
+
+    Its `zero_grad` is the only one that clears the gates' gradients where another optimizer has the rest.
 
     Args:
         params: gate parameters, such as `slora.gate.gates(model)`.

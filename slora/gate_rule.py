@@ -28,8 +28,8 @@ _OWN_RULE = (
 )
 _APART = (
     "Leave the gates out, slora.parameter_groups(model, lr=..., gate_lr=None), and step "
-    "slora.ProximalGates(slora.gate.gates(model), lr=..., penalty=...) beside it; or, for a number of blocks, use "
-    "slora.selection.Budget(model, blocks, steps=...), which needs no optimizer for the gates"
+    "slora.ProximalGates(slora.gate.gates(model), lr=..., penalty=...) beside it, with a zero_grad of its own; or, for "
+    "a number of blocks, use slora.selection.Budget(model, blocks, steps=...), which needs no optimizer for the gates"
 )
 _CONSTANT = (
     'Keep their rate: torch.optim.lr_scheduler.LambdaLR(optimizer, [constant if group["name"] == "gates" else decay '

@@ -124,8 +124,15 @@ def trainable_parameters(model: nn.Module) -> int:
     return count
 
 
-def verdict(active: int, blocks: int) -> tuple[str, str]:
-    """Return what a model with none of its `blocks` active, or all, has become, and the remedy; else ("", "")."""
+def verdict(active: int, blocks: int, asked: str = "") -> tuple[str, str]:
+    """Return what a model with none of its `blocks` active, or all, has become, and the remedy; else ("", "").
+
+    Args:
+        asked: the budget that asked for just that, as "budget=0".
+    """
+    if asked and blocks and active in (0, blocks):
+        what = "no block is active: the model is the base model" if not active else "all blocks are active"
+        return f"{what}, as asked for by {asked}.", ""
     if blocks and not active:
         return (
             "no block is active: the model is the base model, but for modules trained in full, such as the head.",
@@ -162,14 +169,16 @@ class Summary:
         layers: the adapted layers in the order of the model.
         parameters: elements of all parameters, those of inactive blocks included.
         trainable: those that training can still change: `trainable_parameters`.
-        moving_gates: whether gates require gradients, so that blocks can still be switched off.
+        gated: whether the threshold can switch blocks off at all, as it cannot where plain LoRA is trained.
+        asked: the budget that the blocks were chosen by; empty where the gates decide.
         selecting: where a strategy stands that has not made its choice yet; else empty.
     """
 
     layers: tuple[LayerSummary, ...]
     parameters: int
     trainable: int
-    moving_gates: bool = False
+    gated: bool = False
+    asked: str = ""
     selecting: str = ""
 
     @property
@@ -202,8 +211,8 @@ class Summary:
         )
         if self.selecting:
             lines.append(self.selecting)
-        elif self.active == 0 or self.moving_gates:
-            lines += filter(None, [" ".join(verdict(self.active, self.blocks)).strip()])
+        elif self.active == 0 or self.gated:
+            lines += filter(None, [" ".join(verdict(self.active, self.blocks, self.asked)).strip()])
         return "\n".join(lines)
 
 
@@ -213,9 +222,10 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         StateError: the model has no adapted layer.
     """
-    rows, moving = [], False
+    rows, gated, asked = [], False, ""
     for name, layer in adapted_layers(model):
-        moving = moving or layer.gate.requires_grad
+        # No score reaches a threshold this low: method "lora" of slora.training.
+        gated, asked = gated or layer.threshold > -1e8, layer._mirror.asked
         out_features, in_features = layer.base_weight.shape
         active = layer.activity().active
         running = 0 if layer.merged or not layer.enabled else len(active)
@@ -226,4 +236,5 @@ def summary(model: nn.Module) -> Summary:
     if not rows:
         raise StateError("the model has no adapted layer; call slora.inject(model, config) first")
     parameters = sum(p.numel() for p in model.parameters())
-    return Summary(tuple(rows), parameters, trainable_parameters(model), moving, unfinished_selection(model))
+    trainable = trainable_parameters(model)
+    return Summary(tuple(rows), parameters, trainable, gated, asked, unfinished_selection(model))

@@ -278,10 +278,10 @@ def test_summary_of_a_model_without_an_active_block_says_that_it_is_the_base(vit
     assert last.startswith("no block is active: the model is the base model, but for modules trained in full")
 
 
-def test_summary_says_that_all_blocks_are_active_only_where_gates_are_trained(model: nn.Module) -> None:
+def test_summary_says_that_all_blocks_are_active_only_where_a_threshold_could_tell(model: nn.Module) -> None:
     assert str(slora.summary(model)).splitlines()[-1].startswith("all blocks are active: no gate is below")
-    for gate in gates(model):
-        gate.requires_grad_(False)
+    for _, layer in adapted_layers(model):
+        layer.threshold = -1e9
     assert str(slora.summary(model)).splitlines()[-1].startswith("12 of 12 blocks active")
 
 

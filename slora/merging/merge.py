@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from slora.errors import ConfigError, StateError
+from slora.errors import ConfigError, StateError, UnfinishedSelectionWarning
 from slora.gate import adapted_layers, version
 from slora.inject import unload
 from slora.layers import LoRABlocks
 from slora.merging import batched
 from slora.merging.signals import signals_held
 from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
+from slora.selection.strategy import unfinished_selection
 
 Model = TypeVar("Model", bound=nn.Module)
 Keep = Literal["device", "cpu"]
@@ -114,6 +116,8 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
     The weights are written in place, without a copy: whatever can fail does so before the first of them changes, and
     Ctrl-C waits until the last module is plain. A model that is merged already keeps its weights as they are.
 
+    A strategy (`slora.selection`) that has not made its choice yet gives an `UnfinishedSelectionWarning`.
+
     Raises:
         StateError: the model has no adapted layer, is merged in part, shares a weight that would change, or is merged
             already and `scale` is given.
@@ -121,6 +125,11 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
         ConfigError: `scale` is not finite.
     """
     layers = _adapted(model)
+    selecting = unfinished_selection(model)
+    if selecting:
+        warnings.warn(
+            f"the blocks that are active now are merged, but {selecting}", UnfinishedSelectionWarning, stacklevel=2
+        )
     if all(layer.merged for layer in layers.values()):
         if scale != 1.0:
             raise StateError(f"the model is merged already, so scale={scale!r} has no effect; call slora.unmerge first")

@@ -80,7 +80,7 @@ def _alert(records: Records, settings: Mapping[str, Any]) -> str:
         remedy = "Lower lr or lengthen warmup, and go on from the last checkpoint (--resume) or start again."
         return f"This run is dead: {broken}. {remedy}"
     last = _steps(records)[-1]
-    if last.get("blocks") and not last["active"]:
+    if last.get("blocks") and not last["active"] and settings.get("budget") is None:
         text = explained(0, last["blocks"], settings, records)
         return f"This run is dead: {text}" if text else ""
     return ""
@@ -102,7 +102,8 @@ def _lead(records: Records, settings: Mapping[str, Any]) -> str:
             text += f", {100 * best['eval_accuracy']:.2f} % at its best (step {best['step']})"
     if last.get("blocks"):
         text += f". {last['active']} of {last['blocks']} blocks are active"
-    why = explained(last["active"], last["blocks"], settings, records) if last.get("active") else ""
+    said = _alert(records, settings)
+    why = explained(last["active"], last["blocks"], settings, records) if last.get("blocks") and not said else ""
     return f"{text}. {why[:1].upper()}{why[1:]}".rstrip() if why else text + "."
 
 

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import fmean, stdev
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -40,6 +40,15 @@ PALETTE: dict[str, tuple[str, str]] = {
 }
 MARKERS = {"full": "s", "linear": "^", "lora": "o", "selective": "D"}
 DASHES = {"full": (0, (6, 2)), "linear": (0, (1, 1.5)), "lora": (0, (4, 1.5, 1, 1.5)), "selective": "solid"}
+
+# Variants of a method and fixed rules: the colour of a family, and a marker of their own.
+VARIANTS = {
+    "head-first": ("lora", "s"), "rank-16": ("lora", "v"), "distilled": ("lora", "P"),
+    "last": ("full", ">"), "random": ("full", "X"), "late-fc1": ("full", "<"),
+    "selective-distilled": ("selective", "p"),
+}  # fmt: skip
+MARKERS |= {name: marker for name, (_, marker) in VARIANTS.items()}
+DASHES |= dict.fromkeys(VARIANTS, (0, (6, 2)))
 
 # Width of every figure in inches: a column of a page, and still readable when a phone scales it down.
 WIDTH = 4.6
@@ -129,17 +138,16 @@ def target_against_retention(
         labels: `{method: name to print}`; by default the method's own.
     """
     with figure_style():
-        figure, axes = framed(title, 3.7)
+        figure, axes = framed(title, 3.5 + 0.1 * len(runs))
         axes.axvline(100 * before, color=colour_of("muted"), linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-        means: dict[str, tuple[float, float]] = {}
         for method, points in runs.items():
             xs, ys = [100 * x for x, _ in points], [100 * y for _, y in points]
-            means[method] = fmean(xs), fmean(ys)
             colour, marker = colour_of(method), MARKERS.get(method, "o")
             axes.plot(xs, ys, marker, color=colour, markersize=4, alpha=0.5, markeredgewidth=0, zorder=2)
             axes.errorbar(
-                *means[method], xerr=_spread(xs), yerr=_spread(ys), fmt=marker, color=colour, markersize=9,
+                fmean(xs), fmean(ys), xerr=_spread(xs), yerr=_spread(ys), fmt=marker, color=colour, markersize=9,
                 markeredgecolor=colour_of("paper"), elinewidth=1.3, capsize=3, zorder=3,
+                label=(labels or {}).get(method, method),
             )  # fmt: skip
         axes.set(xlabel="k-NN accuracy on the source after fine-tuning (%)", ylabel="accuracy on the target (%)")
         axes.margins(0.12, 0.16)
@@ -149,13 +157,10 @@ def target_against_retention(
             f"before fine-tuning: {100 * before:.1f} %", (100 * before, 0.5), xycoords=("data", "axes fraction"),
             xytext=(5, 0), textcoords="offset points", va="center", rotation=90, color=colour_of("muted"), fontsize=8,
         )  # fmt: skip
-        marks = [(100 * x, 100 * y) for points in runs.values() for x, y in points]
-        for points, (x, y) in zip(runs.values(), means.values(), strict=True):
-            # The bars are in the way, too.
-            wide, tall = (_spread([100 * point[axis] for point in points]) or 0.0 for axis in (0, 1))
-            for share in (-1.0, -0.75, -0.5, -0.25, 0.25, 0.5, 0.75, 1.0):
-                marks += [(x + share * wide, y), (x, y + share * tall)]
-        _name_points(axes, means, {method: (labels or {}).get(method, method) for method in means}, 100 * before, marks)
+        # A legend rather than names in the plot: marks are many and close together.
+        handles, names = axes.get_legend_handles_labels()
+        marks = [handle[0] for handle in cast(list[Any], handles)]
+        figure.legend(marks, names, loc="outside lower center", ncols=2, fontsize=8.5, columnspacing=1.4)
     return figure
 
 
@@ -370,41 +375,6 @@ def _map_legend(figure: Figure, runs: int, height: float) -> None:
         x += 1.0 if text else 0.4
 
 
-def _name_points(
-    axes: Axes,
-    means: Mapping[str, tuple[float, float]],
-    names: Mapping[str, str],
-    line: float,
-    marks: Sequence[tuple[float, float]],
-) -> None:
-    """Write each name beside its point: clear of the vertical line at `line`, moved from names and marks."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    figure.draw_without_rendering()
-    points = 72 / figure.dpi
-    places = {method: axes.transData.transform(mean) * points for method, mean in means.items()}
-    wall = float(axes.transData.transform((line, 0))[0]) * points
-    edge = float(axes.transAxes.transform((1, 1))[0]) * points
-    taken = [(x - 3, x + 3, y) for x, y in (axes.transData.transform(mark) * points for mark in marks)]
-    for method in sorted(means, key=lambda name: means[name][1]):
-        x, y = (float(value) for value in places[method])
-        width = 6.2 * len(names[method])
-        right = x + 10 + width < (edge if x > wall else wall)
-        left = x + 10 if right else x - 10 - width
-        lift = min(
-            (lift for lift in range(-120, 121) if not any(
-                left < to and since < left + width and abs(y + lift - at) < 11 for since, to, at in taken
-            )),
-            key=lambda lift: abs(lift - 9),
-            default=9,
-        )  # fmt: skip
-        taken.append((left, left + width, y + lift))
-        axes.annotate(
-            names[method], means[method], xytext=(10 if right else -10, lift), textcoords="offset points",
-            ha="left" if right else "right", va="center", fontsize=9.5, fontweight="bold",
-        )  # fmt: skip
-
-
 def framed(title: str, height: float) -> tuple[Figure, Axes]:
     """Return a figure with its title over axes of `height` inches, labels included, and the axes."""
     lines = _wrapped(title)
@@ -432,7 +402,8 @@ def _spread(values: Sequence[float]) -> float | None:
 
 
 def colour_of(name: str) -> str:
-    """Return the colour on white of a name of `PALETTE`; unknown names are muted."""
+    """Return the colour on white of a name of `PALETTE` or of a variant's family; unknown names are muted."""
+    name = VARIANTS[name][0] if name in VARIANTS else name
     return PALETTE[name if name in PALETTE else "muted"][0]
 
 

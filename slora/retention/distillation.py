@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from slora.errors import ConfigError
 from slora.features import final_features
 from slora.model import disabled
+from slora.modes import evaluating
 
 
 class Distillation:
@@ -49,15 +50,18 @@ class Distillation:
         every: int = 2,
         seed: int = 0,
     ) -> None:
-        if not isinstance(samples, Tensor) or len(samples) < 2:
-            count = len(samples) if isinstance(samples, Tensor) else type(samples).__name__
-            raise ConfigError(f"samples={count} is not a tensor of 2 or more samples; stack them: torch.stack(images)")
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ConfigError(f"weight={weight} is negative or not finite; use 0 or more")
+        if not isinstance(samples, Tensor):
+            raise ConfigError(f"samples are a {type(samples).__name__}, not a tensor; stack them: torch.stack(images)")
+        if len(samples) < 2:
+            raise ConfigError(f"samples has {len(samples)} of at least 2 samples; a few dozen serve")
+        if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
+            raise ConfigError(f"weight={weight!r} is negative or not a finite number; use 0 or more")
         for name, value in (("batch_size", batch_size), ("every", every)):
-            if value < 1:
-                raise ConfigError(f"{name}={value} is not a positive integer")
-        self.weight, self.every, self.seed = weight, every, seed
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}={value!r} is not a positive integer")
+        if features is not None and not callable(features):
+            raise ConfigError(f"features={features!r} is not a function from samples to features [n, d]")
+        self.model, self.weight, self.every, self.seed = model, weight, every, seed
         self.batch_size = min(batch_size, len(samples))
         self.features = final_features(model) if features is None else features
         device = next(model.parameters()).device
@@ -72,14 +76,8 @@ class Distillation:
 
     @torch.no_grad()
     def _of_base(self, model: nn.Module) -> Tensor:
-        training = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            with disabled(model):
-                return torch.cat([self.features(part).float() for part in self.samples.split(256)])
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        with evaluating(model), disabled(model):
+            return torch.cat([self.features(part).float() for part in self.samples.split(256)])
 
     def __call__(self, step: int | None = None) -> Tensor:
         """Return the term of this step, a scalar; 0 without any work at those in between.
@@ -92,7 +90,9 @@ class Distillation:
         if step % self.every or not self.weight:
             return self.base.new_zeros(())
         rows = self._rows(step // self.every)
-        drift = (self.features(self.samples[rows]).float() - self.base[rows]).square().sum(1).mean()
+        # In evaluation mode, as the base features are: dropout would look like drift.
+        with evaluating(self.model):
+            drift = (self.features(self.samples[rows]).float() - self.base[rows]).square().sum(1).mean()
         return self.weight * self.every * drift / self.scale
 
     def _rows(self, draw: int) -> Tensor:

@@ -46,9 +46,9 @@ class Budget(Strategy):
         unit: what a share is of: "blocks", "parameters" (of A and B), or "flops" (of a forward pass, with the rows
             that each layer saw in the first step).
         ranking: scores blocks; by default `update_norm`, which is free. `SoloGain` is better and needs a loss.
-        warmup: share of the steps in which every block learns.
-        settling: share of the steps at the end in which the choice stands; at least a third. Keep the learning rate up
-            until then (a decay before leaves little of it for the blocks that stay).
+        warmup: share of the steps in which every block learns; 0.3.
+        settling: share of the steps at the end in which the choice stands, 0.6; at least a third. Keep the learning
+            rate up until then: a decay before leaves little of it for the blocks that stay.
 
     Raises:
         ConfigError: the budget is not from 0 to all blocks, a share rounds to nothing, or a value is out of range.
@@ -56,6 +56,7 @@ class Budget(Strategy):
     """
 
     name: ClassVar[str] = "budget"
+    progress: ClassVar[frozenset[str]] = Strategy.progress | {"rows", "ranks", "left", "scores"}
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class Budget(Strategy):
         warmup: float = WARMUP,
         settling: float = SETTLING,
     ) -> None:
-        self.budget, self.unit = budget, unit
+        self.unit = unit
         self.ranking: Ranking = update_norm if ranking is None else ranking
         if not callable(self.ranking):
             raise ConfigError(f"ranking={ranking!r} is not callable; use slora.selection.SoloGain(loss), or None")
@@ -79,7 +80,7 @@ class Budget(Strategy):
                 f"the LoRA matrices of {len(freed)} layers, the first {freed[0]!r}, were freed by inactive='frozen', "
                 f"so they cannot be switched on for a new choice; use slora.keep_blocks, or inject anew"
             )
-        check_budget(budget, unit, sum(layer.blocks for layer in layers.values()))
+        self.budget = budget = check_budget(budget, unit, sum(layer.blocks for layer in layers.values()))
         self.rows = [1] * len(layers)
         if unit == "parameters":
             _target(budget, _costs(layers, unit, self.rows), unit)
@@ -109,18 +110,21 @@ class Budget(Strategy):
             self._stop_noting_rows()
         if self.taken < self.first:
             return
+        if self.taken >= self.last:
+            for layer in self.layers.values():
+                layer._mirror.asked = f"budget={self.budget}"
         costs = _costs(self.layers, self.unit, self.rows)
         total, target = sum(costs), _target(self.budget, costs, self.unit)
         t = 1.0 if self.taken >= self.last else (self.taken - self.first) / (self.last - self.first)
-        allowed = target + (total - target) * (1 - t) ** 3
-        if self.unit == "blocks":
-            allowed = target + round((total - target) * (1 - t) ** 3)
-        if self.scores is None and target < total and getattr(self.ranking, "once", False):
-            self._scores()
+        above = (total - target) * (1 - t) ** 3
+        allowed = target + (round(above) if self.unit == "blocks" else above)
         kept = self.ranks[: self.left]
-        if sum(costs[i] for i in kept) <= allowed:
+        once = bool(getattr(self.ranking, "once", False))
+        if (self.scores is None and once and target < total) or (not once and sum(costs[i] for i in kept) > allowed):
+            self.scores = measured(self.ranking, self.model, self.n)
+        if self.scores is None or sum(costs[i] for i in kept) <= allowed:
             return
-        scores = self._scores()
+        scores = self.scores
         ordered = sorted(kept, key=lambda i: -scores[i])
         kept = _fill(ordered, costs, allowed)
         chosen = set(kept)
@@ -141,15 +145,31 @@ class Budget(Strategy):
             hook.remove()
         self._hooks = []
 
-    def _scores(self) -> list[float]:
-        if self.scores is None or not getattr(self.ranking, "once", False):
-            self.scores = measured(self.ranking, self.model, self.n)
-        return self.scores
-
     def _write(self, left: int) -> None:
         """Leave the first `left` of the ranks on."""
         self.left = left
         set_gates(gates_of(self.ranks, left, self.layers))
+        active = _active(self.layers)
+        if active != left:
+            dtype = next(iter(self.layers.values())).gate.dtype
+            raise StateError(
+                f"{left} of {self.n} blocks were to be on, but {active} are: gates in {dtype} cannot tell so many "
+                f"ranks apart; keep the gates in fp32"
+            )
+
+    def _settle(self) -> None:
+        hold(self.layers)
+        self._write(self.left)
+
+    def unfinished(self) -> str:
+        """Return where the choice stands, and whether something else has changed it since."""
+        active = _active(self.layers)
+        if self.taken < self.last or active == self.left:
+            return super().unfinished()
+        return (
+            f"the gates were changed since Budget made its choice: {active} blocks are active, {self.left} were "
+            f"chosen; finish() of the strategy puts the choice back"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, in JSON's types."""
@@ -162,8 +182,6 @@ class Budget(Strategy):
             "left": self.left,
             "scores": self.scores,
         }
-
-    _progress: ClassVar[tuple[str, ...]] = ("steps", "taken", "rows", "ranks", "left", "scores")
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.rows, self.ranks, self.scores = list(state["rows"]), list(state["ranks"]), state["scores"]
@@ -190,7 +208,7 @@ def keep_blocks(
     """
     layers = require_layers(model)
     n = sum(layer.blocks for layer in layers.values())
-    check_budget(budget, unit, n)
+    budget = check_budget(budget, unit, n)
     if unit == "flops":
         raise ConfigError("unit='flops' needs the rows that each layer sees in a step; use unit='parameters'")
     costs = _costs(layers, unit, [1] * len(layers))
@@ -207,13 +225,15 @@ def keep_blocks(
     ranks = [*kept, *(i for i in ordered if i not in chosen), *(i for i in range(n) if not on[i])]
     freeze_gates(model)
     set_gates(gates_of(ranks, len(kept), layers))
+    for layer in layers.values():
+        layer._mirror.asked = f"budget={budget}"
 
 
 def measured(ranking: Ranking, model: nn.Module, n: int) -> list[float]:
     """Return the scores of `ranking`, averaged over processes; all finite, a NaN ranks last.
 
     Raises:
-        ConfigError: the ranking returns something else than `[n]` scores.
+        ConfigError: the ranking returns something else than `[n]` scores, or NaN for every block.
     """
     scores: Any = ranking(model)
     if not isinstance(scores, Tensor) or scores.shape != (n,):
@@ -225,6 +245,10 @@ def measured(ranking: Ranking, model: nn.Module, n: int) -> list[float]:
         scores = scores.clone()
         torch.distributed.all_reduce(scores)
         scores /= torch.distributed.get_world_size()
+    if n and bool(scores.isnan().all()):
+        raise ConfigError(
+            "the ranking gives no block a number (all scores are NaN): has the loss become infinite, or the sample?"
+        )
     # Finite, because JSON, which a checkpoint's state is, knows no other numbers.
     values: list[float] = scores.nan_to_num(nan=torch.finfo(torch.float32).min).tolist()
     return values
@@ -247,6 +271,10 @@ def gates_of(ranks: Sequence[int], left: int, layers: dict[str, LoRABlocks]) -> 
             continue
         result[layer] = [layer.threshold + spread * (left + 0.5 - place[next(blocks)]) / n for _ in range(layer.blocks)]
     return result
+
+
+def _active(layers: dict[str, LoRABlocks]) -> int:
+    return sum(len(layer.activity().active) for layer in layers.values())
 
 
 def _costs(layers: dict[str, LoRABlocks], unit: str, rows: Sequence[int]) -> list[float]:

@@ -75,6 +75,9 @@ class Gates(Strategy):
         if self.taken == self.last:
             hold(self.layers)
 
+    def _settle(self) -> None:
+        hold(self.layers)
+
     def _restore(self, state: dict[str, Any]) -> None:
         if self.taken >= self.last:
             hold(self.layers)

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from slora.errors import ConfigError
+from slora.errors import ConfigError, StateError
 from slora.gate import adapted_layers, set_gates
 from slora.layers import LoRABlocks
+from slora.modes import evaluating
 
 
 class Ranking(Protocol):
@@ -66,15 +67,19 @@ class SoloGain:
     ) -> None:
         if not callable(loss):
             raise ConfigError(f"loss={loss!r} is not a function; write SoloGain(lambda: criterion(model(x), y))")
-        if not price >= 0:
-            raise ConfigError(f"price={price} is negative or not a number; use 0 or more")
+        if features is not None and not callable(features):
+            raise ConfigError(f"features={features!r} is not a function that returns features [n, d]")
+        if not isinstance(price, (int, float)) or not price >= 0:
+            raise ConfigError(f"price={price!r} is negative or not a number; use 0 or more")
         self.loss, self.features, self.price = loss, features, price
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the gains, in the unit of the loss, divided by the price."""
         layers = [layer for _, layer in adapted_layers(model)]
-        with _evaluating(model), _only(layers) as switch:
+        if any(layer.merged for layer in layers):
+            raise StateError("the model is merged, so no block can be measured alone; call slora.unmerge(model) first")
+        with evaluating(model), _only(layers) as switch:
             switch(None)
             base, before = self._loss(), None if self.features is None else self.features()
             gains, drifts = [], []
@@ -97,17 +102,6 @@ class SoloGain:
             found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ConfigError(f"the loss of SoloGain returned {found}; it has to be a scalar, such as a mean")
         return loss.float().reshape(())
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextlib.contextmanager

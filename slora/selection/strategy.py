@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import weakref
 from abc import ABC, abstractmethod
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -17,8 +17,6 @@ Phase = Literal["warm-up", "selection", "settling"]
 
 LEAST_SETTLING = 1 / 3
 
-_in_charge: weakref.WeakKeyDictionary[LoRABlocks, weakref.ref[Strategy]] = weakref.WeakKeyDictionary()
-
 
 class Strategy(ABC):
     """Chooses blocks over a run of `steps` optimizer steps, in three phases.
@@ -30,7 +28,8 @@ class Strategy(ABC):
     Make it after `slora.inject` and call `step` after every optimizer step. A model has one strategy at a time.
 
     Args:
-        model: adapted by `slora.inject`; a wrapper around it (DDP, torch.compile) will do.
+        model: adapted by `slora.inject`; a wrapper around it will do (torch.compile; DDP with
+            `find_unused_parameters=True`, since blocks that are off get no gradient).
         steps: optimizer steps of the run.
         warmup: share of the steps in which every block learns.
         settling: share of the steps at the end in which the choice stands; at least a third.
@@ -47,19 +46,23 @@ class Strategy(ABC):
 
     name: ClassVar[str]
 
+    progress: ClassVar[frozenset[str]] = frozenset({"steps", "taken"})
+    """Entries of the state that change over a run."""
+
     def __init__(self, model: nn.Module, steps: int, warmup: float, settling: float) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        number: Any = steps
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
             raise ConfigError(f"steps={steps!r} is not a number of optimizer steps; use those of the run, 1 or more")
-        if not 0 <= warmup <= 1:
-            raise ConfigError(f"warmup={warmup} is not a share of the steps; use a number from 0 to 1")
-        if not LEAST_SETTLING - 1e-9 <= settling <= 1:
+        if not isinstance(warmup, (int, float)) or not 0 <= warmup <= 1:
+            raise ConfigError(f"warmup={warmup!r} is not a share of the steps; use a number from 0 to 1")
+        if not isinstance(settling, (int, float)) or not LEAST_SETTLING - 1e-9 <= settling <= 1:
             raise ConfigError(
-                f"settling={settling} is below a third of the steps (or above all), in which the blocks that are "
-                f"left go on learning; use a number from 1/3 to 1"
+                f"settling={settling!r} is not a share from 1/3 to 1 of the steps, in which the blocks that are left "
+                f"go on learning"
             )
         if warmup + settling > 1 + 1e-9:
             raise ConfigError(f"warmup={warmup:g} and settling={settling:.3g} are more than the run; lower one of them")
-        self.model, self.steps, self.warmup, self.settling = model, steps, warmup, settling
+        self.model, self.steps, self.warmup, self.settling = model, int(steps), warmup, settling
         # Even a run of one step gets its choice.
         self.last = max(1, steps - math.ceil(settling * steps - 1e-9))
         self.first = min(round(warmup * steps), self.last)
@@ -113,7 +116,21 @@ class Strategy(ABC):
                 f"{self.last}: call step() after every optimizer step, or make the strategy with the steps of the run "
                 f"(slora.keep_blocks chooses at once)"
             )
+        self._settle()
         _release(self)
+
+    @abstractmethod
+    def _settle(self) -> None:
+        """Put the choice back where something else has changed the gates since, such as an earlier state dict."""
+
+    def unfinished(self) -> str:
+        """Return what stands between the model and the strategy's choice, as a sentence; else the empty string."""
+        if self.taken >= self.last:
+            return ""
+        return (
+            f"the choice of blocks is not made yet: {type(self).__name__} has taken {self.taken} of {self.steps} steps "
+            f"and completes it at step {self.last}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, in JSON's types; the blocks' own parameters are the model's."""
@@ -136,7 +153,7 @@ class Strategy(ABC):
         """
         self._require_charge()
         for key, value in self.state_dict().items():
-            if key in self._progress:
+            if key in self.progress:
                 continue
             before = state.get(key)
             if before != value:
@@ -151,10 +168,9 @@ class Strategy(ABC):
     def _restore(self, state: dict[str, Any]) -> None:
         """Set the gates as after step number `taken`; the choice is due where that is beyond `last`."""
 
-    _progress: ClassVar[tuple[str, ...]] = ("steps", "taken")
-    """Entries of the state that change over a run."""
-
     def _require_charge(self) -> None:
+        if any(layer.merged for layer in self.layers.values()):
+            raise StateError("the model is merged, so its blocks cannot be chosen; call slora.unmerge(model) first")
         if _strategy_of(self.layers) is not self:
             raise StateError(
                 f"this {type(self).__name__} is over (finish, slora.freeze_gates or slora.keep_blocks ended it); make "
@@ -163,14 +179,9 @@ class Strategy(ABC):
 
 
 def unfinished_selection(model: nn.Module) -> str:
-    """Return where a strategy stands that has not made its choice yet, as a sentence; else the empty string."""
+    """Return what stands between `model` and the choice of its strategy, as a sentence; else the empty string."""
     strategy = _strategy_of(dict(adapted_layers(model)))
-    if strategy is None or strategy.taken >= strategy.last:
-        return ""
-    return (
-        f"the choice of blocks is not made yet: {type(strategy).__name__} has taken {strategy.taken} of "
-        f"{strategy.steps} steps and is through with it at step {strategy.last}"
-    )
+    return "" if strategy is None else strategy.unfinished()
 
 
 def freeze_gates(model: nn.Module) -> None:
@@ -211,11 +222,7 @@ def require_layers(model: nn.Module) -> dict[str, LoRABlocks]:
 
 
 def _strategy_of(layers: dict[str, LoRABlocks]) -> Strategy | None:
-    for layer in layers.values():
-        strategy = ref() if (ref := _in_charge.get(layer)) is not None else None
-        if strategy is not None:
-            return strategy
-    return None
+    return next((layer._mirror.strategy for layer in layers.values() if layer._mirror.strategy is not None), None)
 
 
 def _take_charge(strategy: Strategy, model: nn.Module) -> dict[str, LoRABlocks]:
@@ -226,13 +233,18 @@ def _take_charge(strategy: Strategy, model: nn.Module) -> dict[str, LoRABlocks]:
             f"a {type(other).__name__} is at work on this model (step {other.taken} of {other.steps}); one strategy at "
             f"a time: end it with slora.freeze_gates(model), or leave the second one out"
         )
+    if isinstance(model, nn.parallel.DistributedDataParallel) and not model.find_unused_parameters:
+        raise ConfigError(
+            "DistributedDataParallel with find_unused_parameters=False waits for gradients of blocks that are off; "
+            "make it with find_unused_parameters=True"
+        )
     if other is not None:
         _release(other)
     for layer in layers.values():
-        _in_charge[layer] = weakref.ref(strategy)
+        layer._mirror.strategy, layer._mirror.asked = strategy, ""
     return layers
 
 
 def _release(strategy: Strategy) -> None:
     for layer in strategy.layers.values():
-        _in_charge.pop(layer, None)
+        layer._mirror.strategy = None

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from slora.training.settings import TrainSettings
 
-# Users ask for blocks; how many parts a layer has is for few of them.
-FLAGS = {"budget": "--blocks", "blocks": "--blocks-per-layer"}
+# Users ask for blocks; how many a layer has is for few of them.
+FLAGS = {"budget": ("--blocks", "--budget"), "blocks": ("--blocks-per-layer",)}
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -42,19 +42,19 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def _flag(name: str, hint: Any, sentence: str, default: Any) -> Any:
     import typer
 
-    flag = FLAGS.get(name, "--" + name.replace("_", "-"))
+    flags = FLAGS.get(name, ("--" + name.replace("_", "-"),))
     help = f"{sentence} [default: {_shown(default)}]"
     # None stands for "not given": then a config file, or the default, decides.
     if get_origin(hint) is Literal:
-        return Annotated[str | None, typer.Option(flag, help=help, metavar="|".join(get_args(hint)))]
+        return Annotated[str | None, typer.Option(*flags, help=help, metavar="|".join(get_args(hint)))]
     kinds = [option for option in get_args(hint) or (hint,) if option is not type(None)]
     if kinds == [bool]:
-        return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=help)]
+        return Annotated[bool | None, typer.Option(f"{flags[0]}/--no-{flags[0][2:]}", help=help)]
     if kinds == [int]:
-        return Annotated[int | None, typer.Option(flag, help=help)]
+        return Annotated[int | None, typer.Option(*flags, help=help)]
     if kinds == [float]:
-        return Annotated[float | None, typer.Option(flag, help=help)]
-    return Annotated[str | None, typer.Option(flag, help=help)]
+        return Annotated[float | None, typer.Option(*flags, help=help)]
+    return Annotated[str | None, typer.Option(*flags, help=help)]
 
 
 def _shown(default: Any) -> str:

@@ -18,6 +18,7 @@ from slora.evaluation.accuracy import logits_of
 from slora.features import input_of
 from slora.inject import head_names
 from slora.model import disabled
+from slora.modes import evaluating
 
 HEAD_LR = 1e-2
 
@@ -49,24 +50,18 @@ def train_head(
     head = model.get_submodule(name)
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(), disabled(model):
-            for images, targets in batches():
-                seen, output = input_of(model, name, images)
-                if not features and not torch.equal(head(seen), logits_of(output)):
-                    raise ConfigError(
-                        f"head_first needs a head whose output is the model's, but {type(model).__name__} goes on "
-                        f"after {name!r}; set head_first to 0"
-                    )
-                features.append(seen)
-                labels.append(targets)
-                if len(features) == steps:
-                    break
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+    with torch.no_grad(), evaluating(model), disabled(model):
+        for images, targets in batches():
+            seen, output = input_of(model, name, images)
+            if not features and not torch.equal(head(seen), logits_of(output)):
+                raise ConfigError(
+                    f"head_first needs a head whose output is the model's, but {type(model).__name__} goes on after "
+                    f"{name!r}; set head_first to 0"
+                )
+            features.append(seen)
+            labels.append(targets)
+            if len(features) == steps:
+                break
     size = len(features[0])
     x, y = torch.cat(features), torch.cat(labels)
     optimizer = AdamW([parameter for parameter in head.parameters() if parameter.requires_grad], weight_decay=0.0)

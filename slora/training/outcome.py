@@ -17,18 +17,21 @@ _SETTINGS = ("gate_init", "threshold", "gate_lr", "penalty")
 def explained(active: int, blocks: int, settings: Mapping[str, Any], records: Records) -> str:
     """Return what a run without an active block, or with all, has made of its model, the likely cause and the remedy.
 
-    Empty for other runs, for methods without moving gates, and for a budget, which leaves what was asked for.
+    Empty for other runs and for methods without gates. For a budget, which leaves what was asked for, it says that.
 
     Args:
         active: active blocks at the end, of `blocks`.
         settings: those of `config.yaml`; without them, or without records, the cause is left out.
         records: those of `metrics.jsonl`.
     """
-    what, remedy = verdict(active, blocks)
+    asked = settings.get("asked") or ("" if settings.get("budget") is None else f"budget={settings['budget']}")
+    what, remedy = verdict(active, blocks, str(asked))
     # An adapter tells its method by the threshold alone.
     selects = settings.get("method", "selective") == "selective" and settings.get("threshold", 0.0) > ALWAYS_ACTIVE
-    if not what or not selects or settings.get("budget") is not None:
+    if not what or not selects:
         return ""
+    if asked:
+        return what
     if not records or not settings.keys() >= set(_SETTINGS):
         return f"{what} {remedy}"
     gate_init, threshold, gate_lr, penalty = (float(settings[name]) for name in _SETTINGS)

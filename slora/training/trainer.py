@@ -59,7 +59,7 @@ class TrainResult:
             accuracy, lr, penalty, grad_norm, active, blocks, mean_gate, images_per_second, seconds, flops`, under
             method "selective" `gates: {layer: [...]}`, and at evaluations `step, eval_loss, eval_accuracy`.
         accuracy: on the evaluation data after the last step, 0 to 1; None without evaluation data.
-        best_accuracy: the highest of the run, at `best_step`.
+        best_accuracy: the highest since the choice of blocks was made, at `best_step`.
         steps: optimizer steps taken, those before a resume included.
         seconds: time spent in them, without evaluations, checkpoints and the counting of FLOPs.
         flops: of all training steps, forward and backward; 0 with `count_flops=False`.
@@ -410,7 +410,9 @@ class Trainer:
         accuracy = correct / count
         self.result.accuracy = accuracy
         self.recorder.add({"step": self.step, "eval_loss": loss / count, "eval_accuracy": accuracy})
-        improved = self.result.best_accuracy is None or accuracy > self.result.best_accuracy
+        # Before the choice of blocks is made, the model is another one than the run is asked for.
+        chosen = self.selection is None or self.selection.taken >= self.selection.last
+        improved = chosen and (self.result.best_accuracy is None or accuracy > self.result.best_accuracy)
         if improved:
             self.result.best_accuracy, self.result.best_step = accuracy, self.step
         return improved
@@ -444,6 +446,11 @@ class Trainer:
         state = checkpoint.load(folder, self.model, self.optimizers, self.settings, self.fingerprint)
         if self.selection is not None:
             self.selection.load_state_dict(state["selection"])
+        if state["step"] > self.steps:
+            raise ConfigError(
+                f"{folder} is at step {state['step']}, beyond max_steps={self.steps}; resume with more steps, or "
+                f"from an earlier checkpoint"
+            )
         self.step = state["step"]
         result = state["result"]
         result["active_blocks"] = [

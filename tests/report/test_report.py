@@ -250,11 +250,12 @@ def test_a_layer_has_a_row_and_a_projection(layer: str, place: tuple[str, str]) 
 
 def test_the_scatter_draws_every_run_and_the_line_before() -> None:
     runs = {"lora": [(0.5, 0.9), (0.6, 0.8)], "selective": [(0.7, 0.85)]}
-    axes = target_against_retention(runs, 0.75, "title", {"lora": "LoRA"}).axes[0]
+    figure = target_against_retention(runs, 0.75, "title", {"lora": "LoRA"})
+    axes = figure.axes[0]
     drawn = {(x, y) for line in axes.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
     assert {(50.0, 90.0), (60.0, 80.0), (70.0, 85.0), (55.0, 85.0)} <= {(round(x, 9), round(y, 9)) for x, y in drawn}
-    texts = [text.get_text() for text in axes.texts]
-    assert {"LoRA", "selective", "before fine-tuning: 75.0 %"} <= set(texts)
+    assert [text.get_text() for text in axes.texts] == ["before fine-tuning: 75.0 %"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "selective"]
     low, high = axes.get_xlim()
     assert low < 50
     assert high > 75

@@ -78,6 +78,13 @@ def test_every_sample_has_its_turn_and_a_step_has_its_samples() -> None:
     assert keep(5).item() == 0.0
 
 
+def test_dropout_is_no_drift() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, drop_path_rate=0.5, proj_drop_rate=0.3)
+    slora.inject(vit, slora.SelectiveLoRAConfig(r=2))
+    assert Distillation(vit.train(), torch.randn(4, 3, 32, 32), every=1)().item() == 0.0
+    assert all(module.training for module in vit.modules())
+
+
 def test_the_mode_of_the_model_is_left_alone() -> None:
     model = adapted()
     model.body[1].eval()
@@ -101,12 +108,15 @@ def test_models_of_timm_and_others_offer_their_features() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"samples": samples(1)}, "samples=1 is not a tensor of 2 or more"),
-        ({"samples": [1, 2]}, "samples=list is not a tensor"),
+        ({"samples": samples(1)}, "samples has 1 of at least 2 samples"),
+        ({"samples": [1, 2]}, "samples are a list, not a tensor"),
         ({"weight": -1.0}, "weight=-1.0"),
         ({"weight": float("nan")}, "weight=nan"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"every": 0}, "every=0"),
+        ({"every": 2.5}, "every=2.5"),
+        ({"weight": "a"}, "weight='a'"),
+        ({"features": 3}, "features=3 is not a function"),
         ({"features": lambda x: x.unflatten(1, (2, 4))}, r"features of shape \[10, 2, 4\]; expected \[n, d\]"),
     ],
 )

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,8 +243,8 @@ def test_resuming_with_another_budget_is_refused(make: Make) -> None:
     [
         ({"budget": 7}, "budget=7 blocks is out of range; use 0 to 6"),
         ({"budget": -1}, "budget=-1 blocks is out of range; use 0 to 6"),
-        ({"budget": 1.5}, "budget=1.5 is a share, so from 0.0 to 1.0$"),
-        ({"budget": 4.0}, "budget=4.0 is a share.*for 4 blocks write 4"),
+        ({"budget": 1.5}, "budget=1.5 is a share, so from 0.0 to 1.0; for a number of blocks write it without a point"),
+        ({"budget": 4.0}, "budget=4.0 is a share.*without a point, such as 4"),
         ({"budget": float("nan")}, "budget=nan is a share"),
         ({"budget": True}, "budget=True is neither a number of blocks, such as 4, nor a share"),
         ({"budget": "4"}, "budget='4' is neither a number of blocks"),
@@ -254,7 +255,9 @@ def test_resuming_with_another_budget_is_refused(make: Make) -> None:
         ({"steps": 0}, "steps=0 is not a number of optimizer steps"),
         ({"steps": 2.0}, "steps=2.0 is not a number of optimizer steps"),
         ({"warmup": 1.5}, "warmup=1.5 is not a share"),
-        ({"settling": 0.2}, "settling=0.2 is below a third of the steps"),
+        ({"settling": 0.2}, "settling=0.2 is not a share from 1/3 to 1"),
+        ({"settling": None}, "settling=None is not a share from 1/3 to 1"),
+        ({"warmup": "a"}, "warmup='a' is not a share"),
         ({"warmup": 0.5}, "warmup=0.5 and settling=0.6 are more than the run"),
         ({"ranking": "norm"}, "ranking='norm' is not callable"),
     ],
@@ -309,7 +312,7 @@ def test_a_choice_that_is_not_made_yet_shows_in_the_summary_and_when_it_is_saved
     model = make()
     selection = Budget(model, 2, 30, warmup=0.4, settling=1 / 3)
     run(model, selection, batch, 14)
-    what = "not made yet: Budget has taken 14 of 30 steps and is through with it at step 20"
+    what = "not made yet: Budget has taken 14 of 30 steps and completes it at step 20"
     assert str(slora.summary(model)).endswith(what)
     with pytest.warns(slora.UnfinishedSelectionWarning, match=rf"holds the 4 blocks that are active now, .*{what}"):
         slora.save_adapter(model, tmp_path)
@@ -332,6 +335,77 @@ def test_two_strategies_at_once_are_refused(make: Make, batch: Batch) -> None:
         selection.step()
     freeze_gates(model)
     Budget(model, 1, 3)
+
+
+def test_the_model_keeps_a_strategy_that_nobody_holds(make: Make, batch: Batch) -> None:
+    model = make()
+
+    def set_up() -> None:
+        Budget(model, 2, 30)
+
+    set_up()
+    assert "not made yet: Budget has taken 0 of 30 steps" in str(slora.summary(model))
+    with pytest.raises(StateError, match="a Budget is at work"):
+        Budget(model, 2, 30)
+
+
+def test_an_earlier_state_is_noticed_and_the_choice_put_back(make: Make, batch: Batch) -> None:
+    model = make()
+    selection = Budget(model, 2, 10)
+    early = copy.deepcopy(model.state_dict())
+    run(model, selection, batch, 10)
+    chosen = flags(model)
+    model.load_state_dict(early)
+    assert count(model) == N
+    assert "changed since Budget made its choice: 6 blocks are active, 2 were chosen" in str(slora.summary(model))
+    selection.finish()
+    assert flags(model) == chosen
+
+
+@pytest.mark.parametrize("budget", [0, N])
+def test_none_and_all_are_said_to_be_asked_for_and_a_loaded_choice_stands(
+    make: Make, batch: Batch, budget: int, tmp_path: Path
+) -> None:
+    model = make()
+    run(model, Budget(model, budget, 4), batch, 4)
+    assert str(slora.summary(model)).endswith(f"as asked for by budget={budget}.")
+    slora.save_adapter(model, tmp_path)
+    loaded = slora.load_adapter(make(), tmp_path)
+    assert str(slora.summary(loaded)).endswith(f"as asked for by budget={budget}.")
+    assert not any(gate.requires_grad for gate in gates(loaded))
+
+
+def test_merging_before_the_choice_warns_and_a_merged_model_is_not_chosen_from(make: Make, batch: Batch) -> None:
+    model = make()
+    selection = Budget(model, 2, 10, ranking=SoloGain(lambda: F.cross_entropy(model(batch[0]), batch[1])))
+    run(model, selection, batch, 2)
+    slora.merge(model)
+    with pytest.raises(StateError, match=r"is merged, so its blocks cannot be chosen; call slora.unmerge"):
+        selection.step()
+    with pytest.raises(StateError, match="is merged, so no block can be measured alone"):
+        selection.ranking(model)
+    slora.unmerge(model)
+    with pytest.warns(slora.UnfinishedSelectionWarning, match="the blocks that are active now are merged, but"):
+        slora.merge_and_unload(model)
+
+
+def test_gates_that_cannot_tell_ranks_apart_are_refused() -> None:
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(600)])
+    slora.inject(model, slora.SelectiveLoRAConfig(r=1)).bfloat16()
+    selection = Budget(model, 21, 1)
+    with pytest.raises(StateError, match=r"gates in torch.bfloat16 cannot tell so many ranks apart"):
+        selection.step()
+
+
+def test_numbers_of_numpy_are_numbers(make: Make) -> None:
+    assert Budget(make(), np.int64(3), np.int64(30)).state_dict()["budget"] == 3
+    selection = Budget(make(), np.float32(0.5), 30)
+    assert json.loads(json.dumps(selection.state_dict()))["budget"] == 0.5
+
+
+def test_a_ranking_of_nothing_but_nan_is_refused(make: Make) -> None:
+    with pytest.raises(ConfigError, match="gives no block a number"):
+        keep_blocks(make(trained=True), 2, ranking=lambda _: torch.full((N,), float("nan")))
 
 
 def test_a_model_without_blocks_or_merged_is_refused(make: Make) -> None:

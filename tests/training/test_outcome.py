@@ -74,8 +74,10 @@ def test_steps_of_the_penalty_are_those_with_a_weight() -> None:
     assert penalty_steps([]) == 0
 
 
-def test_a_budget_is_not_explained() -> None:
-    assert explained(0, 36, SETTINGS | {"budget": 0}, records(400)) == ""
+def test_a_budget_is_what_was_asked_for() -> None:
+    text = "no block is active: the model is the base model, as asked for by budget=0."
+    assert explained(0, 36, SETTINGS | {"budget": 0}, records(400)) == text
+    assert explained(4, 36, SETTINGS | {"budget": 4}, records(400)) == ""
 
 
 @pytest.mark.parametrize(
