@@ -89,7 +89,7 @@ def test_the_help_of_each_command_suffices(slora: Callable[..., Outcome], comman
 def test_finetune_has_a_flag_with_its_default_for_every_setting(slora: Callable[..., Outcome]) -> None:
     text = " ".join(slora("finetune", "--help").out.split("Options:")[1].split())
     for field in dataclasses.fields(TrainSettings):
-        flag = {"budget": "--blocks", "blocks": "--blocks-per-layer"}.get(
+        flag = {"budget": "--blocks, --budget", "blocks": "--blocks-per-layer"}.get(
             field.name, "--" + field.name.replace("_", "-")
         )
         assert f" {flag} " in text

@@ -178,9 +178,21 @@ class Strategy(ABC):
             )
 
 
+def at_work(model: nn.Module) -> Strategy | None:
+    """Return the strategy that is at work on `model`, or None."""
+    return _strategy_of(dict(adapted_layers(model)))
+
+
+def release(model: nn.Module) -> None:
+    """End the strategy that is at work on `model`, if there is one, with the gates as they are."""
+    strategy = at_work(model)
+    if strategy is not None:
+        _release(strategy)
+
+
 def unfinished_selection(model: nn.Module) -> str:
     """Return what stands between `model` and the choice of its strategy, as a sentence; else the empty string."""
-    strategy = _strategy_of(dict(adapted_layers(model)))
+    strategy = at_work(model)
     return "" if strategy is None else strategy.unfinished()
 
 
@@ -194,9 +206,7 @@ def freeze_gates(model: nn.Module) -> None:
         StateError: the model has no adapted layer.
     """
     layers = require_layers(model)
-    strategy = _strategy_of(layers)
-    if strategy is not None:
-        _release(strategy)
+    release(model)
     hold(layers)
 
 

@@ -21,6 +21,7 @@ from slora.flops import count_flops
 from slora.gate import adapted_layers, gate_penalty, gate_values
 from slora.retention import Distillation
 from slora.selection import Budget, Gates, Strategy
+from slora.selection.strategy import at_work, release
 from slora.training import checkpoint
 from slora.training.batches import Batches, Data, make_batches
 from slora.training.head_first import train_head
@@ -114,8 +115,13 @@ def train(
             checkpoint written.
     """
     settings = TrainSettings() if settings is None else settings
-    run = Trainer(model, train_data, eval_data, settings, run_dir, console, resume, criterion, retain)
-    return run.run()
+    before = at_work(model)
+    try:
+        return Trainer(model, train_data, eval_data, settings, run_dir, console, resume, criterion, retain).run()
+    finally:
+        # A run that breaks off leaves no strategy behind that would keep the next one from starting.
+        if at_work(model) is not before:
+            release(model)
 
 
 class Trainer:

@@ -139,9 +139,10 @@ def saved_once(
     train(model, data, None, settings, folder)
     identity = checkpoint.fingerprint(model)
     optimizers = Optimizers(model, settings)
+    selection = slora.selection.Gates(model, 12)
 
     def save(step: int) -> Path:
-        state = slora.selection.Gates(model, step).state_dict() | {"taken": step}
+        state = selection.state_dict() | {"taken": step}
         progress = {"step": step, "selection": state, "result": dataclasses.asdict(TrainResult())}
         return checkpoint.save(folder / "checkpoints", model, optimizers, settings, identity, progress)
 

@@ -112,6 +112,25 @@ def test_a_choice_that_is_made_stands_without_a_budget(
     assert all(torch.equal(on, before[name]) for name, on in slora.active_blocks(model).items())
 
 
+def test_a_run_that_breaks_off_leaves_the_way_free_for_the_next(
+    make_model: Factory, data: Pair, settings: TrainSettings
+) -> None:
+    settings = settings.replace(budget=1)
+    model = prepare(make_model(), settings=settings)
+    steps = []
+
+    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return F.cross_entropy(logits, labels)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, data, None, settings, criterion=criterion)
+    train(model, data, None, settings)
+    assert sum(int(on.sum()) for on in slora.active_blocks(model).values()) == 1
+
+
 def test_a_sample_is_what_a_pass_begins_with(data: Pair) -> None:
     read = []
 
