@@ -103,12 +103,13 @@ def _aim_with_letters(result: Result) -> str:
     lost = {name: fmean(by_seed(result, name, forgetting)) for name in ("selective-distilled", "head-first")}
     within = fmean(target) >= -TARGET_POINTS
     share = lost["selective-distilled"] / lost["head-first"] if lost["head-first"] > 0 else math.inf
+    of_its = f" ({100 * share:.0f} %)" if math.isfinite(share) else ""
     met = within and share <= FORGETTING_SHARE
     return (
         f"With 64 unlabelled letters, exactly {BUDGET} blocks: target within {TARGET_POINTS:g} point of LoRA on all, "
         f"and at most {100 * FORGETTING_SHARE:.0f} % of its forgetting: {'met' if met else 'missed'}. "
         f"{with_spread(target, '+.2f')} points on the target, and {lost['selective-distilled']:.2f} points of letters "
-        f"lost where LoRA on all loses {lost['head-first']:.2f} ({100 * share:.0f} %)."
+        f"lost where LoRA on all loses {lost['head-first']:.2f}{of_its}."
     )
 
 

@@ -60,7 +60,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     if evaluation is not None:
         sections.insert(0, evaluation)
     if chosen := _gates(records, settings.get("threshold")) + ([_block_map(blocks)] if blocks else []):
-        sections.append(Section("Which blocks live", pictures=chosen))
+        sections.append(Section("Which blocks are active", pictures=chosen))
     if settings:
         rows = [(name, _shown(value)) for name, value in settings.items()]
         sections.append(Section("Settings", table=Table(("setting", "value"), rows), folded=True))

@@ -80,13 +80,18 @@ def check_name(name: str | None) -> str:
     return plain
 
 
+def is_folder(name: str) -> bool:
+    """Whether `retain_data` means a folder: one that is there and has not the name of a data set."""
+    return name not in names() and Path(name).expanduser().is_dir()
+
+
 def check_retained(name: str | None) -> None:
     """Check `retain_data`; early, before anything is loaded.
 
     Raises:
         ConfigError: it is neither "generic", nor a folder, nor a data set.
     """
-    if name is not None and name != GENERIC and not Path(name).expanduser().is_dir():
+    if name is not None and name != GENERIC and not is_folder(name):
         try:
             check_name(name)
         except ConfigError as error:

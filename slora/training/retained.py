@@ -14,7 +14,7 @@ from slora.errors import DataError
 from slora.retention import generic_samples
 from slora.training.batches import DamagedImage
 from slora.training.data import InputSpec, Source, as_input, open_data
-from slora.training.data_names import GENERIC, check_retained
+from slora.training.data_names import GENERIC, check_retained, is_folder
 from slora.training.folders import UNREADABLE, described
 from slora.training.settings import TrainSettings
 
@@ -38,9 +38,8 @@ def retained_images(settings: TrainSettings, spec: InputSpec, source: Source) ->
     if name == GENERIC:
         images = _first(source.data(spec, training=True), 256)
         return generic_samples(images, count, patch=max(1, spec.size // 4), seed=settings.seed)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _of_folder(folder, spec, count)
+    if is_folder(name):
+        return _of_folder(Path(name).expanduser(), spec, count)
     other = open_data(name, settings.data_root, settings.download)
     return _first(other.data(spec, training=True), count)
 

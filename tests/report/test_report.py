@@ -133,7 +133,7 @@ def test_a_run_without_blocks_settings_or_evaluation_gets_a_report_of_what_it_ha
     html = write_report(tmp_path).read_text(encoding="utf-8")
     assert html.count("<svg") == 2
     assert "Settings" not in html
-    assert "Which blocks live" not in html
+    assert "Which blocks are active" not in html
 
 
 def test_a_run_directory_without_metrics_is_named(tmp_path: Path) -> None:

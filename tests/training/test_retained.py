@@ -35,6 +35,16 @@ def test_a_folder_of_images_needs_no_labels(image_tree: Callable[..., Path]) -> 
     assert len({float(image[0].mean()) for image in images}) == 5
 
 
+def test_a_folder_with_the_name_of_a_data_set_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "letters").mkdir()
+    images = retained_images(TrainSettings(retain_data="letters", retain_samples=3), SPEC, open_data("digits"))
+    assert images is not None
+    assert len(images) == 3
+
+
 def test_without_data_or_weight_there_is_nothing() -> None:
     for settings in (TrainSettings(), TrainSettings(retain_data="letters", retain_weight=0)):
         assert retained_images(settings, SPEC, open_data("digits")) is None
