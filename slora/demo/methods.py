@@ -100,6 +100,9 @@ METHODS: dict[str, Method] = {
     "selective-distilled": Method("selective 4 + distillation", {**_FOUR, "budget": BUDGET}, retain=True),
 }
 
+# Left to the full run: the default one is to take three minutes.
+ONLY_FULL = ("rank-16", "late-fc1")
+
 # The full run judges the update of these scaled as well, as when it is merged with `--scale` (WiSE-FT, arXiv
 # 2109.01903); the default run only LoRA's on all blocks, by HALF.
 SCALED = ("head-first", "rank-16", "last", "random", "late-fc1", "selective")

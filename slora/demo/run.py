@@ -28,7 +28,17 @@ from rich.table import Table
 
 import slora
 from slora.demo.judge import HEADINGS, aims, rows
-from slora.demo.methods import HALF, METHODS, SCALED, SCALES, Source, run_method, settings_of, source
+from slora.demo.methods import (
+    HALF,
+    METHODS,
+    ONLY_FULL,
+    SCALED,
+    SCALES,
+    Source,
+    run_method,
+    settings_of,
+    source,
+)
 from slora.demo.page import write_report
 from slora.demo.shifts import SHIFTS
 from slora.errors import CheckpointError, ConfigError
@@ -68,7 +78,7 @@ def main(
         seeds: trainings per method and shift, with seeds 0, 1, ...; 3, or 5 of the full run.
         quick: a few steps only, to see that everything works.
         open_report: show the report in a browser.
-        full: all shifts instead of the first, and updates scaled by several factors.
+        full: all shifts instead of the first, two more methods, and updates scaled by several factors.
         jobs: processes that train at a time; by default one for each core, at most 4.
 
     Raises:
@@ -127,6 +137,7 @@ def _run_all(console: Console, seeds: int, shifts: list[str], quick: bool, full:
         for seed in range(seeds)
         for shift in shifts
         for method in METHODS
+        if full or method not in ONLY_FULL
     ]
     start = time.monotonic()
     with Live(console=console, auto_refresh=False, transient=True) as live:

@@ -11,6 +11,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from slora.adapter import load_adapter, save_adapter, selective
+from slora.config import check_budget
 from slora.errors import CheckpointError, NonFiniteLossError, WriteError
 from slora.files import write_atomically, write_json, write_text
 from slora.gate import adapted_layers
@@ -56,6 +57,10 @@ def finetune(
     model, spec, source = build(settings)
     torch.manual_seed(settings.seed)
     prepare(model, settings=settings)
+    if settings.budget is not None:
+        # Before anything is written: a refused run leaves no folder behind.
+        blocks = sum(layer.blocks for _, layer in adapted_layers(model))
+        check_budget(settings.budget, settings.budget_unit, blocks)
     if settings.head_first is None:
         settings = settings.replace(head_first=_head_first(model, settings, len(source.classes)))
     with rundir.claimed(out):

@@ -151,6 +151,12 @@ def test_bad_input_is_refused_with_near_names(change: dict[str, Any], error: typ
         run.finetune({**QUICK, **change})
 
 
+def test_a_budget_above_the_blocks_leaves_no_folder_behind() -> None:
+    with pytest.raises(ConfigError, match="budget=37 blocks is out of range; use 0 to 36"):
+        run.finetune({**QUICK, "budget": 37})
+    assert not Path("runs").exists()
+
+
 def test_several_processes_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"WORLD_SIZE=2: .* call slora.training.train in a script"):
