@@ -3,7 +3,8 @@
 A pretrained model gets gated LoRA blocks, training decides which few of them exist, and the rest of the model
 stays what it was. Start with `inject`; `slora.reference` states the mathematics.
 
-What needs torch is imported when it is first asked for, so that the command line answers a typo at once.
+What needs torch is imported when it is first asked for, so that the command line answers a typo at once. The operators
+are registered then, too: before you load an exported program, `import slora.layers`.
 """
 
 import importlib

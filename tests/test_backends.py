@@ -53,7 +53,7 @@ CALLS = {
 def refusal(call: str, dtype: str, **variables: str) -> str:
     """What a new process with `variables` prints of the error that `call` raises."""
     code = f"""
-import torch, slora
+import torch, slora.layers
 from slora.ops import selective_linear as f
 from torch._subclasses.fake_tensor import FakeTensorMode
 torch.set_default_dtype({dtype})
