@@ -181,8 +181,10 @@ def _trained(order: list[Job], letters: Source, jobs: int) -> Iterator[Result]:
         return
     # Not forked: a process that has run torch's threads must not be copied.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _prepare_process, (order[0].quick,)) as pool:
-        futures: list[Future[Result]] = [pool.submit(_run_job, job) for job in order]
+    with ProcessPoolExecutor(jobs, context, _prepare_process, (letters,)) as pool:
+        # The longest first, so that no process is left with one at the end.
+        longest = sorted(order, key=lambda job: (_LENGTH.index(job.method), job.seed))
+        futures: list[Future[Result]] = [pool.submit(_run_job, job) for job in longest]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -190,13 +192,19 @@ def _trained(order: list[Job], letters: Source, jobs: int) -> Iterator[Result]:
             pool.shutdown(cancel_futures=True)
 
 
+# Methods by the time they take.
+_LENGTH = (
+    "distilled", "selective-distilled", "rank-16", "head-first", "selective", "lora", "random", "late-fc1", "last",
+    "linear",
+)  # fmt: skip
+
 _letters: Source | None = None
 
 
-def _prepare_process(quick: bool) -> None:
+def _prepare_process(letters: Source) -> None:
     global _letters
     torch.set_num_threads(1)
-    _letters = source(quick)
+    _letters = letters
 
 
 def _run_job(job: Job) -> Result:
