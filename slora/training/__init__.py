@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 from slora.training.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from slora.training.head_first import train_head
     from slora.training.methods import prepare
     from slora.training.trainer import Interrupted, TrainResult, train
 
-__all__ = ["Interrupted", "TrainResult", "TrainSettings", "prepare", "train"]
+__all__ = ["Interrupted", "TrainResult", "TrainSettings", "prepare", "train", "train_head"]
 
 # What needs torch, imported when it is first asked for.
 _HOMES = {
@@ -37,6 +38,7 @@ _HOMES = {
     "TrainResult": "slora.training.trainer",
     "prepare": "slora.training.methods",
     "train": "slora.training.trainer",
+    "train_head": "slora.training.head_first",
 }
 
 if not TYPE_CHECKING:
