@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,6 +122,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         entries, base = dict(content["layers"]), content["base"]
         base = {"class": base["class"], "shapes": dict(base["shapes"]), "digest": base["digest"]}
         asked = str(content.get("asked", ""))
+        if not re.fullmatch(r"(budget=[\d.e-]+)?", asked):
+            raise ValueError(f"asked={asked!r}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder / SELECTIVE} is incomplete or damaged ({error!r})") from error
     _check_base(model, base, folder)

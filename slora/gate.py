@@ -132,7 +132,7 @@ class GateMirror:
 
     def _wrote(self, active: Mapping[LoRABlocks, Sequence[bool]]) -> None:
         self.step += 1
-        if {id(layer) for ref in self._layers if (layer := ref()) is not None} == {id(layer) for layer in active}:
+        if {id(layer) for layer in self.layers()} == {id(layer) for layer in active}:
             self._note(active)
         else:
             for layer in active:

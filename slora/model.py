@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +134,9 @@ def verdict(active: int, blocks: int, asked: str = "") -> tuple[str, str]:
     """
     if asked and blocks and active in (0, blocks):
         what = "no block is active: the model is the base model" if not active else "all blocks are active"
-        return f"{what}, as asked for by {asked}.", ""
+        if active == _wanted(asked, blocks):
+            return f"{what}, as asked for by {asked}.", ""
+        return f"{what}, though {asked} was asked for.", "Something has changed the gates since the choice was made."
     if blocks and not active:
         return (
             "no block is active: the model is the base model, but for modules trained in full, such as the head.",
@@ -144,6 +148,15 @@ def verdict(active: int, blocks: int, asked: str = "") -> tuple[str, str]:
             "Train longer, or raise the learning rate of the gates or the penalty.",
         )
     return "", ""
+
+
+def _wanted(asked: str, blocks: int) -> int:
+    number = asked.removeprefix("budget=")
+    try:
+        return int(number)
+    except ValueError:
+        # A share; what is no number at all is what nobody asked for.
+        return math.floor(float(number) * blocks + 0.5) if re.fullmatch(r"[\d.e-]+", number) else -1
 
 
 @dataclass(frozen=True)

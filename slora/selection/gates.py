@@ -52,8 +52,8 @@ class Gates(Strategy):
         warmup: float = WARMUP,
         settling: float = SETTLING,
     ) -> None:
-        if not (math.isfinite(penalty) and penalty >= 0):
-            raise ConfigError(f"penalty={penalty} is negative or not finite; use 0 or more")
+        if not isinstance(penalty, (int, float)) or not (math.isfinite(penalty) and penalty >= 0):
+            raise ConfigError(f"penalty={penalty!r} is negative or not a finite number; use 0 or more")
         self.highest = penalty
         super().__init__(model, steps, warmup, settling)
 

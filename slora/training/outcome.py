@@ -31,7 +31,7 @@ def explained(active: int, blocks: int, settings: Mapping[str, Any], records: Re
     if not what or not selects:
         return ""
     if asked:
-        return what
+        return f"{what} {remedy}".strip()
     if not records or not settings.keys() >= set(_SETTINGS):
         return f"{what} {remedy}"
     gate_init, threshold, gate_lr, penalty = (float(settings[name]) for name in _SETTINGS)

@@ -373,6 +373,20 @@ def test_none_and_all_are_said_to_be_asked_for_and_a_loaded_choice_stands(
     loaded = slora.load_adapter(make(), tmp_path)
     assert str(slora.summary(loaded)).endswith(f"as asked for by budget={budget}.")
     assert not any(gate.requires_grad for gate in gates(loaded))
+    file = tmp_path / "selective.json"
+    file.write_text(file.read_text().replace(f"budget={budget}", "budget=few"))
+    with pytest.raises(slora.CheckpointError, match=r"selective.json is incomplete or damaged .*budget=few"):
+        slora.load_adapter(make(), tmp_path)
+
+
+def test_a_budget_is_not_blamed_for_what_was_done_after_it(make: Make, batch: Batch) -> None:
+    model = make()
+    early = copy.deepcopy(model.state_dict())
+    selection = Budget(model, 2, 4)
+    run(model, selection, batch, 4)
+    selection.finish()
+    model.load_state_dict(early)
+    assert "all blocks are active, though budget=2 was asked for. Something has changed" in str(slora.summary(model))
 
 
 def test_merging_before_the_choice_warns_and_a_merged_model_is_not_chosen_from(make: Make, batch: Batch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_a_resumed_strategy_is_in_the_phase_it_was_in(make: Make, at: int) -> No
     assert [g.requires_grad for g in gates(other)] == [g.requires_grad for g in gates(model)]
 
 
-@pytest.mark.parametrize("penalty", [-1.0, float("nan"), float("inf")])
-def test_a_bad_penalty_is_refused(make: Make, penalty: float) -> None:
+@pytest.mark.parametrize("penalty", [-1.0, float("nan"), float("inf"), "a", None])
+def test_a_bad_penalty_is_refused(make: Make, penalty: Any) -> None:
     with pytest.raises(ConfigError, match="penalty="):
         Gates(make(), 3, penalty=penalty)
