@@ -275,6 +275,8 @@ def merge(
 
     count = merge_adapter(adapter, out, model, pretrained, classes, scale, checkpoint)
     print(f"{count} block{'' if count == 1 else 's'} merged; {out} holds the plain model")
+    if checkpoint is not None:
+        _note_undecided(adapter, checkpoint)
 
 
 def inspect(
@@ -298,6 +300,7 @@ def inspect(
         name, content = blocks_of(folder, checkpoint)
         _show_blocks(content)
         print(f"checkpoint {name}")
+        _note_undecided(folder, checkpoint)
         return
     home = adapter_of(folder)
     try:
@@ -343,6 +346,13 @@ def doctor() -> None:
     from slora.doctor import main as show
 
     show()
+
+
+def _note_undecided(run: Path, which: str) -> None:
+    from slora.training.checkpoint_folders import chosen, undecided
+
+    if text := undecided(chosen(run, which)):
+        print(f"note: {text}")
 
 
 def _show_blocks(content: dict[str, Any]) -> tuple[int, int]:

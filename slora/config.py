@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 Inactive = Literal["exact", "probe", "frozen"]
 Unit = Literal["blocks", "parameters", "flops"]
 
+# Shares of a run's steps in which every block learns, and in which the choice stands: of `slora.selection.Budget` and
+# of `Gates`. Settings are checked by them without torch.
+LEAST_SETTLING = 1 / 3
+BUDGET_PHASES = (0.3, 0.6)
+GATES_PHASES = (0.1, LEAST_SETTLING)
+
 
 @dataclass
 class SelectiveLoRAConfig:

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from slora.demo.judge import HEADINGS, aims, by_seed, forgetting, rows
+from slora.demo.judge import HEADINGS, aims, by_seed, flops, forgetting, rows
 from slora.demo.methods import BUDGET, COMMON, METHODS, NEIGHBOURS, TEMPERATURE
 from slora.report.page import Picture, Section, Table, write_page
 from slora.report.plots import bars, block_map, curves, save_png, target_against_retention
@@ -32,7 +32,7 @@ NOTE = (
     "Mean ± standard deviation over seeds. Blocks: active at the end, of 36. NLL: cross-entropy on the test images in "
     "nats, labels smoothed as in training. Lost: points of accuracy on letters that pretraining never saw, of weighted "
     f"k-NN on the features (k = {NEIGHBOURS}, temperature {TEMPERATURE}) and of the original head. Parameters: trained "
-    "and part of the result. TFLOP, seconds: of the training steps."
+    "and part of the result. TFLOP, of the first seed, and seconds: of the training steps."
 )
 
 
@@ -119,10 +119,11 @@ def _costs(result: Result) -> list[Picture]:
         return {m: by_seed(result, m, lambda run: scale * float(run[key])) for m in _present(result)}
 
     lost = {m: by_seed(result, m, forgetting) for m in _present(result)}
+    computed = {m: [1e-12 * flops(result, m)] for m in _present(result)}
     panels = (
         (lost, "What each forgets", "points of letters lost, mean of k-NN and original head", "{:.2f}"),
         (values("kept", 1e-3), "What each adds", "trained parameters in the result (thousands)", "{:.1f}"),
-        (values("flops", 1e-12), "What each computes", "training, forward and backward (TFLOP)", "{:.2f}"),
+        (computed, "What each computes", "training, forward and backward (TFLOP)", "{:.2f}"),
         (values("seconds", 1.0), "What each takes", "training time (s)", "{:.1f}"),
     )
     return [Picture(bars(v, title, xlabel, SHORT, form), f"{title}. Bars.") for v, title, xlabel, form in panels]

@@ -14,7 +14,7 @@ import platform
 import tempfile
 import time
 import webbrowser
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -49,6 +49,9 @@ FORMAT = 2
 SEEDS, FULL_SEEDS = 3, 5
 
 Result = dict[str, Any]
+
+
+RunAll = Callable[["list[Job]", Source], Iterator[Result]]
 
 
 class Job(NamedTuple):
@@ -122,8 +125,25 @@ def _shifts(console: Console) -> list[str]:
 
 def _run_all(console: Console, seeds: int, shifts: list[str], quick: bool, full: bool, jobs: int) -> Result:
     """Train everything under a table that grows, and return what `demo.json` holds."""
-    letters = source(quick)
-    result: Result = {
+    order = [
+        Job(method, shift, seed, quick, _scales(method, full))
+        for seed in range(seeds)
+        for shift in shifts
+        for method in METHODS
+        if full or method not in ONLY_FULL
+    ]
+    with _workers(min(jobs, len(order))) as run_all:
+        # While the processes are importing.
+        letters = source(quick, full)
+        result = _result(letters, shifts, quick, jobs)
+        _collect(console, result, order, run_all(order, letters))
+    result["runs"].sort(key=lambda run: order.index(_job_of(run, order)))
+    console.print(_table(result))
+    return result
+
+
+def _result(letters: Source, shifts: list[str], quick: bool, jobs: int) -> Result:
+    return {
         "format": FORMAT,
         "quick": quick,
         "shifts": shifts,
@@ -132,16 +152,13 @@ def _run_all(console: Console, seeds: int, shifts: list[str], quick: bool, full:
         "source_before": {"knn": letters.knn, "head": letters.head},
         "runs": [],
     }
-    order = [
-        Job(method, shift, seed, quick, _scales(method, full))
-        for seed in range(seeds)
-        for shift in shifts
-        for method in METHODS
-        if full or method not in ONLY_FULL
-    ]
+
+
+def _collect(console: Console, result: Result, order: list[Job], entries: Iterator[Result]) -> None:
+    """Put `entries` into the result as they come, under a table that grows."""
     start = time.monotonic()
     with Live(console=console, auto_refresh=False, transient=True) as live:
-        for i, entry in enumerate(_trained(order, letters, jobs), start=1):
+        for i, entry in enumerate(entries, start=1):
             result["runs"].append(entry)
             left = f", about {(time.monotonic() - start) * (len(order) / i - 1):.0f} s left"
             caption = f"trained {i} of {len(order)}: {METHODS[entry['method']].label}, {entry['shift']}{left}"
@@ -149,9 +166,6 @@ def _run_all(console: Console, seeds: int, shifts: list[str], quick: bool, full:
                 live.update(_table(result, caption), refresh=True)
             else:
                 console.print(caption, highlight=False)
-    result["runs"].sort(key=lambda run: order.index(_job_of(run, order)))
-    console.print(_table(result))
-    return result
 
 
 def _json(result: Result) -> str:
@@ -171,23 +185,28 @@ def _scales(method: str, full: bool) -> tuple[float, ...]:
     return (HALF,) if method == "head-first" else ()
 
 
-def _trained(order: list[Job], letters: Source, jobs: int) -> Iterator[Result]:
-    """Yield each run's entry as it comes."""
-    jobs = min(jobs, len(order))
+@contextlib.contextmanager
+def _workers(jobs: int) -> Iterator[RunAll]:
+    """Yield a function that trains, in `jobs` processes or in this one, and yields each entry as it comes."""
     if jobs == 1:
         with _one_thread():
-            for job in order:
-                yield run_method(job.method, job.shift, job.seed, letters, job.quick, job.scales)
+            yield lambda order, letters: (_run_job(job, letters) for job in order)
         return
     # Not forked: a process that has run torch's threads must not be copied.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _prepare_process, (letters,)) as pool:
-        # The longest first, so that no process is left with one at the end.
-        longest = sorted(order, key=lambda job: (_LENGTH.index(job.method), job.seed))
-        futures: list[Future[Result]] = [pool.submit(_run_job, job) for job in longest]
-        try:
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+
+        def run_all(order: list[Job], letters: Source) -> Iterator[Result]:
+            # The longest first, so that no process is left with one at the end.
+            longest = sorted(order, key=lambda job: (_LENGTH.index(job.method), job.seed))
+            futures: list[Future[Result]] = [pool.submit(_run_job, job, letters) for job in longest]
             for future in as_completed(futures):
                 yield future.result()
+
+        for _ in range(jobs):
+            pool.submit(_import)
+        try:
+            yield run_all
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -198,18 +217,13 @@ _LENGTH = (
     "linear",
 )  # fmt: skip
 
-_letters: Source | None = None
+
+def _import() -> None:
+    """Nothing: a process that is to call it imports this module first."""
 
 
-def _prepare_process(letters: Source) -> None:
-    global _letters
-    torch.set_num_threads(1)
-    _letters = letters
-
-
-def _run_job(job: Job) -> Result:
-    assert _letters is not None
-    return run_method(job.method, job.shift, job.seed, _letters, job.quick, job.scales)
+def _run_job(job: Job, letters: Source) -> Result:
+    return run_method(job.method, job.shift, job.seed, letters, job.quick, job.scales)
 
 
 @contextlib.contextmanager

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from slora.config import Unit, check_budget, rounded_up
+from slora.config import BUDGET_PHASES, Unit, check_budget, rounded_up
 from slora.errors import ConfigError, StateError
 from slora.flops import linear_flops
 from slora.gate import set_gates
@@ -17,7 +18,7 @@ from slora.layers import LoRABlocks
 from slora.selection.ranking import Ranking, update_norm
 from slora.selection.strategy import Strategy, freeze_gates, hold, require_layers
 
-WARMUP, SETTLING = 0.3, 0.6
+WARMUP, SETTLING = BUDGET_PHASES
 
 
 class Budget(Strategy):
@@ -106,8 +107,7 @@ class Budget(Strategy):
         return note
 
     def _choose(self) -> None:
-        if self._hooks:
-            self._stop_noting_rows()
+        self.check_rows()
         if self.taken < self.first:
             return
         if self.taken >= self.last:
@@ -131,7 +131,18 @@ class Budget(Strategy):
         self.ranks = [*kept, *(i for i in ordered if i not in chosen), *self.ranks[self.left :]]
         self._write(len(kept))
 
-    def _stop_noting_rows(self) -> None:
+    def check_rows(self) -> None:
+        """Check a share of the FLOPs with the rows that layers have seen so far, and count no more rows.
+
+        The first `step` does so. Call it after a forward pass of your own to hear of a share that is too small before
+        the first optimizer step.
+
+        Raises:
+            ConfigError: the share keeps no block.
+            StateError: no layer has run.
+        """
+        if not self._hooks:
+            return
         self._remove_hooks()
         if not any(self.rows):
             raise StateError(
@@ -188,6 +199,9 @@ class Budget(Strategy):
         if self.taken:
             self._remove_hooks()
         self._write(state["left"])
+        if self.left < self.n:
+            # In a run made longer, too: what is off stays off.
+            self.first = min(self.first, self.taken)
         if self.taken >= self.last:
             self._choose()
 
@@ -251,6 +265,12 @@ def measured(ranking: Ranking, model: nn.Module, n: int) -> list[float]:
         )
     # Finite, because JSON, which a checkpoint's state is, knows no other numbers.
     values: list[float] = scores.nan_to_num(nan=torch.finfo(torch.float32).min).tolist()
+    if n > 1 and min(values) == max(values):
+        warnings.warn(
+            f"the ranking gives every block the same score, {values[0]:g}, so the first blocks of the model stay: rank "
+            f"after training (B is zero before), or by something that tells blocks apart",
+            stacklevel=3,
+        )
     return values
 
 

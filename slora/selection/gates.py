@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from slora.config import GATES_PHASES
 from slora.errors import ConfigError
 from slora.gate import gate_penalty
-from slora.selection.strategy import LEAST_SETTLING, Strategy, hold
+from slora.selection.strategy import Strategy, hold
 
-WARMUP, SETTLING = 0.1, LEAST_SETTLING
+WARMUP, SETTLING = GATES_PHASES
 
 
 class Gates(Strategy):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 
+from slora.config import LEAST_SETTLING
 from slora.errors import ConfigError, StateError
 from slora.gate import adapted_layers
 from slora.layers import LoRABlocks
 
 Phase = Literal["warm-up", "selection", "settling"]
-
-LEAST_SETTLING = 1 / 3
 
 
 class Strategy(ABC):
@@ -46,7 +46,7 @@ class Strategy(ABC):
 
     name: ClassVar[str]
 
-    progress: ClassVar[frozenset[str]] = frozenset({"steps", "taken"})
+    progress: ClassVar[frozenset[str]] = frozenset({"steps", "taken", "last"})
     """Entries of the state that change over a run."""
 
     def __init__(self, model: nn.Module, steps: int, warmup: float, settling: float) -> None:
@@ -89,13 +89,20 @@ class Strategy(ABC):
     def step(self) -> None:
         """Choose for the next step. Call it after every optimizer step: not after each part of an accumulated one.
 
-        Calls beyond `steps` change nothing: the choice stands.
+        Calls beyond `steps` change nothing, the choice stands; the first of them gives a `UserWarning`.
 
         Raises:
             StateError: the strategy gave way to another one, or `slora.freeze_gates` ended it.
         """
         self._require_charge()
         self.taken += 1
+        if self.taken == self.steps + 1:
+            warnings.warn(
+                f"step() was called more often than steps={self.steps} of this {type(self).__name__}: make it with the "
+                f"steps of the whole run, and call step() once per optimizer step, not for each part of an accumulated "
+                f"one",
+                stacklevel=2,
+            )
         if self.taken <= self.last:
             self._choose()
 
@@ -141,6 +148,7 @@ class Strategy(ABC):
             "settling": self.settling,
             "n": self.n,
             "taken": self.taken,
+            "last": self.last,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

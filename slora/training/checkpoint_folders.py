@@ -83,6 +83,33 @@ def newest(run_dir: str | os.PathLike[str]) -> Path:
     return found[-1]
 
 
+def undecided(folder: Path) -> str:
+    """Return, of a checkpoint from before the choice of blocks was made, that it is; else the empty string."""
+    selection = read_json(folder / STATE).get("selection")
+    if not selection or selection["taken"] >= selection["last"]:
+        return ""
+    return (
+        f"the choice of blocks is not made yet in {folder.name}: it is complete at step {selection['last']} of "
+        f"{selection['steps']}"
+    )
+
+
+def refuse_finished(start: Path, settings: TrainSettings) -> None:
+    """Refuse to go on from the last checkpoint of a run that has taken all of its steps, unless it is to take more.
+
+    Raises:
+        ConfigError: nothing is left to train, so other settings would only be written down.
+    """
+    state = read_json(start / STATE)
+    saved = state.get("settings", {})
+    longer = any(saved.get(name) != getattr(settings, name) for name in ("epochs", "max_steps"))
+    if state.get("step") == state.get("steps") and not longer:
+        raise ConfigError(
+            f"{start.parent.parent} is finished: it has taken all of its {state.get('steps')} steps; give a larger "
+            f"--max-steps or --epochs to go on with it, or start a new run with --config"
+        )
+
+
 def before(start: Path) -> Path | None:
     """Return the checkpoint before `start` in the same folder, or None."""
     earlier = [path for path in checkpoints(start.parent) if step_of(path) < step_of(start)]

@@ -7,7 +7,7 @@ already tell apart (linear probing then fine-tuning, arXiv 2202.10054).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ STEPS = 100
 
 def train_head(
     model: nn.Module,
-    batches: Callable[[], Iterator[tuple[Tensor, Tensor]]],
+    batches: Iterable[tuple[Tensor, Tensor]],
     steps: int,
     criterion: Callable[[Tensor, Tensor], Tensor],
     seed: int = 0,
@@ -36,32 +36,34 @@ def train_head(
 ) -> None:
     """Train the head of `model` for `steps` steps of AdamW with a cosine schedule, in place.
 
-    Costs one forward pass over as many of the batches as the steps need, at most all of `batches()`.
+    Costs one forward pass over as many of the batches as the steps need, at most all of them.
 
     Args:
         model: prepared for training; its blocks are left as they are.
-        batches: starts a pass over the training data.
+        batches: `(inputs, labels)` of one pass over the training data, such as a `DataLoader`; on the model's device.
         criterion: `(logits, labels) -> scalar`.
 
     Raises:
-        ConfigError: the model has not one head that is trained and whose output is the model's.
+        ConfigError: the model has not one head that is trained and whose output is the model's, or `batches` is empty.
     """
     name = _head_of(model)
     head = model.get_submodule(name)
     features: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.no_grad(), evaluating(model), disabled(model):
-        for images, targets in batches():
+        for images, targets in batches:
             seen, output = input_of(model, name, images)
             if not features and not torch.equal(head(seen), logits_of(output)):
                 raise ConfigError(
-                    f"head_first needs a head whose output is the model's, but {type(model).__name__} goes on after "
-                    f"{name!r}; set head_first to 0"
+                    f"training the head first needs a head whose output is the model's, but {type(model).__name__} "
+                    f"goes on after {name!r}; leave it out (head_first=0)"
                 )
             features.append(seen)
             labels.append(targets)
             if len(features) == steps:
                 break
+    if not features:
+        raise ConfigError("batches holds none, so there is nothing to train the head on; pass a DataLoader or a list")
     size = len(features[0])
     x, y = torch.cat(features), torch.cat(labels)
     optimizer = AdamW([parameter for parameter in head.parameters() if parameter.requires_grad], weight_decay=0.0)
@@ -92,7 +94,7 @@ def _head_of(model: nn.Module) -> str:
     trained = trained_heads(model)
     if len(trained) != 1:
         raise ConfigError(
-            f"head_first needs one output head that is trained, but {type(model).__name__} has {trained or 'none'}; "
-            f"set head_first to 0"
+            f"training the head first needs one output head that is trained, but {type(model).__name__} has "
+            f"{trained or 'none'}; name it in modules_to_save, or leave it out (head_first=0)"
         )
     return trained[0]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from slora.errors import ConfigError
 from slora.training import rundir
-from slora.training.checkpoint_folders import check_settings
+from slora.training.checkpoint_folders import check_settings, refuse_finished
 from slora.training.data_names import check_name, check_retained
 from slora.training.model_names import source_of
 from slora.training.settings import TrainSettings
@@ -48,6 +48,8 @@ def read_request(
         settings = TrainSettings.from_yaml(home / rundir.CONFIG, **overrides)
         check_settings(start, settings)
         out = home if out is None else out
+        if (home / rundir.RESULT).exists() and out.resolve() == home.resolve():
+            refuse_finished(start, settings)
     else:
         settings = TrainSettings.from_yaml(config, **overrides) if config else TrainSettings.from_dict(overrides)
     data = check_name(settings.data)

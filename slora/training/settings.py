@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from slora.config import Inactive, SelectiveLoRAConfig, Unit, check_budget
+from slora.config import (
+    BUDGET_PHASES,
+    GATES_PHASES,
+    LEAST_SETTLING,
+    Inactive,
+    SelectiveLoRAConfig,
+    Unit,
+    check_budget,
+)
 from slora.errors import ConfigError
 from slora.training.model_args import Scalar, arguments, check_keys
 
@@ -203,8 +211,9 @@ class TrainSettings:
         warmup = 0.0 if self.selection_warmup is None else self.selection_warmup
         share = 0 <= warmup <= 1
         _require("selection_warmup", self.selection_warmup, share, "use a share from 0 to 1")
-        settling = (1 / 3 if self.budget is None else 0.6) if self.settling is None else self.settling
-        third = 1 / 3 - 1e-9 <= settling <= 1
+        own = GATES_PHASES if self.budget is None else BUDGET_PHASES
+        settling = own[1] if self.settling is None else self.settling
+        third = LEAST_SETTLING - 1e-9 <= settling <= 1
         _require("settling", self.settling, third, "use a share from 1/3 to 1, in which what is left goes on learning")
         if warmup + settling > 1 + 1e-9:
             raise ConfigError(

@@ -13,6 +13,7 @@ from slora.errors import ConfigError
 from slora.evaluation.accuracy import logits_of
 from slora.features import final_features
 from slora.gate import gates as gates_of
+from slora.modes import evaluating
 from slora.retention import generic_samples
 from slora.selection import Budget, Gates, SoloGain, Strategy, budget, gates
 from slora.training.settings import TrainSettings
@@ -65,7 +66,7 @@ def strategy(
             except ConfigError as error:
                 raise ConfigError(f"drift_price={price}: {error}; or set drift_price to 0") from error
         ranking = SoloGain(measured.loss, measured.features if price else None, price)
-    return Budget(
+    chosen = Budget(
         model,
         settings.budget,
         steps,
@@ -74,6 +75,12 @@ def strategy(
         warmup=budget.WARMUP if warmup is None else warmup,
         settling=budget.SETTLING if settings.settling is None else settings.settling,
     )
+    if settings.budget_unit == "flops":
+        # A share that keeps no block is found out now rather than after the first step.
+        with torch.no_grad(), evaluating(model), autocast():
+            model(sample(1)[0])
+        chosen.check_rows()
+    return chosen
 
 
 class _Measured:

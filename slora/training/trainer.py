@@ -218,7 +218,7 @@ class Trainer:
                 # Before the model is wrapped, so that several processes go on from the head of the first.
                 train_head(
                     self.model,
-                    self.train_batches.epoch,
+                    self.train_batches.epoch(0),
                     self.settings.head_first,
                     self.criterion,
                     self.settings.seed,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from slora import CheckpointError, ConfigError
+from slora import CheckpointError, ConfigError, cli
 from slora.evaluation.evaluate import evaluate
 from slora.gate import adapted_layers
 from slora.training import checkpoint, merged, run, rundir, trainer
@@ -167,3 +167,16 @@ def test_what_cannot_be_meant_is_named_with_the_checkpoints_there_are(tmp_path: 
         merged.merge_adapter(unevaluated, Path("x"), which="last", scale=0.5)
     with pytest.raises(ConfigError, match=r"holds no config.yaml"):
         evaluate(tmp_path, which="last")
+
+
+def test_a_checkpoint_from_before_the_choice_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = run.finetune({**QUICK, "budget": 2, "selection_warmup": 0.25, "settling": 0.5})
+    cli.inspect(folder, checkpoint="1")
+    assert "note: the choice of blocks is not made yet in step-00000001: it is complete at step 2 of 4" in (
+        capsys.readouterr().out
+    )
+    cli.merge(folder, Path("early.safetensors"), checkpoint="1")
+    assert "is not made yet in step-00000001" in capsys.readouterr().out
+    cli.inspect(folder, checkpoint="2")
+    cli.merge(folder, Path("late.safetensors"), checkpoint="2")
+    assert "not made yet" not in capsys.readouterr().out

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import slora
 from slora import ConfigError
@@ -24,16 +25,9 @@ def test_only_the_head_moves_and_it_learns(make_model: Factory, data: Pair, sett
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         first = F.cross_entropy(model.eval()(data[0]), data[1])
-    passes = []
-
-    def batches() -> Iterator[Pair]:
-        passes.append(1)
-        return iter([(data[0][i : i + 16], data[1][i : i + 16]) for i in range(0, 64, 16)])
-
     model.train()
-    train_head(model, batches, 60, F.cross_entropy)
+    train_head(model, DataLoader(TensorDataset(*data), batch_size=16), 60, F.cross_entropy)
     assert model.training
-    assert len(passes) == 1
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {"head.weight", "head.bias"}
     with torch.no_grad():
@@ -50,8 +44,14 @@ def test_no_more_images_are_read_than_the_steps_need(make_model: Factory, data: 
             read.append(i)
             yield data[0][i : i + 8], data[1][i : i + 8]
 
-    train_head(model, batches, 3, F.cross_entropy)
+    train_head(model, batches(), 3, F.cross_entropy)
     assert read == [0, 8, 16]
+
+
+def test_no_batches_are_an_error(make_model: Factory, settings: TrainSettings) -> None:
+    model = prepare(make_model(), settings=settings)
+    with pytest.raises(ConfigError, match="nothing to train the head on"):
+        train_head(model, [], 3, F.cross_entropy)
 
 
 def test_a_run_starts_from_the_probed_head_and_a_resumed_one_does_not_probe_again(
@@ -81,7 +81,7 @@ def test_a_model_that_goes_on_after_its_head_is_refused(data: Pair, settings: Tr
             return 2 * self.head(self.body(images.flatten(1)))
 
     model = prepare(Doubled(), settings=settings)
-    with pytest.raises(ConfigError, match="but Doubled goes on after 'head'; set head_first to 0"):
+    with pytest.raises(ConfigError, match=r"but Doubled goes on after 'head'; leave it out \(head_first=0\)"):
         train(model, data, None, settings.replace(head_first=3))
 
 

@@ -99,6 +99,16 @@ def test_a_stopped_run_goes_on_in_its_folder_and_ends_as_the_whole_one() -> None
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_a_finished_run_is_not_gone_on_with_unless_it_is_to_take_more_steps() -> None:
+    folder, _ = run.finetune(QUICK)
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=rf"{folder} is finished: it has taken all of its {QUICK['max_steps']} steps"):
+        run.finetune({"lr": 1e-5}, resume=folder)
+    assert (folder / "config.yaml").read_text() == before
+    _, result = run.finetune({"max_steps": QUICK["max_steps"] + 1}, resume=folder)
+    assert result.steps == QUICK["max_steps"] + 1
+
+
 def test_a_resumed_run_may_change_its_learning_rate_but_not_its_batches() -> None:
     folder, _ = run.finetune(QUICK)
     config = (folder / "config.yaml").read_bytes()

@@ -1,0 +1,91 @@
+"""What blocks are ranked by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import slora
+from slora import ConfigError
+from slora.gate import adapted_layers, gates
+from slora.selection import Budget, SoloGain, keep_blocks, update_norm
+from tests.selection.stepping import Batch, Make, N, flags, run
+
+
+def test_the_largest_updates_stay(make: Make) -> None:
+    model = make(trained=True)
+    products = [layer.lora_B[i] @ layer.lora_A[i] for _, layer in adapted_layers(model) for i in range(layer.blocks)]
+    norms = torch.stack([layer_product.norm() for layer_product in products]) * (16 / 2)
+    torch.testing.assert_close(update_norm(model), norms, rtol=1e-5, atol=1e-6)
+    keep_blocks(model, 3)
+    best = set(norms.topk(3).indices.tolist())
+    assert {i for i, on in enumerate(flags(model)) if on} == best
+
+
+def test_solo_gains_are_losses_saved_by_one_block_alone(make: Make, batch: Batch) -> None:
+    model = make(trained=True).train()
+    rank = SoloGain(lambda: F.cross_entropy(model(batch[0]), batch[1]))
+    before = [gate.clone() for gate in gates(model)]
+    scores = rank(model)
+    assert model.training
+    assert all(torch.equal(a, b) for a, b in zip(before, gates(model), strict=True))
+    with slora.disabled(model):
+        base = F.cross_entropy(model(batch[0]), batch[1])
+    expected = []
+    for number in range(N):
+        alone = make(trained=True)
+        alone.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            at = 0
+            for _, layer in adapted_layers(alone):
+                for i in range(layer.blocks):
+                    layer.gate[i] = 1.0 if at == number else -1.0
+                    at += 1
+        expected.append(base - F.cross_entropy(alone(batch[0]), batch[1]))
+    torch.testing.assert_close(scores, torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_price_on_drift_divides_the_gains(make: Make, batch: Batch) -> None:
+    model = make(trained=True)
+    loss = lambda: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    plain = SoloGain(loss)(model)
+    priced = SoloGain(loss, features=lambda: model(batch[0]), price=1.0)(model)
+    positive = plain > 0
+    assert positive.any()
+    assert torch.equal(plain[~positive], priced[~positive])
+    ratio = plain[positive] / priced[positive]
+    assert (ratio > 0).all()
+    assert len(ratio.unique()) == len(ratio)
+
+
+def test_a_score_that_is_not_a_number_ranks_last(make: Make, batch: Batch) -> None:
+    model = make()
+    selection = Budget(model, 5, 3, ranking=lambda _: torch.tensor([1.0, 2.0, float("nan"), 3.0, 4.0, 5.0]))
+    run(model, selection, batch, 3)
+    assert flags(model) == [True, True, False, True, True, True]
+    json.dumps(selection.state_dict(), allow_nan=False)
+
+
+def test_a_ranking_of_another_shape_is_refused(make: Make) -> None:
+    with pytest.raises(ConfigError, match=r"the ranking returned shape \[2\]; expected .* each of 6 blocks"):
+        keep_blocks(make(), 2, ranking=lambda _: torch.ones(2))
+
+
+@pytest.mark.parametrize(("loss", "found"), [(lambda: torch.ones(3), r"a tensor \[3\]"), (lambda: 1.0, "float")])
+def test_a_loss_that_is_no_scalar_is_refused_and_the_gates_are_left_as_they_were(
+    make: Make, loss: Callable[[], Any], found: str
+) -> None:
+    model = make()
+    with pytest.raises(ConfigError, match=f"the loss of SoloGain returned {found}; it has to be a scalar"):
+        keep_blocks(model, 2, ranking=SoloGain(loss))
+    assert all((gate == 0.15).all() for gate in gates(model))
+
+
+def test_a_ranking_of_nothing_but_nan_is_refused(make: Make) -> None:
+    with pytest.raises(ConfigError, match="gives no block a number"):
+        keep_blocks(make(trained=True), 2, ranking=lambda _: torch.full((N,), float("nan")))

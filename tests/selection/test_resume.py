@@ -1,0 +1,120 @@
+"""A strategy goes on after an interruption, and is the same in several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import slora
+from slora import ConfigError
+from slora.gate import adapted_layers, gates
+from slora.selection import Budget
+from tests.selection.stepping import Batch, Make, N, count, flags, run
+
+
+@settings(max_examples=30, deadline=None)
+@given(budget=st.integers(0, N) | st.floats(0.1, 1), steps=st.integers(1, 12), at=st.integers(0, 12))
+def test_a_resumed_strategy_ends_where_the_uninterrupted_one_ends(budget: float, steps: int, at: int) -> None:
+    def started() -> tuple[nn.Module, Budget]:
+        torch.manual_seed(0)
+        model = slora.inject(nn.Sequential(*[nn.Linear(4, 4) for _ in range(N)]), slora.SelectiveLoRAConfig(r=1))
+        return model, Budget(model, budget, steps)
+
+    def step(model: nn.Module, selection: Budget, number: int) -> None:
+        with torch.no_grad():
+            for i, (_, layer) in enumerate(adapted_layers(model)):
+                layer.lora_B.fill_((number * 7 + i * 5) % 11)
+        selection.step()
+
+    model, selection = started()
+    for number in range(steps):
+        if number == at:
+            state = json.loads(json.dumps(selection.state_dict()))
+        step(model, selection, number)
+    other, resumed = started()
+    if at < steps:
+        resumed.load_state_dict(state)
+        for number in range(at, steps):
+            step(other, resumed, number)
+        assert flags(other) == flags(model)
+        assert [gate.tolist() for gate in gates(other)] == [gate.tolist() for gate in gates(model)]
+
+
+def test_a_run_made_shorter_by_a_resume_gets_its_choice_all_the_same(make: Make, batch: Batch) -> None:
+    model = make()
+    selection = Budget(model, 2, 100)
+    run(model, selection, batch, 20)
+    state = selection.state_dict()
+    other = make()
+    Budget(other, 2, 24).load_state_dict(state)
+    assert count(other) == 2
+
+
+def test_resuming_with_another_budget_is_refused(make: Make) -> None:
+    state = Budget(make(), 4, 10).state_dict()
+    with pytest.raises(ConfigError, match="has budget=4, this Budget budget=3; resume with the former"):
+        Budget(make(), 3, 10).load_state_dict(state)
+    with pytest.raises(ConfigError, match="has strategy='budget', this Gates strategy='gates'"):
+        slora.selection.Gates(make(), 10).load_state_dict(state)
+
+
+SCRIPT = """
+import os, sys
+import torch, torch.distributed as dist
+from torch import nn
+import slora
+from slora.gate import adapted_layers
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = slora.inject(nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)]), slora.SelectiveLoRAConfig(r=1))
+# Each process would choose otherwise by itself: the mean of both scores decides.
+scores = torch.tensor([[9.0, 1, 2, 3, 4, 5], [0.0, 1, 2, 3, 4, 5]])[rank]
+selection = slora.selection.Budget(model, 2, 3, ranking=lambda _: scores)
+for _ in range(3):
+    selection.step()
+print([layer.activity().active != () for _, layer in adapted_layers(model)])
+"""
+
+
+@pytest.mark.slow
+def test_processes_make_the_same_choice(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT], env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [process.communicate(timeout=300)[0].strip() for process in processes]
+    assert outputs == ["[True, False, False, False, False, True]"] * 2
+
+
+def test_a_run_made_longer_by_a_resume_is_still_in_its_selection(make: Make, batch: Batch) -> None:
+    model = make()
+    selection = Budget(model, 2, 40)
+    run(model, selection, batch, 13)
+    left = count(model)
+    assert 2 < left < N
+    other = make()
+    longer = Budget(other, 2, 200)
+    longer.load_state_dict(selection.state_dict())
+    assert longer.phase == "selection"
+    assert count(other) == left
+    assert run(other, longer, batch, 187)[-1] == 2
+    longer.finish()
