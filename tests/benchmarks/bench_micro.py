@@ -71,3 +71,22 @@ def test_merging_one_weight(dtype: torch.dtype, benchmark: Any, quiet: None) -> 
     exact = W.double() + 0.5 * (B.double() @ A.double())
     torch.testing.assert_close(merged.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4)
     benchmark(lambda: slora.merging.batched_merge_([W], [A], [B], [1e-6]))
+
+
+def test_a_choice_of_blocks(benchmark: Any) -> None:
+    """All that selection adds to a run that ranks by norm: a strategy, one ranking of 48 blocks, a choice."""
+    layers = {"qkv": (384, 1152), "proj": (384, 384), "fc1": (384, 1536), "fc2": (1536, 384)}
+    model = torch.nn.ModuleDict(
+        {f"{i}_{name}": torch.nn.Linear(*shape) for name, shape in layers.items() for i in range(12)}
+    )
+    slora.inject(model, slora.SelectiveLoRAConfig(r=16, blocks=1)).to(DEVICE)
+    for _, layer in slora.gate.adapted_layers(model):
+        torch.nn.init.normal_(layer.lora_B)
+
+    def choose() -> int:
+        selection = slora.selection.Budget(model, 4, steps=1)
+        selection.step()
+        selection.finish()
+        return sum(int(on.sum()) for on in slora.active_blocks(model).values())
+
+    assert benchmark(choose) == 4
