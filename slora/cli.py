@@ -367,7 +367,9 @@ def _table(layers: dict[str, Any], shapes: dict[str, list[int]]) -> str:
     width = max([5, *map(len, layers)])
     lines = [f"{'layer':{width}}  {'in -> out':>14}  {'r':>3}  {'active':>8}  gates"]
     # JSON has them by the alphabet; the tenth block comes after the ninth.
-    for name in sorted(layers, key=lambda name: [part.zfill(9) for part in name.split(".")]):
+    for name in sorted(
+        layers, key=lambda name: [part.zfill(9) if part.isdigit() else part for part in name.split(".")]
+    ):
         entry = layers[name]
         marks = "".join("#" if i in entry["active"] else "." for i in range(entry["blocks"]))
         shape = "{1} -> {0}".format(*shapes[name])

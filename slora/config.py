@@ -24,6 +24,16 @@ LEAST_SETTLING = 1 / 3
 BUDGET_PHASES = (0.3, 0.6)
 GATES_PHASES = (0.1, LEAST_SETTLING)
 
+# Exponents of the prices in `slora.selection.SoloGain`: on depth without old samples, on drift with them.
+DEPTH_PRICE, DRIFT_PRICE = 0.75, 0.5
+
+
+def phase_ends(steps: int, warmup: float, settling: float) -> tuple[int, int]:
+    """Return the steps after which selection begins and after which the choice stands."""
+    # Even a run of one step gets its choice.
+    last = max(1, steps - math.ceil(settling * steps - 1e-9))
+    return min(round(warmup * steps), last), last
+
 
 @dataclass
 class SelectiveLoRAConfig:

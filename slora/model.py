@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError, StateError
 from slora.flops import forward_flops, linear_flops
-from slora.gate import adapted_layers
+from slora.gate import adapted_layers, gate_values
 from slora.selection.strategy import unfinished_selection
 
 
@@ -126,21 +126,28 @@ def trainable_parameters(model: nn.Module) -> int:
     return count
 
 
-def verdict(active: int, blocks: int, asked: str = "") -> tuple[str, str]:
+_BASE = "the model is the base model, but for modules trained in full, such as the head"
+
+
+def verdict(active: int, blocks: int, asked: str = "", moved: bool = True) -> tuple[str, str]:
     """Return what a model with none of its `blocks` active, or all, has become, and the remedy; else ("", "").
 
     Args:
         asked: the budget that asked for just that, as "budget=0".
+        moved: whether any gate has another value than the others.
     """
     if asked and blocks and active in (0, blocks):
-        what = "no block is active: the model is the base model" if not active else "all blocks are active"
+        what = "all blocks are active" if active else f"no block is active: {_BASE}"
         if active == _wanted(asked, blocks):
             return f"{what}, as asked for by {asked}.", ""
         return f"{what}, though {asked} was asked for.", "Something has changed the gates since the choice was made."
     if blocks and not active:
+        return f"no block is active: {_BASE}.", "Lower the penalty, or lengthen its warm-up."
+    if blocks and active == blocks and not moved:
         return (
-            "no block is active: the model is the base model, but for modules trained in full, such as the head.",
-            "Lower the penalty, or lengthen its warm-up.",
+            "all blocks are active: no gate has moved, so this is plain LoRA.",
+            "Nothing steps the gates: step slora.ProximalGates beside the optimizer, or give them a group of it with "
+            "slora.parameter_groups(model, gate_lr=...).",
         )
     if blocks and active == blocks:
         return (
@@ -185,6 +192,7 @@ class Summary:
         gated: whether the threshold can switch blocks off at all, as it cannot where plain LoRA is trained.
         asked: the budget that the blocks were chosen by; empty where the gates decide.
         selecting: where a strategy stands that has not made its choice yet; else empty.
+        moved: whether the gates differ.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -193,6 +201,7 @@ class Summary:
     gated: bool = False
     asked: str = ""
     selecting: str = ""
+    moved: bool = True
 
     @property
     def blocks(self) -> int:
@@ -225,7 +234,7 @@ class Summary:
         if self.selecting:
             lines.append(self.selecting)
         elif self.active == 0 or self.gated:
-            lines += filter(None, [" ".join(verdict(self.active, self.blocks, self.asked)).strip()])
+            lines += filter(None, [" ".join(verdict(self.active, self.blocks, self.asked, self.moved)).strip()])
         return "\n".join(lines)
 
 
@@ -250,4 +259,5 @@ def summary(model: nn.Module) -> Summary:
         raise StateError("the model has no adapted layer; call slora.inject(model, config) first")
     parameters = sum(p.numel() for p in model.parameters())
     trainable = trainable_parameters(model)
-    return Summary(tuple(rows), parameters, trainable, gated, asked, unfinished_selection(model))
+    moved = len({value for values in gate_values(model).values() for value in values}) > 1
+    return Summary(tuple(rows), parameters, trainable, gated, asked, unfinished_selection(model), moved)

@@ -279,6 +279,9 @@ def test_summary_of_a_model_without_an_active_block_says_that_it_is_the_base(vit
 
 
 def test_summary_says_that_all_blocks_are_active_only_where_a_threshold_could_tell(model: nn.Module) -> None:
+    assert "no gate has moved" in str(slora.summary(model)).splitlines()[-1]
+    with torch.no_grad():
+        next(iter(adapted_layers(model)))[1].gate[0] = 0.2
     assert str(slora.summary(model)).splitlines()[-1].startswith("all blocks are active: no gate is below")
     for _, layer in adapted_layers(model):
         layer.threshold = -1e9

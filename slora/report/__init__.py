@@ -56,10 +56,11 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     settings = read_yaml(run_dir / CONFIG) if (run_dir / CONFIG).exists() else {}
     blocks = _blocks(run_dir / ADAPTER / SELECTIVE)
     evaluation = _evaluation(run_dir / EVALUATION)
-    sections = [Section("Over the run", pictures=_curves(records))] if _steps(records) else []
+    sections = [Section("Over the run", pictures=_curves(_from_start(records, settings)))] if _steps(records) else []
     if evaluation is not None:
         sections.insert(0, evaluation)
-    if chosen := _gates(records, settings.get("threshold")) + ([_block_map(blocks)] if blocks else []):
+    chosen = _gates(_from_start(records, settings), settings.get("threshold"))
+    if chosen := chosen + ([_block_map(blocks)] if blocks else []):
         sections.append(Section("Which blocks are active", pictures=chosen))
     if settings:
         rows = [(name, _shown(value)) for name, value in settings.items()]
@@ -72,6 +73,16 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 def _steps(records: Records) -> Records:
     """The records of training steps: without evaluations, and without the end of a run that broke off."""
     return [record for record in records if record.get("loss") is not None]
+
+
+def _from_start(records: Records, settings: Mapping[str, Any]) -> Records:
+    """The records with what blocks and gates were before the first step, where selection began with all blocks on."""
+    first = next((record for record in records if record.get("gates")), None)
+    gate = settings.get("gate_init")
+    if first is None or gate is None or gate < settings.get("threshold", gate):
+        return records
+    gates = {name: [gate] * len(scores) for name, scores in first["gates"].items()}
+    return [{"step": 0, "active": first["blocks"], "gates": gates}, *records]
 
 
 def _alert(records: Records, settings: Mapping[str, Any]) -> str:

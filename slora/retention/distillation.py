@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError
 from slora.features import final_features
+from slora.gate import adapted_layers
 from slora.model import disabled
 from slora.modes import evaluating
 
@@ -61,6 +62,8 @@ class Distillation:
                 raise ConfigError(f"{name}={value!r} is not a positive integer")
         if features is not None and not callable(features):
             raise ConfigError(f"features={features!r} is not a function from samples to features [n, d]")
+        if not any(True for _ in adapted_layers(model)):
+            raise ConfigError("the model has no adapted layer, so no features of a base model; call slora.inject first")
         self.model, self.weight, self.every, self.seed = model, weight, every, seed
         self.batch_size = min(batch_size, len(samples))
         self.features = final_features(model) if features is None else features

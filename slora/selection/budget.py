@@ -120,11 +120,14 @@ class Budget(Strategy):
         allowed = target + (round(above) if self.unit == "blocks" else above)
         kept = self.ranks[: self.left]
         once = bool(getattr(self.ranking, "once", False))
-        if (self.scores is None and once and target < total) or (not once and sum(costs[i] for i in kept) > allowed):
+        # None to keep, or all, is no choice.
+        if (self.scores is None and once and 0 < target < total) or (
+            not once and sum(costs[i] for i in kept) > allowed
+        ):
             self.scores = measured(self.ranking, self.model, self.n)
-        if self.scores is None or sum(costs[i] for i in kept) <= allowed:
+        if sum(costs[i] for i in kept) <= allowed:
             return
-        scores = self.scores
+        scores = self.scores or [0.0] * self.n
         ordered = sorted(kept, key=lambda i: -scores[i])
         kept = _fill(ordered, costs, allowed)
         chosen = set(kept)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from slora.config import DEPTH_PRICE
 from slora.errors import ConfigError, StateError
 from slora.gate import adapted_layers, set_gates
 from slora.layers import LoRABlocks
@@ -45,37 +46,54 @@ def update_norm(model: nn.Module) -> Tensor:
     return torch.cat(norms)
 
 
-class SoloGain:
-    """Ranks by what each block gains by itself: the loss of the base minus the loss with only that block active.
+# On the demo a block of the first layer costs 200 times as many letters as one of the last, and layers between lie on a
+# geometric line.
+FIRST_OVER_LAST = 200.0
 
-    Costs one forward pass per block and one for the base, without gradients and in evaluation mode, once. Of the
-    rankings tried on the demo it predicts best which blocks are worth their place.
+
+class SoloGain:
+    """Ranks by what each block gains by itself, over a price for what it is likely to make the model forget.
+
+    The gain is the loss of the base minus the loss with only that block active. It costs one forward pass per block and
+    one for the base, without gradients and in evaluation mode, once. Of the rankings tried on the demo it predicts best
+    which blocks are worth their place.
+
+    What a block makes the model forget is predicted best by its depth: early layers cost most. By default a gain is
+    divided by `(200 ** (1 - depth)) ** depth_price`, with depth 0 for the first layer and 1 for the last. Where old
+    samples hold the features in place (`slora.retention`), a price by what blocks do to features serves better:
+    `drift ** price`, with drift the mean squared distance that the block by itself moves them.
 
     Args:
         loss: runs the model on a fixed sample (128 training images serve well) and returns the loss, a scalar:
             `lambda: F.cross_entropy(model(images), labels)`.
-        features: the same for final features, `[n, d]`, of samples of what is to be kept (or of anything): a block's
-            gain is then divided by `drift ** price`, where drift is the mean squared distance that the block by
-            itself moves them.
-        price: the exponent; 0.5 with `features`.
+        features: the same for final features, `[n, d]`, of samples of what is to be kept, or of anything.
+        price: the exponent of the drift; 0.5 with `features`.
+        depth_price: the exponent by depth; by default 0.75, and 0 with `features`. 0 ranks by the gain alone.
     """
 
     once = True
 
     def __init__(
-        self, loss: Callable[[], Tensor], features: Callable[[], Tensor] | None = None, price: float = 0.5
+        self,
+        loss: Callable[[], Tensor],
+        features: Callable[[], Tensor] | None = None,
+        price: float = 0.5,
+        depth_price: float | None = None,
     ) -> None:
         if not callable(loss):
             raise ConfigError(f"loss={loss!r} is not a function; write SoloGain(lambda: criterion(model(x), y))")
         if features is not None and not callable(features):
             raise ConfigError(f"features={features!r} is not a function that returns features [n, d]")
-        if not isinstance(price, (int, float)) or not price >= 0:
-            raise ConfigError(f"price={price!r} is negative or not a number; use 0 or more")
-        self.loss, self.features, self.price = loss, features, price
+        if depth_price is None:
+            depth_price = DEPTH_PRICE if features is None else 0.0
+        for name, value in (("price", price), ("depth_price", depth_price)):
+            if not isinstance(value, (int, float)) or not value >= 0:
+                raise ConfigError(f"{name}={value!r} is negative or not a number; use 0 or more")
+        self.loss, self.features, self.price, self.depth_price = loss, features, price, depth_price
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Tensor:
-        """Return the gains, in the unit of the loss, divided by the price."""
+        """Return the gains, in the unit of the loss, divided by the prices."""
         layers = [layer for _, layer in adapted_layers(model)]
         if any(layer.merged for layer in layers):
             raise StateError("the model is merged, so no block can be measured alone; call slora.unmerge(model) first")
@@ -90,11 +108,13 @@ class SoloGain:
                     if self.features is not None and before is not None:
                         drifts.append((self.features() - before).float().square().sum(-1).mean())
         scores = torch.stack(gains)
+        prices = torch.ones_like(scores)
         if drifts:
-            drift = torch.stack(drifts)
-            # Only the gain of a block that gains is divided: a loss must not become small by moving much.
-            scores = torch.where(scores > 0, scores / drift.clamp(min=1e-12) ** self.price, scores)
-        return scores
+            prices *= torch.stack(drifts).clamp(min=1e-12) ** self.price
+        if self.depth_price:
+            prices *= FIRST_OVER_LAST ** (self.depth_price * (1 - scores.new_tensor(depths(model))))
+        # Only the gain of a block that gains is divided: a loss must not become small by its price.
+        return torch.where(scores > 0, scores / prices, scores)
 
     def _loss(self) -> Tensor:
         loss: Any = self.loss()
@@ -102,6 +122,38 @@ class SoloGain:
             found = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ConfigError(f"the loss of SoloGain returned {found}; it has to be a scalar, such as a mean")
         return loss.float().reshape(())
+
+
+def depths(model: nn.Module) -> list[float]:
+    """Return how deep each block lies, from 0 to 1, by the numbers in the names of its layers.
+
+    Layers whose names agree up to the first number are one stack, counted by itself: each tower of a CLIP has its own
+    first and last layer. Without any number the order of the layers counts; beside stacks a layer without a number lies
+    at the end that it is nearer to.
+    """
+    found = [(name, layer.blocks) for name, layer in adapted_layers(model)]
+    places = {name: tuple(int(part) for part in name.split(".") if part.isdigit()) for name, _ in found}
+    if not any(places.values()):
+        places = {name: (i,) for i, (name, _) in enumerate(found)}
+    stacks: dict[str, set[tuple[int, ...]]] = {}
+    for name, place in places.items():
+        stacks.setdefault(_stack(name), set()).add(place)
+    result: list[float] = []
+    for i, (name, blocks) in enumerate(found):
+        levels = sorted(stacks[_stack(name)])
+        if places[name]:
+            share = levels.index(places[name]) / (len(levels) - 1) if len(levels) > 1 else 1.0
+        else:
+            share = 0.0 if 2 * i < len(found) else 1.0
+        result += [share] * blocks
+    return result
+
+
+def _stack(name: str) -> str:
+    """The name up to its first number; all of a model without numbers."""
+    parts = name.split(".")
+    first = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if first is None else ".".join(parts[:first])
 
 
 @contextlib.contextmanager

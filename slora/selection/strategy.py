@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import ABC, abstractmethod
 from numbers import Integral
@@ -10,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from slora.config import LEAST_SETTLING
+from slora.config import LEAST_SETTLING, phase_ends
 from slora.errors import ConfigError, StateError
 from slora.gate import adapted_layers
 from slora.layers import LoRABlocks
@@ -63,9 +62,7 @@ class Strategy(ABC):
         if warmup + settling > 1 + 1e-9:
             raise ConfigError(f"warmup={warmup:g} and settling={settling:.3g} are more than the run; lower one of them")
         self.model, self.steps, self.warmup, self.settling = model, int(steps), warmup, settling
-        # Even a run of one step gets its choice.
-        self.last = max(1, steps - math.ceil(settling * steps - 1e-9))
-        self.first = min(round(warmup * steps), self.last)
+        self.first, self.last = phase_ends(self.steps, warmup, settling)
         self.taken = 0
         self.layers = _take_charge(self, model)
         self.start()

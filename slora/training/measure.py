@@ -56,7 +56,7 @@ class Clock:
 
     def __init__(self, seconds: float, steps: int) -> None:
         self.earlier, self.earlier_steps = seconds, steps
-        self.elapsed, self.steps, self.counted, self.slow = 0.0, 0, 0, 0.0
+        self.elapsed, self.steps, self.counted, self.slow, self.once = 0.0, 0, 0, 0.0, 0.0
         self.since = time.perf_counter()
 
     def step(self) -> None:
@@ -79,6 +79,14 @@ class Clock:
         self.counted += 1
 
     @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Count what happens inside once, not as a part of each step."""
+        self.read()
+        yield
+        before, self.since = self.since, time.perf_counter()
+        self.once += self.since - before
+
+    @contextlib.contextmanager
     def paused(self, device: torch.device) -> Iterator[None]:
         """Leave out what happens inside."""
         if device.type == "cuda":
@@ -96,4 +104,4 @@ class Clock:
     def seconds(self) -> float:
         """Seconds in all steps of the run."""
         measured = self.steps - self.counted
-        return self.earlier + (self.elapsed * self.steps / measured if measured else self.slow)
+        return self.earlier + self.once + (self.elapsed * self.steps / measured if measured else self.slow)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
+from slora.config import GATES_PHASES, phase_ends
 from slora.model import verdict
 from slora.training.settings import ALWAYS_ACTIVE
 
 Records = Sequence[Mapping[str, Any]]
 
 _SETTINGS = ("gate_init", "threshold", "gate_lr", "penalty")
+
+# Where a gate that is off stays off, another policy is worth naming.
+_NO_RETURN = "Under inactive='frozen' no block comes back: try inactive='probe'. Or: "
 
 
 def explained(active: int, blocks: int, settings: Mapping[str, Any], records: Records) -> str:
@@ -35,7 +39,7 @@ def explained(active: int, blocks: int, settings: Mapping[str, Any], records: Re
     if not records or not settings.keys() >= set(_SETTINGS):
         return f"{what} {remedy}"
     gate_init, threshold, gate_lr, penalty = (float(settings[name]) for name in _SETTINGS)
-    acted = penalty_steps(records)
+    acted = penalty_steps(settings, records)
     if not gate_lr * penalty * acted:
         return f"{what} gate_lr={gate_lr:g} and penalty={penalty:g} acted for {acted} steps. {remedy}"
     needed = (gate_init - threshold) * blocks / (gate_lr * penalty)
@@ -47,21 +51,36 @@ def explained(active: int, blocks: int, settings: Mapping[str, Any], records: Re
     # The remedy makes it half of the steps: time to switch blocks off, and some left for the others to resist.
     factor = 2 * needed / acted
     if active and needed > acted:
-        remedy = f"Train longer, or set gate_lr={gate_lr * factor:.1g}."
+        remedy = f"Train longer, or set gate_lr={_one_digit(gate_lr * factor, up=True)}."
     elif active:
         why, remedy = f"{why}: the task holds every gate up", "Raise penalty."
     elif needed > acted:
         why, remedy = f"{why}: the task itself took the gates down, or steps too long", "Lower lr or gate_lr."
     else:
-        remedy = f"Set penalty={penalty * factor:.1g}." if factor < 1 else "Lower penalty."
+        remedy = f"Set penalty={_one_digit(penalty * factor, up=False)}." if factor < 1 else "Lower penalty."
         remedy += " Or end the selection earlier (settling)."
+        if settings.get("inactive") == "frozen":
+            remedy = _NO_RETURN + remedy
     return f"{what} {why}. {remedy}"
 
 
-def penalty_steps(records: Records) -> int:
-    """Return for how many steps the penalty acted."""
-    steps = [{"step": 0}, *(record for record in records if record.get("loss") is not None)]
-    return sum(int(b["step"]) - int(a["step"]) for a, b in pairwise(steps) if b.get("penalty"))
+def penalty_steps(settings: Mapping[str, Any], records: Records) -> int:
+    """Return for how many steps of a run that came to its end the penalty acted."""
+    steps = max((int(record["step"]) for record in records), default=0)
+    if not steps or not settings["penalty"]:
+        return 0
+    warmup, settling = (
+        default if settings.get(name) is None else float(settings[name])
+        for name, default in zip(("selection_warmup", "settling"), GATES_PHASES, strict=True)
+    )
+    first, last = phase_ends(steps, warmup, settling)
+    return last - first
+
+
+def _one_digit(value: float, up: bool) -> str:
+    """A positive number with one digit, rounded up or down: to the nearest it could be what was set before."""
+    unit = 10.0 ** math.floor(math.log10(value))
+    return f"{(math.ceil if up else math.floor)(round(value / unit, 6)) * unit:.1g}"
 
 
 def not_finite(records: Records) -> str:

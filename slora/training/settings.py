@@ -106,10 +106,15 @@ class TrainSettings:
         "What a budget ranks blocks by: solo (what each gains by itself, one forward pass per block) or norm (free).",
     ] = "solo"
     drift_price: Annotated[
-        float,
+        float | None,
         "With ranking solo: divide each gain by the drift of the final features on noise and shuffled patches, to this "
-        "power.",
-    ] = 0.5
+        "power. [default: 0.5 with retained data, else 0]",
+    ] = None
+    depth_price: Annotated[
+        float | None,
+        "With ranking solo: divide each gain by 200 ** (1 - depth) to this power, depth 0 for the first layer and 1 "
+        "for the last. [default: 0.75 without retained data, else 0]",
+    ] = None
     selection_warmup: Annotated[
         float | None,
         "Share of the steps before the first block is switched off; unset: 0.3 with a budget, 0.1 with gates.",
@@ -191,8 +196,17 @@ class TrainSettings:
         check_keys(self.model_args or ())
         for name in ("seed", "num_workers", "eval_every", "save_every", "head_first"):
             _require(name, getattr(self, name), (getattr(self, name) or 0) >= 0, "use 0 or more")
-        for name in ("penalty", "gate_lr", "lr", "weight_decay", "clip_norm", "retain_weight", "drift_price"):
-            value = getattr(self, name)
+        for name in (
+            "penalty",
+            "gate_lr",
+            "lr",
+            "weight_decay",
+            "clip_norm",
+            "retain_weight",
+            "drift_price",
+            "depth_price",
+        ):
+            value = getattr(self, name) or 0.0
             _require(name, value, math.isfinite(value) and value >= 0, "use a finite number from 0 up")
         for name in ("warmup", "min_lr_ratio"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "use a share from 0 to 1")

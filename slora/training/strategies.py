@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from slora.config import DEPTH_PRICE, DRIFT_PRICE
 from slora.errors import ConfigError
 from slora.evaluation.accuracy import logits_of
 from slora.features import final_features
@@ -29,6 +30,7 @@ def strategy(
     sample: Callable[[int], tuple[Tensor, Tensor]],
     criterion: Callable[[Tensor, Tensor], Tensor],
     autocast: Callable[[], contextlib.AbstractContextManager[object]],
+    retains: bool = False,
 ) -> Strategy | None:
     """Return the strategy of a run of `steps` steps, at work on `model`.
 
@@ -38,6 +40,7 @@ def strategy(
         sample: returns that many training images with their labels, the same ones at every call.
         criterion: `(logits, labels) -> scalar`.
         autocast: the context that the model runs in.
+        retains: whether samples of what the model knew hold its features.
 
     Raises:
         ConfigError: the budget is out of range, or a drift is asked for of a model without final features.
@@ -58,14 +61,16 @@ def strategy(
     measured = _Measured(model, sample, criterion, autocast, settings.seed)
     ranking = None
     if settings.ranking == "solo":
-        price = settings.drift_price
+        price, depth = settings.drift_price, settings.depth_price
+        price = (DRIFT_PRICE if retains else 0.0) if price is None else price
+        depth = (0.0 if retains else DEPTH_PRICE) if depth is None else depth
         if price:
             # Found out now rather than when selection begins.
             try:
                 final_features(model)
             except ConfigError as error:
                 raise ConfigError(f"drift_price={price}: {error}; or set drift_price to 0") from error
-        ranking = SoloGain(measured.loss, measured.features if price else None, price)
+        ranking = SoloGain(measured.loss, measured.features if price else None, price, depth)
     chosen = Budget(
         model,
         settings.budget,

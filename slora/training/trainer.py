@@ -181,6 +181,7 @@ class Trainer:
                 lambda count: first_images(self.train_batches.epoch(0), count),
                 self.criterion,
                 self.accelerator.autocast,
+                retains=retain is not None and settings.retain_weight > 0,
             )
         if settings.lr_hold is not None:
             self.hold = round(settings.lr_hold * self.steps)
@@ -269,12 +270,15 @@ class Trainer:
     def _select(self) -> None:
         if self.selection is None:
             return
-        if self.settings.count_flops and self.selection.taken + 1 == self.selection.first:
-            # Solo gains are forward passes, too.
-            flops = count_flops(self.selection.step)
-            self.result.flops += flops * self.accelerator.num_processes
-        else:
+        if self.selection.taken + 1 != self.selection.first:
             self.selection.step()
+            return
+        # Solo gains are forward passes, too.
+        with self.clock.apart():
+            if self.settings.count_flops:
+                self.result.flops += count_flops(self.selection.step) * self.accelerator.num_processes
+            else:
+                self.selection.step()
 
     def _keeps(self) -> bool:
         """Whether this step has the term of the retained samples."""
@@ -365,19 +369,9 @@ class Trainer:
             "grad_norm": norm,
         }
         if self.layers:
-            changed = self._note_blocks() or not self.recorder.history
-            blocks = self.result.active_blocks[-1][1]
-            record["penalty"] = self.penalty
-            record["active"] = sum(map(len, blocks.values()))
-            record["blocks"] = sum(layer.blocks for layer in self.layers.values())
-            values = gate_values(self.model)
-            record["mean_gate"] = mean_gate = fmean(abs(value) for scores in values.values() for value in scores)
-            if self.settings.method == "selective":
-                record["gates"] = {name: [round(value, 7) for value in scores] for name, scores in values.items()}
-            if not math.isfinite(mean_gate):
+            record |= {"penalty": self.penalty} | self._of_blocks()
+            if not math.isfinite(record["mean_gate"]):
                 self._refuse(f"a gate is not finite at or shortly before step {self.step}", self.step)
-            if changed:
-                record["active_blocks"] = {name: list(active) for name, active in blocks.items()}
         images = self.settings.batch_size * self.accumulation * self.accelerator.num_processes
         record |= {
             "images_per_second": images * self.clock.rate(),
@@ -385,6 +379,21 @@ class Trainer:
             "flops": self.result.flops,
         }
         self.recorder.add(record)
+
+    def _of_blocks(self) -> dict[str, Any]:
+        """What a record says of blocks and gates."""
+        changed = self._note_blocks() or not self.recorder.history
+        blocks, values = self.result.active_blocks[-1][1], gate_values(self.model)
+        record: dict[str, Any] = {
+            "active": sum(map(len, blocks.values())),
+            "blocks": sum(layer.blocks for layer in self.layers.values()),
+            "mean_gate": fmean(abs(value) for scores in values.values() for value in scores),
+        }
+        if self.settings.method == "selective":
+            record["gates"] = {name: [round(value, 7) for value in scores] for name, scores in values.items()}
+        if changed:
+            record["active_blocks"] = {name: list(active) for name, active in blocks.items()}
+        return record
 
     def _refuse(self, what: str, step: int) -> None:
         self.recorder.add({"step": step, "error": what})

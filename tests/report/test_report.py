@@ -365,7 +365,7 @@ def test_a_run_without_an_active_block_is_shown_in_red_with_cause_and_remedy(run
     html = changed(run_dir, active=0, penalty=1.0)
     alert = html[html.index('<p class="alert" role="alert">') : html.index('<p class="lead">')]
     assert "This run is dead: no block is active: the model is the base model" in alert
-    assert "= 1.8 steps to switch a block off, and acted for 10. Set penalty=0.4." in alert
+    assert "= 1.8 steps to switch a block off, and acted for 28. Set penalty=0.1." in alert
     assert ".alert { color: var(--alert);" in html
 
 

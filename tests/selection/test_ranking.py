@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import slora
 from slora import ConfigError
 from slora.gate import adapted_layers, gates
 from slora.selection import Budget, SoloGain, keep_blocks, update_norm
+from slora.selection.ranking import depths
 from tests.selection.stepping import Batch, Make, N, flags, run
 
 
@@ -29,7 +31,7 @@ def test_the_largest_updates_stay(make: Make) -> None:
 
 def test_solo_gains_are_losses_saved_by_one_block_alone(make: Make, batch: Batch) -> None:
     model = make(trained=True).train()
-    rank = SoloGain(lambda: F.cross_entropy(model(batch[0]), batch[1]))
+    rank = SoloGain(lambda: F.cross_entropy(model(batch[0]), batch[1]), depth_price=0.0)
     before = [gate.clone() for gate in gates(model)]
     scores = rank(model)
     assert model.training
@@ -89,3 +91,42 @@ def test_a_loss_that_is_no_scalar_is_refused_and_the_gates_are_left_as_they_were
 def test_a_ranking_of_nothing_but_nan_is_refused(make: Make) -> None:
     with pytest.raises(ConfigError, match="gives no block a number"):
         keep_blocks(make(trained=True), 2, ranking=lambda _: torch.full((N,), float("nan")))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["blocks.0.qkv", "blocks.0.fc1", "blocks.1.qkv", "blocks.2.qkv"], [0.0, 0.0, 0.5, 1.0]),
+        (["stages.0.0.fc", "stages.0.1.fc", "stages.1.0.fc"], [0.0, 0.5, 1.0]),
+        (["visual.blocks.0.fc", "visual.blocks.1.fc", "text.0.fc", "text.1.fc"], [0.0, 1.0, 0.0, 1.0]),
+        (["first", "second", "third"], [0.0, 0.5, 1.0]),
+        (["stem", "blocks.0.fc", "blocks.1.fc", "neck"], [0.0, 0.0, 1.0, 1.0]),
+        (["only"], [1.0]),
+    ],
+    ids=lambda value: value[0] if isinstance(value[0], str) else "",
+)
+def test_depth_goes_by_the_numbers_in_the_names(names: list[str], expected: list[float]) -> None:
+    model = nn.Module()
+    for name in names:
+        *parents, last = name.split(".")
+        inner = model
+        for parent in parents:
+            if not hasattr(inner, parent):
+                inner.add_module(parent, nn.Module())
+            inner = inner.get_submodule(parent)
+        inner.add_module(last, nn.Linear(4, 4))
+    slora.inject(model, slora.SelectiveLoRAConfig(r=1, target_modules=".*"))
+    assert depths(model) == expected
+
+
+def test_an_early_block_has_to_gain_more_than_a_late_one(make: Make, batch: Batch) -> None:
+    model = make(trained=True)
+    loss = lambda: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    gains, priced = SoloGain(loss, depth_price=0.0)(model), SoloGain(loss, depth_price=0.5)(model)
+    factors = 200.0 ** (0.5 * (1 - torch.tensor(depths(model))))
+    torch.testing.assert_close(priced, torch.where(gains > 0, gains / factors, gains))
+    assert factors[0] > factors[-1] == 1
+    assert SoloGain(loss).depth_price == 0.75
+    assert SoloGain(loss, features=loss).depth_price == 0.0
+    with pytest.raises(ConfigError, match="depth_price=-1 is negative"):
+        SoloGain(loss, depth_price=-1)

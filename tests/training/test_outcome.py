@@ -8,15 +8,16 @@ import pytest
 
 from slora.training.outcome import explained, not_finite, penalty_steps
 
-SETTINGS = {"method": "selective", "gate_init": 0.15, "threshold": 0.1, "gate_lr": 0.01, "penalty": 1.0}
+# The penalty acts for half of the steps.
+SETTINGS = {
+    "method": "selective", "gate_init": 0.15, "threshold": 0.1, "gate_lr": 0.01, "penalty": 1.0,
+    "selection_warmup": 0.1, "settling": 0.4, "inactive": "probe",
+}  # fmt: skip
 
 
-def records(steps: int, warmup: int = 100, every: int = 10, **more: Any) -> list[dict[str, Any]]:
-    """A run of `steps` steps under a constant rate, with the penalty on after `warmup`."""
-    return [
-        {"step": step, "loss": 1.0, "lr": 1e-3, "penalty": float(step > warmup), **more}
-        for step in range(every, steps + 1, every)
-    ]
+def records(steps: int, every: int = 10, **more: Any) -> list[dict[str, Any]]:
+    """A run of `steps` steps."""
+    return [{"step": step, "loss": 1.0, **more} for step in range(every, steps + 1, every)]
 
 
 @pytest.mark.parametrize(("active", "blocks"), [(1, 36), (35, 36), (0, 0)])
@@ -47,9 +48,18 @@ def test_gates_that_the_task_holds_up_want_a_penalty() -> None:
 def test_a_penalty_that_no_block_resists_gets_a_smaller_one() -> None:
     text = explained(0, 36, SETTINGS, records(1000))
     assert text.startswith("no block is active: the model is the base model")
-    assert "= 180 steps to switch a block off, and acted for 900." in text
-    assert "Set penalty=0.4." in text
-    assert "Lower penalty." in explained(0, 36, SETTINGS, records(300))
+    assert "= 180 steps to switch a block off, and acted for 500." in text
+    # 180 steps in half of the 500 asks for 0.72 of the penalty, in one digit less than that.
+    assert "Set penalty=0.7." in text
+    assert "Lower penalty." in explained(0, 36, SETTINGS, records(400))
+    again = explained(0, 36, SETTINGS | {"penalty": 0.7}, records(1000))
+    assert "Set penalty=" not in again or "Set penalty=0.7." not in again
+
+
+def test_blocks_that_cannot_come_back_point_to_the_policy() -> None:
+    assert "Under inactive='frozen' no block comes back: try inactive='probe'." in explained(
+        0, 36, SETTINGS | {"inactive": "frozen"}, records(1000)
+    )
 
 
 def test_blocks_that_the_penalty_cannot_have_switched_off_point_to_the_rates() -> None:
@@ -59,7 +69,7 @@ def test_blocks_that_the_penalty_cannot_have_switched_off_point_to_the_rates() -
 @pytest.mark.parametrize("setting", ["gate_lr", "penalty"])
 def test_a_penalty_that_never_acted_is_named(setting: str) -> None:
     assert f"{setting}=0 " in explained(36, 36, SETTINGS | {setting: 0.0}, records(1000))
-    assert "acted for 0 steps" in explained(36, 36, SETTINGS, records(100))
+    assert "acted for 0 steps" in explained(36, 36, SETTINGS | {"selection_warmup": 0.6}, records(100))
 
 
 @pytest.mark.parametrize(("settings", "steps"), [({}, 1000), (SETTINGS, 0)], ids=["no settings", "no records"])
@@ -68,15 +78,16 @@ def test_without_settings_or_records_the_remedy_is_general(settings: dict[str, A
     assert text.endswith("such as the head. Lower the penalty, or lengthen its warm-up.")
 
 
-def test_steps_of_the_penalty_are_those_with_a_weight() -> None:
-    run = records(400, warmup=200)
-    assert penalty_steps([*run, {"step": 400, "eval_loss": 1.0}]) == 200
-    assert penalty_steps([]) == 0
+def test_steps_of_the_penalty_are_those_of_its_phase() -> None:
+    assert penalty_steps(SETTINGS, [*records(400), {"step": 400, "eval_loss": 1.0}]) == 200
+    assert penalty_steps(SETTINGS | {"selection_warmup": None, "settling": None}, records(60)) == 34
+    assert penalty_steps(SETTINGS, []) == 0
 
 
 def test_a_budget_is_what_was_asked_for() -> None:
-    text = "no block is active: the model is the base model, as asked for by budget=0."
-    assert explained(0, 36, SETTINGS | {"budget": 0}, records(400)) == text
+    text = explained(0, 36, SETTINGS | {"budget": 0}, records(400))
+    assert text.startswith("no block is active: the model is the base model, but for modules trained in full")
+    assert text.endswith(", as asked for by budget=0.")
     assert explained(4, 36, SETTINGS | {"budget": 4}, records(400)) == ""
 
 

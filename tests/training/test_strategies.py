@@ -21,11 +21,11 @@ Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
 
 
-def made(model: nn.Module, settings: TrainSettings, data: Pair) -> Any:
+def made(model: nn.Module, settings: TrainSettings, data: Pair, retains: bool = False) -> Any:
     def sample(count: int) -> Pair:
         return data[0][:count], data[1][:count]
 
-    return strategy(model, 10, settings, sample, F.cross_entropy, contextlib.nullcontext)
+    return strategy(model, 10, settings, sample, F.cross_entropy, contextlib.nullcontext, retains)
 
 
 @pytest.mark.parametrize("price", [0.0, 0.5, 1.5])
@@ -38,6 +38,18 @@ def test_drift_has_the_price_that_is_set(
     assert isinstance(made_of.ranking, SoloGain)
     assert made_of.ranking.price == price
     assert (made_of.ranking.features is None) == (price == 0)
+
+
+@pytest.mark.parametrize(("retains", "drift", "depth"), [(False, 0.0, 0.75), (True, 0.5, 0.0)])
+def test_depth_has_its_price_where_nothing_holds_the_features_and_drift_where_something_does(
+    make_model: Factory, data: Pair, settings: TrainSettings, retains: bool, drift: float, depth: float
+) -> None:
+    settings = settings.replace(budget=2)
+    ranking = made(prepare(make_model(), settings=settings), settings, data, retains).ranking
+    assert (ranking.price, ranking.depth_price) == (drift, depth)
+    settings = settings.replace(drift_price=1.5, depth_price=0.25)
+    ranking = made(prepare(make_model(), settings=settings), settings, data, retains).ranking
+    assert (ranking.price, ranking.depth_price) == (1.5, 0.25)
 
 
 def test_a_ranking_changes_nothing_of_the_model(make_model: Factory, data: Pair, settings: TrainSettings) -> None:
@@ -88,13 +100,13 @@ def test_a_run_ends_with_its_budget_and_counts_what_ranking_costs(
     assert counts[:3] == [3] * 3
     assert set(counts[3:]) == {counts[-1]}
     steps = [b["flops"] - a["flops"] for a, b in zip(result.history, result.history[1:], strict=False)]
-    if budget != 3:
+    if budget not in (0, 3):
         # Step 4 ends with the gains: 4 forward passes over 64 images, where a step takes 8.
         assert steps[2] > 4 * steps[0]
 
 
 def test_a_price_needs_final_features(data: Pair, settings: TrainSettings) -> None:
-    settings = settings.replace(budget=1, modules_to_save=[])
+    settings = settings.replace(budget=1, modules_to_save=[], drift_price=0.5)
     model = prepare(nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Linear(8, 4)), settings=settings)
     with pytest.raises(ConfigError, match=r"drift_price=0.5: Sequential has neither .*; or set drift_price to 0"):
         train(model, data, None, settings)
