@@ -124,7 +124,9 @@ Plan plan_of(at::TensorList weights, at::TensorList results, at::TensorList kept
                      dtype_of(B, "lora_Bs", i)});
   }
   try {
-    return make_plan(matrices, terms);
+    Plan plan = make_plan(matrices, terms);
+    if (weights[0].is_cuda()) refuse_f64(plan);
+    return plan;
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, error.what());
   }
@@ -152,33 +154,22 @@ void run_on_cpu(Plan plan, const std::function<void()>& before_writing) {
 void run_on_cuda(const Plan& plan, at::Device device, const std::function<void()>& before_writing) {
   const c10::cuda::CUDAGuard guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  try {
-    refuse_f64(plan);
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, error.what());
-  }
   TORCH_CHECK(!is_capturing(stream.stream()), "a batched merge cannot be captured in a CUDA graph; merge outside it");
-  struct Launch {
-    CudaTable table;
-    CudaLaunch how;
-    Tensor uploaded;
-  };
-  std::vector<Launch> launches;
+  std::vector<std::pair<CudaTable, Tensor>> launches;
   for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16}) {
     CudaTable table = make_cuda_table(plan, dtype);
     if (table.tile_count == 0) continue;
-    const CudaLaunch how = prepare_cuda_merge(table, dtype);
+    prepare_cuda_merge(table, dtype);
     // Pinned memory of torch's cache is not handed out again before the copy on this stream is done.
     const auto bytes = static_cast<int64_t>(table.bytes.size());
     const Tensor staged = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
     std::memcpy(staged.data_ptr(), table.bytes.data(), table.bytes.size());
     Tensor uploaded = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
     uploaded.copy_(staged, /*non_blocking=*/true);
-    launches.push_back({std::move(table), how, std::move(uploaded)});
+    launches.emplace_back(std::move(table), std::move(uploaded));
   }
   before_writing();
-  for (const Launch& launch : launches)
-    launch_cuda_merge(launch.how, launch.table, launch.uploaded.const_data_ptr(), stream.stream());
+  for (const auto& [table, uploaded] : launches) launch_cuda_merge(table, uploaded.const_data_ptr(), stream.stream());
 }
 #endif
 

@@ -4,11 +4,12 @@
 //                             j = 0 .. rank_t - 1, of   (scale_t * B_t[n - first_t, j]) * A_t[j, k]
 //
 // All of it in fp32 (fp64 for fp64 weights): scale * B is rounded once, every product is added by a fused
-// multiply-add to a running sum that starts at 0, the sum is added to W, and the result is rounded to nearest even.
+// multiply-add to a running sum that starts at 0, the sum is added to W, and the result is rounded to nearest even. A
+// GPU sums 16-bit weights otherwise, see merge_kernel.cuh.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -58,9 +59,11 @@ struct Segment {
   int64_t rows, cols;
   int64_t source_stride, target_stride;
   int64_t first_piece, pieces;
-  int64_t rank, padded_rank;  // of all pieces together; each rounded up to a multiple of eight
+  int64_t rank;   // of all pieces together
+  int64_t slabs;  // each rank rounded up to 16s, times parts
   Dtype dtype;
-  char* kept;  // rows of `cols`, or nullptr
+  int32_t parts;  // numbers of 16 bits that a GPU makes of one of A, see merge_kernel.cuh
+  char* kept;     // rows of `cols`, or nullptr
 };
 
 struct Plan {
@@ -72,18 +75,6 @@ struct Plan {
 // term are left out of a merge in place unless they are kept; out of place they are copied. A scale of 0 drops its
 // term.
 Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& terms);
-
-// A part of a segment that one thread (CPU) or one thread block (CUDA) works on, in units of the tile's shape.
-struct Tile {
-  int32_t segment, row, col, unused;
-};
-
-struct TileShape {
-  int64_t rows, cols;
-};
-
-// All tiles of the segments of one dtype, row by row; `shape` says how large those of a segment are.
-std::vector<Tile> make_tiles(const Plan& plan, Dtype dtype, const std::function<TileShape(const Segment&)>& shape);
 
 // ---- CPU ----
 
@@ -97,31 +88,32 @@ class CpuMerge {
  public:
   CpuMerge(Plan plan, int64_t threads, Isa isa);
   int64_t workers() const { return workers_; }  // 0 where there is nothing to do
-  int64_t scratch_bytes() const;
   // Called once with each worker number, from any threads; workers share the tiles. Allocates nothing, never throws.
   void run(int64_t worker) noexcept;
 
  private:
-  struct Queue;
+  struct Tile {
+    int64_t segment, row, rows, col, cols;
+  };
   Plan plan_;
   Isa isa_;
   int64_t workers_, scratch_per_worker_;
-  std::vector<TileShape> shapes_;
   std::vector<Tile> tiles_;
   std::vector<std::unique_ptr<char[]>> scratch_;  // of each worker, so that a sanitizer tells them apart
-  std::shared_ptr<Queue> queue_;
+  std::unique_ptr<std::atomic<int64_t>> next_;    // tile
 };
 
 // ---- CUDA ----
 
 constexpr int kCudaTileRows = 256, kCudaTileCols = 128;
 
-// What a launch needs in device memory: segments, pieces and tiles behind one another.
+// A launch. `bytes`, for device memory: the segments of one dtype, how many tiles lie before each, and the pieces, from
+// these offsets on. `slabs`, of A in shared memory: the most of a segment, and once prepared at most what fits.
 struct CudaTable {
   std::vector<char> bytes;
-  int64_t segments, pieces, tiles;  // offsets in bytes
-  int64_t tile_count;
-  int64_t rank, padded_rank;  // the largest of a segment
+  int64_t segments, first_tile, pieces;
+  int64_t segment_count, tile_count, slabs, shared_bytes;
+  const void* kernel;
 };
 CudaTable make_cuda_table(const Plan& plan, Dtype dtype);
 
@@ -134,16 +126,11 @@ int cuda_version();
 // Whether `stream` records a graph, which would replay a merge from a table that is gone by then.
 bool is_capturing(void* stream);
 
-// The kernel that runs a table on the current device, loaded and allowed its shared memory. Every kernel of a call is
-// prepared before the first is launched. Both functions throw std::runtime_error with CUDA's message.
-struct CudaLaunch {
-  const void* kernel;
-  int panel, threads;
-  int64_t shared_bytes;
-};
-CudaLaunch prepare_cuda_merge(const CudaTable& table, Dtype dtype);
+// Loads the kernel on the current device and allows it its shared memory: for every table of a call before the first is
+// launched. Both functions throw std::runtime_error with CUDA's message.
+void prepare_cuda_merge(CudaTable& table, Dtype dtype);
 
 // Launches on `stream`; `device_table` holds table.bytes once the stream gets there.
-void launch_cuda_merge(const CudaLaunch& launch, const CudaTable& table, const void* device_table, void* stream);
+void launch_cuda_merge(const CudaTable& table, const void* device_table, void* stream);
 
 }  // namespace slora

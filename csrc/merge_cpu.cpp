@@ -5,7 +5,6 @@
 // The inner loop is written with the compiler's vector extensions and compiled three times, for AVX-512, for AVX2 with
 // FMA, and for whatever the build targets; the processor chooses at run time. So one binary runs on any x86-64.
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <new>
 
@@ -214,17 +213,11 @@ void pack_B(const Plan& plan, const Segment& s, int64_t row, int64_t rows, T* pa
   }
 }
 
-void copy_rows(const Segment& s, int64_t first, int64_t rows, int64_t col, int64_t cols) {
+// Rows and columns of the source as they are, to where rows are `stride` apart.
+void copy_rows(const Segment& s, char* to, int64_t stride, int64_t first, int64_t rows, int64_t col, int64_t cols) {
   const int64_t size = bytes_of(s.dtype);
   for (int64_t row = first; row < first + rows; ++row)
-    std::memcpy(s.target + (row * s.target_stride + col) * size, s.source + (row * s.source_stride + col) * size,
-                static_cast<size_t>(cols * size));
-}
-
-void keep_rows(const Segment& s, int64_t first, int64_t rows, int64_t col, int64_t cols) {
-  const int64_t size = bytes_of(s.dtype);
-  for (int64_t row = first; row < first + rows; ++row)
-    std::memcpy(s.kept + (row * s.cols + col) * size, s.source + (row * s.source_stride + col) * size,
+    std::memcpy(to + (row * stride + col) * size, s.source + (row * s.source_stride + col) * size,
                 static_cast<size_t>(cols * size));
 }
 
@@ -247,7 +240,7 @@ void run_tile(const Plan& plan, const Segment& s, int64_t first, int64_t rows, i
     const char* source = s.source + (first + row) * source_stride + col * size;
     char* target = s.target + (first + row) * target_stride + col * size;
     // The rows come into the cache here, from which the blocks then read them.
-    if (s.kept != nullptr) keep_rows(s, first + row, count, col, cols);
+    if (s.kept != nullptr) copy_rows(s, s.kept, s.cols, first + row, count, col, cols);
     for (int64_t i = 0; i < cols; i += width, source += width * size, target += width * size) {
       const T* A = panel + i * s.rank;
       if (count == kRows && cols - i >= width) {
@@ -281,49 +274,37 @@ Isa best_isa() {
 
 const char* name_of(Isa isa) { return isa == Isa::avx512 ? "AVX-512" : isa == Isa::avx2 ? "AVX2 and FMA" : "portable"; }
 
-struct CpuMerge::Queue {
-  std::atomic<int64_t> next{0};
-};
-
 CpuMerge::CpuMerge(Plan plan, int64_t threads, Isa isa)
-    : plan_(std::move(plan)), isa_(isa), scratch_per_worker_(0), queue_(std::make_shared<Queue>()) {
+    : plan_(std::move(plan)), isa_(isa), scratch_per_worker_(0), next_(std::make_unique<std::atomic<int64_t>>(0)) {
   const Code code = code_of(isa);
-  const auto shape = [&](const Segment& s) -> TileShape {
+  for (size_t i = 0; i < plan_.segments.size(); ++i) {
+    const Segment& s = plan_.segments[i];
     const int64_t size = accumulator_bytes(s), width = code.width / size;
     const int64_t fitting = s.rank == 0 ? s.cols : kPanelBytes / (s.rank * size) / width * width;
-    return {kTileRows, std::min(std::max(fitting, width), round_up(s.cols, width))};
-  };
-  for (const Segment& s : plan_.segments) {
-    shapes_.push_back(shape(s));
-    const TileShape& tile = shapes_.back();
-    const int64_t numbers = s.rank * (tile.cols + std::min(tile.rows, round_up(s.rows, kRows)));
-    scratch_per_worker_ = std::max(scratch_per_worker_, round_up(numbers * accumulator_bytes(s), 64));
-  }
-  for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f16, Dtype::f64}) {
-    const std::vector<Tile> tiles = make_tiles(plan_, dtype, shape);
-    tiles_.insert(tiles_.end(), tiles.begin(), tiles.end());
+    const int64_t wide = std::min(std::max(fitting, width), round_up(s.cols, width));
+    const int64_t numbers = s.rank * (wide + std::min(kTileRows, round_up(s.rows, kRows)));
+    scratch_per_worker_ = std::max(scratch_per_worker_, round_up(numbers * size, 64));
+    for (int64_t row = 0; row < s.rows; row += kTileRows)
+      for (int64_t col = 0; col < s.cols; col += wide)
+        tiles_.push_back(
+            {static_cast<int64_t>(i), row, std::min(kTileRows, s.rows - row), col, std::min(wide, s.cols - col)});
   }
   workers_ = std::min<int64_t>(std::max<int64_t>(threads, 1), static_cast<int64_t>(tiles_.size()));
   for (int64_t worker = 0; worker < workers_; ++worker)
     scratch_.emplace_back(new char[static_cast<size_t>(scratch_per_worker_ + 64)]);
 }
 
-int64_t CpuMerge::scratch_bytes() const { return workers_ * scratch_per_worker_; }
-
 void CpuMerge::run(int64_t worker) noexcept {
   const Code code = code_of(isa_);
   char* scratch = scratch_[static_cast<size_t>(worker)].get();
   scratch += (64 - reinterpret_cast<uintptr_t>(scratch) % 64) % 64;
   const auto count = static_cast<int64_t>(tiles_.size());
-  for (int64_t i = queue_->next.fetch_add(1); i < count; i = queue_->next.fetch_add(1)) {
-    const Tile& tile = tiles_[i];
-    const Segment& s = plan_.segments[tile.segment];
-    const TileShape& shape = shapes_[tile.segment];
-    const int64_t row = tile.row * shape.rows, col = tile.col * shape.cols;
-    const int64_t rows = std::min(shape.rows, s.rows - row), cols = std::min(shape.cols, s.cols - col);
+  for (int64_t i = next_->fetch_add(1); i < count; i = next_->fetch_add(1)) {
+    const auto& [segment, row, rows, col, cols] = tiles_[i];
+    const Segment& s = plan_.segments[segment];
     if (s.rank == 0) {
-      if (s.kept != nullptr) keep_rows(s, row, rows, col, cols);
-      if (s.source != s.target) copy_rows(s, row, rows, col, cols);
+      if (s.kept != nullptr) copy_rows(s, s.kept, s.cols, row, rows, col, cols);
+      if (s.source != s.target) copy_rows(s, s.target, s.target_stride, row, rows, col, cols);
     } else if (s.dtype == Dtype::f64) {
       run_tile<double>(plan_, s, row, rows, col, cols, code, scratch);
     } else {

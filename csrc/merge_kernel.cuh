@@ -1,22 +1,24 @@
-// The CUDA kernel: one thread block per tile of 256 x 128 weights, 32 or 64 rows at a time.
+// The CUDA kernel: one thread block per tile of 256 x 128 weights, 64 rows at a time. W is read and written once, the
+// next rows while these are worked on; A is staged in shared memory once per tile, B for the rows at hand. A thread
+// owns rows g, g + 8, g + 16, g + 24 of its warp's 32 x 32 weights, g = lane / 4, and eight columns: what mma.m16n8k16
+// puts there once the columns are dealt out right.
 //
-// Read and written once: W, 16 bytes at a time, straight from and to registers. A is staged in shared memory once per
-// tile and B for the rows at hand, both as fp32. A thread owns rows g, g + 8, g + 16, g + 24 of its warp's 32 x 32
-// part, with g = lane / 4, and eight columns, neighbours or two runs of four: the layout of the accumulators of
-// mma.m16n8k8 once the columns are dealt out right, so both ways to multiply share everything else.
+// fp32 weights: fused multiply-adds in the order merge.h states give the bits of the CPU, which nothing rounds later.
 //
-//   rank <= 32   fused multiply-adds in the order merge.h states: the bits of the CPU path.
-//   rank > 32    arithmetic would be the limit: tensor cores, TF32 with fp32 accumulators. 16-bit factors are exact in
-//                TF32. An fp32 factor x is split into hi + lo, both TF32, |x - hi - lo| <= 2^-24 |x|, and
-//                hi hi + hi lo + lo hi is summed: each product is off by at most 3 * 2^-24 of itself. How the hardware
-//                rounds the R / 8 accumulations of eight products is not documented; that they stay within the bound
-//                of R fused multiply-adds is assumed and unverified until tests/merging/test_batched_cuda.py has run on
-//                a GPU. NaN gives NaN; A or B that is infinite, or above the largest TF32 number, gives NaN here
-//                where the other way may give infinity.
+// 16-bit weights: tensor cores with fp32 accumulators. Where one term has both factors in bf16, or both in fp16, one
+// product is exact. All else is split: x = h + m + l, each the bf16 number nearest to what is left, which is all of x,
+// as 3 * 8 bits are 24 (a number beyond 3.39e38 gives NaN, one below 2^-110 loses its last bits). With |m| <= 2^-8 |x|,
+// |l| <= 2^-16 |x|, u = 2^-24 and P the sum of |c B A|, the products m l, l m and l l that are left out come to
+// (2 + 2^-7) u P, any other would be 256 u P: six are needed. 16 ranks are summed apart from those before, h h last, so
+// that what an instruction loses is relative to their own P. NVIDIA does not say what it loses; Fasi et al. 2021
+// (doi 10.7717/peerj-cs.330) find on an A100 that eight products and the accumulator are cut off at u of the largest,
+// and their sum to 24 bits: (R + 4) u P for h h and R <= 16, and 2^-4 of that for the rest. With one rounding each of
+// c B and of two additions that is u (|W| + (R + 10) P), for more ranks as well: R + 10 where the CPU has R + 2.
 //
-// This file is also compiled for the host by a test that runs blocks of threads in turn, so everything that only a GPU
-// has stands behind the few functions at the top.
+// A test compiles this file for the host, too: what only a GPU has stands behind the few functions at the top.
 #pragma once
+
+#include <type_traits>
 
 #include "merge.h"
 
@@ -26,43 +28,29 @@
 #define SLORA_DEVICE __device__ __forceinline__
 #define SLORA_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define SLORA_UNROLL _Pragma("unroll")
-#define SLORA_UNROLL_TWICE _Pragma("unroll 2")
 #define SLORA_KEEP_ROLLED _Pragma("unroll 1")
 #define SLORA_SHARED(name) extern __shared__ float4 name[]
 #endif
 
 namespace slora {
 
-// Four or eight warps, each with 32 x 32 weights at a time: four side by side. Smaller blocks leave fewer registers
-// unused, larger ones share a large panel of A.
-template <bool kTensor>
-struct Shape {
-  static constexpr int kThreads = kTensor ? 256 : 128, kStep = kThreads / 4;  // threads, and rows at a time
-  static constexpr int kStrideB = kStep + 8;
-};
-constexpr int kChunk = 32;  // ranks of B in shared memory at a time
-// Strides in shared memory; 8 modulo 32, so that the four ranks a warp reads at a time fall into different banks.
-constexpr int kStrideA = kCudaTileCols + 8;
-constexpr int kTensorRank = 32;
-// Blocks per multiprocessor that the registers must leave room for: what fits without spills.
-template <Dtype dtype, bool kTensor>
-constexpr int kBlocks = kTensor               ? 2
-                        : dtype == Dtype::f32 ? 4
-                                              : 5;
-
-// How a table is launched: which kernel, and how much shared memory a block gets, at most `limit` bytes.
-struct Launch {
-  bool tensor;
-  int panel;
-  int64_t shared_bytes;
+constexpr int kThreads = 256, kStep = 64;  // two by four warps of 32 x 32 weights
+constexpr int kChunk = 32;                 // ranks of B in shared memory at a time
+constexpr int kStrideB = kStep + 4;        // of a rank of B in fp32: fewer threads write to one bank
+constexpr int kSlab = 32 * kCudaTileCols;  // bytes of A: one of the 16-bit parts of 16 ranks
+// Where B and the slabs of A begin in shared memory, behind the next 64 rows of W.
+template <Dtype dtype>
+struct Shared {
+  static constexpr int kB = kStep * kCudaTileCols * (dtype == Dtype::f32 ? 4 : 2);
+  static constexpr int kA = kB + kChunk * (dtype == Dtype::f32 ? 4 * kStrideB : 6 * kStep);
 };
 
-inline Launch launch_of(const CudaTable& table, int64_t limit) {
-  const bool tensor = table.rank > kTensorRank;
-  const int64_t B = kChunk * (tensor ? Shape<true>::kStrideB : Shape<false>::kStrideB);
-  const int64_t fitting = (limit / 4 - B) / kStrideA / 8 * 8;
-  const int64_t panel = table.padded_rank < fitting ? table.padded_rank : fitting;
-  return {tensor, static_cast<int>(panel), 4 * (panel * kStrideA + B)};
+// Fits a table to blocks that may use `limit` bytes.
+inline void fit(CudaTable& table, Dtype dtype, int64_t limit) {
+  const int64_t before = dtype == Dtype::f32 ? Shared<Dtype::f32>::kA : Shared<Dtype::bf16>::kA;
+  const int64_t fitting = (limit - before) / kSlab;
+  table.slabs = table.slabs < fitting ? table.slabs : fitting;
+  table.shared_bytes = before + table.slabs * kSlab;
 }
 
 #ifdef __CUDACC__
@@ -89,93 +77,143 @@ template <class T>
 SLORA_DEVICE T load_once(const T* from) {
   return __ldcs(from);
 }
+// 16 bytes on their way from global to shared memory, past the registers, until this thread waits for its own.
+SLORA_DEVICE void copy_ahead(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from))
+               : "memory");
+}
+SLORA_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 template <class T>
 SLORA_DEVICE void store_once(T* to, T value) {
   __stcs(to, value);
 }
 
-// d += a @ b for one 16 x 8 tile and eight ranks; the lower 13 bits of a and b are ignored.
-SLORA_DEVICE void mma(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// Volatile, so that what follows from it is computed where it is needed: elsewhere it would take registers.
+SLORA_DEVICE unsigned thread_index() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
+// d += b @ a for 16 rows, 8 columns and 16 ranks of bf16 or fp16 numbers.
+template <Dtype part>
+SLORA_DEVICE void mma(float (&d)[4], uint4 b, uint2 a) {
+#define SLORA_MMA(type)                                      \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type \
+      ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "            \
+      "{%8, %9}, {%0, %1, %2, %3};"                          \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])       \
+      : "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w), "r"(a.x), "r"(a.y))
+  if (part == Dtype::bf16) SLORA_MMA("bf16");
+  if (part == Dtype::f16) SLORA_MMA("f16");
+#undef SLORA_MMA
 }
 #endif
 
-// Nearest TF32 number (ties away from zero), as bits whose lower 13 are zero. The carry out of a NaN's bits would make
-// it 0, hence `quiet` where factors are staged: that NaN stays one.
-SLORA_DEVICE float quiet(float x) { return x == x ? x : float_of(0x7fc00000u); }
-SLORA_DEVICE uint32_t tf32(float x) { return (bits_of(x) + 0x1000u) & 0xffffe000u; }
-SLORA_DEVICE uint32_t tf32_rest(float x, uint32_t high) { return tf32(x - float_of(high)); }
-
-// Ranks of a term in shared memory.
-SLORA_DEVICE int padded(int rank) { return (rank + 7) / 8 * 8; }
-
-SLORA_DEVICE float read_factor(const char* data, int64_t index, Dtype dtype) {
-  if (dtype == Dtype::f32) return load_shared_by_blocks(reinterpret_cast<const float*>(data) + index);
-  const uint16_t bits = load_shared_by_blocks(reinterpret_cast<const uint16_t*>(data) + index);
-  return dtype == Dtype::bf16 ? float_of(static_cast<uint32_t>(bits) << 16) : widened_f16(bits);
+// The number in 32 bits, or in the lower or upper half of them.
+SLORA_DEVICE float low_number(uint32_t bits, Dtype dtype) {
+  if (dtype == Dtype::f32) return float_of(bits);
+  return dtype == Dtype::bf16 ? float_of(bits << 16) : widened_f16(static_cast<uint16_t>(bits));
+}
+SLORA_DEVICE float high_number(uint32_t bits, Dtype dtype) {
+  return dtype == Dtype::bf16 ? float_of(bits & 0xffff0000u) : widened_f16(static_cast<uint16_t>(bits >> 16));
+}
+SLORA_DEVICE uint32_t pair_of(float low, float high, Dtype dtype) {
+  return dtype == Dtype::bf16 ? two_bf16(low, high) : two_f16(low, high);
 }
 
-// Which row lies at a place in a rank of the staged B: a thread's four rows are neighbours.
-SLORA_DEVICE int row_at(int place) { return place / 32 * 32 + place % 4 * 8 + place % 32 / 4; }
-// The first column of the 32 of its warp that member q = lane % 4 owns, and how far its second run of four fp32 numbers
-// lies behind the first: a warp's 16-byte accesses then cover whole sectors of 32 bytes in every dtype.
+// How far a thread's second run of four fp32 numbers lies behind the first: a warp's 16-byte accesses then cover whole
+// sectors of 32 bytes in every dtype.
 constexpr int kRunGap = 16;
+// Where a column of the 128 lies in the staged A: in 16 bits as mma's four tiles of eight have them, whose member q
+// gets two neighbours out of each.
 template <Dtype dtype>
-SLORA_DEVICE int first_column(int q) {
-  return q * (dtype == Dtype::f32 ? 4 : 8);
+SLORA_DEVICE unsigned place_of(unsigned col) {
+  return dtype == Dtype::f32 ? col : col / 32 * 32 + col % 8 / 2 * 8 + col % 32 / 8 * 2 + col % 2;
 }
-// Where a column of the 128 lies in a rank of the staged A: the eight of a thread together, its even ones first.
+// Which row lies at a place of the staged B: in fp32 a thread's four rows are neighbours.
 template <Dtype dtype>
-SLORA_DEVICE int place_of(int col) {
-  if (dtype != Dtype::f32) return col / 8 * 8 + col % 2 * 4 + col % 8 / 2;
-  return col / 32 * 32 + col % 16 / 4 * 8 + col % 2 * 4 + col % 32 / 16 * 2 + col % 4 / 2;
+SLORA_DEVICE unsigned row_at(unsigned place) {
+  return dtype == Dtype::f32 ? place / 32 * 32 + place % 4 * 8 + place % 32 / 4 : place;
+}
+// Where, in words, four of 16 ranks lie in one part: what a lane of mma needs is together, and lanes that access shared
+// memory at a time do not share a bank. Four ranks of a column of A are two words; of B, those of the rows r and r + 8
+// alternate.
+SLORA_DEVICE unsigned word_of_A(unsigned col, unsigned quarter) { return 8 * col + 2 * (quarter ^ (col / 4 % 4)); }
+SLORA_DEVICE unsigned word_of_B(unsigned row, unsigned quarter) {
+  return 16 * (row / 16 * 8 + row % 8) + 4 * quarter + row / 8 % 2;
 }
 
-// `count` ranks of A from `first` on, zeros beyond column `cols` and up to a multiple of eight ranks.
-template <Dtype dtype, bool kTensor>
-SLORA_DEVICE void stage_A(float* As, const Piece& piece, int first, int count, int64_t first_col, int cols,
-                          int thread) {
-  constexpr int kThreads = Shape<kTensor>::kThreads;
-  const int c = thread % kCudaTileCols;
-  const int64_t column = (first_col + c) * piece.A_strides[1];
-  As += place_of<dtype>(c);
-  SLORA_UNROLL_TWICE
-  for (int k = thread / kCudaTileCols; k < padded(count); k += kThreads / kCudaTileCols) {
-    const float a =
-        c < cols && k < count ? read_factor(piece.A, (first + k) * piece.A_strides[0] + column, piece.A_dtype) : 0.0f;
-    As[k * kStrideA] = kTensor ? quiet(a) : a;
+// A column of A or a row of B into shared memory: `count` ranks of `scale` times its numbers, all of them 0 where it
+// lies beyond the matrix, and zeros up to a multiple of 16. The quarters `quarter`, `quarter + step`, ... of its ranks
+// are this thread's; four neighbours take one access.
+//   kParts = 2: fp32, [rank][place]; else 16 bits, [16 ranks][part][word].
+template <Dtype part, int kParts, bool kIsA>
+SLORA_DEVICE void stage(char* to, unsigned place, const char* from, int64_t index, int64_t rank_stride, Dtype dtype,
+                        bool inside, int count, float scale, int quarter, int step) {
+  const int size = dtype == Dtype::f32 ? 4 : 2, padded = (count + 15) & ~15;
+  const int64_t next = rank_stride * size;
+  from += index * size + 4 * quarter * next;
+  const bool together = rank_stride == 1 && reinterpret_cast<uintptr_t>(from) % (4 * size) == 0;
+  SLORA_KEEP_ROLLED
+  for (; 4 * quarter < padded; quarter += step, from += 4 * step * next) {
+    const int left = inside ? count - 4 * quarter : 0;
+    float x[4];
+    if (dtype == Dtype::f32) {
+      if (together && left >= 4) {
+        const float4 four = load_shared_by_blocks(reinterpret_cast<const float4*>(from));
+        x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+      } else {
+        SLORA_UNROLL
+        for (int i = 0; i < 4; ++i)
+          x[i] = i < left ? load_shared_by_blocks(reinterpret_cast<const float*>(from + i * next)) : 0.0f;
+      }
+    } else {
+      uint2 four = {0, 0};
+      if (together && left >= 4) {
+        four = load_shared_by_blocks(reinterpret_cast<const uint2*>(from));
+      } else {
+        uint32_t bits[4];
+        SLORA_UNROLL
+        for (int i = 0; i < 4; ++i)
+          bits[i] = i < left ? load_shared_by_blocks(reinterpret_cast<const uint16_t*>(from + i * next)) : 0;
+        four.x = bits[0] | bits[1] << 16, four.y = bits[2] | bits[3] << 16;
+      }
+      x[0] = low_number(four.x, dtype), x[1] = high_number(four.x, dtype);
+      x[2] = low_number(four.y, dtype), x[3] = high_number(four.y, dtype);
+    }
+    SLORA_UNROLL
+    for (int i = 0; i < 4; ++i) x[i] *= scale;
+    if (kParts == 2) {
+      SLORA_UNROLL
+      for (int i = 0; i < 4; ++i)
+        reinterpret_cast<float*>(to)[(4 * quarter + i) * (kIsA ? kCudaTileCols : kStrideB) + place] = x[i];
+      continue;
+    }
+    constexpr int kPart = 8 * (kIsA ? kCudaTileCols : kStep);
+    uint32_t* words = reinterpret_cast<uint32_t*>(to) + (quarter >> 2) * (kParts * kPart) +
+                      (kIsA ? word_of_A(place, quarter & 3) : word_of_B(place, quarter & 3));
+    SLORA_UNROLL
+    for (int p = 0; p < kParts; ++p, words += kPart) {
+      const uint32_t low = pair_of(x[0], x[1], part), high = pair_of(x[2], x[3], part);
+      if (kIsA)
+        *reinterpret_cast<uint2*>(words) = make_uint2(low, high);
+      else
+        words[0] = low, words[2] = high;
+      x[0] -= low_number(low, part), x[1] -= high_number(low, part);
+      x[2] -= low_number(high, part), x[3] -= high_number(high, part);
+    }
   }
 }
 
-// `count` ranks of scale * B from `first` on for the rows at hand, zeros beyond `rows` and up to a multiple of eight
-// ranks.
-template <bool kTensor>
-SLORA_DEVICE void stage_B(float* Bs, const Piece& piece, float scale, int first, int count, int64_t first_row, int rows,
-                          int thread) {
-  const int r = row_at(thread / 4);
-  const int64_t row = (first_row + r) * piece.B_strides[0];
-  Bs += thread / 4;
-  SLORA_UNROLL_TWICE
-  for (int j = thread % 4; j < padded(count); j += 4) {
-    const float b = r < rows && j < count
-                        ? scale * read_factor(piece.B, row + (first + j) * piece.B_strides[1], piece.B_dtype)
-                        : 0.0f;
-    Bs[j * Shape<kTensor>::kStrideB] = kTensor ? quiet(b) : b;
-  }
-}
-
-template <int kStrideB>
 SLORA_DEVICE void multiply_fused(float (&sum)[4][8], const float* As, const float* Bs, int count) {
   SLORA_KEEP_ROLLED
-  for (int j = 0; j < count; ++j) {
-    const float4 b = *reinterpret_cast<const float4*>(Bs + j * kStrideB);
-    const float4 even = *reinterpret_cast<const float4*>(As + j * kStrideA);
-    const float4 odd = *reinterpret_cast<const float4*>(As + j * kStrideA + 4);
+  for (int j = 0; j < count; ++j, As += kCudaTileCols, Bs += kStrideB) {
+    const float4 b = *reinterpret_cast<const float4*>(Bs);
+    const float4 a[2] = {*reinterpret_cast<const float4*>(As), *reinterpret_cast<const float4*>(As + kRunGap)};
     const float rows[4] = {b.x, b.y, b.z, b.w};
-    const float cols[8] = {even.x, odd.x, even.y, odd.y, even.z, odd.z, even.w, odd.w};
+    const float cols[8] = {a[0].x, a[0].y, a[0].z, a[0].w, a[1].x, a[1].y, a[1].z, a[1].w};
     SLORA_UNROLL
     for (int i = 0; i < 4; ++i) {
       SLORA_UNROLL
@@ -184,189 +222,211 @@ SLORA_DEVICE void multiply_fused(float (&sum)[4][8], const float* As, const floa
   }
 }
 
-template <int kStrideB>
-SLORA_DEVICE void multiply_tensor(float (&sum)[4][8], const float* As, const float* Bs, int count, bool split_A,
-                                  bool split_B) {
+// As and Bs point at the warp's first column and row.
+template <Dtype part, int kParts>
+SLORA_DEVICE void multiply_tensor(float (&sum)[4][8], const uint32_t* As, const uint32_t* Bs, unsigned g, unsigned q,
+                                  int count) {
+  const uint32_t *even = As + word_of_A(g, q), *odd = As + word_of_A(8 + g, q);  // columns 16 apart lie alike
+  Bs += word_of_B(g, q);
   SLORA_KEEP_ROLLED
-  for (int j = 0; j < count; j += 8) {
-    const float4 b[2] = {*reinterpret_cast<const float4*>(Bs + j * kStrideB),
-                         *reinterpret_cast<const float4*>(Bs + (j + 4) * kStrideB)};
-    const float4 a[2] = {*reinterpret_cast<const float4*>(As + j * kStrideA),
-                         *reinterpret_cast<const float4*>(As + (j + 4) * kStrideA)};
-    const float rows[2][4] = {{b[0].x, b[0].y, b[1].x, b[1].y}, {b[0].z, b[0].w, b[1].z, b[1].w}};
-    const float cols[4][2] = {{a[0].x, a[1].x}, {a[0].y, a[1].y}, {a[0].z, a[1].z}, {a[0].w, a[1].w}};
-    uint32_t row_high[2][4], row_low[2][4];
+  for (int j = 0; j < count; j += 16) {
+    uint4 b[kParts][2];
     SLORA_UNROLL
-    for (int m = 0; m < 2; ++m) {
+    for (int p = 0; p < kParts; ++p, Bs += 8 * kStep) {
       SLORA_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        row_high[m][i] = tf32(rows[m][i]);
-        row_low[m][i] = tf32_rest(rows[m][i], row_high[m][i]);
-      }
+      for (int m = 0; m < 2; ++m) b[p][m] = *reinterpret_cast<const uint4*>(Bs + 128 * m);
     }
     SLORA_UNROLL
     for (int t = 0; t < 4; ++t) {
-      const uint32_t high[2] = {tf32(cols[t][0]), tf32(cols[t][1])};
-      const uint32_t low[2] = {tf32_rest(cols[t][0], high[0]), tf32_rest(cols[t][1], high[1])};
+      uint2 a[kParts];
+      SLORA_UNROLL
+      for (int p = 0; p < kParts; ++p)
+        a[p] = *reinterpret_cast<const uint2*>((t % 2 ? odd : even) + 8 * (p * kCudaTileCols + t / 2 * 16));
       SLORA_UNROLL
       for (int m = 0; m < 2; ++m) {
-        float &d0 = sum[2 * m][2 * t], &d1 = sum[2 * m][2 * t + 1];
-        float &d2 = sum[2 * m + 1][2 * t], &d3 = sum[2 * m + 1][2 * t + 1];
-        if (split_B) mma(d0, d1, d2, d3, row_low[m], high[0], high[1]);
-        if (split_A) mma(d0, d1, d2, d3, row_high[m], low[0], low[1]);
-        mma(d0, d1, d2, d3, row_high[m], high[0], high[1]);
+        float d[4] = {};
+        SLORA_UNROLL
+        for (int i = kParts - 1; i >= 0; --i) {
+          SLORA_UNROLL
+          for (int k = kParts - 1 - i; k >= 0; --k) mma<part>(d, b[i][m], a[k]);
+        }
+        SLORA_UNROLL
+        for (int c = 0; c < 4; ++c) sum[2 * m + c / 2][2 * t + c % 2] += d[c];
       }
     }
+    even += kParts * 8 * kCudaTileCols, odd += kParts * 8 * kCudaTileCols;
   }
 }
 
 // The eight weights of one row that a thread owns, as they lie in memory: runs of 16 bytes, kRunGap columns apart.
 template <Dtype dtype>
 struct Eight {
-  static constexpr int kWords = dtype == Dtype::f32 ? 8 : 4, kRuns = kWords / 4, kInRun = 8 / kRuns;
-  uint32_t words[kWords];
+  using Bits = std::conditional_t<dtype == Dtype::f32, uint32_t, uint16_t>;
+  static constexpr int kRuns = dtype == Dtype::f32 ? 2 : 1, kInRun = 8 / kRuns;
+  alignas(16) uint32_t words[4 * kRuns];
 
-  SLORA_DEVICE float get(int i) const {
-    if (dtype == Dtype::f32) return float_of(words[i]);
-    const uint32_t word = words[i / 2];
-    if (dtype == Dtype::bf16) return float_of(i % 2 ? word & 0xffff0000u : word << 16);
-    return widened_f16(static_cast<uint16_t>(i % 2 ? word >> 16 : word));
-  }
-  SLORA_DEVICE void set(int i, float low, float high) {  // numbers i and i + 1
-    if (dtype == Dtype::f32) {
-      words[i] = bits_of(low);
-      words[i + 1] = bits_of(high);
-    } else {
-      words[i / 2] = dtype == Dtype::bf16 ? two_bf16(low, high) : two_f16(low, high);
+  // Adds `scale` times `sum`; a word holds one number in fp32, else two.
+  SLORA_DEVICE void add(float scale, const float (&sum)[8]) {
+    SLORA_UNROLL
+    for (int i = 0; i < 4 * kRuns; ++i) {
+      const float low = fused(scale, sum[i * 2 / kRuns], low_number(words[i], dtype));
+      words[i] = dtype == Dtype::f32
+                     ? bits_of(low)
+                     : pair_of(low, fused(scale, sum[i * 2 / kRuns + 1], high_number(words[i], dtype)), dtype);
     }
   }
-  // `count` columns are left in the row from the first of these on.
-  SLORA_DEVICE void load(const char* from, int count, bool aligned) {
+  // Between memory and a slot in shared memory; `count` columns are left in the row from the first of these on. The
+  // slots of the threads lie side by side.
+  SLORA_DEVICE static void fetch(uint4* slot, const char* from, int count, bool aligned) {
     SLORA_UNROLL
-    for (int run = 0; run < kRuns; ++run, count -= kRunGap) {
-      uint32_t* to = words + 4 * run;
+    for (int run = 0; run < kRuns; ++run, count -= kRunGap, slot += kThreads, from += 4 * kRunGap) {
       if (aligned && count >= kInRun) {
-        const uint4 four = load_once(reinterpret_cast<const uint4*>(from + 4 * kRunGap * run));
-        to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
-        continue;
-      }
-      SLORA_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        if (dtype == Dtype::f32) {
-          const auto* numbers = reinterpret_cast<const uint32_t*>(from) + kRunGap * run;
-          to[i] = i < count ? load_once(numbers + i) : 0;
-        } else {
-          const auto* numbers = reinterpret_cast<const uint16_t*>(from);
-          const uint32_t low = 2 * i < count ? load_once(numbers + 2 * i) : 0;
-          const uint32_t high = 2 * i + 1 < count ? load_once(numbers + 2 * i + 1) : 0;
-          to[i] = low | high << 16;
-        }
+        copy_ahead(slot, from);
+      } else {
+        SLORA_UNROLL
+        for (int i = 0; i < kInRun; ++i)
+          if (i < count) reinterpret_cast<Bits*>(slot)[i] = load_once(reinterpret_cast<const Bits*>(from) + i);
       }
     }
   }
-  SLORA_DEVICE void store(char* to, int count, bool aligned) const {
+  SLORA_DEVICE explicit Eight(const uint4* slot) {
     SLORA_UNROLL
-    for (int run = 0; run < kRuns; ++run, count -= kRunGap) {
-      const uint32_t* from = words + 4 * run;
+    for (int run = 0; run < kRuns; ++run) reinterpret_cast<uint4*>(words)[run] = slot[run * kThreads];
+  }
+  SLORA_DEVICE void store(uint4* slot, char* to, int count, bool aligned) const {
+    SLORA_UNROLL
+    for (int run = 0; run < kRuns; ++run, count -= kRunGap, slot += kThreads, to += 4 * kRunGap) {
       if (aligned && count >= kInRun) {
-        store_once(reinterpret_cast<uint4*>(to + 4 * kRunGap * run), make_uint4(from[0], from[1], from[2], from[3]));
-        continue;
-      }
-      SLORA_UNROLL
-      for (int i = 0; i < kInRun; ++i) {
-        if (i >= count) break;
-        if (dtype == Dtype::f32) {
-          store_once(reinterpret_cast<uint32_t*>(to) + kRunGap * run + i, from[i % 4]);
-        } else {
-          const auto half = static_cast<uint16_t>(i % 2 ? from[i / 2] >> 16 : from[i / 2]);
-          store_once(reinterpret_cast<uint16_t*>(to) + i, half);
-        }
+        store_once(reinterpret_cast<uint4*>(to), reinterpret_cast<const uint4*>(words)[run]);
+      } else {
+        *slot = reinterpret_cast<const uint4*>(words)[run];
+        SLORA_UNROLL
+        for (int i = 0; i < kInRun; ++i)
+          if (i < count) store_once(reinterpret_cast<Bits*>(to) + i, reinterpret_cast<const Bits*>(slot)[i]);
       }
     }
   }
 };
 
-// One block per tile. `panel` ranks of A fit into shared memory; a multiple of eight. Without a rank above 32 in the
-// whole call the kernel without tensor cores runs, whose fewer registers leave room for more blocks.
-template <Dtype dtype, bool kTensor>
-SLORA_KERNEL(Shape<kTensor>::kThreads, (kBlocks<dtype, kTensor>))
-merge_kernel(const Segment* __restrict__ segments, const Piece* __restrict__ pieces, const Tile* __restrict__ tiles,
-             int panel) {
-  constexpr int64_t size = dtype == Dtype::f32 ? 4 : 2;
-  constexpr int kStep = Shape<kTensor>::kStep, kStrideB = Shape<kTensor>::kStrideB;
-  SLORA_SHARED(shared);
-  float* As = reinterpret_cast<float*>(shared);
-  float* Bs = As + panel * kStrideA;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, g = thread % 32 / 4, q = thread % 4;
-  const int part_row = warp / 4 * 32, part_col = warp % 4 * 32;
+// A thread's place: its row is row + g, modulo eight, its columns are within col ... col + 31.
+struct Lane {
+  unsigned thread, g, q, row, col;
+};
+SLORA_DEVICE Lane this_lane() {
+  const unsigned thread = thread_index();
+  return {thread, thread % 32 / 4, thread % 4, thread / 128 * 32, thread / 32 % 4 * 32};
+}
 
-  const Tile& tile = tiles[blockIdx.x];
-  const Segment& s = segments[tile.segment];
-  const int64_t first_row = static_cast<int64_t>(tile.row) * kCudaTileRows;
-  const int64_t first_col = static_cast<int64_t>(tile.col) * kCudaTileCols;
+// One tile of a segment. Where `resident` says that all of A fits into shared memory, it stays there for all rows, else
+// it is staged like B.
+template <Dtype dtype, Dtype part, int kParts>
+SLORA_DEVICE void run_tile(const Segment& s, const Piece* pieces, int tile_row, int tile_col, char* shared, int slabs) {
+  constexpr int64_t size = dtype == Dtype::f32 ? 4 : 2;
+  constexpr int kRuns = Eight<dtype>::kRuns;
+  const int64_t first_row = static_cast<int64_t>(tile_row) * kCudaTileRows;
+  const int64_t first_col = static_cast<int64_t>(tile_col) * kCudaTileCols;
   const int rows = static_cast<int>(s.rows - first_row < kCudaTileRows ? s.rows - first_row : kCudaTileRows);
   const int cols = static_cast<int>(s.cols - first_col < kCudaTileCols ? s.cols - first_col : kCudaTileCols);
-  const int col = part_col + first_column<dtype>(q);
   const bool aligned = (reinterpret_cast<uintptr_t>(s.source) | reinterpret_cast<uintptr_t>(s.target) |
                         static_cast<uintptr_t>((s.source_stride | s.target_stride) * size)) %
                            16 ==
                        0;
-  const bool tensor = kTensor && s.rank > kTensorRank;
-  // One term: its scale waits for the end, so that B in 16 bits stays exact on tensor cores.
-  const bool scale_last = tensor && s.pieces == 1;
-  // A that fits into the panel as a whole stays there for all rows of the tile.
-  const bool resident = s.padded_rank <= panel;
+  // One term on tensor cores: its scale waits for the end, so that B in 16 bits stays exact.
+  const auto scale_last = [&] { return dtype != Dtype::f32 && s.pieces == 1; };
+  const auto resident = [&] { return s.slabs <= slabs; };
+  char *Bs = shared + Shared<dtype>::kB, *As = shared + Shared<dtype>::kA;
 
+  const auto fetch_W = [&](int row) {
+    const Lane lane = this_lane();
+    const int mine = row + lane.row + lane.g, col = lane.col + static_cast<int>(lane.q) * Eight<dtype>::kInRun;
+    const char* source = s.source + ((first_row + mine) * s.source_stride + first_col + col) * size;
+    uint4* slot = reinterpret_cast<uint4*>(shared) + lane.thread;
+    SLORA_UNROLL
+    for (int i = 0; i < 4; ++i, source += 8 * size * s.source_stride, slot += kRuns * kThreads)
+      Eight<dtype>::fetch(slot, source, mine + 8 * i < rows ? cols - col : 0, aligned);
+  };
+  fetch_W(0);
   SLORA_KEEP_ROLLED
   for (int row = 0; row < rows; row += kStep) {
-    Eight<dtype> W[4];
-    const int mine = row + part_row + g;
-    const char* source = s.source + ((first_row + mine) * s.source_stride + first_col + col) * size;
-    SLORA_UNROLL
-    for (int i = 0; i < 4; ++i, source += 8 * size * s.source_stride)
-      W[i].load(source, mine + 8 * i < rows ? cols - col : 0, aligned);
-
     float sum[4][8] = {};
-    float* A = As;
+    char* A = As;
+    SLORA_KEEP_ROLLED
     for (int p = 0; p < s.pieces; ++p) {
-      const Piece& piece = pieces[s.first_piece + p];
-      const int rank = static_cast<int>(piece.rank);
-      const float scale = scale_last ? 1.0f : static_cast<float>(piece.scale);
-      for (int first = 0; first < rank; first += panel) {
-        const int ranks = rank - first < panel ? rank - first : panel;
-        for (int j = 0; j < ranks; j += kChunk) {
-          const int chunk = ranks - j < kChunk ? ranks - j : kChunk;
-          __syncthreads();
-          if (j == 0 && (row == 0 || !resident))
-            stage_A<dtype, kTensor>(A, piece, first, ranks, first_col, cols, thread);
-          stage_B<kTensor>(Bs, piece, scale, first + j, chunk, first_row + row, rows - row, thread);
-          __syncthreads();
-          if (tensor) {
-            multiply_tensor<kStrideB>(sum, A + (j + q) * kStrideA + part_col + g * 4,
-                                      Bs + q * kStrideB + part_row + g * 4, chunk, piece.A_dtype == Dtype::f32,
-                                      !scale_last || piece.B_dtype == Dtype::f32);
-          } else {
-            multiply_fused<kStrideB>(sum, A + j * kStrideA + part_col + q * 8, Bs + part_row + g * 4, chunk);
-          }
+      const Piece& piece = pieces[p];
+      SLORA_KEEP_ROLLED
+      for (int j = 0; j < piece.rank; j += kChunk) {
+        const int chunk = static_cast<int>(piece.rank - j < kChunk ? piece.rank - j : kChunk);
+        __syncthreads();
+        if (row == 0 || !resident()) {
+          const int c = thread_index() % kCudaTileCols, quarter = thread_index() / kCudaTileCols;
+          const int64_t index = j * piece.A_strides[0] + (first_col + c) * piece.A_strides[1];
+          stage<part, kParts, true>(A, place_of<dtype>(c), piece.A, index, piece.A_strides[0], piece.A_dtype, c < cols,
+                                    chunk, 1.0f, quarter, kThreads / kCudaTileCols);
         }
+        const int place = thread_index() / 4, quarter = thread_index() % 4, r = row + row_at<dtype>(place);
+        const int64_t index = (first_row + r) * piece.B_strides[0] + j * piece.B_strides[1];
+        stage<part, kParts, false>(Bs, place, piece.B, index, piece.B_strides[1], piece.B_dtype, r < rows, chunk,
+                                   scale_last() ? 1.0f : static_cast<float>(piece.scale), quarter, 4);
+        __syncthreads();
+        const Lane lane = this_lane();
+        if constexpr (kParts == 2)
+          multiply_fused(sum, reinterpret_cast<const float*>(A) + lane.col + lane.q * 4,
+                         reinterpret_cast<const float*>(Bs) + lane.row + lane.g * 4, chunk);
+        else
+          multiply_tensor<part, kParts>(sum, reinterpret_cast<const uint32_t*>(A) + 8 * lane.col,
+                                        reinterpret_cast<const uint32_t*>(Bs) + 8 * lane.row, lane.g, lane.q, chunk);
+        if (resident()) A += (chunk + 15) / 16 * (kParts * kSlab);
       }
-      if (resident) A += padded(rank) * kStrideA;
     }
 
-    if (s.pieces > 0) {
-      const float scale = scale_last ? static_cast<float>(pieces[s.first_piece].scale) : 1.0f;
-      SLORA_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        SLORA_UNROLL
-        for (int c = 0; c < 8; c += 2)
-          W[i].set(c, fused(scale, sum[i][c], W[i].get(c)), fused(scale, sum[i][c + 1], W[i].get(c + 1)));
-      }
-    }
+    const Lane lane = this_lane();
+    const int mine = row + lane.row + lane.g, col = lane.col + static_cast<int>(lane.q) * Eight<dtype>::kInRun;
+    const float scale = scale_last() ? static_cast<float>(pieces->scale) : 1.0f;
     char* target = s.target + ((first_row + mine) * s.target_stride + first_col + col) * size;
+    uint4* slot = reinterpret_cast<uint4*>(shared) + lane.thread;
+    const int64_t down = 8 * size * s.target_stride, terms = s.pieces;
+    wait_for_copies();
     SLORA_UNROLL
-    for (int i = 0; i < 4; ++i, target += 8 * size * s.target_stride)
-      W[i].store(target, mine + 8 * i < rows ? cols - col : 0, aligned);
+    for (int i = 0; i < 4; ++i, target += down, slot += kRuns * kThreads) {
+      Eight<dtype> W(slot);
+      if (terms > 0) W.add(scale, sum[i]);
+      W.store(slot, target, mine + 8 * i < rows ? cols - col : 0, aligned);
+    }
+    fetch_W(row + kStep);
   }
+}
+
+// The last of `count` segments whose first tile is not behind `tile`: all threads try one each, and again within the
+// stretch that is left, so that up to 256 segments take one access.
+SLORA_DEVICE int segment_of(const int32_t* first_tile, int count, int tile) {
+  int64_t found = 0, step = 1;
+  while ((count - 1) / step >= kThreads) step *= kThreads;
+  for (; step > 0; step /= kThreads) {
+    const int64_t i = found + static_cast<int64_t>(threadIdx.x) * step;
+    found += step * (__syncthreads_count(i < count && load_shared_by_blocks(first_tile + i) <= tile) - 1);
+  }
+  return static_cast<int>(found);
+}
+
+// One block per tile; the tiles of a segment follow one another row by row. `slabs` of A fit into shared memory.
+template <Dtype dtype>
+SLORA_KERNEL(kThreads, 2)
+merge_kernel(const Segment* segments, const int32_t* first_tile, int count, const Piece* pieces, int slabs) {
+  SLORA_SHARED(memory);
+  char* shared = reinterpret_cast<char*>(memory);
+  const int block = static_cast<int>(blockIdx.x), index = segment_of(first_tile, count, block);
+  const Segment& s = segments[index];
+  const Piece* first = pieces + s.first_piece;
+  const int tile = block - first_tile[index], across = static_cast<int>((s.cols - 1) / kCudaTileCols + 1);
+  const int row = tile / across, col = tile % across;
+  if constexpr (dtype == Dtype::f32)
+    run_tile<dtype, Dtype::f32, 2>(s, first, row, col, shared, slabs);
+  else if (s.parts != 1)
+    run_tile<dtype, Dtype::bf16, 3>(s, first, row, col, shared, slabs);
+  else if (first->A_dtype == Dtype::bf16)
+    run_tile<dtype, Dtype::bf16, 1>(s, first, row, col, shared, slabs);
+  else
+    run_tile<dtype, Dtype::f16, 1>(s, first, row, col, shared, slabs);
 }
 
 }  // namespace slora

@@ -1,4 +1,4 @@
-// From weights and terms to segments and tiles, with every check.
+// From weights and terms to segments, with every check.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -164,31 +164,16 @@ Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& term
                                term.A_dtype,
                                term.B_dtype});
         s.rank += term.rank;
-        s.padded_rank += (term.rank + 7) / 8 * 8;
+        s.slabs += (term.rank + 15) / 16;
+        const bool exact = term.A_dtype == term.B_dtype && term.A_dtype != Dtype::f32 && s.parts == 0;
+        s.parts = w.dtype == Dtype::f32 ? 2 : exact ? 1 : 3;
       }
       s.pieces = static_cast<int64_t>(plan.pieces.size()) - s.first_piece;
+      s.slabs *= s.parts;
       if (s.pieces > 0 || s.source != s.target || s.kept != nullptr) plan.segments.push_back(s);
     }
   }
   return plan;
-}
-
-std::vector<Tile> make_tiles(const Plan& plan, Dtype dtype, const std::function<TileShape(const Segment&)>& shape) {
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  std::vector<Tile> tiles;
-  for (size_t i = 0; i < plan.segments.size(); ++i) {
-    const Segment& s = plan.segments[i];
-    if (s.dtype != dtype) continue;
-    const TileShape size = shape(s);
-    const int64_t rows = (s.rows - 1) / size.rows + 1, cols = (s.cols - 1) / size.cols + 1;
-    const int64_t left = most - static_cast<int64_t>(tiles.size());
-    if (static_cast<int64_t>(i) > most || rows > left || cols > left / rows)
-      refuse("the weights have more than 2^31 tiles; merge them in several calls");
-    for (int64_t row = 0; row < rows; ++row)
-      for (int64_t col = 0; col < cols; ++col)
-        tiles.push_back({static_cast<int32_t>(i), static_cast<int32_t>(row), static_cast<int32_t>(col), 0});
-  }
-  return tiles;
 }
 
 void refuse_f64(const Plan& plan) {
@@ -199,24 +184,27 @@ void refuse_f64(const Plan& plan) {
 }
 
 CudaTable make_cuda_table(const Plan& plan, Dtype dtype) {
-  const std::vector<Tile> tiles =
-      make_tiles(plan, dtype, [](const Segment&) { return TileShape{kCudaTileRows, kCudaTileCols}; });
   CudaTable table{};
-  const auto append = [&table](const void* data, size_t bytes) {
-    const size_t offset = (table.bytes.size() + 15) / 16 * 16;
-    table.bytes.resize(offset + bytes);
-    if (bytes > 0) std::memcpy(table.bytes.data() + offset, data, bytes);
-    return static_cast<int64_t>(offset);
-  };
-  table.segments = append(plan.segments.data(), plan.segments.size() * sizeof(Segment));
-  table.pieces = append(plan.pieces.data(), plan.pieces.size() * sizeof(Piece));
-  table.tiles = append(tiles.data(), tiles.size() * sizeof(Tile));
-  table.tile_count = static_cast<int64_t>(tiles.size());
+  std::vector<Segment> segments;
+  std::vector<int32_t> first_tile;
   for (const Segment& s : plan.segments) {
     if (s.dtype != dtype) continue;
-    table.rank = std::max(table.rank, s.rank);
-    table.padded_rank = std::max(table.padded_rank, s.padded_rank);
+    segments.push_back(s);
+    first_tile.push_back(static_cast<int32_t>(table.tile_count));
+    const int64_t rows = (s.rows - 1) / kCudaTileRows + 1, cols = (s.cols - 1) / kCudaTileCols + 1;
+    if (rows > (std::numeric_limits<int32_t>::max() - table.tile_count) / cols)
+      refuse("the weights have more than 2^31 tiles; merge them in several calls");
+    table.tile_count += rows * cols;
+    table.slabs = std::max(table.slabs, s.slabs);
   }
+  const auto append = [&table](const auto& items) {
+    const size_t offset = (table.bytes.size() + 15) / 16 * 16, bytes = items.size() * sizeof(items[0]);
+    table.bytes.resize(offset + bytes);
+    if (bytes > 0) std::memcpy(table.bytes.data() + offset, items.data(), bytes);
+    return static_cast<int64_t>(offset);
+  };
+  table.segments = append(segments), table.first_tile = append(first_tile), table.pieces = append(plan.pieces);
+  table.segment_count = static_cast<int64_t>(segments.size());
   return table;
 }
 

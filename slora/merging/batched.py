@@ -14,6 +14,8 @@ what rounding the result of the same call on `W.float()` gives.
 Error: with R the total rank of a row and P = sum |c_t B_t[n, j] A_t[j, k]|, the R roundings of the running sum, one
 of each `c_t B_t` and one of the last addition are at most u = 2**-24 of what they round, so
 `|fp32 result - exact| <= u (|W| + (R + 2) P)` to first order: one unit in the last place of `|W| + (R + 2) P`.
+A GPU gives fp32 weights the bits of the CPU. bf16 and fp16 weights go through its tensor cores: their sum has an order
+of its own and R + 10 in place of R + 2, by published measurements of the hardware (`csrc/merge_kernel.cuh`).
 
 Without the extension PyTorch computes the same in fp32 with an order of summation of its own, within the same bound.
 """

@@ -155,10 +155,10 @@ inline Case random_case(std::mt19937_64& random, const std::vector<Dtype>& dtype
   return c;
 }
 
-// Element (row, col) of weight w by merge.h's definition: the sum in fp32 (or fp64), before the last rounding; and
-// for the tolerance of tensor cores the rank and the sum of magnitudes.
+// Element (row, col) of weight w by merge.h's definition: the sum in fp32 (or fp64), before the last rounding; and for
+// tensor cores the sum in fp64, the rank and the sum of magnitudes.
 struct Expected {
-  double value, magnitude;
+  double value, exact, magnitude;
   int64_t rank;
   bool touched;
 };
@@ -167,7 +167,8 @@ inline Expected expected(const Case& c, const std::vector<double>& base, int64_t
   const Matrix& W = c.weights[static_cast<size_t>(w)];
   const bool wide = W.dtype == Dtype::f64;
   float sum = 0.0f;
-  Expected e{0.0, 0.0, 0, false};
+  const double old = base[static_cast<size_t>(row * W.cols + col)];
+  Expected e{0.0, old, 0.0, 0, false};
   double wide_sum = 0.0;
   for (const slora::Term& t : c.terms) {
     if (t.weight != w || t.scale == 0.0 || row < t.first_row || row >= t.first_row + t.rows) continue;
@@ -177,7 +178,9 @@ inline Expected expected(const Case& c, const std::vector<double>& base, int64_t
       const double A = get(static_cast<const char*>(t.A), j * t.A_strides[0] + col * t.A_strides[1], t.A_dtype);
       const double B =
           get(static_cast<const char*>(t.B), (row - t.first_row) * t.B_strides[0] + j * t.B_strides[1], t.B_dtype);
-      e.magnitude += std::fabs(t.scale * B * A);
+      const double product = static_cast<double>(static_cast<float>(t.scale)) * B * A;
+      e.exact += product;
+      e.magnitude += std::fabs(product);
       if (wide) {
         wide_sum = std::fma(t.scale * B, A, wide_sum);
       } else {
@@ -185,7 +188,6 @@ inline Expected expected(const Case& c, const std::vector<double>& base, int64_t
       }
     }
   }
-  const double old = base[static_cast<size_t>(row * W.cols + col)];
   e.value = wide ? old + wide_sum : static_cast<double>(static_cast<float>(old) + sum);
   return e;
 }

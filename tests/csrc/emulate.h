@@ -1,14 +1,19 @@
 // A CUDA thread block on the host: every thread is a coroutine of its own, they run in a random order between barriers,
-// and mma exchanges operands within a warp. What a missing barrier would break differs from run to run.
+// copies ahead arrive when
+// they are waited for, and mma exchanges operands within a warp. What a missing barrier would break differs from run to
+// run.
 #pragma once
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "../../csrc/numbers.h"
@@ -48,6 +53,22 @@ class Block {
   void warp_barrier() { wait(State::warp); }
   unsigned thread() const { return static_cast<unsigned>(running_); }
 
+  // The number of threads for which `condition` holds.
+  int count(bool condition) {
+    fibers_[running_].condition = condition;
+    block_barrier();
+    const auto holds = [](const Fiber& f) { return f.condition; };
+    const auto result = static_cast<int>(std::count_if(fibers_.begin(), fibers_.end(), holds));
+    block_barrier();
+    return result;
+  }
+
+  void copy_ahead(void* to, const void* from) { fibers_[running_].copies.emplace_back(to, from); }
+  void wait_for_copies() {
+    for (const auto& [to, from] : fibers_[running_].copies) std::memcpy(to, from, 16);
+    fibers_[running_].copies.clear();
+  }
+
   // What each thread of the running thread's warp has put here.
   uint32_t (*exchange())[8] { return fibers_warp_[running_ / 32].values; }
 
@@ -59,6 +80,8 @@ class Block {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     State state;
+    bool condition;
+    std::vector<std::pair<void*, const void*>> copies;
   };
   struct Warp {
     uint32_t values[32][8];
@@ -129,16 +152,20 @@ struct alignas(16) float4 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 using emulate::blockIdx;
 using emulate::threadIdx;
 inline void __syncthreads() { emulate::Block::current->block_barrier(); }
+inline int __syncthreads_count(bool condition) { return emulate::Block::current->count(condition); }
 
 #define SLORA_DEVICE inline
 #define SLORA_KERNEL(threads, blocks) void
 #define SLORA_UNROLL
-#define SLORA_UNROLL_TWICE
 #define SLORA_KEEP_ROLLED
 #define SLORA_SHARED(name) float4* name = static_cast<float4*>(emulate::shared_memory)
 #define __restrict__
@@ -165,28 +192,51 @@ void store_once(T* to, T value) {
   *to = value;
 }
 
-// PTX ISA, mma.m16n8k8 with .tf32: which element of which matrix a lane holds.
-inline void mma(float& d0, float& d1, float& d2, float& d3, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline void copy_ahead(void* to, const void* from) { emulate::Block::current->copy_ahead(to, from); }
+inline void wait_for_copies() { emulate::Block::current->wait_for_copies(); }
+inline unsigned thread_index() { return threadIdx.x; }
+
+// start + the exact products, as tensor cores add: all cut off at 2^-24 of the largest one's power of two, then the sum
+// to 24 bits.
+inline float cut_sum(float start, const double (&products)[8]) {
+  double largest = std::fabs(start), plain = start;
+  for (double product : products) largest = std::max(largest, std::fabs(product)), plain += product;
+  if (largest == 0.0 || !std::isfinite(plain)) return static_cast<float>(plain);
+  const double unit = std::ldexp(1.0, std::ilogb(largest) - 24);
+  double sum = std::trunc(start / unit);
+  for (double product : products) sum += std::trunc(product / unit);
+  sum *= unit;
+  const auto rounded = static_cast<float>(sum);
+  return std::fabs(static_cast<double>(rounded)) > std::fabs(sum) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
+// PTX ISA, mma.m16n8k16 with .bf16 or .f16: which numbers of which matrix a lane holds.
+template <Dtype part>
+void mma(float (&d)[4], uint4 b, uint2 a) {
   emulate::Block& block = *emulate::Block::current;
-  const unsigned lane = block.thread() % 32;
+  const unsigned lane = block.thread() % 32, group = lane / 4, member = lane % 4;
   uint32_t (*all)[8] = block.exchange();
-  for (int i = 0; i < 4; ++i) all[lane][i] = a[i];
-  all[lane][4] = b0, all[lane][5] = b1;
+  const uint32_t mine[6] = {b.x, b.y, b.z, b.w, a.x, a.y};
+  for (int i = 0; i < 6; ++i) all[lane][i] = mine[i];
   block.warp_barrier();
-  const unsigned group = lane / 4, member = lane % 4;
-  const auto tf32 = [](uint32_t bits) { return static_cast<double>(float_of(bits & 0xffffe000u)); };
-  const auto sum = [&](unsigned row, unsigned col, float start) {
-    double result = start;
-    for (unsigned k = 0; k < 8; ++k) {
-      const uint32_t left = all[row % 8 * 4 + k % 4][row / 8 + k / 4 * 2], right = all[col * 4 + k % 4][4 + k / 4];
-      result += tf32(left) * tf32(right);
-    }
-    return static_cast<float>(result);
+  const auto number = [](uint32_t pair, unsigned k) -> double {
+    const auto bits = static_cast<uint16_t>(k % 2 ? pair >> 16 : pair);
+    return part == Dtype::bf16 ? float_of_bf16(bits) : float_of_f16(bits);
   };
-  const float results[4] = {sum(group, 2 * member, d0), sum(group, 2 * member + 1, d1), sum(group + 8, 2 * member, d2),
-                            sum(group + 8, 2 * member + 1, d3)};
+  float results[4];
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = group + i / 2 * 8, col = 2 * member + i % 2;
+    results[i] = d[i];
+    for (unsigned half = 0; half < 2; ++half) {
+      double products[8];
+      for (unsigned k = 0; k < 8; ++k)
+        products[k] =
+            number(all[row % 8 * 4 + k / 2][row / 8 + 2 * half], k) * number(all[col * 4 + k / 2][4 + half], k);
+      results[i] = cut_sum(results[i], products);
+    }
+  }
   block.warp_barrier();
-  d0 = results[0], d1 = results[1], d2 = results[2], d3 = results[3];
+  for (int i = 0; i < 4; ++i) d[i] = results[i];
 }
 
 }  // namespace slora

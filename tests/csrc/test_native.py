@@ -46,5 +46,6 @@ def test_cpu_executor_keeps_its_bits_as_it_is_built_for_use(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_cuda_kernel_is_right_and_reaches_every_barrier_on_the_host(tmp_path: Path) -> None:
-    run(built("check_kernel", tmp_path), 150, 0)
-    run(built("check_kernel", tmp_path, *SANITIZE), 50, 1000)
+    # As nvcc: numbers of one type may be read as those of another.
+    run(built("check_kernel", tmp_path, "-fno-strict-aliasing"), 150, 0)
+    run(built("check_kernel", tmp_path, "-fno-strict-aliasing", *SANITIZE), 50, 1000)

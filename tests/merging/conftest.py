@@ -52,8 +52,8 @@ def merged_in_order(W: Tensor, updates: Iterable[Update]) -> Tensor:
     return torch.where(touched[:, None], result, W)
 
 
-def bound(W: Tensor, updates: Iterable[Update]) -> tuple[Tensor, Tensor]:
-    """Return `W + sum c B A` in fp64, and one fp32 unit in the last place of `|W| + (R + 2) sum |c B A|`."""
+def bound(W: Tensor, updates: Iterable[Update], more: int = 2) -> tuple[Tensor, Tensor]:
+    """Return `W + sum c B A` in fp64, and one fp32 unit in the last place of `|W| + (R + more) sum |c B A|`."""
     exact, magnitude = W.double().clone(), torch.zeros(W.shape, dtype=torch.float64)
     R = torch.zeros(W.shape[0], 1, dtype=torch.float64)
     for A, B, scale, first in updates:
@@ -61,7 +61,7 @@ def bound(W: Tensor, updates: Iterable[Update]) -> tuple[Tensor, Tensor]:
         exact[rows] += scale * (B.double() @ A.double())
         magnitude[rows] += abs(scale) * (B.double().abs() @ A.double().abs())
         R[rows] += A.shape[0]
-    accumulate = W.double().abs() + (R + 2) * magnitude
+    accumulate = W.double().abs() + (R + more) * magnitude
     return exact, torch.exp2(torch.floor(torch.log2(accumulate.clamp_min(2.0**-126)))) * 2.0**-23
 
 
