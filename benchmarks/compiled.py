@@ -11,11 +11,10 @@ import dataclasses
 import io
 import os
 import re
-import time
 from typing import Any
 
 REGISTERS = 65536
-# Per multiprocessor: bytes of shared memory, of which each program needs 1 KiB more than it asks for, and warps.
+# Per SM: bytes of shared memory, of which each program needs 1 KiB more than it asks for, and warps.
 SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 WARPS = 64
 TENSOR_MEMORY_COLUMNS = 512
@@ -27,17 +26,15 @@ class Variant:
 
     kernel: Any
     """A function under `triton.jit`."""
-    part: int
+    arch: int
     """80, 90 or 100."""
     label: str
-    """What it is, for people."""
+    """What it is, for people: unique for a kernel and arch."""
     types: dict[str, str]
     """The type of each argument that is no constant, as Triton writes it."""
     constants: dict[str, Any]
     options: dict[str, Any]
     """num_warps, num_stages and the like."""
-    unaligned: frozenset[str] = frozenset()
-    """Pointers and integers that are not multiples of 16."""
     tensor_cores: bool = True
     """Whether its products should be done by tensor cores."""
     older_products: bool = False
@@ -45,22 +42,17 @@ class Variant:
     copies_ahead: bool = False
     """Whether its loop should load by asynchronous copies."""
     described: tuple[str, ...] = ()
-    """Arguments whose tiles the copy engine should bring."""
+    """Arguments whose tiles TMA should bring."""
     stores_described: bool = False
-    """Whether the copy engine should take its results away."""
-    in_registers: bool = False
-    """Whether an operand is changed in registers, so that each wgmma waits for the one before."""
+    """Whether TMA should take its results away."""
     programs: int = 1
-    """How many programs are meant to share a multiprocessor."""
+    """How many programs are meant to share an SM."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What became of a variant."""
 
-    kernel: str
-    part: int
-    label: str
     registers: int
     stack: int
     """Bytes per thread."""
@@ -70,22 +62,23 @@ class Report:
     """Bytes per program."""
     tensor_memory: int
     """Columns of tensor memory; 0 before sm_100."""
-    warps: int
     occupancy: int
-    """Programs that fit on a multiprocessor."""
+    """Programs that fit on a SM."""
     products: dict[str, int]
     """Products of tiles by the instruction that does them."""
     bulk_loads: tuple[str, ...]
-    """Arguments that the copy engine brings."""
+    """Arguments that TMA brings."""
     bulk_stores: int
     async_copies: int
     serialized: bool
     """Whether ptxas makes every wgmma wait for the one before."""
-    seconds: float
 
 
 def compiled(variant: Variant) -> Report:
-    """Compile `variant` anew and return what came out."""
+    """Compile `variant`, whatever is cached, and return what came out.
+
+    Pointers are aligned to 16 bytes; of the integers nothing is known but what the kernel says.
+    """
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     # Less to compile, and the same instructions.
@@ -96,24 +89,19 @@ def compiled(variant: Variant) -> Report:
 
     names = list(variant.kernel.arg_names)
     types = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if name not in variant.unaligned and (types[name].startswith("*") or types[name] == "i32")
-    }
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     log = io.StringIO()
-    start = time.perf_counter()
     with contextlib.redirect_stdout(log):
         made = triton.compile(
             ASTSource(variant.kernel, types, constants, aligned),
-            target=GPUTarget("cuda", variant.part, 32),
+            target=GPUTarget("cuda", variant.arch, 32),
             options=variant.options,
         )
-    return _report(variant, made, log.getvalue(), time.perf_counter() - start)
+    return _report(variant, made, log.getvalue())
 
 
-def _report(variant: Variant, made: Any, log: str, seconds: float) -> Report:
+def _report(variant: Variant, made: Any, log: str) -> Report:
     registers = int(_found(r"Used (\d+) registers", log))
     stack, stores, loads = map(
         int, re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)[0]
@@ -121,22 +109,18 @@ def _report(variant: Variant, made: Any, log: str, seconds: float) -> Report:
     tensor_memory = int(getattr(made.metadata, "tmem_size", 0) or 0)
     fits = [
         REGISTERS // (-(-registers // 8) * 8 * 32 * variant.options["num_warps"]),
-        SHARED_MEMORY[variant.part] // (made.metadata.shared + 1024),
+        SHARED_MEMORY[variant.arch] // (made.metadata.shared + 1024),
         WARPS // variant.options["num_warps"],
         TENSOR_MEMORY_COLUMNS // tensor_memory if tensor_memory else WARPS,
     ]
     code = made.asm["ttgir"]
     dots = re.findall(r"tt\.dot .*-> tensor<[^>]*#(\w+)", code)
     return Report(
-        kernel=variant.kernel.fn.__name__,
-        part=variant.part,
-        label=variant.label,
         registers=registers,
         stack=stack,
         spilled=stores + loads,
         shared=made.metadata.shared,
         tensor_memory=tensor_memory,
-        warps=variant.options["num_warps"],
         occupancy=min(fits),
         products={
             "wgmma": code.count("ttng.warp_group_dot "),
@@ -148,7 +132,6 @@ def _report(variant: Variant, made: Any, log: str, seconds: float) -> Report:
         bulk_stores=len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.global\.shared", made.asm["ptx"])),
         async_copies=made.asm["ptx"].count("cp.async.c"),
         serialized="wgmma.mma_async instructions are serialized" in log,
-        seconds=seconds,
     )
 
 
@@ -159,20 +142,20 @@ def _found(pattern: str, text: str) -> str:
     return match[1]
 
 
-def faults(variant: Variant, report: Report, limit: int) -> list[str]:
+def mismatches(variant: Variant, report: Report, limit: int) -> list[str]:
     """Return what is wrong with a kernel that should run at speed; `limit` is in bytes of shared memory per program."""
     found = []
     if report.stack or report.spilled:
         found.append(f"{report.stack} bytes of stack and {report.spilled} bytes spilled")
     if report.shared > limit:
-        found.append(f"{report.shared} bytes of shared memory; sm_{report.part} has {limit}")
+        found.append(f"{report.shared} bytes of shared memory; sm_{variant.arch} has {limit}")
     if report.tensor_memory > TENSOR_MEMORY_COLUMNS:
         found.append(f"{report.tensor_memory} columns of tensor memory; there are {TENSOR_MEMORY_COLUMNS}")
-    if report.serialized and not variant.in_registers:
+    if report.serialized:
         found.append("ptxas serializes its wgmma instructions")
     if report.occupancy < variant.programs:
-        found.append(f"{variant.programs} programs are meant to share a multiprocessor; {report.occupancy} fit")
-    own = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[report.part]
+        found.append(f"{variant.programs} programs are meant to share an SM; {report.occupancy} fit")
+    own = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[variant.arch]
     wanted = {own, "mma.sync"} if variant.older_products else {own}
     others = {name for name, n in report.products.items() if n} - wanted
     if variant.tensor_cores and (others or not any(report.products[name] for name in wanted)):
@@ -181,7 +164,7 @@ def faults(variant: Variant, report: Report, limit: int) -> list[str]:
         found.append("its loop does not load by asynchronous copies")
     missing = set(variant.described) - set(report.bulk_loads)
     if missing:
-        found.append(f"the copy engine does not bring {', '.join(sorted(missing))}")
+        found.append(f"TMA does not bring {', '.join(sorted(missing))}")
     if variant.stores_described and not report.bulk_stores:
-        found.append("the copy engine does not take its results away")
+        found.append("TMA does not take its results away")
     return found

@@ -1,18 +1,20 @@
 """FLOPs by counting, bytes by formula, and what part of the ceilings a time is.
 
-FLOPs come from PyTorch's counter, which knows slora's operator by the formulas of `slora.flops`. Bytes are the least
-that a form of the computation has to move through memory, in elements of the activations' dtype, with `x [M, K]`,
-`dy [M, N]` and everything of size r left out:
+FLOPs come from PyTorch's counter, which knows slora's operator by the formulas of `slora.ops.flops`. Bytes are the
+least that a form of the computation has to move through memory, in elements of the activations' dtype, with
+`x [M, K]`, `dy [M, N]` and everything of size r left out:
 
     frozen       forward x + W + y, backward dy + W + dx
-    eager        one kernel per step, as PEFT computes       + 6 MK + 10 MN
-    addmm        added in place to y and dx                  + 4 MK +  4 MN
-    accumulate   S and T first, then added to the accumulator + 2 MK +  2 MN
-    fused        S and T in the main loops, too              +   MK +    MN
-    concat       forward with W beside B, in memory          +   MK        + 2 NK
-    full         the dense weight gradient                   +   MK +    MN + NK
+    eager          one kernel per step, as PEFT computes        + 6 MK + 10 MN
+    addmm          added in place to y and dx                   + 4 MK +  4 MN
+    cublas_after   the same
+    cublas_before  the same, but y and dx are read by the GEMM  + 4 MK +  4 MN
+    precomputed    S and T first, then added to the accumulator + 2 MK +  2 MN
+    split          x and dy by two launches                     + 2 MK +  2 MN
+    fused          S and T in the main loops, too               +   MK +    MN
+    full           the dense weight gradient                    +   MK +    MN + NK
 
-`concat` has no backward. Two forms, as in "concat/addmm", are those of the forward and of the backward.
+Two forms, as in "fused/split", are those of the forward and of the backward.
 Of a call of a whole model `Compulsory` says what is counted.
 """
 
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import slora
-from slora.flops import count_flops
+from slora.ops.flops import count_flops
 
 
 class Extra(NamedTuple):
@@ -36,7 +38,6 @@ class Extra(NamedTuple):
     forward_MN: int
     backward_MK: int
     backward_MN: int
-    forward_NK: int = 0
     backward_NK: int = 0
 
 
@@ -44,9 +45,11 @@ FORMS = {
     "frozen": Extra(0, 0, 0, 0),
     "eager": Extra(1, 6, 5, 4),
     "addmm": Extra(1, 2, 3, 2),
-    "accumulate": Extra(1, 0, 1, 2),
+    "cublas_after": Extra(1, 2, 3, 2),
+    "cublas_before": Extra(1, 2, 3, 2),
+    "precomputed": Extra(1, 0, 1, 2),
+    "split": Extra(1, 0, 1, 2),
     "fused": Extra(0, 0, 1, 1),
-    "concat": Extra(1, 0, 0, 0, forward_NK=2),
     "full": Extra(0, 0, 1, 1, backward_NK=1),
 }
 
@@ -60,7 +63,7 @@ def bytes_moved(form: str, M: int, N: int, K: int, element: int, share: float = 
     """Bytes that `form` has to move; `share` is the active share of the blocks, which scales what touches MN."""
     first, last = (FORMS[name] for name in (form.split("/") * 2)[:2])
     on, frozen = share > 0, M * K + N * K + M * N
-    elements = frozen + on * (first.forward_MK * M * K + first.forward_NK * N * K) + share * first.forward_MN * M * N
+    elements = frozen + on * first.forward_MK * M * K + share * first.forward_MN * M * N
     if backward:
         elements += frozen + on * (last.backward_MK * M * K + last.backward_NK * N * K)
         elements += share * last.backward_MN * M * N
@@ -150,7 +153,7 @@ def of_step(
 def parameters_read(net: nn.Module, gradients: bool) -> int:
     """Bytes of the parameters that a forward of `net` reads, with or without gradients."""
     unread = 0
-    for _, layer in slora.gate.adapted_layers(net):
+    for _, layer in slora.layers.adapted_layers(net):
         activity = layer.activity()
         if not (gradients and activity.probe and layer.inactive != "frozen"):
             unread += (layer.lora_A.nbytes + layer.lora_B.nbytes) * len(activity.inactive) // layer.blocks

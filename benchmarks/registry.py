@@ -60,6 +60,7 @@ CASES = {
         ),
         Case("inference", "a forward: base, merged, unmerged, PEFT merged and unmerged", packages=("timm",)),
         Case("gates", "a training step under each policy for inactive blocks", packages=("timm",)),
+        Case("host", "host time per layer: tiny tensors on one thread of the CPU", ("cpu",), packages=("peft",)),
         Case("scaling", "cost against rank, active share and tokens, beside what the model of costs predicts"),
     )
 }

@@ -1,15 +1,19 @@
-"""Triton kernels of slora, imported as `slora.kernels`. `slora.forms` launches them.
+"""Triton kernels of slora, imported as `slora.kernels`. `slora.ops.backends.triton` launches them.
 
 | file | what it computes |
 |---|---|
 | `linear_forward.py` | y: base product, S and the low-rank update in one pass over x |
 | `linear_backward.py` | dx: base product, T and the low-rank update in one pass over dy |
+| `linear_precomputed.py` | y and dx from an S and a T that were computed before |
+| `skinny.py` | S and T alone |
 | `weight_gradients.py` | dA, dB and the gates' gradients in one pass over x and dy |
 | `gate_probe.py` | gradients of inactive gates from a random subset of rows |
-| `skinny.py` | S or T alone, for the forms that read them |
-| `tiles.py`, `slots.py`, `dropout.py` | on the device: tiles of a matrix, places of blocks, kept elements |
-| `configs.py`, `narrow_configs.py` | tile sizes of the GEMM kernels, and of the others |
+| `tiles.py`, `packed.py`, `dropout.py` | on the device: tiles of a matrix, packed block indices, kept elements |
+| `configs.py` | tile sizes |
 | `launch.py` | what every launcher asks of the device |
+
+They serve bf16 and fp16; fp32 in the interpreter alone, where tests see how exact they are. x, dy and W have rows of
+16 aligned bytes, K and the outputs of a block are multiples of 8, the rank is a multiple of 4 up to 256.
 
 Importing this package does not import Triton; importing one of its files does.
 """

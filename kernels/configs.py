@@ -1,41 +1,32 @@
-"""The one table of tile sizes: for every kernel, kind of GPU and padded rank a few candidates, the best guess first.
+"""Tile sizes: for every kernel, arch and padded rank a few candidates, of which a measurement picks one per shape.
 
-Every configuration is compiled by `python -m benchmarks.audit`; tests/kernels/test_compiles.py asserts by its record
-that it spills nothing, fits into shared memory and uses the tensor cores. Which of the candidates is fastest is for a
-measurement to say.
+`python -m benchmarks.audit` compiles each of them; benchmarks/results/audit/kernels.json is what it found: none spills,
+all fit into shared memory and use the arch's own tensor-core instructions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-Access = Literal["bulk", "vectors", "elements"]
-"""How tiles reach shared memory: by the copy engine through tensor descriptors, or by the threads' own loads of 16
-bytes or, where rows do not start or end at multiples of 16 elements, of single elements. GPUs that have the engine use
-it wherever 16 bytes would do."""
-Precision = Literal["16-bit", "tf32", "ieee"]
-"""What a product multiplies: bf16 or fp16, fp32 rounded to TF32, or fp32 itself (which no tensor core does)."""
-Kernel = Literal["forward", "backward"]
-Form = Literal["fused", "dropout", "given", "given, dropout"]
-"""S and T computed in the main loop or read from memory; with dropout or without (y of a given S has no mask)."""
-
-PARTS = (80, 90, 100)
+ARCHS = (80, 90, 100)
 # Bytes of shared memory that one program may use. For 80 it is that of compute capability 8.6, 8.9 and 12.0, which use
-# the same configurations (8.0 itself has 163 kB).
+# the same tiles (8.0 itself has 163 kB).
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+RANKS = (16, 32, 64, 128, 256)
+"""Columns of S, T, A and B that kernels compute with; what a rank lacks to the next of them is masked."""
+ANY_WIDTH = 512
+"""Stands for more packed columns of T than the largest of `RANKS`, which the input gradient adds in a loop."""
 # Above this rank S and T are not computed in the main loop: their fp32 sums would not fit beside those of the tile.
 MAX_FUSED_RANK = 64
-# Of ranks that are multiples of this, rows of A, B, S and T are read and written in vectors.
-UNIT = 4
 
-_OPTIONS = {"num_warps", "num_stages", "maxnreg"}
+Form = Literal["fused", "precomputed", "masked"]
+"""S or T computed in the main loop, or read; with a dropout mask on the update of dx."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gemm:
-    """Tile sizes of `linear_forward` and `linear_backward`."""
+    """Tile sizes of `linear_forward`, `linear_backward` and `linear_precomputed`."""
 
     BM: int
     """Rows of x or dy per tile."""
@@ -47,206 +38,115 @@ class Gemm:
     num_stages: int
     """Tiles of each operand that are in shared memory or on their way."""
     programs: int = 1
-    """How many programs share a multiprocessor; the kernels are persistent."""
+    """How many programs share an SM; the kernels are persistent."""
     HALVES: bool = False
     """Store the two halves of a tile one after the other, through a buffer half as large."""
     FLATTEN: bool = False
     """One pipeline over all tiles of a program instead of one per tile."""
     GROUP: int = 8
     """Row tiles that are worked on side by side; see `tiles.grouped`."""
-    maxnreg: int | None = None
-    """Registers per thread that ptxas may use; by default it spills a few of them where one program more then fits."""
 
     @property
     def store_width(self) -> int:
         """Columns of y or dx that leave at once."""
         return self.BN // 2 if self.HALVES else self.BN
 
-    def kernel_arguments(self) -> dict[str, Any]:
-        """Return what the kernels take as compile-time arguments."""
-        fields = dataclasses.asdict(self)
-        return {name: value for name, value in fields.items() if name not in _OPTIONS | {"programs"}}
+    def meta(self) -> dict[str, Any]:
+        """Return the compile-time arguments and the options of the launch."""
+        return {name: value for name, value in vars(self).items() if name != "programs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Tile sizes of `skinny` and `gate_probe`, whose programs own rows and walk along the columns of x or dy."""
+
+    BM: int
+    BK: int
+    num_warps: int
+    num_stages: int
 
     def meta(self) -> dict[str, Any]:
         """Return the compile-time arguments and the options of the launch."""
-        return self.kernel_arguments() | self.options()
-
-    def options(self) -> dict[str, Any]:
-        """Return what Triton's compiler is told."""
-        return {name: getattr(self, name) for name in sorted(_OPTIONS)}
+        return vars(self)
 
 
-def part_of(capability: int) -> int:
-    """Return the entry of `PARTS` whose configurations a GPU of this compute capability (major, minor) uses."""
-    return {9: 90, 10: 100}.get(capability // 10, 80)
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Tile sizes of `weight_gradients`, whose programs own columns of x or dy and walk along the rows."""
+
+    TILE: int
+    """Columns of x or dy that a program owns."""
+    ROWS: int
+    """Rows per step of its loop."""
+    TALL: bool
+    """Whether the product is formed as TILE x LOW, which wgmma wants, or as LOW x TILE, which mma can pipeline."""
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, Any]:
+        """Return the compile-time arguments and the options of the launch."""
+        return vars(self)
 
 
-class Row(NamedTuple):
-    """Candidates for one case of the GEMM kernels, the best guess first."""
-
-    kernels: tuple[Kernel, ...]
-    part: int
-    access: Access
-    precision: Precision
-    forms: tuple[Form, ...]
-    ranks: tuple[int, ...]
-    """Columns of S or T that are computed, or read, at once; a rank is padded to the next of them."""
-    candidates: tuple[Gemm, ...]
-    one_block: bool = False
-    """Whether a layer of one block gets code of its own, without a search for its block and with one pipeline."""
-    odd: tuple[Gemm, ...] | None = None
-    """The candidates for ranks that are no multiples of 4, where not all of them serve those: every element of A, B, S
-    and T then has an address and a mask of its own in registers. Where none does, such calls read by elements."""
+def arch_of(major: int) -> int:
+    """Return the entry of `ARCHS` whose tiles a GPU of compute capability `major` uses."""
+    return {9: 90, 10: 100}.get(major, 80)
 
 
-_F: tuple[Kernel, ...] = ("forward",)
-_B: tuple[Kernel, ...] = ("backward",)
-_FB: tuple[Kernel, ...] = ("forward", "backward")
+def padded(r: int) -> int:
+    """Return the entry of `RANKS` that holds `r` columns, else `ANY_WIDTH`."""
+    return next((R for R in RANKS if r <= R), ANY_WIDTH)
+
 
 _WIDE = Gemm(128, 256, 64, 8, 3, HALVES=True, FLATTEN=True)
+_TALL = Gemm(256, 128, 64, 8, 3, HALVES=True, FLATTEN=True)
 _SQUARE = Gemm(128, 128, 64, 8, 4, FLATTEN=True)
-# Two programs share a multiprocessor: the main loop of one runs during the epilogue of the other.
-_PAIR = Gemm(128, 128, 32, 4, 5, programs=2, HALVES=True, FLATTEN=True)
-# In the input gradient of several blocks the fifth stage costs the registers that are spilled.
-_PAIR_OF_4 = dataclasses.replace(_PAIR, num_stages=4)
-# With dropout the update of dx needs sums of its own before it is masked: half as many rows keep them in registers.
 _LOW = Gemm(64, 128, 64, 8, 4, FLATTEN=True)
-# Elements that are not aligned are loaded one by one, each with its address and mask in registers.
-_UNALIGNED = Gemm(64, 64, 32, 8, 3)
-_NARROW = Gemm(128, 64, 64, 8, 4)
-_TINY = Gemm(64, 32, 32, 8, 3)
-_SMALL = Gemm(64, 64, 64, 8, 4)
-
-_EXACT = Gemm(16, 32, 16, 8, 2, maxnreg=255)
-
-GEMM: tuple[Row, ...] = (
-    Row(_F, 90, "bulk", "16-bit", ("fused",), (16,), (_WIDE, _PAIR, _SQUARE), True, (_SQUARE,)),
-    Row(_B, 90, "bulk", "16-bit", ("fused",), (16,), (_WIDE, _PAIR_OF_4, _SQUARE), True, (_SQUARE,)),
-    Row(_F, 90, "bulk", "16-bit", ("fused",), (32,), (_WIDE, _SQUARE), True, (_SQUARE,)),
-    Row(_B, 90, "bulk", "16-bit", ("fused",), (32,), (_SQUARE,), True),
-    Row(_F, 90, "bulk", "16-bit", ("fused",), (64,), (_SQUARE,), True, (_SMALL,)),
-    Row(_B, 90, "bulk", "16-bit", ("fused",), (64,), (_SQUARE,), True, ()),
-    Row(_F, 90, "bulk", "16-bit", ("dropout",), (16,), (_SQUARE,), True),
-    Row(_F, 90, "bulk", "16-bit", ("dropout",), (32,), (_LOW,), True),
-    Row(_F, 90, "bulk", "16-bit", ("dropout",), (64,), (_LOW,), True, (_SMALL,)),
-    Row(_B, 90, "bulk", "16-bit", ("dropout",), (16, 32, 64), (_LOW,), True),
-    Row(_FB, 90, "bulk", "16-bit", ("given",), (16,), (_WIDE, _SQUARE), True),
-    Row(_FB, 90, "bulk", "16-bit", ("given",), (64,), (_SQUARE,), True, (_LOW,)),
-    Row(_B, 90, "bulk", "16-bit", ("given, dropout",), (16,), (_SQUARE,)),
-    Row(_B, 90, "bulk", "16-bit", ("given, dropout",), (64,), (_SQUARE,), odd=(_LOW,)),
-    Row(_FB, 90, "bulk", "tf32", ("fused",), (16,), (Gemm(128, 128, 32, 8, 3, FLATTEN=True),)),
-    Row(_F, 90, "bulk", "tf32", ("fused",), (64,), (Gemm(64, 128, 32, 8, 3, FLATTEN=True),), odd=(_UNALIGNED,)),
-    Row(_B, 90, "bulk", "tf32", ("fused",), (64,), (_UNALIGNED,), odd=(_TINY,)),
-    Row(_F, 90, "bulk", "tf32", ("dropout",), (16,), (Gemm(64, 128, 32, 8, 3, FLATTEN=True),)),
-    Row(_F, 90, "bulk", "tf32", ("dropout",), (64,), (Gemm(64, 128, 32, 8, 3, FLATTEN=True),), odd=(_UNALIGNED,)),
-    Row(_B, 90, "bulk", "tf32", ("dropout",), (16,), (_UNALIGNED,)),
-    Row(_B, 90, "bulk", "tf32", ("dropout",), (64,), (_UNALIGNED,), odd=(_TINY,)),
-    Row(_FB, 90, "bulk", "tf32", ("given",), (64,), (Gemm(128, 128, 32, 8, 3),), odd=(_UNALIGNED,)),
-    Row(_B, 90, "bulk", "tf32", ("given, dropout",), (64,), (Gemm(64, 128, 32, 8, 3),)),
-    Row(_FB, 100, "bulk", "16-bit", ("fused",), (16,), (Gemm(128, 128, 64, 4, 3),), True, (_NARROW,)),
-    Row(_F, 100, "bulk", "16-bit", ("fused",), (64,), (Gemm(128, 128, 64, 8, 3),), True, (_NARROW,)),
-    Row(_B, 100, "bulk", "16-bit", ("fused",), (64,), (Gemm(128, 128, 64, 8, 3),), True, (_SMALL,)),
-    Row(_FB, 100, "bulk", "16-bit", ("dropout",), (16,), (dataclasses.replace(_NARROW, maxnreg=255),), True),
-    Row(_F, 100, "bulk", "16-bit", ("dropout",), (64,), (Gemm(128, 128, 64, 8, 3),), True, (_SMALL,)),
-    Row(_B, 100, "bulk", "16-bit", ("dropout",), (64,), (_NARROW,), True, (_SMALL,)),
-    Row(_FB, 100, "bulk", "16-bit", ("given",), (16,), (Gemm(128, 256, 64, 8, 3, HALVES=True),), True),
-    Row(_FB, 100, "bulk", "16-bit", ("given",), (64,), (Gemm(128, 128, 64, 8, 3),), True, (_NARROW,)),
-    Row(_B, 100, "bulk", "16-bit", ("given, dropout",), (16, 64), (_NARROW,)),
-    Row(_F, 100, "bulk", "tf32", ("fused",), (16, 64), (Gemm(64, 128, 32, 8, 3),)),
-    Row(_B, 100, "bulk", "tf32", ("fused",), (16,), (Gemm(64, 128, 32, 8, 3),)),
-    Row(_B, 100, "bulk", "tf32", ("fused",), (64,), (Gemm(64, 128, 32, 8, 3),), odd=(Gemm(64, 32, 16, 8, 3),)),
-    Row(_F, 100, "bulk", "tf32", ("dropout",), (16, 64), (Gemm(64, 128, 32, 8, 3, maxnreg=255),)),
-    Row(_B, 100, "bulk", "tf32", ("dropout",), (16,), (Gemm(64, 128, 32, 8, 3),)),
-    Row(_B, 100, "bulk", "tf32", ("dropout",), (64,), (_UNALIGNED,), odd=(Gemm(64, 64, 16, 8, 3),)),
-    Row(_FB, 100, "bulk", "tf32", ("given", "given, dropout"), (64,), (Gemm(64, 64, 32, 8, 3, maxnreg=255),)),
-    Row(_F, 80, "vectors", "16-bit", ("fused",), (16,), (Gemm(128, 128, 32, 8, 4),), True),
-    Row(_F, 80, "vectors", "16-bit", ("fused",), (32, 64), (Gemm(128, 64, 32, 8, 4),), True),
-    Row(_B, 80, "vectors", "16-bit", ("fused",), (16,), (Gemm(128, 64, 32, 8, 4),), True),
-    Row(_B, 80, "vectors", "16-bit", ("fused",), (32,), (Gemm(64, 64, 32, 8, 4),), True),
-    Row(_B, 80, "vectors", "16-bit", ("fused",), (64,), (Gemm(64, 64, 32, 8, 4),), True, (Gemm(64, 32, 32, 8, 4),)),
-    Row(_FB, 80, "vectors", "16-bit", ("given",), (16,), (Gemm(128, 128, 32, 8, 4),), True),
-    Row(_FB, 80, "vectors", "16-bit", ("given",), (64,), (Gemm(128, 128, 32, 8, 4),), True, (Gemm(128, 64, 32, 8, 4),)),
-    Row(_F, 80, "vectors", "16-bit", ("dropout",), (16, 64), (Gemm(64, 64, 32, 8, 4),)),
-    Row(_B, 80, "vectors", "16-bit", ("dropout",), (16,), (Gemm(64, 64, 32, 8, 4),)),
-    Row(_B, 80, "vectors", "16-bit", ("dropout",), (64,), (Gemm(64, 64, 32, 8, 4),), odd=(Gemm(64, 32, 32, 8, 4),)),
-    Row(_B, 80, "vectors", "16-bit", ("given, dropout",), (16, 64), (Gemm(128, 64, 32, 8, 4),)),
-    Row(_F, 80, "vectors", "tf32", ("fused",), (16, 64), (Gemm(64, 64, 32, 8, 3),)),
-    Row(_B, 80, "vectors", "tf32", ("fused",), (16,), (Gemm(64, 64, 32, 8, 3),)),
-    Row(_B, 80, "vectors", "tf32", ("fused",), (64,), (Gemm(64, 64, 32, 8, 3),), odd=(Gemm(64, 64, 16, 8, 3),)),
-    Row(_FB, 80, "vectors", "tf32", ("dropout",), (16, 64), (Gemm(64, 64, 16, 8, 3),)),
-    Row(_FB, 80, "vectors", "tf32", ("given", "given, dropout"), (64,), (Gemm(64, 64, 32, 8, 3),)),
-    Row(_F, 80, "elements", "16-bit", ("fused", "dropout"), (16, 64), (_UNALIGNED,)),
-    Row(_B, 80, "elements", "16-bit", ("fused", "dropout"), (16, 64), (Gemm(64, 64, 16, 8, 2),)),
-    Row(_FB, 80, "elements", "16-bit", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
-    Row(_F, 80, "elements", "tf32", ("fused", "dropout"), (16, 64), (Gemm(64, 64, 16, 8, 2),)),
-    Row(_B, 80, "elements", "tf32", ("fused", "dropout"), (16,), (Gemm(64, 64, 16, 8, 2),)),
-    Row(_B, 80, "elements", "tf32", ("fused", "dropout"), (64,), (Gemm(32, 64, 16, 8, 2),)),
-    Row(_FB, 80, "elements", "tf32", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
-    Row(_F, 90, "elements", "16-bit", ("fused", "dropout"), (16, 64), (_UNALIGNED,)),
-    Row(_B, 90, "elements", "16-bit", ("fused", "dropout"), (16, 64), (Gemm(64, 64, 16, 8, 2),)),
-    Row(_FB, 90, "elements", "16-bit", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
-    Row(_FB, 100, "elements", "16-bit", ("fused", "dropout"), (16, 64), (_UNALIGNED,)),
-    Row(_FB, 100, "elements", "16-bit", ("given", "given, dropout"), (64,), (_UNALIGNED,)),
-    # Products of fp32 itself are for being exact, not for being fast: cuBLAS has more registers to spend.
-    *(Row(_FB, part, "elements", "ieee", ("fused", "dropout"), (16, 64), (_EXACT,)) for part in PARTS),
-    *(Row(_FB, part, "elements", "ieee", ("given", "given, dropout"), (64,), (_EXACT,)) for part in PARTS),
-)
+# Two programs share an SM: the main loop of one runs during the epilogue of the other.
+_PAIR = Gemm(128, 128, 32, 4, 4, programs=2, HALVES=True, FLATTEN=True)
 
 
-class Choice(NamedTuple):
-    """What the table says about one call."""
+def gemm(arch: int, form: Form, R: int) -> tuple[Gemm, ...]:
+    """Return the candidates of a form for S or T of the padded width `R`, the best guess first.
 
-    access: Access
-    precision: Precision
-    R: int
-    """The padded rank, or that of one of the pieces in which a given S or T is read."""
-    one_block: bool
-    """Whether a layer of one block has code of its own."""
-    candidates: tuple[Gemm, ...]
-    """Tile sizes, the best guess first."""
-    unit: int
-    """4 where the rank is a multiple of it, else 1."""
-
-    @property
-    def dot(self) -> str:
-        """The precision of a product as Triton spells it."""
-        return "tf32" if self.precision == "tf32" else "ieee"
-
-
-def gemm(
-    kernel: Kernel,
-    part: int,
-    access: Access,
-    precision: Precision,
-    r: int,
-    width: int,
-    given: bool = False,
-    dropout: bool = False,
-) -> Choice:
-    """Return the candidates for a call.
-
-    `width` is the number of columns that tiles have to cover: those of a block for "forward", K for "backward".
-    Candidates that would compute more than an eighth in vain come after the others.
+    Of R in the main loop fewer columns of y or dx fit into the registers (sm_80, sm_90) or the tensor memory (sm_100).
+    `FLATTEN` is for sm_90: elsewhere it costs registers, or the compiler fails.
     """
-    if given:
-        form: Form = "given, dropout" if dropout and kernel == "backward" else "given"
-    else:
-        form = "dropout" if dropout else "fused"
-    rows = _rows()[kernel, part, access, precision, form]
-    R, row = next((found for found in rows if r <= found[0]), rows[-1])
-    unit = 1 if r % UNIT else UNIT
-    candidates = row.candidates if unit > 1 or row.odd is None else row.odd
-    by_waste = sorted(candidates, key=lambda c: 8 * (-width % c.BN) > width)
-    return Choice(access, precision, R, row.one_block, tuple(by_waste), unit)
+    if arch == 90:
+        if form == "fused":
+            return (_SQUARE, _LOW) if R > 32 else (_WIDE, _PAIR, _SQUARE, *([_TALL] if R == 16 else []))
+        return (_TALL, _SQUARE) if form == "masked" or R > 64 else (_WIDE, _TALL, _PAIR, _SQUARE)
+    if arch == 100:
+        narrow, square = Gemm(128, 64, 64, 8, 4), Gemm(128, 128, 64, 8 if form == "masked" or R > 32 else 4, 3)
+        return (Gemm(128, 256, 64, 8, 3, HALVES=True), square, narrow) if form == "precomputed" else (square, narrow)
+    sizes = ((128, 128), (128, 64), (64, 64))
+    first = 1 if form == "masked" or (form == "fused" and R > 32) else 0
+    return tuple(Gemm(BM, BN, 32, 8 if BM > 64 else 4, 4) for BM, BN in sizes[first : first + 2])
 
 
-@functools.cache
-def _rows() -> dict[tuple[Kernel, int, Access, Precision, Form], list[tuple[int, Row]]]:
-    """The table by case, with rising padded ranks."""
-    result: dict[tuple[Kernel, int, Access, Precision, Form], list[tuple[int, Row]]] = {}
-    for row in GEMM:
-        for kernel in row.kernels:
-            for form in row.forms:
-                found = result.setdefault((kernel, row.part, row.access, row.precision, form), [])
-                found += [(R, row) for R in row.ranks]
-    return {case: sorted(found, key=lambda entry: entry[0]) for case, found in result.items()}
+def weight_gradients(arch: int, low: int) -> tuple[Columns, ...]:
+    """Return the candidates for products with `low` padded columns of S or T, at most 128, the best guess first."""
+    tall = arch >= 90
+    if low > 64:
+        return (Columns(128, 32, tall, 8, 3), Columns(128, 64, tall, 8, 2))
+    short, long = Columns(128, 32, tall, 4, 4), Columns(128, 64, tall, 4, 3)
+    if low > 32:
+        return (short,)
+    return (long, short, *((Columns(256, 64, tall, 8, 3),) if arch >= 90 else ()))
+
+
+def skinny(rows: int, R: int) -> Rows:
+    """Return the tile sizes for `rows` rows per SM and `R` padded columns of S or T."""
+    BM = 16 if rows < 64 else 64 if rows < 128 or R > 64 else 128
+    return Rows(BM, 64, 4, 3) if R <= 64 else Rows(BM, 32, 4 if R <= 128 and BM == 16 else 8, 3)
+
+
+def probe(m: int, R: int) -> Rows:
+    """Return the tile sizes for `m` rows and `R` padded columns, at most 64: a few hundred are spread over the GPU."""
+    if m > 4096:
+        return Rows(32, 64, 4 if R < 64 else 8, 3)
+    return Rows(16, 128 if R < 32 else 64, 4, 3)
+
+
+# Of the copy of sampled rows.
+COPY = Rows(8, 256, 4, 2)

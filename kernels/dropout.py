@@ -1,11 +1,11 @@
-"""LoRA dropout inside a kernel: `slora.dropout`, whose numbers these are, in Triton.
+"""LoRA dropout inside a kernel: `slora.ops.dropout`, whose numbers these are, in Triton.
 
     key0, key1, key2 = keys(tl.load(seed_pointer))                    once per program
     a, b = row_keys(key0, key1, rows)                                 once per tile of rows
     mask = keep(a, b, key2, first_column, drop, BK)                   in the main loop, bool [rows, BK]
 
-`drop` is a run-time integer, `slora.dropout.drop_units(p)`. Nothing is divided by `1 - p` here: the launcher puts
-`slora.dropout.rescaling(p)` into the scaling that it passes, so that masking a tile is exact in every dtype.
+`drop` is a run-time integer, `slora.ops.dropout.drop_units(p)`. Nothing is divided by `1 - p` here: the launcher puts
+`slora.ops.dropout.rescaling(p)` into the scaling that it passes, so that masking a tile is exact in every dtype.
 
 Two neighbouring columns share a hash. Where a thread holds both, as every load and every tensor-core fragment of
 16-bit elements does, the compiler computes it once.
@@ -14,7 +14,7 @@ Two neighbouring columns share a hash. Where a thread holds both, as every load 
 import triton
 import triton.language as tl
 
-from slora import dropout
+from slora.ops import dropout
 
 _C0, _C1, _C2 = tl.constexpr(dropout.C0), tl.constexpr(dropout.C1), tl.constexpr(dropout.C2)
 _D0, _D1 = tl.constexpr(dropout.D0), tl.constexpr(dropout.D1)

@@ -1,11 +1,24 @@
 """How the GEMM kernels find, read and write a tile of a matrix with unit column stride.
 
-A matrix comes either as a tensor descriptor, through which the GPU's copy engine moves whole tiles and clips them to
-the matrix, or as a pointer with a stride; then addresses are int64 and masks clip.
+A matrix comes either as a tensor descriptor, through which TMA moves whole tiles and clips them to the matrix, or as a
+pointer with a stride; then addresses are int64 and masks clip. Strides of x, W and dy, and numbers of columns, are
+multiples of 8 (16 bytes), ranks of 4: `eights` and `fours` tell the compiler, which then moves vectors.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def eights(size):
+    """Return `size`, a multiple of 8, as the compiler can see."""
+    return size // 8 * 8
+
+
+@triton.jit
+def fours(size):
+    """Return `size`, a multiple of 4, as the compiler can see."""
+    return size // 4 * 4
 
 
 @triton.jit
@@ -50,7 +63,7 @@ def load_low(source, row, column, rows, columns, stride, HEIGHT: tl.constexpr, W
 
 @triton.jit
 def store_low(target, tile, row, rows, columns, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Write `tile [HEIGHT, WIDTH]` to `target[row:]`, S or T from the first column of a slot on, clipped to `rows` and
+    """Write `tile [HEIGHT, WIDTH]` to `target[row:]`, S or T from the first column of a block on, clipped to `rows` and
     `columns`."""
     i, j = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
     place = target + tl.cast(row, tl.int64) * stride
@@ -66,7 +79,7 @@ def store(
     """Write `tile [HEIGHT, WIDTH]` to `target[row:, block * n + column:]`, clipped to `rows` and to the block.
 
     A descriptor is that of `[rows, blocks, n]`. With HALVES its box is half as wide, and the left half of the tile
-    leaves before the right one: the copy engine's buffer in shared memory is half as large.
+    leaves before the right one: TMA's buffer in shared memory is half as large.
     """
     if DESCRIBED:
         if HALVES:

@@ -91,8 +91,8 @@ _HOMES = {name: f"slora.{module}" for module, names in _LAZY.items() for name in
 
 # Modules of the core, which `import slora` alone gives as attributes, too.
 _MODULES = (
-    "adapter addmm arguments backends dropout features files flops forms gate gate_rule layers merging model modes "
-    "names ops peft_format probe reference retention room saved selection tuning"
+    "adapter features files gate gate_rule layers merging model modes names ops peft_format reference retention saved "
+    "selection"
 ).split()
 
 if not TYPE_CHECKING:

@@ -26,9 +26,9 @@ def findings() -> list[str]:
     import torch
 
     import slora
-    from slora.backends import backend, computed_by
     from slora.merging import extension_info
-    from slora.tuning import describe_cache
+    from slora.ops.backends.autotune import describe_cache
+    from slora.ops.dispatch import computed_by, setting
 
     rows = [("slora", slora.__version__), ("python", platform.python_version())]
     missing = []
@@ -58,7 +58,7 @@ def findings() -> list[str]:
         rows.append(("slora._C", f"{extension['reason']}; merging runs in plain PyTorch"))
         missing.append("slora._C: build it with a C++ compiler: pip install --no-build-isolation -e .")
     try:
-        rows.append(("SLORA_BACKEND", f"{backend()}: {computed_by(torch.cuda.is_available())}"))
+        rows.append(("SLORA_BACKEND", f"{setting()}: {computed_by(torch.cuda.is_available())}"))
     except ConfigError as error:
         rows.append(("SLORA_BACKEND", str(error)))
     rows.append(("measured choices", describe_cache()))

@@ -10,17 +10,15 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from slora import gate_rule
+from slora.config import Inactive
 from slora.errors import ConfigError, GateRuleWarning
-
-if TYPE_CHECKING:
-    from slora.layers.blocks import LoRABlocks
 
 
 class Activity(NamedTuple):
@@ -34,6 +32,33 @@ class Activity(NamedTuple):
     """Factor that makes probing only now and then unbiased over steps."""
     step: int
     """How often the gates of the model have moved: together with the layer, the seed of the probe."""
+
+
+class Gated(nn.Module):
+    """What gates need to know of a layer that has some: the base of every adapted layer (`slora.layers`)."""
+
+    gate: nn.Parameter
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    blocks: int
+    threshold: float
+    inactive: Inactive
+    probe_every: int
+    released: bool
+    _mirror: GateMirror
+    _activity: Activity | None
+    _gate_key: tuple[Tensor, int, float] | None
+
+    def activity(self) -> Activity:
+        """Return which blocks are active, without a device-to-host copy unless a gate has moved."""
+        return self._mirror.activity(self)
+
+    def release(self) -> int:
+        """Free the LoRA matrices for good and return the bytes; `slora.release_frozen` calls this."""
+        raise NotImplementedError
+
+
+AnyGated = TypeVar("AnyGated", bound=Gated)
 
 
 class GateMirror:
@@ -57,7 +82,7 @@ class GateMirror:
         self.warned = False
         self.strategy: Any = None
         self.asked = ""
-        self._layers: list[weakref.ref[LoRABlocks]] = []
+        self._layers: list[weakref.ref[Gated]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateMirror:
         copy = GateMirror()
@@ -69,30 +94,30 @@ class GateMirror:
         own: dict[str, Any] = {"copies": 0, "warned": False, "strategy": None, "_layers": []}
         return {"step": self.step, "asked": self.asked, **own}
 
-    def join(self, layer: LoRABlocks) -> None:
+    def join(self, layer: Gated) -> None:
         """Refresh `layer` together with the others from now on."""
         self._layers.append(weakref.ref(layer))
         _mirrors.add(self)
 
-    def activity(self, layer: LoRABlocks) -> Activity:
+    def activity(self, layer: Gated) -> Activity:
         """Return the activity of `layer`, refreshed for the whole model if a gate has moved since."""
         if layer._activity is None or not unmoved(layer):
             self._refresh(layer)
         assert layer._activity is not None
         return layer._activity
 
-    def layers(self) -> list[LoRABlocks]:
+    def layers(self) -> list[Gated]:
         """Return the layers that have joined and are still alive."""
         return [layer for ref in self._layers if (layer := ref()) is not None]
 
-    def _refresh(self, asking: LoRABlocks) -> None:
+    def _refresh(self, asking: Gated) -> None:
         if asking._activity is not None:
             self.step += 1
         layers = self.layers()
         self._layers = [weakref.ref(layer) for layer in layers]
         self._note(self._read(layers))
 
-    def _note(self, active: Mapping[LoRABlocks, Sequence[bool]]) -> None:
+    def _note(self, active: Mapping[Gated, Sequence[bool]]) -> None:
         none_active = not any(any(on) for on in active.values())
         for layer, on in active.items():
             # With nothing active no gate moves by itself, so no step would be noticed and no probe be due.
@@ -106,11 +131,11 @@ class GateMirror:
             )
             layer._gate_key = layer.gate, version(layer.gate), layer.threshold
 
-    def _read(self, layers: list[LoRABlocks]) -> dict[LoRABlocks, list[bool]]:
-        groups: dict[tuple[torch.device, torch.dtype], list[LoRABlocks]] = {}
+    def _read(self, layers: list[Gated]) -> dict[Gated, list[bool]]:
+        groups: dict[tuple[torch.device, torch.dtype], list[Gated]] = {}
         for layer in layers:
             groups.setdefault((layer.gate.device, layer.gate.dtype), []).append(layer)
-        result: dict[LoRABlocks, list[bool]] = {}
+        result: dict[Gated, list[bool]] = {}
         for members in groups.values():
             gates = torch.cat([layer.gate.detach() for layer in members])
             thresholds = [layer.threshold for layer in members for _ in range(layer.gate.shape[0])]
@@ -130,7 +155,7 @@ class GateMirror:
             for layer in layers:
                 layer._gate_key = None
 
-    def _wrote(self, active: Mapping[LoRABlocks, Sequence[bool]]) -> None:
+    def _wrote(self, active: Mapping[Gated, Sequence[bool]]) -> None:
         self.step += 1
         if {id(layer) for layer in self.layers()} == {id(layer) for layer in active}:
             self._note(active)
@@ -192,39 +217,39 @@ register_optimizer_step_pre_hook(_before_optimizer_step)
 register_optimizer_step_post_hook(_after_optimizer_step)
 
 
-def unmoved(layer: LoRABlocks) -> bool:
+def unmoved(layer: Gated) -> bool:
     """Whether the gates of `layer` are those that its activity was read from, without looking at them."""
     key = layer._gate_key
-    return key is not None and key[0] is layer.gate and key[1:] == (version(layer.gate), layer.threshold)
+    if key is None:
+        return False
+    gate = layer._parameters["gate"]
+    return key[0] is gate and key[1] == version(gate) and key[2] == layer.threshold
 
 
-def version(tensor: Tensor) -> int:
+def version(tensor: Any) -> int:
     """Return how often `tensor` was written; 0 for one made under `inference_mode`, which has no counter."""
     return 0 if tensor.is_inference() else tensor._version
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRABlocks]]:
-    """Yield `(name, layer)` for every adapted layer of `model`, in the order of `named_modules`."""
-    from slora.layers.blocks import LoRABlocks
-
+def _gated(model: nn.Module) -> Iterator[tuple[str, Gated]]:
     for name, module in model.named_modules():
-        if isinstance(module, LoRABlocks):
+        if isinstance(module, Gated):
             yield name, module
 
 
 def gates(model: nn.Module) -> list[nn.Parameter]:
     """Return the gate parameters of `model`, one `[blocks]` tensor per adapted layer."""
-    return [layer.gate for _, layer in adapted_layers(model)]
+    return [layer.gate for _, layer in _gated(model)]
 
 
 @torch.no_grad()
-def set_gates(values: Mapping[LoRABlocks, Sequence[float]]) -> None:
+def set_gates(values: Mapping[AnyGated, Sequence[float]]) -> None:
     """Set the gates of all adapted layers of a model, one number per block.
 
     One copy to each device, and none back: which blocks are active is known from `values`.
     """
-    by_device: dict[torch.device, list[LoRABlocks]] = {}
-    by_mirror: dict[GateMirror, dict[LoRABlocks, list[bool]]] = {}
+    by_device: dict[torch.device, list[AnyGated]] = {}
+    by_mirror: dict[GateMirror, dict[Gated, list[bool]]] = {}
     for layer, numbers in values.items():
         by_device.setdefault(layer.gate.device, []).append(layer)
         # As the kernels compare: in the dtype of the gate.
@@ -241,7 +266,7 @@ def set_gates(values: Mapping[LoRABlocks, Sequence[float]]) -> None:
 
 def gate_values(model: nn.Module) -> dict[str, list[float]]:
     """Return `{layer name: the scores of its blocks}` of `model`, read by one device-to-host copy per device."""
-    layers = list(adapted_layers(model))
+    layers = list(_gated(model))
     values = {
         device: iter(torch.cat([layer.gate.detach() for _, layer in layers if layer.gate.device == device]).tolist())
         for device in {layer.gate.device for _, layer in layers}
@@ -262,7 +287,7 @@ def gate_penalty(model: nn.Module) -> Tensor:
         ConfigError: the model has no adapted layer.
     """
     scores = []
-    for _, layer in adapted_layers(model):
+    for _, layer in _gated(model):
         gate: Tensor = layer.gate
         if layer.inactive == "frozen":
             gate = torch.where(gate >= layer.threshold, gate, gate.detach())
@@ -341,7 +366,7 @@ def release_frozen(model: nn.Module, *optimizers: torch.optim.Optimizer) -> int:
     """
     freed = 0
     gone: set[nn.Parameter] = set()
-    for _, layer in adapted_layers(model):
+    for _, layer in _gated(model):
         if layer.inactive == "frozen" and not layer.released and not layer.activity().active:
             gone.update((layer.lora_A, layer.lora_B, layer.gate))
             freed += layer.release()

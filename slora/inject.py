@@ -12,8 +12,8 @@ from torch import nn
 
 from slora.config import SelectiveLoRAConfig, matches_pattern
 from slora.errors import StateError, TargetError
-from slora.gate import GateMirror, adapted_layers
-from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear
+from slora.gate import GateMirror
+from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
 from slora.names import ends_with, inside, near, no_match
 from slora.saved import Saved, saved_parts
 

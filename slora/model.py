@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, StateError
-from slora.flops import forward_flops, linear_flops
-from slora.gate import adapted_layers, gate_values
+from slora.gate import gate_values
+from slora.layers import adapted_layers
+from slora.ops.flops import forward_flops, linear_flops
 from slora.selection.strategy import unfinished_selection
 
 

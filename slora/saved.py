@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from slora.config import SelectiveLoRAConfig
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 from slora.names import ends_with, inside, no_match
 
 

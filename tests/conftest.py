@@ -212,7 +212,7 @@ def randomise() -> Callable[..., nn.Module]:
     """Return `randomise(model, active)`: random B in every block, and gates that make the blocks `active` (a share)."""
 
     def change(model: nn.Module, active: float = 1.0, seed: int = 0) -> nn.Module:
-        from slora.gate import adapted_layers
+        from slora.layers import adapted_layers
 
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

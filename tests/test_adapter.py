@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import slora
 from slora.errors import CheckpointError, StateError
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "selective.json"]
 Config = slora.SelectiveLoRAConfig

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from slora import backends
 from slora.errors import ConfigError, MissingDependencyError
-
-GATES = torch.zeros(3)
+from slora.ops import dispatch
+from slora.ops.backends import triton
 
 
 @pytest.mark.parametrize(
@@ -22,24 +21,24 @@ GATES = torch.zeros(3)
 def test_the_variable_is_read_at_every_call(value: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if value is not None:
         monkeypatch.setenv("SLORA_BACKEND", value)
-    assert backends.backend() == expected
+    assert dispatch.setting() == expected
 
 
 def test_an_unknown_backend_is_refused_with_the_list_of_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLORA_BACKEND", "cuda")
     with pytest.raises(ConfigError, match="'cuda' is unknown; use one of auto, triton, torch, reference"):
-        backends.backend()
+        dispatch.setting()
 
 
 def test_auto_computes_on_a_cpu_in_pytorch_even_where_the_interpreter_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert not backends.kernels_serve(torch.zeros(2, 3), GATES)
+    assert not dispatch._kernels_serve(torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_other_backends_never_use_the_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLORA_BACKEND", backend)
-    assert not backends.kernels_serve(torch.zeros(2, 3), GATES)
+    assert not dispatch._kernels_serve(torch.zeros(2, 3))
 
 
 CALLS = {
@@ -94,19 +93,19 @@ def test_auto_computes_bf16_in_pytorch_where_the_interpreter_is_on(monkeypatch: 
 
     x: Any = OnCuda()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     for value, serves in (("1", False), ("0", True)):
         monkeypatch.setenv("TRITON_INTERPRET", value)
-        backends._new_enough.cache_clear()
-        assert backends.kernels_serve(x, GATES) == serves
-    backends._new_enough.cache_clear()
+        dispatch._new_enough.cache_clear()
+        assert dispatch._kernels_serve(x) == serves
+    dispatch._new_enough.cache_clear()
 
 
 def test_triton_without_triton_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLORA_BACKEND", "triton")
-    monkeypatch.setattr(backends, "has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     with pytest.raises(MissingDependencyError, match=r'needs Triton; pip install "slora\[triton\]"'):
-        backends.kernels_serve(torch.zeros(2, 3), GATES)
+        dispatch.check_device(torch.zeros(2, 3))
 
 
 def test_auto_without_triton_computes_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,10 +114,10 @@ def test_auto_without_triton_computes_in_pytorch(monkeypatch: pytest.MonkeyPatch
 
     x: Any = OnCuda()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    backends._new_enough.cache_clear()
-    assert backends.kernels_serve(x, GATES) == backends.has_triton()
-    monkeypatch.setattr(backends, "has_triton", lambda: False)
-    assert not backends.kernels_serve(x, GATES)
+    dispatch._new_enough.cache_clear()
+    assert dispatch._kernels_serve(x) == dispatch.has_triton()
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert not dispatch._kernels_serve(x)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "triton"])
@@ -128,12 +127,12 @@ def test_gpus_older_than_the_kernels_are_served_by_pytorch(wanted: str, monkeypa
 
     x: Any = OnCuda()
     monkeypatch.setenv("SLORA_BACKEND", wanted)
-    monkeypatch.setattr(backends, "has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     for capability, serves in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        backends._new_enough.cache_clear()
-        assert backends.kernels_serve(x, GATES) == serves
-    backends._new_enough.cache_clear()
+        dispatch._new_enough.cache_clear()
+        assert dispatch._kernels_serve(x) == serves
+    dispatch._new_enough.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -154,20 +153,21 @@ def test_the_doctor_is_told_who_computes(
 ) -> None:
     monkeypatch.setenv("SLORA_BACKEND", value)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backends, "has_triton", lambda: triton)
-    assert expected in backends.computed_by(gpu)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: triton)
+    assert expected in dispatch.computed_by(gpu)
 
 
 def test_the_limit_of_blocks_is_that_of_the_kernels() -> None:
-    slots = pytest.importorskip("slora.kernels.slots")
-    assert backends._MAX_BLOCKS == slots.MAX_BLOCKS
+    packed = pytest.importorskip("slora.kernels.packed")
+    configs = pytest.importorskip("slora.kernels.configs")
+    assert (packed.MAX_BLOCKS, configs.RANKS[-1]) == (triton.MAX_BLOCKS, triton.MAX_RANK)
 
 
 def test_importing_slora_and_computing_on_a_cpu_imports_no_triton() -> None:
     code = """
 import sys, torch
 before = "triton" in sys.modules
-import slora, slora.ops, slora.forms, slora.tuning, slora.probe
+import slora, slora.ops, slora.ops.backends.autotune
 slora.ops.selective_linear(torch.zeros(5, 3), torch.zeros(4, 3), None, torch.zeros(1, 2, 3), torch.zeros(1, 4, 2),
                            torch.ones(1), 0.1, 1.0)
 assert before or "triton" not in sys.modules, "triton was imported"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slora import dropout
+from slora.ops import dropout
 
 # Every figure below is a sum of independent terms of mean 0 and variance 1, divided by the root of their number, so
 # that under independence it is close to a standard normal. Seeds are fixed: these tests give one result.

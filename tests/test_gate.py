@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import slora
 from slora import reference
 from slora.errors import ConfigError, StateError
-from slora.flops import count_flops
-from slora.gate import GateMirror, adapted_layers, gate_values, gates
-from slora.layers import LoRABlocks, SelectiveLoRALinear
-from slora.probe import sampled_rows
+from slora.gate import GateMirror, gate_values, gates
+from slora.layers import LoRABlocks, SelectiveLoRALinear, adapted_layers
+from slora.ops.flops import count_flops
+from slora.ops.gate_probe import sampled_rows
 
 POLICIES = ["exact", "probe", "frozen"]
 

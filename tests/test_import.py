@@ -75,7 +75,7 @@ import types
 import slora
 assert isinstance(slora.inject, types.FunctionType), slora.inject
 assert isinstance(slora.reference, types.ModuleType), slora.reference
-assert slora.merging.batched_merge_ and slora.room.empty
+assert slora.merging.batched_merge_ and slora.ops.selective_linear
 assert set(slora.__all__) <= set(dir(slora))
 from slora import *
 from slora.training import *

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 import slora
 from slora.errors import ConfigError, StateError, TargetError
-from slora.gate import adapted_layers
 from slora.inject import injection, targets
-from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear
+from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
 
 Config = slora.SelectiveLoRAConfig
 

@@ -10,8 +10,9 @@ from torch import nn
 
 import slora
 from slora.errors import ConfigError, StateError
-from slora.flops import count_flops
-from slora.gate import adapted_layers, gates
+from slora.gate import gates
+from slora.layers import adapted_layers
+from slora.ops.flops import count_flops
 
 
 @pytest.fixture

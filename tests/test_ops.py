@@ -14,8 +14,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from slora import addmm, flops, ops, reference
+from slora import ops, reference
 from slora.errors import ConfigError, ShapeError, StateError
+from slora.ops import flops, operator
+from slora.ops.backends import Needs
+from slora.ops.backends.eager import EAGER, base
+from slora.ops.operands import LoRAOperands
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -249,7 +253,7 @@ def test_base_product_has_the_bits_of_a_linear_layer_with_trainable_weight(
     x = LAYOUTS[layout]().to(dtype)
     weight = torch.randn(36, 37).to(dtype).requires_grad_()
     offset = torch.randn(36).to(dtype) if bias else None
-    assert torch.equal(addmm.base(x, weight.detach(), offset), F.linear(x, weight, offset))
+    assert torch.equal(base(x, weight.detach(), offset), F.linear(x, weight, offset))
 
 
 @pytest.mark.parametrize("shape", ["transposed", "expanded", "one number"])
@@ -269,7 +273,7 @@ def test_a_graph_that_reads_the_gates_on_the_device_computes_the_same(
     active: str, device: str, monkeypatch: pytest.MonkeyPatch, assert_as_exact_as: Any
 ) -> None:
     # What runs on CUDA where the host does not know the active blocks: every block, gated by a factor.
-    monkeypatch.setattr(addmm, "known_active", lambda gate, threshold, active: None)
+    monkeypatch.setattr("slora.ops.backends.eager._on_host", lambda on: False)
     t = make((123,), active=active, device=device)
     compare(assert_as_exact_as, t, torch.randn(123, 36, device=device))
 
@@ -285,7 +289,7 @@ def test_what_inactive_blocks_hold_is_never_read(
         pytest.importorskip("triton")
     monkeypatch.setenv("SLORA_BACKEND", backend)
     if given == "on the device":
-        monkeypatch.setattr(addmm, "known_active", lambda gate, threshold, active: None)
+        monkeypatch.setattr("slora.ops.backends.eager._on_host", lambda on: False)
     t = make((17,), active="some", device=device)
     dy = torch.randn(17, 36, device=device)
     seed = torch.tensor(3, device=device) if dropout else None
@@ -451,6 +455,43 @@ def test_the_graph_keeps_only_x_and_S_besides_the_parameters() -> None:
     assert not any(k.shape[-1:] == (N,) and k.shape[:-1] == (M,) for k in kept)
 
 
+class Watching(TorchDispatchMode):
+    """Names of the operators of slora that are seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "slora":
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lora", [None, torch.float32], ids=["lora of x", "lora fp32"])
+@pytest.mark.parametrize("active", ["some", "all"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no dropout", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_eager_mode_and_the_operator_give_the_same_bits(
+    dtype: torch.dtype, dropout: float, active: str, lora: torch.dtype | None
+) -> None:
+    t, dy = make((2, 7), active=active, dtype=dtype, lora_dtype=lora), torch.randn(2, 7, 36)
+    more = {"active": active_of(t), "dropout": dropout, "seed": torch.tensor(3) if dropout else None}
+    eager_mode = ours(t, dy, **more)
+    with Watching() as watching:
+        watched = ours(t, dy, **more)
+    assert set(watching.seen) == {"slora::selective_linear", "slora::selective_linear_backward"}
+    assert eager_mode.keys() == watched.keys() == {"y", *NAMES}
+    assert all(torch.equal(eager_mode[name], watched[name]) for name in watched)
+
+
+def test_without_gradients_the_values_are_the_same() -> None:
+    t = make((2, 7))
+    with torch.no_grad():
+        y = ops.selective_linear(**t, threshold=THRESHOLD, scaling=SCALING)
+    assert torch.equal(y, ops.selective_linear(**leaves(t), threshold=THRESHOLD, scaling=SCALING).detach())
+
+
 def test_S_is_a_result_without_a_gradient() -> None:
     t = trainable(("x", "lora_A", "lora_B", "gate"), make())
     y, S = torch.ops.slora.selective_linear(*(t[name] for name in NAMES), THRESHOLD, SCALING, [0, 2])
@@ -488,15 +529,15 @@ def test_nothing_of_size_M_x_N_is_allocated_but_the_output(active: list[int], dr
     args = [t[name] for name in NAMES]
     seed = torch.tensor(5) if dropout else None
     with Allocations(*args) as forward:
-        _, S = ops._forward(*args, THRESHOLD, SCALING, active, dropout, seed)
+        _, S = operator._forward(*args, THRESHOLD, SCALING, active, dropout, seed)
     # With dropout also masked x and, by pairs of columns, its mask.
     large = [shape for shape in forward.shapes if math.prod(shape) >= M * N and not {K, (K + 1) // 2} & set(shape)]
     assert large == [(M, N)]
     dy = torch.randn(M, N)
     with Allocations(*args, S, dy) as backward:
-        ops._backward(
-            dy, t["x"], t["weight"], t["lora_A"], t["lora_B"], t["gate"], S, THRESHOLD, SCALING, active, dropout,
-            seed, [True] * 4,
+        operator._backward(
+            dy, t["x"], S, t["weight"], [True] * 4, t["lora_A"], t["lora_B"], t["gate"], THRESHOLD, SCALING, active,
+            dropout, seed,
         )  # fmt: skip
     # N = 36 < K = 37, so what is as large as dy either is dx or is something else of M rows: masked x, its mask.
     assert [shape for shape in backward.shapes if shape[-1:] == (N,) and math.prod(shape) >= M * N] == []
@@ -539,26 +580,28 @@ def test_only_the_gradients_asked_for_are_computed(names: tuple[str, ...]) -> No
 
 
 class Products(FlopCounterMode):
-    """PyTorch's counter, which by itself overlooks the in-place `addmm_`."""
+    """PyTorch's counter, which by itself overlooks the in-place `addmm_` and `baddbmm_`."""
 
     def __init__(self) -> None:
-        super().__init__(display=False, custom_mapping={torch.ops.aten.addmm_: self.addmm})
+        missing = {torch.ops.aten.addmm_: self.addmm, torch.ops.aten.baddbmm_: self.addmm}
+        super().__init__(display=False, custom_mapping=missing)
 
     @staticmethod
     def addmm(y: Any, a: Any, b: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return 2 * a[0] * a[1] * b[1]
+        return 2 * math.prod(a) * b[-1]
 
 
 @pytest.mark.parametrize("active", [[], [1], [0, 2], [0, 1, 2]], ids=str)
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
 def test_flop_formulas_count_the_products_that_run(active: list[int], needs: tuple[bool, ...]) -> None:
     t = make((123,), active="all")
+    operands = LoRAOperands(t["lora_A"], t["lora_B"], t["gate"], THRESHOLD, SCALING, active)
     with Products() as counter:
-        _, S = addmm.forward(t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], active, SCALING)
+        _, S = EAGER.forward(t["x"], t["weight"], t["bias"], operands)
     assert counter.get_total_flops() == flops.forward_flops(123, 36, 37, 4, 3, len(active))
     dy = torch.randn(123, 36)
     with Products() as counter:
-        addmm.backward(dy, t["x"], t["weight"], t["lora_A"], t["lora_B"], S, active, SCALING, needs)
+        EAGER.backward(dy, t["x"], S, t["weight"], operands, Needs(*needs))
     assert counter.get_total_flops() == flops.backward_flops(123, 36, 37, 4, 3, len(active), needs)
 
 
@@ -592,10 +635,10 @@ def test_opcheck_of_the_forward(t: dict[str, Tensor], active: list[int] | None) 
 @pytest.mark.parametrize("needs", [[True] * 4, [False, True, True, False], [False] * 4], ids=str)
 def test_opcheck_of_the_backward(t: dict[str, Tensor], active: list[int] | None, needs: list[bool]) -> None:
     y, S = torch.ops.slora.selective_linear(*t.values(), THRESHOLD, SCALING, active)
-    args = (torch.randn_like(y), t["x"], t["weight"], t["lora_A"], t["lora_B"], t["gate"], S)
+    blocks = (t["lora_A"], t["lora_B"], t["gate"], THRESHOLD, SCALING, active)
     torch.library.opcheck(
         torch.ops.slora.selective_linear_backward,
-        (*args, THRESHOLD, SCALING, active, 0.0, None, needs),
+        (torch.randn_like(y), t["x"], S, t["weight"], needs, *blocks),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from slora import tuning
+from slora.ops.backends import autotune as tuning
+from slora.ops.backends import triton
 
 CPU = torch.device("cpu")
 
@@ -36,7 +38,6 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Clock:
     clock = Clock()
     monkeypatch.setattr(tuning, "_milliseconds", clock)
-    monkeypatch.setattr(tuning, "_known", {})
     monkeypatch.setenv("SLORA_CACHE", str(tmp_path / "cache"))
     tuning._warn.cache_clear()
     return clock
@@ -49,11 +50,6 @@ def candidates(**milliseconds: float | None) -> dict[str, Callable[[], Any]]:
 SLOW_FIRST = candidates(fused=2.0, accumulate=3.0, addmm=1.0)
 
 
-def forget_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a new process starts with."""
-    monkeypatch.setattr(tuning, "_known", {})
-
-
 def test_the_fastest_candidate_is_chosen_and_not_measured_again(clock: Clock) -> None:
     assert [tuning.choose("shape", 100, CPU, SLOW_FIRST) for _ in range(3)] == ["addmm"] * 3
     assert clock.measured == ["fused", "accumulate", "addmm"]
@@ -64,11 +60,8 @@ def test_a_single_candidate_is_not_measured(clock: Clock) -> None:
     assert clock.measured == []
 
 
-def test_a_new_process_reads_the_choice_from_the_file(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning.choose("shape", 100, CPU, SLOW_FIRST)
-    forget_process(monkeypatch)
+def test_the_choice_is_in_the_file_with_every_time(clock: Clock) -> None:
     assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
-    assert len(clock.measured) == 3
     content = json.loads(tuning.cache_file().read_text())
     (entries,) = content["environments"].values()
     assert entries == {
@@ -131,9 +124,9 @@ DAMAGED = {
     "not JSON": "{",
     "a list": "[]",
     "another format": '{"format": 99, "environments": {}}',
-    "no environments": '{"format": 1}',
-    "entries without a choice": '{"format": 1, "environments": {"a": {"b": {}}}}',
-    "text for entries": '{"format": 1, "environments": {"a": "b"}}',
+    "no environments": '{"format": 2}',
+    "entries without a choice": '{"format": 2, "environments": {"a": {"b": {}}}}',
+    "text for entries": '{"format": 2, "environments": {"a": "b"}}',
     "binary": "\0\1\2",
 }
 
@@ -153,28 +146,17 @@ def test_choices_of_other_devices_and_versions_stay_and_do_not_count(clock: Cloc
     path = tuning.cache_file()
     path.parent.mkdir()
     foreign = {"Another GPU, torch 1, triton 1, kernels 0": {"shape M<=128": {"choice": "fused"}}}
-    path.write_text(json.dumps({"format": 1, "environments": foreign}))
+    path.write_text(json.dumps({"format": tuning.FORMAT, "environments": foreign}))
     assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
     environments = json.loads(path.read_text())["environments"]
     assert set(environments) == {*foreign, tuning.environment(CPU)}
     assert {"torch", "triton", "kernels"} <= set(tuning.environment(CPU).replace(",", "").split())
 
 
-def test_what_another_process_wrote_meanwhile_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    tuning.choose("mine", 100, CPU, SLOW_FIRST)
-    mine = tuning._known
-    forget_process(monkeypatch)
-    tuning.choose("theirs", 100, CPU, SLOW_FIRST)
-    monkeypatch.setattr(tuning, "_known", mine)
-    tuning.choose("mine too", 100, CPU, SLOW_FIRST)
-    (entries,) = json.loads(tuning.cache_file().read_text())["environments"].values()
-    assert set(entries) == {"mine M<=128", "theirs M<=128", "mine too M<=128"}
-
-
 def test_processes_that_write_at_once_leave_a_whole_file(tmp_path: Path) -> None:
     code = textwrap.dedent("""
         import sys, torch
-        from slora import tuning
+        from slora.ops.backends import autotune as tuning
         tuning._milliseconds = lambda call, device: call()
         for i in range(20):
             tuning.choose(f"{sys.argv[1]}-{i}", 100, torch.device("cpu"), {"fused": lambda: 1.0, "addmm": lambda: 2.0})
@@ -182,7 +164,7 @@ def test_processes_that_write_at_once_leave_a_whole_file(tmp_path: Path) -> None
     processes = [subprocess.Popen([sys.executable, "-W", "error", "-c", code, str(i)]) for i in range(3)]
     assert [process.wait() for process in processes] == [0, 0, 0]
     (entries,) = json.loads(tuning.cache_file().read_text())["environments"].values()
-    # Each process keeps what it read; at worst those that wrote at the same instant lost entries to one another.
+    # At worst those that wrote at the same instant lost entries to one another.
     assert len(entries) >= 20
     assert all(entry["choice"] == "fused" for entry in entries.values())
     assert [path.name for path in tuning.cache_file().parent.iterdir()] == ["forms.json"]
@@ -193,7 +175,6 @@ def test_a_folder_that_cannot_be_written_to_is_a_warning(monkeypatch: pytest.Mon
     monkeypatch.setenv("SLORA_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="is not remembered: .* Set SLORA_CACHE to a folder"):
         assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
-    assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +198,77 @@ def test_the_cache_is_described_for_the_doctor() -> None:
     assert tuning.describe_cache().endswith("forms.json (not written yet)")
     tuning.choose("shape", 100, CPU, SLOW_FIRST)
     assert tuning.describe_cache().endswith("forms.json (1 choices)")
+
+
+def test_calls_are_queued_behind_a_delay_between_two_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    queue: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            queue.append("event")
+
+        def synchronize(self) -> None:
+            queue.append("wait")
+
+        def elapsed_time(self, stop: Any) -> float:
+            return 10.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append("delay"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: queue.append("wait"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    assert tuning._milliseconds(lambda: queue.append("call"), CPU) == 10.0 / tuning.CALLS
+    sample = ["delay", "event", *["call"] * tuning.CALLS, "event", "wait"]
+    assert queue == ["call", "call", "wait", *sample * tuning.SAMPLES]
+
+
+class Operation:
+    """Takes the time that the form says."""
+
+    def __init__(self, M: int = 100, host_known: bool = True, **milliseconds: float) -> None:
+        self.rows, self.milliseconds, self.listed = torch.zeros(M, 1), milliseconds, 0
+        self.key = ("forward", 8, 8, 1, 1, 4, torch.float16, False, host_known)
+
+    def forms(self) -> list[triton.Form]:
+        self.listed += 1
+        return [triton.Form(name) for name in self.milliseconds]
+
+    def compute(self, form: triton.Form) -> tuple[str, float]:
+        return form.name, self.milliseconds[form.name]
+
+
+@pytest.fixture
+def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_chosen", {})
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_an_operation_runs_in_the_form_that_was_measured_and_is_not_looked_at_again(clock: Clock) -> None:
+    operation = Operation(fused=2.0, split=1.0)
+    assert [triton._run(operation) for _ in range(3)] == [("split", 1.0)] * 3
+    assert (operation.listed, clock.measured) == (1, ["fused", "split"])
+    # Eager mode and a graph are measured apart, and so are other numbers of rows.
+    assert triton._run(Operation(host_known=False, fused=1.0, split=2.0))[0] == "fused"
+    assert triton._run(Operation(M=1000, fused=1.0, split=2.0))[0] == "fused"
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_a_pinned_backend_takes_its_first_kernel(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLORA_BACKEND", "triton")
+    assert triton._run(Operation(fused=2.0, split=1.0))[0] == "fused"
+    assert clock.measured == []
+
+
+@pytest.mark.usefixtures("_forgotten")
+def test_a_default_during_capture_is_not_remembered(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_capturing", lambda device: True)
+    assert triton._run(Operation(fused=2.0, split=1.0))[0] == "fused"
+    monkeypatch.setattr(tuning, "_capturing", lambda device: False)
+    assert triton._run(Operation(fused=2.0, split=1.0))[0] == "split"
 
 
 @pytest.mark.gpu

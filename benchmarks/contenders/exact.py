@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks.contenders.step import PENALTY, Step, dtype_of
 from benchmarks.models import Inputs, Model
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 
 # What PEFT puts around and behind the names of the base model.
 PREFIX, INFIX = "base_model.model.", ".base_layer"

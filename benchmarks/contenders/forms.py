@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import captured
-from slora import forms
+from slora.ops.backends import triton
 
 
 def taken_by(call: Callable[[], Any], device: str) -> str | None:
@@ -30,22 +30,17 @@ def taken_by(call: Callable[[], Any], device: str) -> str | None:
 
 @contextmanager
 def observed() -> Iterator[dict[str, str]]:
-    """Yield a dictionary that has, by operation of `slora.forms`, the form by which it was last computed inside."""
+    """Yield a dictionary that has, by operation of the Triton backend, the form in which it was last computed."""
     taken: dict[str, str] = {}
-    run = forms._run
+    choose = triton._form
 
-    def noted(
-        shape: forms.Shape, rows: torch.Tensor, candidates: Callable[[], list[forms.Form]],
-        compute: Callable[[forms.Form], Any],
-    ) -> Any:  # fmt: skip
-        def one(form: forms.Form) -> Any:
-            taken[shape.operation] = form.name
-            return compute(form)
+    def noted(operation: triton.Operation) -> triton.Form:
+        form = choose(operation)
+        taken[operation.key[0]] = form.name
+        return form
 
-        return run(shape, rows, candidates, one)
-
-    forms._run = noted
+    triton._form = noted
     try:
         yield taken
     finally:
-        forms._run = run
+        triton._form = choose

@@ -30,7 +30,8 @@ import slora
 from benchmarks.contenders.peers import Missing, need
 from benchmarks.settings import DTYPES
 from benchmarks.timing import captured
-from slora import backends, reference
+from slora import reference
+from slora.ops import dispatch
 
 THRESHOLD = 0.5
 SCALING = 0.5
@@ -323,7 +324,7 @@ def _one_block(name: str, gradient: Tensor) -> Tensor:
 CONTENDERS: dict[str, Callable[[Problem], Layer]] = {
     "frozen F.linear": frozen,
     "full": full,
-    **{f"slora, {name}": with_slora(name) for name in backends.BACKENDS if name != "reference"},
+    **{f"slora, {name}": with_slora(name) for name in dispatch.SETTINGS if name != "reference"},
     "PEFT": with_peft(compiled=False),
     "PEFT, compiled": with_peft(compiled=True),
     "addmm function": addmm_function,

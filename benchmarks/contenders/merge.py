@@ -23,9 +23,9 @@ from benchmarks.contenders import memory
 from benchmarks.contenders.peers import need
 from benchmarks.settings import DTYPES
 from benchmarks.timing import between_events
-from slora.flops import linear_flops
-from slora.gate import adapted_layers
 from slora.inject import unload
+from slora.layers import adapted_layers
+from slora.ops.flops import linear_flops
 
 LINEARS = ["qkv", "proj", "fc1", "fc2"]
 NAMES = (

@@ -132,7 +132,7 @@ def with_slora(active: str, inactive: str, blocks: Any = "auto") -> Prepare:
         keep = set(model.few(net)) if active == "few" else set()
         slora.inject(net, config)
         with torch.no_grad():
-            for name, layer in slora.gate.adapted_layers(net):
+            for name, layer in slora.layers.adapted_layers(net):
                 layer.gate.fill_(1.0 if active == "all" or name in keep else 0.0)
         return model.with_trainable_head(net)
 

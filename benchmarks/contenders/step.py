@@ -136,7 +136,7 @@ class Step:
         states = self.optimizer.state.values()
         tensors = [*self.net.parameters(), *self.net.buffers(), *self.inputs]
         tensors += [value for state in states for value in state.values() if torch.is_tensor(value)]
-        for _, layer in slora.gate.adapted_layers(self.net):
+        for _, layer in slora.layers.adapted_layers(self.net):
             tensors += [cast for _, cast in layer._cast.values()]
         return counting.storages(t for t in tensors if t.device.type == self.device)
 

@@ -32,8 +32,7 @@ TIME_UP = "the time was up"
 USAGE_ERROR = 4
 # What the quick proof has time for: of every kernel its values, then a graph that replays, and the merge.
 QUICK_TESTS = (
-    "tests/kernels/test_linear_forward.py::test_y_and_S_are_those_of_the_reference",
-    "tests/kernels/test_linear_backward.py::test_dx_and_T_are_those_of_the_reference",
+    "tests/kernels/test_forms.py::test_every_form_agrees_with_the_formulas",
     "tests/kernels/test_operator.py::test_output_and_every_gradient_agree_with_the_reference",
     "tests/kernels/test_operator.py::test_a_cuda_graph_replays_with_moved_gates_and_new_masks",
     "tests/merging/test_batched_cuda.py::test_a_merge_in_place_writes_the_weights_and_nothing_else",

@@ -135,9 +135,10 @@ def page(root: Path = ROOT) -> str:
 PREDICTED = """\
 ## Predicted, not measured
 
-What the compiler says of the GPU kernels without a GPU: registers, shared memory, occupancy, bytes, FLOPs. A time in
-these files is a prediction from ceilings; nothing in them was run. They are in [results/audit](results/audit), written
-by `python -m benchmarks.audit` (the layer's kernels) and `python -m benchmarks.merge_kernel` (the merge)."""
+What the compiler says of the GPU kernels without a GPU: registers, spills, shared memory, tensor-core instructions; of
+the merge also bytes, instructions and predicted times. Nothing in these files was run. They are in
+[results/audit](results/audit), written by `python -m benchmarks.audit` (the layer's kernels) and
+`python -m benchmarks.merge_kernel` (the merge)."""
 
 
 INTRODUCTION = """\

@@ -167,6 +167,11 @@ def _of_model(row: Row) -> list[str]:
     ]
 
 
+def _host(row: Row, rows: Sequence[Row]) -> list[str]:
+    peers = ("PEFT", "addmm function", "frozen nn.Linear")
+    return [seconds(row.get("seconds")), *(ratio(median(row.get("seconds")), of(rows, p, "seconds")) for p in peers)]
+
+
 def _memory(row: Row, rows: Sequence[Row]) -> list[str]:
     return [
         _number(row, "peak_memory_mib", ",.0f"),
@@ -204,6 +209,7 @@ COLUMNS: dict[str, tuple[list[str], Cells]] = {
     "scaling": (["with backward", "over frozen", "predicted", "deviation", "deviation of the update"], _scaling),
     "train_step": (_STEP_HEADS, _step),
     "gates": (_STEP_HEADS, _step),
+    "host": (["time", "over PEFT", "over the addmm function", "over frozen"], _host),
     "train_memory": (["peak MiB", "over PEFT, all"], _memory),
     "inference": (["forward", "over base", *_MODEL_HEADS], _inference),
     "merge": (["call", "device", "over copy", "over PEFT", "added MiB", "GFLOP", "MB", "% GEMM", "% copy"], _merge),

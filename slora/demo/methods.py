@@ -23,7 +23,7 @@ from slora.demo.letters import letters
 from slora.demo.model import load_pretrained
 from slora.demo.shifts import Pair, task
 from slora.evaluation.knn import features, knn_accuracy
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 from slora.training import TrainSettings, prepare, train
 
 BUDGET = 4

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from slora import addmm, flops, ops
-from slora.config import Inactive, SelectiveLoRAConfig
+from slora import ops
+from slora.config import SelectiveLoRAConfig
 from slora.config import scaling as scaling_of
 from slora.errors import ConfigError, StateError
-from slora.gate import Activity, GateMirror, unmoved, version
-from slora.probe import ProbeGates
+from slora.gate import Activity, Gated, GateMirror, unmoved, version
+from slora.ops import flops
+from slora.ops.backends.eager import base
+from slora.ops.checks import check_operands, fits
+from slora.ops.gate_probe import ProbeGates
+from slora.ops.operands import LoRAOperands
 
 _on_device: ContextVar[bool] = ContextVar("slora_gates_on_device", default=False)
 _SETTINGS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
     "enabled", "merged", "released", "_kept_weight", "_kept_update", "_mirror", "_activity", "_gate_key", "_seed",
-    "_cast", "_base_class",
+    "_cast", "_ready", "_base_class",
 )  # fmt: skip
 
 
-class LoRABlocks(nn.Module):
+class LoRABlocks(Gated):
     """Base of adapted layers: the LoRA parameters beside a base weight `[N, K]`, and the product with both.
 
     Parameters: `lora_A [blocks, r, K]`, `lora_B [blocks, N / blocks, r]`, `gate [blocks]`, all fp32.
@@ -41,17 +45,10 @@ class LoRABlocks(nn.Module):
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    gate: nn.Parameter
     r: int
     lora_alpha: float
     lora_dropout: float
     use_rslora: bool
-    blocks: int
-    threshold: float
-    inactive: Inactive
-    probe_every: int
     probe_rows: int
     _base_class: type[nn.Module]
 
@@ -133,6 +130,7 @@ class LoRABlocks(nn.Module):
         self._gate_key: tuple[Tensor, int, float] | None = None
         self._seed = _seed_of(name)
         self._cast: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+        self._ready: tuple[Any, ...] | None = None
         self._mirror.join(self)
 
     @property
@@ -152,14 +150,11 @@ class LoRABlocks(nn.Module):
         """The factor `c` in front of every update."""
         return scaling_of(self.lora_alpha, self.r, self.use_rslora)
 
-    def activity(self) -> Activity:
-        """Return which blocks are active, without a device-to-host copy unless a gate has moved."""
-        return self._mirror.activity(self)
-
     def replace_base_weight(self, data: Tensor) -> None:
         """Make `data` what the base weight holds; the parameter stays the same."""
         self.base_weight.data = data
         self._cast.clear()
+        self._ready = None
 
     @torch.no_grad()
     def merged_weight(self, scale: float = 1.0) -> Tensor:
@@ -185,43 +180,84 @@ class LoRABlocks(nn.Module):
         With `first` and `count` only the outputs of blocks `first, ..., first + count - 1` are computed, which
         is what attention needs where query, key and value come from different inputs.
         """
-        count = self.blocks if count is None else count
-        x, weight, bias = self._operands(x)
+        x, weight, bias = self._in_dtype_of(x)
+        part = None if count is None or (first, count) == (0, self.blocks) else slice(first, first + count)
+        if part is not None:
+            rows = slice(*(i * weight.shape[0] // self.blocks for i in (part.start, part.stop)))
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        if self.merged or not self.enabled:
+            return base(x, weight, bias)
+        if torch.compiler.is_compiling() or _capturing(x):
+            return self._project_on_device(x, weight, bias, part)
+        activity = self._activity
+        if activity is None or not unmoved(self):
+            activity = self.activity()
+        probes = activity.probe and torch.is_grad_enabled() and self.gate.requires_grad
+        if not (activity.active or probes):
+            return base(x, weight, bias)
+        operands = self._operands(activity, part, x, weight, bias)
+        y = ops.apply(x, weight, bias, operands) if operands.active else base(x, weight, bias)
+        inactive = activity.inactive if part is None else _within(activity.inactive, part)
+        return self._probed(y, x, operands, inactive, first) if probes and inactive else y
+
+    def _project_on_device(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: slice | None) -> Tensor:
+        """`project` where a graph is made: the device's own gates decide, so that it serves while they move."""
+        if self.released:
+            return base(x, weight, bias)
+        # Known, because nothing can change it.
+        active = () if not torch.compiler.is_compiling() and self._off_for_good() else None
+        operands = self._blocks(part, active)
+        y = base(x, weight, bias) if active == () else ops.apply(x, weight, bias, self._with_seed(operands, x))
+        if self.inactive != "frozen" and torch.is_grad_enabled() and self.gate.requires_grad:
+            y = self._probed(y, x, operands, None, 0 if part is None else part.start)
+        return y
+
+    def _operands(
+        self, activity: Activity, part: slice | None, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> LoRAOperands:
+        """The blocks for one call, checked; those of the last call where nothing has changed since."""
+        ready = self._ready
+        parameters = self._parameters
+        if (
+            part is None
+            and ready is not None
+            and ready[0] is activity
+            and ready[1] is parameters["lora_A"]
+            and ready[2] is parameters["lora_B"]
+            and ready[3] is weight
+            and fits(x, weight)
+        ):
+            operands: LoRAOperands = ready[4]
+            return self._with_seed(operands, x) if operands.dropout else operands
+        active = activity.active if part is None else _within(activity.active, part)
+        if self.released and active:
+            raise StateError(
+                "a gate was raised above the threshold after its LoRA matrices were freed by inactive='frozen'; "
+                "lower it again, or train with inactive='probe'"
+            )
+        operands = self._blocks(part, active)
+        if active:
+            operands = self._with_seed(operands, x)
+            check_operands(x, weight, bias, operands)
+        if part is None and fits(x, weight):
+            self._ready = activity, self.lora_A, self.lora_B, weight, operands
+        return operands
+
+    def _blocks(self, part: slice | None, active: Sequence[int] | None) -> LoRAOperands:
+        """The blocks of `part`, or all."""
         lora_A: Tensor = self.lora_A
         lora_B: Tensor = self.lora_B
         gate: Tensor = self.gate
-        if (first, count) != (0, self.blocks):
-            n = weight.shape[0] // self.blocks
-            weight = weight[first * n : (first + count) * n]
-            bias = None if bias is None else bias[first * n : (first + count) * n]
-            lora_A, lora_B, gate = (t[first : first + count] for t in (lora_A, lora_B, gate))
-        capturing = _capturing(x)
-        if self.merged or not self.enabled or (self.released and (capturing or torch.compiler.is_compiling())):
-            return addmm.base(x, weight, bias)
-        if torch.compiler.is_compiling() or capturing:
-            # The device's own gates decide, so that one graph serves while they move.
-            active: list[int] | None = [] if capturing and self._off_for_good() else None
-            inactive = None
-        else:
-            activity = self.activity()
-            active = [i - first for i in activity.active if first <= i < first + count]
-            inactive = tuple(i - first for i in activity.inactive if first <= i < first + count)
-            if self.released and active:
-                raise StateError(
-                    "a gate was raised above the threshold after its LoRA matrices were freed by inactive='frozen'; "
-                    "lower it again, or train with inactive='probe'"
-                )
-        if active is None or active:
-            dropout = self.lora_dropout if self.training else 0.0
-            seed = torch.randint(2**62, (), device=x.device) if dropout else None
-            y = ops.selective_linear(
-                x, weight, bias, lora_A, lora_B, gate, self.threshold, self.scaling, active, dropout, seed
-            )
-        else:
-            y = addmm.base(x, weight, bias)
-        if self.inactive != "frozen" and inactive != () and torch.is_grad_enabled() and gate.requires_grad:
-            y = self._probed(y, gate, x, lora_A, lora_B, inactive, first)
-        return y
+        if part is not None:
+            lora_A, lora_B, gate = lora_A[part], lora_B[part], gate[part]
+        dropout = self.lora_dropout if self.training else 0.0
+        return LoRAOperands(lora_A, lora_B, gate, self.threshold, self.scaling, active, dropout)
+
+    def _with_seed(self, operands: LoRAOperands, x: Tensor) -> LoRAOperands:
+        """The operands with a new seed of the dropout's mask, if there is one."""
+        if not operands.dropout:
+            return operands
+        return operands._replace(seed=torch.randint(2**62, (), device=x.device))
 
     def _off_for_good(self) -> bool:
         """Whether no block is active and none will be; without looking at the gates, which a graph cannot.
@@ -232,24 +268,15 @@ class LoRABlocks(nn.Module):
         return self.inactive == "frozen" and known is not None and not known.active
 
     def _probed(
-        self,
-        y: Tensor,
-        gate: Tensor,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        inactive: tuple[int, ...] | None,
-        first: int,
+        self, y: Tensor, x: Tensor, operands: LoRAOperands, inactive: tuple[int, ...] | None, first: int
     ) -> Tensor:
+        """`y`, in whose backward the gates of inactive blocks get a gradient."""
         M = math.prod(x.shape[:-1])
-        m, seed, shift, scale = None, 0, None, 1.0
-        activity = None if inactive is None else self.activity()
-        if activity is not None:
-            if not activity.probe:
-                return y
-            scale = activity.probe_scale
         if M == 0:
             return y
+        activity = None if inactive is None else self.activity()
+        scale = 1.0 if activity is None else activity.probe_scale
+        m, seed, shift = None, 0, None
         if self.inactive == "probe" and self.probe_rows < M:
             step = 0 if activity is None else activity.step
             m, seed = self.probe_rows, self._seed + step * 0x10001 + first
@@ -257,14 +284,21 @@ class LoRABlocks(nn.Module):
                 # A graph is the same at every step; what it draws on the device is not.
                 shift = torch.randint(2**31, (), device=x.device)
             scale *= M / m
+        lora_A, lora_B, gate, threshold, scaling = operands[:5]
         result: Tensor = ProbeGates.apply(  # type: ignore[no-untyped-call]
-            y, gate, x, lora_A, lora_B, self.threshold, self.scaling, inactive, m, seed, shift, scale
+            y, gate, x, lora_A, lora_B, threshold, scaling * scale, inactive, m, seed, shift
         )
         return result
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _in_dtype_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The input and the base parameters in the dtype that autocast asks for."""
-        weight, bias = self.base_weight, self.base_bias
+        weight: Any
+        bias: Any
+        try:
+            # Not as attributes, for which nn.Module takes longer than for all the rest here.
+            weight, bias = self._parameters[self.weight_name], self._parameters[self.bias_name]
+        except KeyError:
+            weight, bias = self.base_weight, self.base_bias
         device = x.device.type
         if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
             return x, weight, bias
@@ -311,8 +345,14 @@ class LoRABlocks(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._cast.clear()
-        self._activity = None
+        self._activity = self._ready = None
         return result
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not name.startswith("_"):
+            # A parameter, the scaling, the threshold or the mode: what a call takes may be another.
+            self.__dict__["_ready"] = None
+        super().__setattr__(name, value)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -332,10 +372,11 @@ class LoRABlocks(nn.Module):
         incoming = state_dict.get(prefix + "lora_A")
         if isinstance(incoming, Tensor) and incoming.dim() == 3 and incoming.shape[1] == 0 and not self.released:
             self.release()
+        self._ready = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cast": {}, "_activity": None, "_gate_key": None}
+        return {**self.__dict__, "_cast": {}, "_ready": None, "_activity": None, "_gate_key": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -367,9 +408,12 @@ def gates_on_device() -> Iterator[None]:
 
 def _capturing(x: Tensor) -> bool:
     """Whether a CUDA graph records what happens to `x`, or should be prepared."""
-    if torch.compiler.is_compiling():
-        return False
     return _on_device.get() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _within(blocks: tuple[int, ...], part: slice) -> tuple[int, ...]:
+    """Those of `blocks` that are in `part`, counted from its first."""
+    return tuple(i - part.start for i in blocks if part.start <= i < part.stop)
 
 
 def of_layer(name: str) -> str:
@@ -383,3 +427,10 @@ def _seed_of(name: str) -> int:
     for byte in name.encode():
         seed = (seed * 131 + byte) & 0xFFFFFFFF
     return seed
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRABlocks]]:
+    """Yield `(name, layer)` for every adapted layer of `model`, in the order of `named_modules`."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRABlocks):
+            yield name, module

@@ -34,10 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slora.backends import backend
 from slora.merging import fallback
 from slora.merging.signals import signals_held
 from slora.merging.terms import Term, check, grouped, is_plain
+from slora.ops.dispatch import setting
 
 Matrices = Tensor | Sequence[Tensor]
 Scales = float | Sequence[float]
@@ -215,7 +215,7 @@ def _extension_for(weights: Sequence[Tensor], terms: Sequence[Term]) -> bool:
     if not all(map(is_plain, tensors)) or not weights or any(W.dim() != 2 for W in weights):
         return False
     device = weights[0].device.type
-    if backend() in ("torch", "reference") or device not in ("cpu", "cuda"):
+    if setting() in ("torch", "reference") or device not in ("cpu", "cuda"):
         return False
     if device == "cuda" and any(tensor.dtype == torch.float64 for tensor in tensors):
         return False

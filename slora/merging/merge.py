@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, StateError, UnfinishedSelectionWarning
-from slora.gate import adapted_layers, version
+from slora.gate import version
 from slora.inject import unload
-from slora.layers import LoRABlocks
+from slora.layers import LoRABlocks, adapted_layers
 from slora.merging import batched
 from slora.merging.signals import signals_held
 from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
@@ -128,7 +128,7 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
     selecting = unfinished_selection(model)
     if selecting:
         warnings.warn(
-            f"the blocks that are active now are merged, but {selecting}", UnfinishedSelectionWarning, stacklevel=2
+            f"the blocks that are active now are merged, but {selecting}", UnfinishedSelectionWarning, stacklevel=3
         )
     if all(layer.merged for layer in layers.values()):
         if scale != 1.0:

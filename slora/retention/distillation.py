@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError
 from slora.features import final_features
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 from slora.model import disabled
 from slora.modes import evaluating
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from slora.config import BUDGET_PHASES, Unit, check_budget, rounded_up
 from slora.errors import ConfigError, StateError
-from slora.flops import linear_flops
 from slora.gate import set_gates
 from slora.layers import LoRABlocks
+from slora.ops.flops import linear_flops
 from slora.selection.ranking import Ranking, update_norm
 from slora.selection.strategy import Strategy, freeze_gates, hold, require_layers
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from slora.config import DEPTH_PRICE
 from slora.errors import ConfigError, StateError
-from slora.gate import adapted_layers, set_gates
-from slora.layers import LoRABlocks
+from slora.gate import set_gates
+from slora.layers import LoRABlocks, adapted_layers
 from slora.modes import evaluating
 
 

@@ -11,8 +11,7 @@ from torch import nn
 
 from slora.config import LEAST_SETTLING, phase_ends
 from slora.errors import ConfigError, StateError
-from slora.gate import adapted_layers
-from slora.layers import LoRABlocks
+from slora.layers import LoRABlocks, adapted_layers
 
 Phase = Literal["warm-up", "selection", "settling"]
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from slora.errors import CheckpointError
 from slora.files import cannot_write, read_json, umask
-from slora.gate import adapted_layers, release_frozen
+from slora.gate import release_frozen
+from slora.layers import adapted_layers
 from slora.training.checkpoint_folders import (
     FIXED,
     STATE,

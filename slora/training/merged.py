@@ -15,7 +15,7 @@ from slora.adapter import fingerprint, load_adapter
 from slora.adapter_files import PREFIX, SELECTIVE, WEIGHTS
 from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.files import read_json, write_atomically
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 from slora.merging import merge_and_unload
 from slora.training import checkpoint, models, rundir
 from slora.training.run import load_result, rebuild, rebuild_for

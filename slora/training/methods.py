@@ -8,8 +8,8 @@ from typing import TypeVar, get_args
 from torch import nn
 
 from slora.errors import ConfigError
-from slora.gate import adapted_layers
 from slora.inject import head_names, inject
+from slora.layers import adapted_layers
 from slora.saved import saved_parts
 from slora.training.settings import Method, TrainSettings
 

@@ -14,7 +14,7 @@ from slora.adapter import load_adapter, save_adapter, selective
 from slora.config import check_budget
 from slora.errors import CheckpointError, NonFiniteLossError, WriteError
 from slora.files import write_atomically, write_json, write_text
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 from slora.model import trainable_parameters
 from slora.training import checkpoint, models, rundir
 from slora.training.data import InputSpec, Source, open_data

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError, NonFiniteLossError
 from slora.evaluation.accuracy import logits_of, tally
-from slora.flops import count_flops
-from slora.gate import adapted_layers, gate_penalty, gate_values
+from slora.gate import gate_penalty, gate_values
+from slora.layers import adapted_layers
+from slora.ops.flops import count_flops
 from slora.retention import Distillation
 from slora.selection import Budget, Gates, Strategy
 from slora.selection.strategy import at_work, release

@@ -80,7 +80,7 @@ def test_a_choice_of_blocks(benchmark: Any) -> None:
         {f"{i}_{name}": torch.nn.Linear(*shape) for name, shape in layers.items() for i in range(12)}
     )
     slora.inject(model, slora.SelectiveLoRAConfig(r=16, blocks=1)).to(DEVICE)
-    for _, layer in slora.gate.adapted_layers(model):
+    for _, layer in slora.layers.adapted_layers(model):
         torch.nn.init.normal_(layer.lora_B)
 
     def choose() -> int:

@@ -276,14 +276,14 @@ def test_steps_in_bf16_are_left_out_where_bf16_is_imitated(monkeypatch: pytest.M
 def test_what_only_a_cuda_graph_would_compute_wrongly_is_refused(
     backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = slora.ops.selective_linear
+    right = slora.ops.apply
 
     def wrong_on_device(*arguments: Any) -> torch.Tensor:
         y = right(*arguments)
         # Where the host knows the active blocks, or else with a gradient that is not looked at, nothing is wrong.
-        return y * 1.1 if arguments[8] is None and torch.is_grad_enabled() == backward else y
+        return y * 1.1 if arguments[3].active is None and torch.is_grad_enabled() == backward else y
 
-    monkeypatch.setattr(slora.ops, "selective_linear", wrong_on_device)
+    monkeypatch.setattr(slora.ops, "apply", wrong_on_device)
     settings = Settings("cpu", "tiny", only=("slora, torch",))
     (row,) = linear.measure(linear.shape(32, 48, 24, 4, dtype="fp32"), settings, CEILINGS, set(layers.CONTENDERS))
     assert row["refused"].startswith("with gates on the device y is off" if backward else "without gradients y is off")

@@ -253,6 +253,7 @@ def test_a_bar_that_says_something_else_is_refused(text: str, message: str, tmp_
 
 
 def test_every_bar_names_a_case_and_contenders_that_exist() -> None:
+    from benchmarks.cases import host
     from benchmarks.contenders import layer, merge, model
     from benchmarks.registry import CASES
 
@@ -260,6 +261,7 @@ def test_every_bar_names_a_case_and_contenders_that_exist() -> None:
         "linear": set(layer.CONTENDERS),
         "train_step": set(model.CONTENDERS),
         "train_memory": set(model.CONTENDERS),
+        "host": set(host.CONTENDERS),
     }
     source = Path(merge.__file__).read_text(encoding="utf-8")
     for bar in bars.load():

@@ -40,7 +40,7 @@ def test_flops_of_the_other_ways_are_their_closed_forms() -> None:
 
 def test_bytes_beyond_a_frozen_layer_are_those_of_the_table() -> None:
     # In bytes of a 16-bit dtype: (MK, MN), from the table in the design.
-    table = {"frozen": (0, 0), "eager": (12, 20), "addmm": (8, 8), "accumulate": (4, 4), "fused": (2, 2)}
+    table = {"frozen": (0, 0), "eager": (12, 20), "addmm": (8, 8), "precomputed": (4, 4), "fused": (2, 2)}
     frozen = counting.bytes_moved("frozen", M, N, K, 2)
     assert frozen == 2 * 2 * (M * K + N * K + M * N)
     for form, (mk, mn) in table.items():
@@ -48,13 +48,11 @@ def test_bytes_beyond_a_frozen_layer_are_those_of_the_table() -> None:
     assert counting.bytes_moved("full", M, N, K, 2) - frozen == 2 * (M * K + M * N + N * K)
 
 
-def test_the_concatenated_form_reads_and_writes_the_weight_once_more() -> None:
-    # Forward: W and a wider copy of it, x for S, and the base product; backward: x, dx three times, dy three times, W.
-    forward = (N * K + N * K) + M * K + (M * K + N * K + M * N)
-    backward = (M * N + N * K + M * K) + 2 * M * K + M * K + 2 * M * N
-    assert counting.bytes_moved("concat", M, N, K, 2, backward=False) == 2 * forward
-    assert counting.bytes_moved("concat/addmm", M, N, K, 2) == 2 * (forward + backward)
-    assert counting.bytes_moved("concat/addmm", M, N, K, 2, share=0.0) == counting.bytes_moved("frozen", M, N, K, 2)
+def test_forms_of_forward_and_backward_are_counted_apart() -> None:
+    fused, after = (counting.bytes_moved(form, M, N, K, 2) for form in ("fused", "cublas_after"))
+    both = [counting.bytes_moved(form, M, N, K, 2) for form in ("fused/cublas_after", "cublas_after/fused")]
+    assert sum(both) == fused + after
+    assert both[0] != both[1]
 
 
 def test_an_inactive_layer_moves_what_a_frozen_one_does() -> None:

@@ -102,7 +102,7 @@ def test_a_gradient_that_is_not_computed_or_a_little_off_is_found(part: str) -> 
 
 def test_a_policy_that_does_not_probe_is_found() -> None:
     step, inputs = _step("slora, few active, probe", "bf16")
-    for _, layer in slora.gate.adapted_layers(step.net):
+    for _, layer in slora.layers.adapted_layers(step.net):
         layer.activity()
         layer._activity = layer._activity._replace(probe=False)  # type: ignore[union-attr]
     assert str(step_mistake(step, inputs)).startswith("gates and scalars is off by")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -73,35 +71,37 @@ def test_a_contender_restores_the_backend_that_was_chosen(monkeypatch: pytest.Mo
     assert os.environ["SLORA_BACKEND"] == "reference"
 
 
-@pytest.mark.parametrize(
-    ("first", "last", "form"),
-    [("fused", "fused", "fused"), ("concat", "addmm", "concat/addmm"), ("accumulate", "fused", "accumulate/fused")],
-)
-def test_bytes_are_those_of_the_forms_that_were_chosen(
-    first: str, last: str, form: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("first", "last", "form"), [("fused", "fused", "fused"), ("split", "cublas_after", None)])
+def test_the_forms_that_a_call_takes_are_seen(
+    first: str, last: str, form: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `auto` would have it on a GPU: the layer looks its forms up, and PyTorch calls stand in for them."""
+    from types import SimpleNamespace
+
+    from benchmarks.contenders import forms
+    from slora.ops.backends import triton
+
+    def call() -> None:
+        for operation, name in (("forward", first), ("input gradient", last), ("weight gradients", "one_pass")):
+            made = [triton.Form(name)]
+            key, rows = (operation, 8, 8, 1, 1, 4, torch.float16, False, True), torch.zeros(1, 1)
+            triton._run(SimpleNamespace(rows=rows, key=key, forms=lambda made=made: made, compute=lambda form: form))
+
+    monkeypatch.setattr(triton, "_chosen", {})
+    assert forms.taken_by(call, "cpu") == (form or f"{first}/{last}")
+    assert forms.taken_by(lambda: None, "cpu") is None
+
+
+def test_bytes_are_those_of_the_forms_that_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import counting
     from benchmarks.cases.linear import measure
+    from benchmarks.contenders import forms
     from benchmarks.settings import Settings
-    from slora import addmm, forms, ops
 
-    def runs(operation: str, name: str, compute: Any) -> Any:
-        def run(rows: torch.Tensor, *args: Any) -> Any:
-            shape = forms.Shape(operation, 12, 18, 1, 1, 3, rows.dtype, rows.dtype, None, ())
-            return forms._run(shape, rows, lambda: [forms.Form(name)], lambda form: compute(rows, *args))
-
-        return run
-
-    monkeypatch.setattr(ops, "kernels_serve", lambda *args: True)
-    monkeypatch.setattr(forms, "forward", runs("forward", first, addmm.gated_forward))
-    monkeypatch.setattr(forms, "backward", runs("input gradient", last, addmm.gated_backward))
-    monkeypatch.setattr(forms, "_chosen", {})
-    settings = Settings("cpu", "tiny")
+    monkeypatch.setattr(forms, "taken_by", lambda call, device: "split/cublas_after")
     ceilings = {"gemm_flops_per_s": {"fp32": 1e9}, "copy_bytes_per_s": 1e8}
-    (row,) = measure(SHAPES[0], settings, ceilings, {"slora, torch"})
-    assert row["form"] == form
-    assert row["bytes"] == counting.bytes_moved(form, 7, 18, 12, 4)
+    (row,) = measure(SHAPES[0], Settings("cpu", "tiny"), ceilings, {"slora, torch"})
+    assert row["form"] == "split/cublas_after"
+    assert row["bytes"] == counting.bytes_moved("split/cublas_after", 7, 18, 12, 4)
     assert row["percent_of_copy"] == pytest.approx(100 * row["bytes"] / row["forward_backward"]["median"] / 1e8)
 
 

@@ -1,5 +1,5 @@
-"""Where the kernels' tests run, on the GPU if there is one, else in Triton's interpreter on CPU tensors; gates, memory
-and precisions for them; and problems for the two GEMM kernels with what PyTorch makes of them."""
+"""Where the kernels' tests run, on the GPU if there is one, else in Triton's interpreter on CPU tensors; and problems
+with what the formulas of `slora/reference.py` give, written out here once more."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from slora import reference
-from slora.dropout import kept, rescaling
+from slora.ops.dropout import kept
+from slora.ops.operands import LoRAOperands
 
-THRESHOLD = 0.1
+THRESHOLD, SCALING = 0.1, 0.7
 
 
 @pytest.fixture
@@ -24,23 +24,21 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# tl.dot of bf16 operands returns garbage in the interpreter.
-_DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+# tl.dot of bf16 operands returns garbage in the interpreter, where alone fp32 is served.
+_DTYPES = [torch.float16 if torch.cuda.is_available() else torch.float32, torch.float16]
+_DTYPES.append(pytest.param(torch.bfloat16, marks=pytest.mark.gpu))
 
 
 @pytest.fixture(params=_DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """Every dtype of activations that the kernels take."""
+    """Every dtype of activations that the kernels take here."""
     return request.param
 
 
 @pytest.fixture
-def tf32() -> Iterator[None]:
-    """Let products of fp32 matrices be computed in TF32. The interpreter computes them in fp32 all the same."""
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    yield
-    torch.backends.cuda.matmul.fp32_precision = before
+def exact_dtype() -> torch.dtype:
+    """The dtype of the smallest rounding that the kernels take here."""
+    return _DTYPES[0]
 
 
 @pytest.fixture
@@ -66,100 +64,91 @@ def fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert all(bool((elements == 7.0).all()) for elements in fences)
 
 
-def _as_multiplied(t: Tensor) -> Tensor:
-    if t.device.type != "cuda" or t.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
-        return t
-    return (t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-@pytest.fixture
-def as_multiplied() -> Callable[[Tensor], Tensor]:
-    """Return `f(t)`: t as products on a GPU read it. In TF32 the tensor cores drop the last 13 bits of fp32."""
-    return _as_multiplied
-
-
 @dataclasses.dataclass
 class Problem:
-    """Operands of one adapted layer, all on one device."""
+    """One adapted layer and the gradient of its output, all on one device."""
 
     x: Tensor
     W: Tensor
     bias: Tensor | None
-    A: Tensor
-    B: Tensor
-    gate: Tensor
     dy: Tensor
+    operands: LoRAOperands
     active: list[int]
-    scaling: float = 0.7
-    dropout: float = 0.0
-    seed: Tensor | None = None
-    threshold: float = THRESHOLD
+    """The active blocks, whether or not the operands say so."""
 
-    @property
-    def blocks(self) -> int:
-        return len(self.gate)
+    def computed_in(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return y, S, dx, T, dA, dB and dgate, block by block, every product in `dtype`."""
+        A, B, _, _, _, host_known, p, seed = self.operands
+        M, n, c = len(self.x), self.operands.n, self.operands.factor
+        x, W, dy, A, B = (t.to(dtype) for t in (self.x, self.W, self.dy, A, B))
+        masked = x if seed is None else x * kept(*x.shape, p, seed, dtype)
+        y, dx = x @ W.T, dy @ W
+        if self.bias is not None:
+            y += self.bias.to(dtype)
+        dA, dB, dgate = torch.zeros_like(A), torch.zeros_like(B), torch.zeros(len(A), dtype=dtype, device=x.device)
+        S, T = [], []
+        for i in range(len(A)):
+            columns = slice(i * n, (i + 1) * n)
+            if i in self.active:
+                S.append(masked @ A[i].T)
+                T.append(dy[:, columns] @ B[i])
+                y[:, columns] += c * (S[-1] @ B[i].T)
+                update = c * (T[-1] @ A[i])
+                dx += update if seed is None else update * kept(*x.shape, p, seed, dtype)
+                dA[i], dB[i] = c * (T[-1].T @ masked), c * (dy[:, columns].T @ S[-1])
+                dgate[i] = (dB[i] * B[i]).sum()
+            elif host_known is None:
+                S.append(x.new_zeros(M, A.shape[1]))
+                T.append(S[-1])
+        return {
+            "y": y, "S": torch.cat(S, 1), "dx": dx, "T": torch.cat(T, 1), "dA": dA, "dB": dB, "dgate": dgate,
+        }  # fmt: skip
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
-        """The mask that x is multiplied with on the LoRA path, not divided by `1 - dropout`."""
-        if self.seed is None:
-            return torch.ones_like(self.x, dtype=dtype)
-        return kept(*self.x.shape, self.dropout, self.seed, dtype)
-
-    def in_slots(self, per_block: Tensor, slots: int) -> Tensor:
-        """`[M, blocks, r]` as `[M, slots * r]`: the active blocks only, or all of them with zeros where inactive."""
-        if slots < self.blocks:
-            return per_block[:, self.active].flatten(1)
-        on = torch.zeros(self.blocks, dtype=per_block.dtype, device=per_block.device)
-        on[self.active] = 1
-        return (per_block * on[:, None]).flatten(1)
-
-    def forward(self, dtype: torch.dtype, slots: int) -> tuple[Tensor, Tensor]:
-        """Return `(y, S)` of the reference, computed in `dtype`."""
-        x, W, A, B = (_as_multiplied(t.to(dtype)) for t in (self.x, self.W, self.A, self.B))
-        bias = None if self.bias is None else self.bias.to(dtype)
-        masked = x * self.mask(dtype)
-        x_lora = masked * rescaling(self.dropout)
-        y = reference.selective_lora_linear(x, W, bias, A, B, self.gate.to(dtype), self.threshold, self.scaling, x_lora)
-        return y, self.in_slots(torch.einsum("mk,brk->mbr", masked, A), slots)
-
-    def backward(self, dtype: torch.dtype, slots: int) -> tuple[Tensor, Tensor]:
-        """Return `(dx, T)` of the reference, computed in `dtype`."""
-        dy, x, W, A, B = (_as_multiplied(t.to(dtype)) for t in (self.dy, self.x, self.W, self.A, self.B))
-        base, lora = x.clone().requires_grad_(), x.clone().requires_grad_()
-        mask = self.mask(dtype) * rescaling(self.dropout)
-        gate = self.gate.to(dtype)
-        y = reference.selective_lora_linear(base, W, None, A, B, gate, self.threshold, self.scaling, lora * mask)
-        dx = sum(torch.autograd.grad(y, (base, lora), dy))
-        T = torch.einsum("mbn,bnr->mbr", dy.view(len(dy), self.blocks, -1), B)
-        return dx, self.in_slots(T, slots)
+    def compare(self, check: Callable[..., None], found: dict[str, Tensor], what: str = "") -> None:
+        """Check each of `found` against the computation in fp64, with the error of that in its dtype for a measure."""
+        exact, eager = self.computed_in(torch.float64), self.computed_in(self.x.dtype)
+        for name, ours in found.items():
+            more = {}
+            if name == "dgate":
+                # A sum of n * r terms that cancel: its unit of rounding is that of their 2-norm; in 16 bits it is
+                # that of the S and T, sums over M rows, that went into it.
+                B = torch.where(exact["dB"] == 0, 0.0, self.operands.lora_B.double())
+                coarser = torch.finfo(self.x.dtype).eps / torch.finfo(ours.dtype).eps
+                norm = float((exact["dB"] * B).square().sum((1, 2)).sqrt().max())
+                more = {"magnitude": norm * coarser, "terms": len(self.x) if coarser > 1 else B[0].numel()}
+            check(ours, eager[name].to(ours.dtype), exact[name], f"{name} {what}", **more)
 
 
 @pytest.fixture
 def make_problem(device: torch.device) -> Callable[..., Problem]:
-    """Return `make(M, K, n, blocks, r, which, dtype, ...)`: `which` of the blocks are active, "all", "none", "some"."""
+    """Return `make(M, K, n, blocks, r, which, dtype, ...)`: `which` of the blocks are active, "all", "none", "some".
+
+    A and B of the others hold NaN and infinity: nothing of them may reach a result.
+    """
 
     def make(
-        M: int, K: int, n: int, blocks: int, r: int, which: str = "all", dtype: torch.dtype = torch.float32,
-        low: torch.dtype | None = None, bias: bool = True, dropout: float = 0.0,
+        M: int, K: int, n: int, blocks: int, r: int, which: str = "all", dtype: torch.dtype = torch.float16,
+        host_known: bool = True, bias: bool = True, dropout: float = 0.0,
     ) -> Problem:  # fmt: skip
-        def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        def normal(*shape: int) -> Tensor:
             return torch.randn(*shape).to(device=device, dtype=dtype)
 
-        low = low or dtype
         active = {"all": list(range(blocks)), "none": [], "some": [i for i in range(blocks) if i % 3 != 1]}[which]
+        inactive = [i for i in range(blocks) if i not in active]
         gate = torch.full((blocks,), THRESHOLD - 0.05)
         gate[active] = THRESHOLD + 0.05
+        A, B = normal(blocks, r, K) / K**0.5, normal(blocks, n, r) / r**0.5
+        A[inactive], B[inactive] = math.nan, math.inf
+        seed = torch.tensor(11, device=device) if dropout else None
         return Problem(
             x=normal(M, K),
             W=normal(blocks * n, K) / K**0.5,
             bias=normal(blocks * n) if bias else None,
-            A=normal(blocks, r, K, dtype=low) / K**0.5,
-            B=normal(blocks, n, r, dtype=low),
-            gate=gate.to(device),
             dy=normal(M, blocks * n),
+            operands=LoRAOperands(
+                A, B, gate.to(device), THRESHOLD, SCALING, active if host_known else None, dropout, seed
+            ),
             active=active,
-            dropout=dropout,
-            seed=torch.tensor(11, device=device) if dropout else None,
         )
 
     return make

@@ -1,4 +1,4 @@
-"""Dropout inside a kernel: the numbers of `slora.dropout`, cheaply."""
+"""Dropout inside a kernel: the numbers of `slora.ops.dropout`, cheaply."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from slora import dropout as statement
 from slora.kernels import dropout
+from slora.ops import dropout as statement
 
 
 @triton.jit

@@ -3,43 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from slora.kernels import configs, gate_probe, launch, linear_backward, linear_forward, skinny, weight_gradients
-from slora.kernels.gate_probe import Layer
+from slora.kernels import (
+    configs,
+    gate_probe,
+    launch,
+    linear_backward,
+    linear_forward,
+    linear_precomputed,
+    skinny,
+    weight_gradients,
+)  # fmt: skip
+from slora.ops.backends.triton import Forward, InputGradient
+from slora.ops.operands import LoRAOperands
 
 
 def rows(M: int, columns: int) -> Tensor:
+    """An operand without memory."""
     return torch.empty(M, columns, dtype=torch.bfloat16, device="meta")
-
-
-def layer(M: int, K: int, n: int, blocks: int, r: int) -> dict[str, Any]:
-    """Operands without memory."""
-    A, B = torch.empty(blocks, r, K, device="meta"), torch.empty(blocks, n, r, device="meta")
-    return {"x": rows(M, K), "dy": rows(M, blocks * n), "A": A, "B": B, "gate": torch.empty(blocks, device="meta")}
 
 
 def everything(M: int, K: int, n: int, blocks: int, r: int) -> None:
     """Launch every kernel on a layer of this shape."""
-    x, dy, A, B, gate = layer(M, K, n, blocks, r).values()
-    W, low = rows(blocks * n, K), rows(M, blocks * r)
-    linear_forward.forward(x, W, None, A, B, gate, 0.1, 1.0, blocks, S=low)
-    linear_backward.input_gradient(dy, W, A, B, gate, 0.1, 1.0, blocks, T=low)
-    skinny.products_S(x, A, gate, 0.1, blocks)
-    skinny.products_T(dy, B, gate, 0.1, blocks)
-    weight_gradients.weight_gradients(x, dy, low, low, A, B, gate, 0.1, 1.0, (True, True, True))
+    x, dy, W, low = rows(M, K), rows(M, blocks * n), rows(blocks * n, K), rows(M, blocks * r)
+    A, B = rows(blocks * r, K).view(blocks, r, K), rows(blocks * n, r).view(blocks, n, r)
+    operands = LoRAOperands(A, B, torch.empty(blocks, device="meta"), 0.1, 1.0)
+    R = configs.padded(r)
+    if r <= configs.MAX_FUSED_RANK:
+        tile = configs.gemm(90, "fused", R)[-1]
+        linear_forward.fused(x, W, None, operands, tile)
+        linear_backward.fused(dy, W, operands, tile)
+    tile = configs.gemm(90, "precomputed", R)[-1]
+    linear_precomputed.forward(x, W, None, low, operands, tile)
+    linear_precomputed.backward(dy, W, low, A.view(-1, K), operands, tile)
+    skinny.S(x, operands)
+    skinny.T(dy, operands)
+    tile = configs.weight_gradients(90, min(R, 128))[-1]
+    weight_gradients.weight_gradients(x, dy, low, low, operands, (True, True, True), tile)
     gate_probe.sample_rows(x, M - 1 if M < 2**19 else 512, 0)
-    gate_probe.gate_probe([Layer(dy, x, A, B, gate, 0.1, 1.0, 0)])
+    gate_probe.gate_probe(dy, x, operands, 0, None)
 
 
 KERNELS = (
-    (linear_forward, "linear_forward"), (linear_backward, "linear_backward"), (skinny, "_S"), (skinny, "_T"),
-    (weight_gradients, "_partial_sums"), (weight_gradients, "_reduce"), (gate_probe, "_sample_rows"),
-    (gate_probe, "_probe"),
+    (linear_forward, "fused_forward"), (linear_backward, "fused_backward"), (linear_precomputed, "linear_precomputed"),
+    (skinny, "skinny"), (weight_gradients, "partial_sums"), (weight_gradients, "reduce"), (gate_probe, "copy_rows"),
+    (gate_probe, "probe"),
 )  # fmt: skip
 
 
@@ -51,7 +63,7 @@ KERNELS = (
 def test_no_grid_exceeds_what_a_gpu_launches(
     M: int, K: int, n: int, blocks: int, r: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grids = {}
+    grids: dict[str, tuple[int, ...]] = {}
 
     class Recorder:
         def __init__(self, name: str) -> None:
@@ -63,8 +75,9 @@ def test_no_grid_exceeds_what_a_gpu_launches(
 
     for module, name in KERNELS:
         monkeypatch.setattr(module, name, Recorder(name))
+    monkeypatch.setattr(launch, "_descriptor", lambda matrix, *box: matrix)
     everything(M, K, n, blocks, r)
-    assert set(grids) == {name for _, name in KERNELS}
+    assert set(grids) == {name for _, name in KERNELS if r <= configs.MAX_FUSED_RANK or not name.startswith("fused")}
     for name, (x, *others) in grids.items():
         assert 0 < x < 2**31, name
         assert all(0 < size < 2**16 for size in others), name
@@ -78,34 +91,39 @@ def test_kernels_are_launched_on_the_device_of_their_tensors() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
-def test_every_kernel_computes_on_a_gpu_that_is_not_the_current_one() -> None:
-    def results(device: str) -> list[Tensor | None]:
+def test_every_form_computes_on_a_gpu_that_is_not_the_current_one() -> None:
+    def results(device: str) -> list[Tensor]:
         torch.manual_seed(0)
-        x, dy = (torch.randn(96, 64).to(device, torch.bfloat16) for _ in range(2))
-        W, A, B = torch.randn(64, 64).to(x), torch.randn(1, 16, 64).to(device), torch.randn(1, 64, 16).to(device)
-        gate = torch.ones(1, device=device)
-        y, S = linear_forward.forward(x, W, None, A, B, gate, 0.1, 1.0, 1)
-        dx, T = linear_backward.input_gradient(dy, W, A, B, gate, 0.1, 1.0, 1)
-        gradients = weight_gradients.weight_gradients(x, dy, S, T, A, B, gate, 0.1, 1.0, (True, True, True))
-        alone = skinny.products_S(x, A, gate, 0.1, 1), skinny.products_T(dy, B, gate, 0.1, 1)
-        probed = gate_probe.gate_probe([Layer(dy, x, A, B, gate - 1, 0.1, 1.0, 3)])
-        return [y, S, dx, T, *gradients, *alone, *probed, gate_probe.sample_rows(x, 7, 1)]
+        x, dy, W = (torch.randn(*shape).to(device, torch.bfloat16) for shape in ((96, 64), (96, 64), (64, 64)))
+        A, B = torch.randn(1, 16, 64).to(x), torch.randn(1, 64, 16).to(x)
+        operands = LoRAOperands(A, B, torch.ones(1, device=device), 0.1, 1.0)
+        found = []
+        for operation in (Forward(x, W, None, operands), InputGradient(dy, W, operands)):
+            found += [t for form in operation.forms() for t in operation.compute(form)]
+        S, T = skinny.S(x, operands), skinny.T(dy, operands)
+        found += weight_gradients.weight_gradients(
+            x, dy, S, T, operands, (True,) * 3, configs.weight_gradients(launch.arch(x.device), 16)[0]
+        )
+        off = operands._replace(gate=operands.gate - 1)
+        return [*found, gate_probe.gate_probe(dy, x, off, 3, None), gate_probe.sample_rows(x, 7, 1)]
 
     with torch.cuda.device(0):
         for here, there in zip(results("cuda:0"), results("cuda:1"), strict=True):
             torch.testing.assert_close(here, there, rtol=0, atol=0, check_device=False)
 
 
-@pytest.mark.parametrize(("capability", "access"), [(80, "vectors"), (90, "bulk"), (100, "bulk"), (120, "vectors")])
-def test_the_copy_engine_is_used_where_configurations_were_made_for_it(
-    capability: int, access: configs.Access, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(launch, "capability", lambda device: capability)
-    aligned = torch.zeros(8, 32, dtype=torch.float16, device=device)
-    assert launch.describable(aligned) == (access == "bulk")
-    assert launch.access(aligned, multiple=32) == (access, "16-bit")
-    for other, multiple in ((aligned[:, 1:17], 16), (aligned[:, :17], 17), (aligned, 12)):
-        assert launch.access(other, multiple=multiple) == ("elements", "16-bit")
-    # 8 elements of fp16 are 16 bytes, which is all that the engine asks for.
-    assert launch.access(aligned[:, :24], multiple=8)[0] == ("bulk" if access == "bulk" else "elements")
-    assert launch.access(aligned.float(), multiple=32) == ("elements", "ieee")
+@pytest.mark.parametrize(("major", "arch"), [(8, 80), (9, 90), (10, 100), (12, 80)])
+def test_each_compute_capability_has_the_tiles_of_an_arch(major: int, arch: int) -> None:
+    assert configs.arch_of(major) == arch
+    assert arch in configs.SHARED_MEMORY
+
+
+def test_only_what_is_not_aligned_to_16_bytes_is_copied(device: torch.device) -> None:
+    whole = torch.randn(8, 64, dtype=torch.float32, device=device).half()
+    for fine in (whole, whole[:, 8:40], whole[::2, :16], whole[3:]):
+        assert launch.aligned(fine) is fine
+    for other in (whole[:, 1:17], whole.view(-1)[:504].view(8, 63)[:, :56], whole[:1].expand(8, 64), whole.T[:, :8]):
+        copied = launch.aligned(other)
+        assert copied.data_ptr() % 16 == copied.stride(0) * 2 % 16 == 0
+        assert copied.is_contiguous()
+        assert torch.equal(copied, other)

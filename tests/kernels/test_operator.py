@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slora import backends, forms, ops, reference, room
-from slora.dropout import kept, rescaling
+from slora import ops, reference
 from slora.layers import SelectiveLoRALinear
+from slora.ops.backends import triton
+from slora.ops.dropout import kept, rescaling
+from slora.ops.operands import LoRAOperands
 
 THRESHOLD, SCALING = 0.1, 1.7
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B", "gate")
@@ -29,8 +31,8 @@ def make(
     device: torch.device,
     dtype: torch.dtype,
     rows: tuple[int, ...] = (37,),
-    K: int = 21,
-    n: int = 12,
+    K: int = 24,
+    n: int = 16,
     r: int = 5,
     active: str = "some",
     lora: torch.dtype | None = None,
@@ -97,77 +99,45 @@ def ours(given: dict[str, Tensor | None], dy: Tensor, **more: Any) -> dict[str, 
     return gradients(lambda **t: ops.selective_linear(**t, threshold=THRESHOLD, scaling=SCALING, **more), given, dy)
 
 
-@pytest.mark.parametrize("listed", [True, False], ids=["listed", "from gates"])
+@pytest.mark.parametrize("host_known", [True, False], ids=["host-known", "device-known"])
 @pytest.mark.parametrize(("active", "lora"), [("none", "same"), ("some", "same"), ("some", "fp32"), ("all", "same")])
 def test_output_and_every_gradient_agree_with_the_reference(
-    dtype: torch.dtype, lora: str, active: str, listed: bool, device: torch.device, assert_as_exact_as: Any
+    dtype: torch.dtype, lora: str, active: str, host_known: bool, device: torch.device, assert_as_exact_as: Any
 ) -> None:
     given = make(device, dtype, active=active, lora=torch.float32 if lora == "fp32" else None)
-    dy = torch.randn(37, 36, device=device).to(dtype)
-    found = ours(given, dy, active=ACTIVE[active] if listed else None)
+    dy = torch.randn(37, 48, device=device).to(dtype)
+    found = ours(given, dy, active=ACTIVE[active] if host_known else None)
     assert {name: t.dtype for name, t in found.items()} == {
         "y": dtype, **{name: given[name].dtype for name in NAMES}
     }  # fmt: skip
     compare(assert_as_exact_as, given, dy, found)
 
 
-@pytest.mark.parametrize("form", ["fused", "accumulate", "addmm", "concat"])
-@pytest.mark.parametrize(
-    ("listed", "p"), [(True, 0.0), (False, 0.0), (True, 0.3)], ids=["listed", "from gates", "dropout"]
-)
-def test_every_form_computes_the_same(
-    form: str,
-    listed: bool,
-    p: float,
-    dtype: torch.dtype,
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-    assert_as_exact_as: Any,
+def test_forward_and_backward_may_take_different_forms(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, assert_as_exact_as: Any
 ) -> None:
     taken = []
 
-    def run(
-        shape: forms.Shape, rows: Tensor, candidates: Callable[[], list[forms.Form]], compute: Callable[..., Any]
-    ) -> Any:
-        # addmm has no form of a masked input gradient, and dA, dB only where the host knows the active blocks; concat
-        # none of a gradient.
-        found = candidates()
-        chosen = next((candidate for candidate in found if candidate.name == form), found[0])
-        taken.append(chosen.name)
-        return compute(chosen)
+    def choose(operation: triton.Operation) -> triton.Form:
+        forms = operation.forms()
+        wanted = {"forward": "precomputed", "input gradient": "cublas_before", "weight gradients": "cublas"}
+        taken.append(next(form for form in forms if form.name == wanted[operation.key[0]]))
+        return taken[-1]
 
-    monkeypatch.setattr(forms, "_run", run)
-    given, seed = make(device, dtype), torch.tensor(7, device=device) if p else None
-    if form == "concat":
-        given["x"] = room.empty(37, 21, room=15, dtype=dtype, device=device).copy_(given["x"])
-    mask = kept(37, 21, p, seed, torch.float64) * rescaling(p) if p else None
-    dy = torch.randn(37, 36, device=device).to(dtype)
-    found = ours(given, dy, active=[0, 2] if listed else None, dropout=p, seed=seed)
-    compare(assert_as_exact_as, given, dy, found, mask)
-    # Where the host does not know the active blocks, forms of cuBLAS are for exact products of fp32 alone.
-    offered = listed or dtype == torch.float32 or form in ("fused", "accumulate")
-    no_gradient = form == "concat" or (form == "addmm" and p)
-    assert taken[:2] == [form if offered else "fused", "fused" if no_gradient or not offered else form]
+    monkeypatch.setattr(triton, "_form", choose)
+    given, dy = make(device, torch.float16), torch.randn(37, 48, device=device).half()
+    compare(assert_as_exact_as, given, dy, ours(given, dy, active=[0, 2]))
+    assert [form.name for form in taken] == ["precomputed", "cublas_before", "cublas"]
 
 
-def test_a_choice_among_all_forms_does_not_stand_where_some_are_no_candidates(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen: list[dict[str, set[str]]] = []
-
-    def run(shape: forms.Shape, rows: Tensor, candidates: Callable[[], list[forms.Form]], compute: Any) -> Any:
-        chosen[-1][str(shape)] = {form.name for form in candidates()}
-        return compute(candidates()[0])
-
-    monkeypatch.setattr(forms, "_run", run)
-    given, dy = make(device, torch.float16, active="all"), torch.randn(37, 36, device=device).half()
-    for active in ([0, 1, 2], None):
-        chosen.append({})
-        ours(given, dy, active=active)
-    assert len(chosen[0]) == len(chosen[1]) == 3
-    assert not chosen[0].keys() & chosen[1].keys()
-    assert "addmm" in set().union(*chosen[0].values())
-    assert "addmm" not in set().union(*chosen[1].values())
+def test_eager_mode_and_graphs_are_told_apart(device: torch.device) -> None:
+    given = make(device, torch.float16, active="all")
+    A, B, gate = (given[name] for name in ("lora_A", "lora_B", "gate"))
+    keys = {
+        triton.Forward(given["x"], given["weight"], None, LoRAOperands(A, B, gate, THRESHOLD, SCALING, active)).key
+        for active in ([0, 1, 2], None)
+    }
+    assert len(keys) == 2
 
 
 def test_ranks_above_those_of_the_fused_kernel(device: torch.device, assert_as_exact_as: Any) -> None:
@@ -177,20 +147,20 @@ def test_ranks_above_those_of_the_fused_kernel(device: torch.device, assert_as_e
 
 
 @pytest.mark.parametrize("p", [0.4])
-@pytest.mark.parametrize("listed", [True, False], ids=["listed", "from gates"])
+@pytest.mark.parametrize("host_known", [True, False], ids=["host-known", "device-known"])
 def test_dropout_drops_in_the_backward_what_it_dropped_in_the_forward(
-    p: float, listed: bool, dtype: torch.dtype, device: torch.device, assert_as_exact_as: Any
+    p: float, host_known: bool, dtype: torch.dtype, device: torch.device, assert_as_exact_as: Any
 ) -> None:
     given, seed = make(device, dtype), torch.tensor(77, device=device)
-    mask = kept(37, 21, p, seed, torch.float64) * rescaling(p)
-    dy = torch.randn(37, 36, device=device).to(dtype)
-    found = ours(given, dy, active=[0, 2] if listed else None, dropout=p, seed=seed)
+    mask = kept(37, 24, p, seed, torch.float64) * rescaling(p)
+    dy = torch.randn(37, 48, device=device).to(dtype)
+    found = ours(given, dy, active=[0, 2] if host_known else None, dropout=p, seed=seed)
     compare(assert_as_exact_as, given, dy, found, mask)
 
 
 def test_every_backend_drops_the_same_elements(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     given, seed = make(device, torch.float32), torch.tensor(5, device=device)
-    dy = torch.randn(37, 36, device=device)
+    dy = torch.randn(37, 48, device=device)
     found = {}
     for backend in ("triton", "torch", "reference"):
         monkeypatch.setenv("SLORA_BACKEND", backend)
@@ -206,17 +176,17 @@ def test_any_number_of_leading_dimensions(
     rows: tuple[int, ...], bias: bool, device: torch.device, assert_as_exact_as: Any
 ) -> None:
     given = make(device, torch.float32, rows, bias=bias)
-    dy = torch.randn(*rows, 36, device=device)
+    dy = torch.randn(*rows, 48, device=device)
     compare(assert_as_exact_as, given, dy, ours(given, dy))
 
 
 LAYOUTS: dict[str, Callable[[], Tensor]] = {
-    "transposed batch": lambda: torch.randn(7, 3, 21).transpose(0, 1),
-    "features last but not stride 1": lambda: torch.randn(3, 21, 7).transpose(1, 2),
-    "every second feature": lambda: torch.randn(3, 7, 42)[..., ::2],
-    "expanded": lambda: torch.randn(1, 7, 21).expand(3, 7, 21),
-    "slice of tokens": lambda: torch.randn(3, 9, 21)[:, 1:8],
-    "column-major matrix": lambda: torch.randn(21, 13).T,
+    "transposed batch": lambda: torch.randn(7, 3, 24).transpose(0, 1),
+    "features last but not stride 1": lambda: torch.randn(3, 24, 7).transpose(1, 2),
+    "every second feature": lambda: torch.randn(3, 7, 48)[..., ::2],
+    "expanded": lambda: torch.randn(1, 7, 24).expand(3, 7, 24),
+    "slice of tokens": lambda: torch.randn(3, 9, 24)[:, 1:8],
+    "column-major matrix": lambda: torch.randn(24, 13).T,
 }
 
 
@@ -224,8 +194,8 @@ LAYOUTS: dict[str, Callable[[], Tensor]] = {
 def test_inputs_and_output_gradients_of_any_strides(layout: str, device: torch.device, assert_as_exact_as: Any) -> None:
     x = LAYOUTS[layout]().to(device)
     given = {**make(device, torch.float32, x.shape[:-1]), "x": x}
-    shape = (*x.shape[:-1], 36)
-    for dy in (torch.randn(shape), torch.randn(36).expand(shape), torch.ones(()).expand(shape)):
+    shape = (*x.shape[:-1], 48)
+    for dy in (torch.randn(shape), torch.randn(48).expand(shape), torch.ones(()).expand(shape)):
         compare(assert_as_exact_as, given, dy.to(device), ours(given, dy.to(device)))
 
 
@@ -235,7 +205,7 @@ ASKED_FOR = [("x",), ("lora_A",), ("lora_B",), ("gate",), ("x", "lora_A"), ("lor
 @pytest.mark.parametrize("wanted", ASKED_FOR, ids="-".join)
 def test_gradients_do_not_depend_on_which_others_are_asked_for(wanted: tuple[str, ...], device: torch.device) -> None:
     given = make(device, torch.float32)
-    dy = torch.randn(37, 36, device=device)
+    dy = torch.randn(37, 48, device=device)
     whole = ours(given, dy)
     some = {name: None if t is None else t.detach().requires_grad_(name in wanted) for name, t in given.items()}
     ops.selective_linear(**some, threshold=THRESHOLD, scaling=SCALING).backward(dy)
@@ -253,12 +223,12 @@ def test_the_graph_keeps_only_x_and_S_besides_the_parameters(device: torch.devic
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         ops.selective_linear(**leaves, threshold=THRESHOLD, scaling=SCALING, active=[0, 2])
     parameters = {leaves[name].data_ptr() for name in NAMES if name != "x"}
-    assert sorted(tuple(t.shape) for t in saved if t.data_ptr() not in parameters) == [(37, 10), (37, 21)]
+    assert sorted(tuple(t.shape) for t in saved if t.data_ptr() not in parameters) == [(37, 10), (37, 24)]
 
 
 def test_two_runs_give_the_same_bits(dtype: torch.dtype, device: torch.device) -> None:
     given, seed = make(device, dtype), torch.tensor(1, device=device)
-    dy = torch.randn(37, 36, device=device).to(dtype)
+    dy = torch.randn(37, 48, device=device).to(dtype)
     one, two = (ours(given, dy, dropout=0.2, seed=seed) for _ in range(2))
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
@@ -269,25 +239,52 @@ def test_gates_of_any_dtype_are_compared_in_it(gate_dtype: torch.dtype, device: 
     given = make(device, torch.float32)
     just_below = 0.1 - 1e-12 if gate_dtype == torch.float64 else 0.0999
     gate = torch.tensor([0.1, just_below, 0.2], dtype=gate_dtype, device=device)
-    found = ours({**given, "gate": gate}, torch.ones(37, 36, device=device))
+    found = ours({**given, "gate": gate}, torch.ones(37, 48, device=device))
     assert found["gate"].dtype == gate_dtype
     on = (gate >= THRESHOLD).tolist()
     assert [bool(A.any()) for A in found["lora_A"]] == on
 
 
-def test_what_the_kernels_do_not_take_is_computed_by_pytorch(device: torch.device) -> None:
-    x, gates = torch.randn(2, 3, device=device), torch.zeros(65, device=device)
-    assert backends.kernels_serve(x, gates[:64])
-    assert not backends.kernels_serve(x, gates)
-    assert not backends.kernels_serve(x.double(), gates[:1])
-    given = make(device, torch.float64)
-    compare_to = by_reference(given, torch.ones(37, 36, device=device).double(), torch.float64)
-    found = ours(given, torch.ones(37, 36, device=device).double())
-    torch.testing.assert_close(found["y"], compare_to["y"])
+NOT_SERVED: dict[str, dict[str, Any]] = {
+    "K is no multiple of 8": {"K": 20},
+    "n is no multiple of 8": {"n": 12},
+    "no rows": {"rows": (0,)},
+}
+
+
+@pytest.mark.parametrize("case", NOT_SERVED)
+def test_what_the_kernels_do_not_serve_is_computed_by_pytorch(
+    case: str, device: torch.device, assert_as_exact_as: Any
+) -> None:
+    given = make(device, **{"dtype": torch.float16, **NOT_SERVED[case]})
+    x, A, B, gate = (given[name] for name in ("x", "lora_A", "lora_B", "gate"))
+    served = triton.Triton().supports
+    assert not served(x, LoRAOperands(A, B, gate, THRESHOLD, SCALING))
+    dy = torch.randn(*x.shape[:-1], given["weight"].shape[0], device=device).to(x.dtype)
+    compare(assert_as_exact_as, given, dy, ours(given, dy))
+
+
+def test_the_kernels_serve_16_bits_up_to_64_blocks_of_rank_256(device: torch.device) -> None:
+    served = triton.Triton().supports
+
+    def operands(blocks: int, r: int, active: list[int] | None = None) -> LoRAOperands:
+        A, B = torch.empty(blocks, r, 24, device=device), torch.empty(blocks, 16, r, device=device)
+        return LoRAOperands(A, B, torch.ones(blocks, device=device), THRESHOLD, SCALING, active)
+
+    x = torch.zeros(2, 24, device=device)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert served(x.to(dtype), operands(64, 256))
+        assert served(x.to(dtype), operands(1, 1))
+    # In the interpreter fp32 shows how exact the kernels are; on a GPU cuBLAS serves it.
+    assert served(x, operands(1, 16)) == (device.type == "cpu")
+    assert not served(x.double(), operands(1, 16))
+    assert not served(x.half(), operands(65, 16))
+    assert not served(x.half(), operands(1, 257))
+    assert not served(x.half(), operands(3, 16, active=[]))
 
 
 def layer_pair(device: torch.device, **settings: Any) -> SelectiveLoRALinear:
-    layer = SelectiveLoRALinear(21, 36, **{"r": 4, "lora_alpha": 8, "blocks": 3, **settings})
+    layer = SelectiveLoRALinear(24, 48, **{"r": 4, "lora_alpha": 8, "blocks": 3, **settings})
     nn.init.normal_(layer.lora_B)
     with torch.no_grad():
         layer.gate.copy_(torch.tensor([0.15, 0.05, 0.2]))
@@ -309,7 +306,7 @@ def test_a_layer_trains_with_the_gradients_of_the_torch_backend(
     policy: str, dropout: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = layer_pair(device, inactive=policy, probe_rows=9, lora_dropout=dropout)
-    x = torch.randn(5, 11, 21, device=device)
+    x = torch.randn(5, 11, 24, device=device)
     found = run_layer(layer, x)
     monkeypatch.setenv("SLORA_BACKEND", "torch")
     for name, value in run_layer(layer, x).items():
@@ -320,7 +317,7 @@ def test_a_layer_trains_with_the_gradients_of_the_torch_backend(
 
 def test_activation_checkpointing_draws_the_same_mask_again(device: torch.device) -> None:
     layer = layer_pair(device, lora_dropout=0.4)
-    x = torch.randn(13, 21, device=device)
+    x = torch.randn(13, 24, device=device)
     plain = run_layer(layer, x)
     again = run_layer(layer, x, lambda x: checkpoint(layer, x, use_reentrant=False))
     for name, value in plain.items():
@@ -329,7 +326,7 @@ def test_activation_checkpointing_draws_the_same_mask_again(device: torch.device
 
 def test_autocast_gives_16_bit_outputs_and_fp32_gradients(device: torch.device) -> None:
     layer = layer_pair(device)
-    x = torch.randn(13, 21, device=device)
+    x = torch.randn(13, 24, device=device)
     with torch.autocast(device.type, torch.float16):
         found = run_layer(layer, x)
     assert found.pop("y").dtype == torch.float16
@@ -348,7 +345,7 @@ def test_opcheck_of_the_kernels(device: torch.device) -> None:
     x, gate = given["x"].detach(), given["gate"].detach()
     A, B = (given[name].detach() for name in ("lora_A", "lora_B"))
     for m in (6, 3):
-        args = (torch.randn(6, 36, device=device), x[:m], A, B, gate, THRESHOLD, SCALING, None, 5)
+        args = (torch.randn(6, 48, device=device), x[:m], A, B, gate, THRESHOLD, SCALING, None, 5)
         torch.library.opcheck(torch.ops.slora.gate_probe, args)
     torch.library.opcheck(torch.ops.slora.sample_rows, (x, 3, 5))
 

@@ -1,4 +1,4 @@
-"""What a kernel is compiled for anew: seen without a GPU in the keys under which Triton files what it compiled."""
+"""What a kernel is recompiled for: seen without a GPU in the keys under which Triton files what it compiled."""
 
 from __future__ import annotations
 
@@ -31,28 +31,31 @@ def record(self, *args, grid, warmup, **kwargs):
     keys.add(f"{self.__name__} {specialization} {sorted(options.items())}")
 
 jit.JITFunction.run = record
-from slora import forms
-from slora.kernels import gate_probe
+from slora.kernels import gate_probe, launch
+from slora.ops.backends import Needs, triton
+from slora.ops.operands import LoRAOperands
 
-def step(M=64, scaling=1.0, threshold=0.1, scores=(0.3, 0.0, 0.2), p=0.0, listed=False, form="fused", seed=1):
-    "The keys of one forward, backward and probe of a layer of three blocks."
+# Without a GPU: descriptors are made, nothing runs.
+triton.Triton.supports = lambda *_: True
+
+def step(M=64, scaling=1.0, threshold=0.1, scores=(0.3, 0.0, 0.2), p=0.0, host_known=False, form="fused", seed=1):
+    "The keys of one forward, backward and probe of a layer of as many blocks as there are scores."
     keys.clear()
-    K, n, r = 96, 64, 16
-    x, dy = torch.zeros(M, K, dtype=torch.bfloat16), torch.zeros(M, 3 * n, dtype=torch.bfloat16)
-    W, bias = torch.zeros(3 * n, K, dtype=torch.bfloat16), torch.zeros(3 * n, dtype=torch.bfloat16)
-    A, B, gate = torch.zeros(3, r, K), torch.zeros(3, n, r), torch.tensor(scores)
-    active = [i for i, score in enumerate(scores) if score >= threshold] if listed else None
-    masks = torch.tensor(seed) if p else None
-    def run(shape, rows, candidates, compute):
-        chosen = candidates()
-        return compute(next((c for c in chosen if c.name == form), chosen[0]))
-    forms._run = run
-    # Each form is asked for here, whether or not it would be a candidate.
-    forms._vendor_serves = lambda *_: True
-    _, S = forms.forward(x, W, bias, A, B, gate, threshold, scaling, active, p, masks)
-    forms.backward(dy, x, W, A, B, gate, S, threshold, scaling, active, p, masks, [True] * 4)
+    blocks, K, n, r = len(scores), 384, 320, 16
+    x, dy = torch.zeros(M, K, dtype=torch.bfloat16), torch.zeros(M, blocks * n, dtype=torch.bfloat16)
+    W, bias = torch.zeros(blocks * n, K, dtype=torch.bfloat16), torch.zeros(blocks * n, dtype=torch.bfloat16)
+    A, B, gate = torch.zeros(blocks, r, K).bfloat16(), torch.zeros(blocks, n, r).bfloat16(), torch.tensor(scores)
+    active = [i for i, score in enumerate(scores) if score >= threshold] if host_known else None
+    operands = LoRAOperands(A, B, gate, threshold, scaling, active, p, torch.tensor(seed) if p else None)
+    def choose(operation):
+        forms = operation.forms()
+        return next((f for f in forms if f.name == form), forms[0])
+    triton._form = choose
+    backend = triton.Triton()
+    _, S = backend.forward(x, W, bias, operands)
+    backend.backward(dy, x, S, W, operands, Needs(True, True, True, True))
     some = gate_probe.sample_rows(x, 7, seed)
-    gate_probe.gate_probe([gate_probe.Layer(dy, some, A, B, gate, threshold, scaling, seed)])
+    gate_probe.gate_probe(dy, some, operands, seed, None)
     return sorted(keys)
 
 print(json.dumps([step(**arguments) for arguments in json.loads(sys.argv[1])]))
@@ -69,8 +72,8 @@ def keys_of(*calls: dict[str, Any]) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("form", ["fused", "accumulate", "addmm"])
-def test_no_scalar_no_seed_and_no_moving_gate_compiles_a_kernel_anew(form: str) -> None:
+@pytest.mark.parametrize("form", ["fused", "split", "precomputed"])
+def test_no_scalar_no_seed_and_no_moving_gate_recompiles_a_kernel(form: str) -> None:
     moved: list[dict[str, Any]] = [
         *({"scaling": value} for value in (0.5, 2.0, 16.0)),
         {"threshold": 0.25},
@@ -79,8 +82,8 @@ def test_no_scalar_no_seed_and_no_moving_gate_compiles_a_kernel_anew(form: str) 
         *({"seed": seed} for seed in (2, 3, 4, 5)),
     ]
     first, *others = keys_of(*({"form": form, **change} for change in ({}, *moved)))
-    assert any(key.startswith("linear_forward" if form != "addmm" else "_S") for key in first)
-    assert any(key.startswith("_probe") for key in first)
+    expected = {"fused": {"fused"}, "split": {"fused", "linear"}, "precomputed": {"skinny", "linear"}}[form]
+    assert {key.partition("_")[0].split()[0] for key in first} == expected | {"partial", "reduce", "copy", "probe"}
     for change, keys in zip(moved, others, strict=True):
         assert keys == first, change
     some, other = keys_of({"form": form, "p": 0.1}, {"form": form, "p": 0.2, "seed": 3})
@@ -95,9 +98,16 @@ def test_the_number_of_rows_counts_only_as_a_multiple_of_16() -> None:
     assert ragged == odd
 
 
-def test_which_blocks_are_active_does_not_count_where_the_host_lists_them() -> None:
+def test_split_compiles_nothing_that_fused_and_precomputed_do_not() -> None:
+    fused, precomputed, split = (
+        set(keys) for keys in keys_of(*({"form": f} for f in ("fused", "precomputed", "split")))
+    )
+    assert split <= fused | precomputed
+
+
+def test_which_blocks_are_active_does_not_count_where_the_host_knows_them() -> None:
     first, *others, one, other_one = keys_of(
-        *({"listed": True, "scores": s} for s in ([0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 0, 1]))
+        *({"host_known": True, "scores": s} for s in ([0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 0, 1]))
     )
     for keys in others:
         assert keys == first

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 import slora
 from slora.errors import ConfigError, ShapeError, TargetError
-from slora.gate import adapted_layers
-from slora.layers import ProjectionAttention, SelectiveLoRAAttention
+from slora.layers import ProjectionAttention, SelectiveLoRAAttention, adapted_layers
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),

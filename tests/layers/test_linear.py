@@ -469,8 +469,8 @@ def test_what_a_cuda_graph_records_depends_on_no_gate_but_those_frozen_for_good(
     layer = layer_of(inactive=policy, probe_rows=4)
     x = torch.randn(7, 10)
     listed = []
-    compute = ops.selective_linear
-    monkeypatch.setattr(ops, "selective_linear", lambda *args: listed.append(args[8]) or compute(*args))
+    compute = ops.apply
+    monkeypatch.setattr(ops, "apply", lambda *args: listed.append(args[3].active) or compute(*args))
     for gates, expected in (([0.15, 0.0, 0.15], [None]), ([0.0, 0.0, 0.0], [] if policy == "frozen" else [None])):
         with torch.no_grad():
             layer.gate.copy_(torch.tensor(gates))
@@ -480,7 +480,7 @@ def test_what_a_cuda_graph_records_depends_on_no_gate_but_those_frozen_for_good(
             torch.testing.assert_close(layer(x), y)
         assert listed == expected
         layer(x)
-        assert listed[len(expected) :] == [[i for i, gate in enumerate(gates) if gate]] * any(gates)
+        assert listed[len(expected) :] == [tuple(i for i, gate in enumerate(gates) if gate)] * any(gates)
 
 
 def test_gates_that_were_raised_unseen_are_left_to_the_device_by_a_cuda_graph() -> None:
@@ -531,7 +531,7 @@ def test_a_compiled_probe_is_an_estimate_from_other_rows_at_each_call(fresh_dyna
         torch.manual_seed(call)
         compiled(x).sum().backward()
         torch.manual_seed(call)
-        rows = slora.probe.sampled_rows(7, 4, layer._seed + torch.randint(2**31, ()))
+        rows = slora.ops.gate_probe.sampled_rows(7, 4, layer._seed + torch.randint(2**31, ()))
         drawn.add(tuple(rows.tolist()))
         *_, expected = slora.reference.selective_lora_linear_backward(
             torch.ones(4, 12), x[rows], layer.weight, layer.lora_A, layer.lora_B, layer.gate, 0.1, layer.scaling
@@ -563,3 +563,51 @@ def test_a_compiled_layer_runs_under_autocast(fresh_dynamo: Any) -> None:
     y = compiled_of(run)(x)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, run(x))
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "scaling": lambda layer: setattr(layer, "lora_alpha", 5.0),
+    "threshold": lambda layer: setattr(layer, "threshold", 0.2),
+    "another A": lambda layer: setattr(layer, "lora_A", nn.Parameter(torch.randn_like(layer.lora_A))),
+    "another A behind attributes": lambda layer: layer._parameters.update(lora_A=torch.randn_like(layer.lora_A)),
+    "A in place": lambda layer: layer.lora_A.data.mul_(2),
+    "another weight": lambda layer: setattr(layer, "weight", nn.Parameter(torch.randn_like(layer.weight))),
+    "a gate": lambda layer: nn.init.constant_(layer.gate, 0.0),
+    "a state dict": lambda layer: layer.load_state_dict({k: v * 2 for k, v in layer.state_dict().items()}),
+    "disabled": lambda layer: setattr(layer, "enabled", False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_takes_what_the_layer_is_now(change: str) -> None:
+    layer, x = layer_of(inactive="frozen"), torch.randn(7, 10)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        before = layer(x)
+        CHANGES[change](layer)
+        found = layer(x)
+        # A copy has not been called yet.
+        assert torch.equal(found, copy.deepcopy(layer)(x))
+    assert not torch.equal(found, before)
+
+
+def test_dropout_begins_with_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = layer_of(lora_dropout=0.5).eval(), torch.randn(7, 10)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    assert torch.equal(layer(x), layer(x))
+    layer.train()
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_what_does_not_fit_is_refused_at_any_call() -> None:
+    layer = layer_of()
+    for _ in range(2):
+        layer(torch.randn(7, 10))
+        with pytest.raises(ShapeError, match=r"x has shape \[7, 11\] and weight"):
+            layer(torch.randn(7, 11))
+        with pytest.raises(ShapeError, match=r"weight has shape .* torch.float32 but x has .* torch.float64"):
+            layer(torch.randn(7, 10).double())
+    layer.lora_B = nn.Parameter(torch.zeros(3, 4, 3))
+    with pytest.raises(ShapeError, match=r"lora_B has shape \[3, 4, 3\]"):
+        layer(torch.randn(7, 10))

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import slora
 from slora.errors import ConfigError, StateError
-from slora.gate import adapted_layers
-from slora.layers import LoRABlocks
+from slora.layers import LoRABlocks, adapted_layers
 from slora.merging import batched, extension_info, fallback
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -161,11 +160,11 @@ def test_merged_output_is_the_adapted_output_and_takes_base_flops(vit: nn.Module
     expected = model(x)
     with slora.disabled(model):
         base = model(x)
-        flops = slora.flops.count_flops(model, x)
+        flops = slora.ops.flops.count_flops(model, x)
     slora.merge(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model(x), base, rtol=1e-4, atol=1e-5)
-    assert slora.flops.count_flops(model, x) == flops
+    assert slora.ops.flops.count_flops(model, x) == flops
     assert not model(x).requires_grad, "nothing is trained while merged"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import slora
 from slora import ConfigError
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 from slora.retention import Distillation, generic_samples
 
 

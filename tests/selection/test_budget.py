@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slora
-from slora.gate import adapted_layers, gates
+from slora.gate import gates
+from slora.layers import adapted_layers
 from slora.selection import Budget, keep_blocks
 from tests.selection.stepping import Batch, Make, N, count, flags, run
 

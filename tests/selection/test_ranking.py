@@ -13,7 +13,8 @@ from torch import nn
 
 import slora
 from slora import ConfigError
-from slora.gate import adapted_layers, gates
+from slora.gate import gates
+from slora.layers import adapted_layers
 from slora.selection import Budget, SoloGain, keep_blocks, update_norm
 from slora.selection.ranking import depths
 from tests.selection.stepping import Batch, Make, N, flags, run

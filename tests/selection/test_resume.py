@@ -17,7 +17,8 @@ from torch import nn
 
 import slora
 from slora import ConfigError
-from slora.gate import adapted_layers, gates
+from slora.gate import gates
+from slora.layers import adapted_layers
 from slora.selection import Budget
 from tests.selection.stepping import Batch, Make, N, count, flags, run
 
@@ -73,7 +74,7 @@ import os, sys
 import torch, torch.distributed as dist
 from torch import nn
 import slora
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import slora.selection
 from slora import CheckpointError, ConfigError, WriteError
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 from slora.training import TrainResult, TrainSettings, checkpoint, prepare, train
 from slora.training.optimizers import Optimizers
 

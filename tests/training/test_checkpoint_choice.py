@@ -14,7 +14,7 @@ from torch import nn
 
 from slora import CheckpointError, ConfigError, cli
 from slora.evaluation.evaluate import evaluate
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 from slora.training import checkpoint, merged, run, rundir, trainer
 from slora.training.settings import Method
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import slora
 from slora import ConfigError
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 from slora.training import TrainSettings, prepare, train
 from slora.training.head_first import train_head
 

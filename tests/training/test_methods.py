@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import slora
-from slora.gate import adapted_layers
+from slora.layers import adapted_layers
 from slora.training import TrainSettings, prepare
 from slora.training.methods import heads_of
 

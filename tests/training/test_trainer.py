@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from slora import ConfigError
-from slora.gate import adapted_layers, gates
+from slora.gate import gates
+from slora.layers import adapted_layers
 from slora.training import TrainSettings, prepare, train
 from slora.training.optimizers import lr_scale
 from slora.training.recorder import read_metrics

@@ -60,23 +60,16 @@ def register() -> None:
         sdpa_flop_count,
     )
 
+    # In place of a tensor a formula gets its shape.
     @register_flop_formula(torch.ops.slora.selective_linear)
-    def forward(
-        x: Any, weight: Any, bias: Any, lora_A: Any, lora_B: Any, gate: Any, threshold: float, scaling: float,
-        active: Sequence[int] | None = None, *args: Any, **kwargs: Any,
-    ) -> int:  # fmt: skip
-        blocks, r, K = lora_A
-        count = blocks if active is None else len(active)
-        return forward_flops(math.prod(x[:-1]), weight[0], K, r, blocks, count)
+    def forward(x: Any, weight: Any, bias: Any, *blocks: Any, out_shape: Any = None) -> int:
+        number, r, K, count = _of_blocks(blocks)
+        return forward_flops(math.prod(x[:-1]), weight[0], K, r, number, count)
 
     @register_flop_formula(torch.ops.slora.selective_linear_backward)
-    def backward(
-        dy: Any, x: Any, weight: Any, lora_A: Any, lora_B: Any, gate: Any, S: Any, threshold: float, scaling: float,
-        active: Sequence[int] | None, dropout: float, seed: Any, needs: Sequence[bool], **kwargs: Any,
-    ) -> int:  # fmt: skip
-        blocks, r, K = lora_A
-        count = blocks if active is None else len(active)
-        return backward_flops(math.prod(dy[:-1]), weight[0], K, r, blocks, count, needs)
+    def backward(dy: Any, x: Any, S: Any, weight: Any, needs: Sequence[bool], *blocks: Any, **kwargs: Any) -> int:
+        number, r, K, count = _of_blocks(blocks)
+        return backward_flops(math.prod(dy[:-1]), weight[0], K, r, number, count, needs)
 
     @register_flop_formula(torch.ops.slora.gate_probe)
     def probe(
@@ -108,6 +101,12 @@ def register() -> None:
     for operator, formula in list(flop_registry.items()):
         if "_scaled_dot_product" in str(operator):
             flop_registry[operator] = _with_shared_heads(formula, "backward" in str(operator))
+
+
+def _of_blocks(fields: Sequence[Any]) -> tuple[int, int, int, int]:
+    """Return `(blocks, r, K, computed blocks)` of the fields of `LoRAOperands`."""
+    (blocks, r, K), active = fields[0], fields[5] if len(fields) > 5 else None
+    return blocks, r, K, blocks if active is None else len(active)
 
 
 def _with_shared_heads(formula: Callable[..., Any], backward: bool) -> Callable[..., Any]:

@@ -1,11 +1,11 @@
 """What inactive gates learn from: their straight-through gradient, exact or estimated from a few rows.
 
-`torch.ops.slora.sample_rows` and `torch.ops.slora.gate_probe` do the work, in Triton kernels on a GPU
-(`slora.kernels.gate_probe`) and in PyTorch calls elsewhere; `ProbeGates` puts them into the graph.
+`torch.ops.slora.sample_rows` and `torch.ops.slora.gate_probe` do the work by the backend that serves; `ProbeGates` puts
+them into the graph.
 
-Each layer probes all its blocks in one launch. The layers of a model do not share one, although the kernel could serve
-them: autograd expects the gradient of a layer's gate when it reaches that layer, and DDP, hooks and
-`torch.autograd.grad` act on it there, while a shared launch could start only after the last layer.
+Each layer probes all its blocks in one launch. The layers of a model do not share one: autograd expects the gradient of
+a layer's gate when it reaches that layer, and DDP, hooks and `torch.autograd.grad` act on it there, while a shared
+launch could start only after the last layer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slora import addmm
-from slora.backends import kernels_serve
+from slora.ops.backends.eager import EAGER
+from slora.ops.dispatch import backend_for
+from slora.ops.layout import rows
+from slora.ops.operands import LoRAOperands
 
 _library: Any = torch.library.Library("slora", "FRAGMENT")
 _library.define("sample_rows(Tensor x, int m, int seed, Tensor? shift=None) -> Tensor")
@@ -53,10 +55,10 @@ def _hash24(k: Tensor, seed: int | Tensor) -> Tensor:
 class ProbeGates(torch.autograd.Function):
     """The identity on `y` whose backward gives inactive gates their straight-through gradient.
 
-    `apply(y [..., N], gate, x [..., K], lora_A, lora_B, threshold, scaling, blocks, m, seed, shift, scale)`: from the
-    rows `sampled_rows(M, m, seed + shift)` of x and dy (all M rows where `m` is None), `dgate_i = scale * c *
-    <S_i, T_i>` for each i in `blocks`; where `blocks` is None the inactive ones are found on the device. `shift` is an
-    int64 scalar on the device, or None for 0. Only those rows of x are kept.
+    `apply(y [..., N], gate, x [..., K], lora_A, lora_B, threshold, scaling, blocks, m, seed, shift)`: from the rows
+    `sampled_rows(M, m, seed + shift)` of x and dy (all M rows where `m` is None), `dgate_i = scaling * <S_i, T_i>` for
+    each i in `blocks`; where `blocks` is None the inactive ones are found on the device. `shift` is an int64 scalar on
+    the device, or None for 0. Only those rows of x are kept.
     """
 
     @staticmethod
@@ -73,12 +75,11 @@ class ProbeGates(torch.autograd.Function):
         m: int | None,
         seed: int,
         shift: Tensor | None,
-        scale: float,
     ) -> Tensor:
-        x_rows = addmm.rows(x)
+        x_rows = rows(x)
         kept = x_rows if m is None else torch.ops.slora.sample_rows(x_rows, m, seed, shift)
         ctx.save_for_backward(kept, lora_A, lora_B, gate, shift)
-        ctx.threshold, ctx.scaling, ctx.blocks, ctx.seed = threshold, scaling * scale, blocks, seed
+        ctx.call = threshold, scaling, blocks, seed
         return y.detach()
 
     @staticmethod
@@ -87,53 +88,20 @@ class ProbeGates(torch.autograd.Function):
         dgate = None
         if ctx.needs_input_grad[1]:
             x_rows, lora_A, lora_B, gate, shift = ctx.saved_tensors
-            dgate = torch.ops.slora.gate_probe(
-                addmm.rows(dy),
-                x_rows,
-                lora_A,
-                lora_B,
-                gate,
-                ctx.threshold,
-                ctx.scaling,
-                ctx.blocks,
-                ctx.seed,
-                shift,
-            ).to(gate.dtype)
-        return dy, dgate, None, None, None, None, None, None, None, None, None, None
-
-
-def _sum(seed: int, shift: Tensor | None) -> int | Tensor:
-    return seed if shift is None else seed + shift
+            dgate = torch.ops.slora.gate_probe(rows(dy), x_rows, lora_A, lora_B, gate, *ctx.call, shift).to(gate.dtype)
+        return dy, dgate, None, None, None, None, None, None, None, None, None
 
 
 def _sample_rows(x: Tensor, m: int, seed: int, shift: Tensor | None = None) -> Tensor:
-    if x.is_cuda and x.stride(1) == 1 and kernels_serve(x):
-        # The kernel is PyTorch's indexing without its dozen small launches.
-        from slora.kernels import gate_probe
-
-        return gate_probe.sample_rows(x, m, seed, shift)
-    return x[sampled_rows(x.shape[0], m, _sum(seed, shift), x.device)]
+    return (backend_for(x) or EAGER).sample_rows(x, m, seed, shift)
 
 
 def _gate_probe(
     dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Tensor, threshold: float, scaling: float,
     blocks: Sequence[int] | None, seed: int, shift: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    if kernels_serve(dy, gate):
-        from slora.kernels import gate_probe
-
-        layer = gate_probe.Layer(
-            addmm.unit_stride(dy), addmm.unit_stride(x), lora_A.contiguous(), lora_B.contiguous(),
-            *addmm.fp32_gate(gate, threshold), scaling, seed, shift,
-        )  # fmt: skip
-        return gate_probe.gate_probe([layer])[0]
-    if x.shape[0] < dy.shape[0]:
-        dy = dy[sampled_rows(dy.shape[0], x.shape[0], _sum(seed, shift), dy.device)]
-    present = range(gate.shape[0]) if blocks is None else blocks
-    dgate = addmm.gate_probe(dy, x, lora_A, lora_B, present, scaling)
-    if blocks is None:
-        dgate = dgate * (gate < threshold)
-    return addmm.scattered(dgate, gate.shape[0], present)
+    operands = LoRAOperands(lora_A, lora_B, gate, threshold, scaling).cast(dy.dtype)
+    return (backend_for(dy, operands) or EAGER).gate_probe(dy, x, operands, blocks, seed, shift)
 
 
 def _sample_rows_fake(x: Tensor, m: int, seed: int, shift: Tensor | None = None) -> Tensor:

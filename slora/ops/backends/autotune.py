@@ -2,15 +2,14 @@
 
 `choose` times the candidates with CUDA events the first time that a shape class is seen, and writes the result to
 `forms.json` in the folder `SLORA_CACHE` (default: `slora` in `XDG_CACHE_HOME` or `~/.cache`). An entry holds for one
-device name, one version of torch and of Triton and one text of the kernels. Delete the file to measure anew.
+device name, one version of torch and of Triton and one text of the kernels. Delete the file to measure again.
 
-Rows are counted in powers of two, rounded up, and each such number is measured by itself. Times are those of calls from
-Python, launches included, as training without CUDA graphs has them.
+Rows are counted in powers of two, rounded up, and each such number is measured by itself. Times are those of the
+device: several calls are queued behind a delay, so that none waits for Python.
 
-Nothing is measured, and the first candidate taken unless the file knows better, while a CUDA graph is captured: warm up
-for it inside `slora.gates_on_device()`, which measures for it. The first is always taken under
-`torch.use_deterministic_algorithms`, because a measurement may turn out otherwise in the next run and another form
-rounds otherwise.
+During capture of a CUDA graph: the remembered choice, else the default. Warm up for it inside
+`slora.gates_on_device()`, which measures for it. Under `torch.use_deterministic_algorithms` it is always the default,
+because a measurement may turn out otherwise in the next run and another form rounds otherwise.
 """
 
 from __future__ import annotations
@@ -30,12 +29,14 @@ import torch
 from slora import files
 from slora.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
+# Calls between two events, how often they are timed, and the cycles of the delay before them: about 2 ms, for launches
+# of some 50 us each.
+CALLS, SAMPLES, DELAY = 5, 5, 4_000_000
 Candidates = Mapping[str, Callable[[], Any]]
 _Entries = dict[str, dict[str, Any]]
 
 _lock = threading.Lock()
-_known: dict[tuple[Path, str], _Entries] = {}
 
 
 def choose(shape: str, M: int, device: torch.device, candidates: Candidates) -> str | None:
@@ -52,8 +53,8 @@ def choose(shape: str, M: int, device: torch.device, candidates: Candidates) -> 
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
         return default
     with _lock:
-        key = _key(shape, _bucket(M))
-        entry = _entries(device).get(key)
+        key = f"{shape} M<={bucket(M)}"
+        entry = _read(cache_file()).get(environment(device), {}).get(key)
         if entry is not None and entry["choice"] in candidates:
             return str(entry["choice"])
         if _capturing(device):
@@ -64,10 +65,9 @@ def choose(shape: str, M: int, device: torch.device, candidates: Candidates) -> 
         return fastest
 
 
-def scope(M: int) -> tuple[Any, ...]:
-    """Return what a choice depends on beside shape and device: the class of rows, and where choices come from."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return _bucket(M), deterministic, os.environ.get("SLORA_CACHE"), os.environ.get("XDG_CACHE_HOME")
+def bucket(M: int) -> int:
+    """Return the number of rows that stands for `M`: the next power of two."""
+    return 1 << max(0, M - 1).bit_length()
 
 
 def _capturing(device: torch.device) -> bool:
@@ -90,14 +90,6 @@ def describe_cache() -> str:
     path = cache_file()
     count = sum(len(entries) for entries in _read(path).values())
     return f"{path} ({count} choices)" if path.exists() else f"{path} (not written yet)"
-
-
-def _bucket(M: int) -> int:
-    return 1 << max(0, M - 1).bit_length()
-
-
-def _key(shape: str, bucket: int) -> str:
-    return f"{shape} M<={bucket}"
 
 
 def _times(candidates: Candidates, device: torch.device) -> dict[str, float]:
@@ -123,30 +115,28 @@ def _times(candidates: Candidates, device: torch.device) -> dict[str, float]:
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call, by CUDA events, after two that compile and warm up."""
+    """Median time of a call on the device, after two that compile and warm up.
+
+    A delay is queued first, for as long as Python takes to queue the calls behind it.
+    """
     with torch.cuda.device(device):
         for _ in range(2):
             call()
+        torch.cuda.synchronize()
         times: list[float] = []
-        for _ in range(7):
+        for _ in range(SAMPLES):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(DELAY)
             start.record()
-            call()
+            for _ in range(CALLS):
+                call()
             stop.record()
             stop.synchronize()
-            times.append(start.elapsed_time(stop))
+            times.append(start.elapsed_time(stop) / CALLS)
     return statistics.median(times)
 
 
-def _entries(device: torch.device) -> _Entries:
-    place = cache_file(), environment(device)
-    if place not in _known:
-        _known[place] = _read(place[0]).get(place[1], {})
-    return _known[place]
-
-
 def _remember(device: torch.device, key: str, entry: dict[str, Any]) -> None:
-    _entries(device)[key] = entry
     path, ours = cache_file(), environment(device)
     # What other processes wrote meanwhile is kept. Two that write at the same instant lose one entry, to be measured
     # again; the file is always one or the other, whole.
@@ -172,7 +162,7 @@ def _read(path: Path) -> dict[str, _Entries]:
                 str(entry["choice"])
         return environments
     except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
-        _warn(f"{path} is ignored and will be written anew, because it is not a cache of slora ({error!r})")
+        _warn(f"{path} is ignored and will be written again, because it is not a cache of slora ({error!r})")
         return {}
 
 
@@ -194,6 +184,6 @@ def environment(device: torch.device) -> str:
 def _kernels() -> str:
     digest = hashlib.sha256()
     here = Path(__file__).parent
-    for source in (*sorted((here / "kernels").glob("*.py")), here / "forms.py", here / "addmm.py"):
+    for source in (*sorted((here.parents[1] / "kernels").glob("*.py")), here / "triton.py", here / "eager.py"):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return digest.hexdigest()[:12]

@@ -1,15 +1,16 @@
-"""Who computes the operator: `SLORA_BACKEND` and what this machine has.
+"""Which backend computes the operator: `SLORA_BACKEND` and what this machine has.
 
 | `SLORA_BACKEND` | on CUDA | on the CPU |
 |---|---|---|
 | `auto` (default) | the fastest form measured for the shape: Triton kernels or PyTorch calls | PyTorch calls |
 | `triton` | Triton kernels, never a measurement | an error, unless `TRITON_INTERPRET=1` |
-| `torch` | PyTorch calls (`slora.addmm`) | the same |
+| `torch` | PyTorch calls (`slora.ops.backends.eager`) | the same |
 | `reference` | `slora.reference`, differentiable any number of times | the same |
 
-fp64, layers of more than 64 blocks and GPUs before compute capability 8.0 are served by PyTorch calls under `auto` and
-`triton` as well. Triton's interpreter multiplies bf16 wrongly: with it, bf16 is an error under `triton` and served by
-PyTorch calls under `auto`.
+The kernels serve bf16 and fp16 on GPUs from compute capability 8.0 on, up to 64 blocks of a rank up to 256, and sizes
+that are multiples of 8 (`Triton.supports`); what they do not, fp32 above all, PyTorch calls compute under `auto` and
+`triton` as well. Triton's interpreter serves fp32, too, but multiplies bf16 wrongly: with it, bf16 is an error under
+`triton` and served by PyTorch calls under `auto`.
 """
 
 from __future__ import annotations
@@ -22,25 +23,52 @@ import torch
 from torch import Tensor
 
 from slora.errors import ConfigError, MissingDependencyError
+from slora.ops.backends import Backend
+from slora.ops.backends.eager import EAGER
+from slora.ops.backends.triton import Triton
+from slora.ops.operands import LoRAOperands
 
-BACKENDS = ("auto", "triton", "torch", "reference")
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# As `kernels/slots.py` has it, which imports Triton.
-_MAX_BLOCKS = 64
+SETTINGS = ("auto", "triton", "torch", "reference")
+TRITON = Triton()
 # Looked up once here, because torch.compile cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
+# Decided once for each: a layer asks twice per step.
+_decided: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
 
-def backend() -> str:
-    """Return the backend that `SLORA_BACKEND` asks for.
+
+def setting() -> str:
+    """Return what `SLORA_BACKEND` asks for.
 
     Raises:
         ConfigError: the variable holds an unknown name.
     """
-    name = os.environ.get("SLORA_BACKEND", "auto").strip().lower() or "auto"
-    if name not in BACKENDS:
-        raise ConfigError(f"SLORA_BACKEND={name!r} is unknown; use one of {', '.join(BACKENDS)}")
+    value = os.environ.get("SLORA_BACKEND", "auto")
+    return value if value in SETTINGS else _normalised(value)
+
+
+def _normalised(value: str) -> str:
+    name = value.strip().lower() or "auto"
+    if name not in SETTINGS:
+        raise ConfigError(f"SLORA_BACKEND={name!r} is unknown; use one of {', '.join(SETTINGS)}")
     return name
+
+
+def backend_for(x: Tensor, operands: LoRAOperands | None = None) -> Backend | None:
+    """Return the backend that computes a call with rows of `x`, or of dy; None where `slora.reference` does.
+
+    Raises:
+        ConfigError, MissingDependencyError: see `check_device`.
+    """
+    wanted = setting()
+    if wanted == "reference":
+        return None
+    key = wanted, x.device, x.dtype
+    backend = _decided.get(key)
+    if backend is None:
+        check_device(x)
+        backend = _decided[key] = TRITON if _kernels_serve(x) else EAGER
+    return backend if backend is EAGER or backend.supports(x, operands) else EAGER
 
 
 def check_device(x: Tensor) -> None:
@@ -50,7 +78,7 @@ def check_device(x: Tensor) -> None:
         ConfigError: x is not on a CUDA device and Triton's interpreter is off, or x is bf16 and it is on.
         MissingDependencyError: Triton is not installed.
     """
-    if backend() != "triton":
+    if setting() != "triton":
         return
     if not has_triton():
         raise MissingDependencyError(
@@ -69,15 +97,12 @@ def check_device(x: Tensor) -> None:
         )
 
 
-def kernels_serve(x: Tensor, gate: Tensor | None = None) -> bool:
-    """Return whether the Triton kernels compute for `x` and the blocks of `gate`, by the table above."""
-    wanted = backend()
-    if x.dtype not in _KERNEL_DTYPES or wanted in ("torch", "reference"):
-        return False
-    if gate is not None and gate.shape[0] > _MAX_BLOCKS:
+def _kernels_serve(x: Tensor) -> bool:
+    """Whether the Triton kernels compute for `x`, by the table above."""
+    wanted = setting()
+    if wanted in ("torch", "reference"):
         return False
     if wanted == "triton":
-        check_device(x)
         return x.device.type != "cuda" or _new_enough(x.device)
     return x.device.type == "cuda" and has_triton() and _new_enough(x.device) and not _misread(x)
 
@@ -92,8 +117,8 @@ def _new_enough(device: torch.device) -> bool:
 
 
 def computed_by(gpu: bool) -> str:
-    """Return in words who computes adapted layers with the backend asked for, on a GPU or on the CPU."""
-    wanted = backend()
+    """Return in words who computes adapted layers with the setting, on a GPU or on the CPU."""
+    wanted = setting()
     if wanted == "reference":
         return "slora.reference"
     if wanted == "torch" or (wanted == "auto" and not (gpu and has_triton())):

@@ -10,25 +10,22 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from slora.errors import ShapeError
+from slora.ops.operands import LoRAOperands
 
 MAX_RANK = 256
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_inputs(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    gate: Tensor,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    active: Sequence[int] | None = None,
-) -> None:
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether `x` goes with a layer whose operands were checked before: what can differ from call to call."""
+    return x.dim() > 0 and x.shape[-1] == weight.shape[1] and x.dtype == weight.dtype and x.device == weight.device
+
+
+def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> None:
     """Raise `ShapeError` unless the arguments fit together; the same text on every backend and under tracing."""
     if x.dtype not in DTYPES:
         raise ShapeError(f"x has {_kind(x)}; expected one of {', '.join(map(str, DTYPES))}")
+    lora_A, lora_B, gate = operands[:3]
     _check_shapes(x, weight, bias, lora_A, lora_B, gate)
     others = {"weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "gate": gate}
     _check_dtypes(x, others)
@@ -38,15 +35,16 @@ def check_inputs(
                 f"{name} of shape {_shape(tensor)} is on {tensor.device} but x of shape {_shape(x)} is on {x.device}; "
                 f"move the module or the input"
             )
-    blocks = gate.shape[0]
+    blocks, active = gate.shape[0], operands.active
     if active and not (active[0] >= 0 and active[-1] < blocks and all(i < j for i, j in itertools.pairwise(active))):
         raise ShapeError(f"active is {list(active)}; expected the active ones of {blocks} blocks in rising order")
-    if dropout != 0.0:
-        _check_dropout(x, dropout, seed)
+    if operands.dropout != 0.0:
+        _check_dropout(x, operands.dropout, operands.seed)
+    _check_active(gate, operands.threshold, active)
 
 
-def check_active(gate: Tensor, threshold: float, active: Sequence[int] | None) -> None:
-    """Raise `ShapeError` where `active` disagrees with a `gate` whose values the host has: on the CPU, not traced."""
+def _check_active(gate: Tensor, threshold: float, active: Sequence[int] | None) -> None:
+    """Refuse `active` where it disagrees with gates whose values the host has: on the CPU, not traced."""
     if active is None or gate.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(gate):
         return
     found = (gate >= threshold).nonzero().flatten().tolist()

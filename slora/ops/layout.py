@@ -1,0 +1,58 @@
+"""Rows, blocks and columns: how `x [..., K]`, `y [..., N]` and the packed `S [M, packed * r]` are looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return `x [..., K]` as `[M, K]`."""
+    if x.dim() == 2:
+        return x
+    # No -1, which says nothing where another size is 0.
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def unit_stride(x_rows: Tensor) -> Tensor:
+    """Return `x_rows [M, C]`, copied only where neighbouring columns are not neighbours in memory."""
+    return x_rows if x_rows.stride(1) == 1 else x_rows.contiguous()
+
+
+def fp32_gate(gate: Tensor, threshold: float) -> tuple[Tensor, float]:
+    """Return gates in fp32 with their threshold. Those of another dtype become ones and zeros: rounded, a score next
+    to the threshold could change sides."""
+    if gate.dtype == torch.float32:
+        return gate.contiguous(), threshold
+    return (gate >= threshold).float(), 0.5
+
+
+def masked(values: Tensor, on: Tensor) -> Tensor:
+    """Return `values [blocks, ...]` with 0 in place of the blocks that are not `on [blocks]`, whatever they hold."""
+    return torch.where(on.view(-1, *(1,) * (values.dim() - 1)), values, 0)
+
+
+def chosen(matrices: Tensor, active: Sequence[int]) -> Tensor:
+    """Return the matrices of the active blocks, `[len(active), ...]`."""
+    if len(active) == matrices.shape[0]:
+        return matrices
+    # Indexing with a list would upload it, which a CUDA graph being captured does not allow.
+    return torch.stack([matrices[i] for i in active]) if active else matrices[:0]
+
+
+def scattered(values: Tensor, blocks: int, active: Sequence[int]) -> Tensor:
+    """Return `values [len(active), ...]` at their places among `blocks` blocks, 0 elsewhere."""
+    if len(active) == blocks:
+        return values
+    result = values.new_zeros(blocks, *values.shape[1:])
+    for value, i in zip(values, active, strict=True):
+        result[i] = value
+    return result
+
+
+def columns(y: Tensor, n: int, active: Sequence[int]) -> list[Tensor]:
+    """Return the n columns of `y [M, N]` that belong to each active block, as views."""
+    return [y[:, i * n : (i + 1) * n] for i in active]

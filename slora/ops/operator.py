@@ -1,0 +1,270 @@
+"""Values and gradients of the operator behind every adapted layer.
+
+Eager mode goes through a plain autograd function. Where something watches the calls (torch.compile, export, a FLOP
+counter, fake tensors, torch.func) or differentiates twice, it is the torch.library operator
+
+    torch.ops.slora.selective_linear(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
+        -> (y, S)
+
+whose schema is `x, weight, bias` and then the fields of `LoRAOperands`. Both call the same backend
+(`slora.ops.dispatch`). `S` is what the backward keeps besides `x`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from slora import reference
+from slora.errors import StateError
+from slora.ops.backends import Backend, Needs
+from slora.ops.backends.eager import EAGER
+from slora.ops.checks import check_operands
+from slora.ops.dispatch import backend_for, check_device, setting
+from slora.ops.dropout import kept, rescaling
+from slora.ops.layout import masked, rows
+from slora.ops.operands import LoRAOperands
+
+_library: Any = torch.library.Library("slora", "DEF")
+_library.define(
+    "selective_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor gate, "
+    "float threshold, float scaling, int[]? active=None, float dropout=0.0, Tensor? seed=None) -> (Tensor, Tensor)"
+)
+_library.define(
+    "selective_linear_backward(Tensor dy, Tensor? x, Tensor S, Tensor weight, bool[] needs, Tensor lora_A, "
+    "Tensor lora_B, Tensor gate, float threshold, float scaling, int[]? active=None, float dropout=0.0, "
+    "Tensor? seed=None) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def selective_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gate: Tensor,
+    threshold: float,
+    scaling: float,
+    active: Sequence[int] | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Return `y [..., N]`: the base linear plus the update of the active blocks, as `slora.reference` states it.
+
+    Args:
+        x: `[..., K]`, any strides, zero rows included.
+        weight: `[N, K]`, dtype and device of `x`; usually frozen.
+        bias: `[N]`, dtype of `x`, or None.
+        lora_A: `[blocks, r, K]`, dtype of `x` or fp32; r from 1 to 256.
+        lora_B: `[blocks, N / blocks, r]`, dtype of `lora_A`.
+        gate: `[blocks]`, floating.
+        threshold: block i is active while `gate[i] >= threshold`.
+        scaling: factor in front of every update.
+        active: the active blocks in rising order if the host knows them, so that nothing has to be read from the
+            device; must agree with `gate`, which is checked on the CPU only. None means "read the gates" and is what
+            `torch.compile` sees, so that a moving gate never changes the graph.
+        dropout: probability of dropping an element of `x` on the LoRA path; needs `seed`.
+        seed: int64 scalar on the device of `x`, where a CUDA graph can draw a new one per replay. The backward draws
+            the same mask from it, so none is stored; every backend draws the same one (`slora.ops.dropout`).
+
+    The gate gradient of active blocks is straight-through; that of inactive ones is 0 here (`slora.ops.gate_probe`
+    supplies it). In the backward only what `requires_grad` asks for is computed.
+
+    Raises:
+        ShapeError: shapes, dtypes or devices disagree, or `active` is no rising list of blocks or disagrees with
+            `gate`; names the argument, what it is and what it should be.
+        ConfigError: `SLORA_BACKEND` is unknown, or asks for kernels that cannot run on the device of `x` or in
+            its dtype.
+    """
+    operands = LoRAOperands(lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
+    if not torch.compiler.is_compiling():
+        check_operands(x, weight, bias, operands)
+    return apply(x, weight, bias, operands)
+
+
+def apply(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> Tensor:
+    """Return what `selective_linear` does, of operands that were checked before."""
+    if torch.compiler.is_compiling():
+        if setting() == "reference":
+            return _reference(x, weight, bias, operands)
+        return _as_operator(x, weight, bias, operands)
+    backend = backend_for(x, operands)
+    if backend is None:
+        return _reference(x, weight, bias, operands)
+    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+        # Someone watches, who has to see one operator with a schema rather than what computes it.
+        return _as_operator(x, weight, bias, operands)
+    if not torch.is_grad_enabled():
+        return backend.forward(x, weight, bias, operands.cast(x.dtype))[0]
+    A, B, gate = operands[:3]
+    y: Tensor = _apply(x, weight, bias, A, B, gate, operands, backend)
+    return y
+
+
+def _as_operator(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> Tensor:
+    y: Tensor = torch.ops.slora.selective_linear(x, weight, bias, *operands)[0]
+    return y
+
+
+class _Eager(torch.autograd.Function):
+    """`apply(x, weight, bias, lora_A, lora_B, gate, operands, backend)`; A, B and gate are those of `operands`, for
+    autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        gate: Tensor,
+        operands: LoRAOperands,
+        backend: Backend,
+    ) -> Tensor:
+        low = operands.cast(x.dtype)
+        y, S = backend.forward(x, weight, bias, low)
+        needs = ctx.needs_input_grad
+        if any(needs):
+            _, need_weight, _, need_A, need_B, need_gate, _, _ = needs
+            x_kept = x if need_weight or need_A else None
+            S_kept = S if need_B or need_gate else None
+            ctx.save_for_backward(x_kept, weight, S_kept, low.lora_A, low.lora_B, gate, low.seed)
+            ctx.call = backend, operands[3:7], lora_A.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        x, weight, S, lora_A, lora_B, gate, seed = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_A, need_B, need_gate, _, _ = ctx.needs_input_grad
+        backend, call, dtype = ctx.call
+        needs = Needs(need_x, need_A, need_B, need_gate)
+        threshold, scaling, active, dropout = call
+        operands = LoRAOperands(lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
+        S = dy.new_empty(0) if S is None else S
+        dx = dA = dB = dgate = None
+        if torch.is_grad_enabled() or is_in_torch_dispatch_mode():
+            # Differentiated twice, which the operator refuses, or watched.
+            gradients = torch.ops.slora.selective_linear_backward(dy, x, S, weight, needs, *operands)
+            dx, dA, dB, dgate = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        elif any(needs):
+            dx, dA, dB, dgate = backend.backward(rows(dy), None if x is None else rows(x), S, weight, operands, needs)
+            if dx is not None and dy.dim() != 2:
+                dx = dx.view(*dy.shape[:-1], weight.shape[1])
+            if dgate is not None and dgate.dtype != gate.dtype:
+                dgate = dgate.to(gate.dtype)
+        if dtype != dy.dtype:
+            dA, dB = (None if g is None else g.to(dtype) for g in (dA, dB))
+        dW = rows(dy).T @ rows(x) if need_weight else None
+        db = rows(dy).sum(0) if need_bias else None
+        return dx, dW, db, dA, dB, dgate, None, None
+
+
+# Without what `Function.apply` does first, which is to look for transforms of torch.func: `apply` above has looked.
+_apply: Any = super(torch.autograd.Function, _Eager).apply
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> Tensor:
+    lora_A, lora_B, gate, threshold, scaling, _, dropout, seed = operands
+    x_lora = None
+    if dropout:
+        assert seed is not None
+        keep = kept(math.prod(x.shape[:-1]), x.shape[-1], dropout, seed, x.dtype)
+        x_lora = x * keep.view(x.shape) * rescaling(dropout)
+    # The gate keeps its dtype: rounded to that of x, a score next to the threshold would change sides.
+    on = gate >= threshold
+    gate = torch.where(on, gate, gate.detach())
+    # What inactive blocks hold is not read: 0 times infinity is not 0.
+    A, B = masked(lora_A, on).to(x.dtype), masked(lora_B, on).to(x.dtype)
+    return reference.selective_lora_linear(x, weight, bias, A, B, gate, threshold, scaling, x_lora).to(x.dtype)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *blocks: Any) -> tuple[Tensor, Tensor]:
+    operands = LoRAOperands(*blocks)
+    check_operands(x, weight, bias, operands)
+    operands = operands.cast(x.dtype)
+    return (backend_for(x, operands) or EAGER).forward(x, weight, bias, operands)
+
+
+def _backward(
+    dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Sequence[bool], *blocks: Any
+) -> tuple[Tensor, ...]:
+    given = LoRAOperands(*blocks)
+    operands = given.cast(dy.dtype)
+    x_rows = None if x is None else rows(x)
+    backend = backend_for(dy, operands) or EAGER
+    dx, dA, dB, dgate = backend.backward(rows(dy), x_rows, S, weight, operands, Needs(*needs))
+    # An operator returns tensors; what is not needed is an empty one.
+    empty = dy.new_empty(0)
+    return (
+        empty if dx is None else dx.view(*dy.shape[:-1], weight.shape[1]),
+        empty.clone() if dA is None else dA.to(given.lora_A.dtype),
+        empty.clone() if dB is None else dB.to(given.lora_B.dtype),
+        empty.clone() if dgate is None else dgate.to(given.gate.dtype),
+    )
+
+
+def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *blocks: Any) -> tuple[Tensor, Tensor]:
+    operands = LoRAOperands(*blocks)
+    check_operands(x, weight, bias, operands)
+    check_device(x)
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, x.new_empty(math.prod(x.shape[:-1]), operands.packed * operands.r)
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Sequence[bool], *blocks: Any
+) -> tuple[Tensor, ...]:
+    operands = LoRAOperands(*blocks)
+
+    def result(needed: bool, like: Tensor) -> Tensor:
+        return torch.empty_like(like, memory_format=torch.contiguous_format) if needed else dy.new_empty(0)
+
+    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if needs[0] else dy.new_empty(0)
+    return dx, result(needs[1], operands.lora_A), result(needs[2], operands.lora_B), result(needs[3], operands.gate)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, *blocks = inputs
+    operands, S = LoRAOperands(*blocks), output[1]
+    ctx.mark_non_differentiable(S)
+    ctx.set_materialize_grads(False)
+    _, need_weight, _, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
+    x_kept = x if need_weight or need_A else None
+    S_kept = S if need_B or need_gate else S.new_empty(0)
+    ctx.save_for_backward(x_kept, weight, S_kept, *operands[:3], operands.seed)
+    ctx.call = operands[3:7]
+
+
+def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 11
+    x, weight, S, lora_A, lora_B, gate, seed = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
+    needs = [need_x, need_A, need_B, need_gate]
+    found = torch.ops.slora.selective_linear_backward(dy, x, S, weight, needs, lora_A, lora_B, gate, *ctx.call, seed)
+    dx, dA, dB, dgate = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
+    dW = rows(dy).T @ rows(x) if need_weight else None
+    db = rows(dy).sum(0) if need_bias else None
+    return dx, dW, db, dA, dB, dgate, None, None, None, None, None
+
+
+def _refuse_twice(ctx: Any, *grads: Tensor | None) -> None:
+    raise StateError(
+        "slora.selective_linear is differentiable once; set SLORA_BACKEND=reference for second derivatives"
+    )
+
+
+torch.library.impl(_library, "selective_linear", "CompositeExplicitAutograd")(_forward)
+torch.library.impl(_library, "selective_linear_backward", "CompositeExplicitAutograd")(_backward)
+torch.library.register_fake("slora::selective_linear", _forward_fake, lib=_library)
+torch.library.register_fake("slora::selective_linear_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("slora::selective_linear", _gradients, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("slora::selective_linear_backward", _refuse_twice, lib=_library)
