@@ -52,12 +52,16 @@ def parser() -> argparse.ArgumentParser:
     bars = commands.add_parser("bars", help="the bars of bars.toml, met, missed or not measured")
     bars.add_argument("--results", type=Path, help="a folder of result files of one device (default: results/*)")
 
-    gpu = commands.add_parser("gpu", help="the proof on a GPU: build, tests, cases, sanitizer, profile; 9 minutes")
+    gpu = commands.add_parser("gpu", help="the proof on a GPU: build, kernels, cases, tests, sanitizer, profile")
+    gpu.add_argument(
+        "stage", nargs="?", choices=("first", "second"),
+        help="first: build, candidates, linear, merge (4 minutes); second: train steps, tests, profile (7 minutes); "
+        "without it all parts (9 minutes)",
+    )  # fmt: skip
     gpu.add_argument("--out", type=Path, help="folder to write into (default: benchmarks/results/<device>)")
-    gpu.add_argument("--quick", action="store_true", help="90 seconds instead of 9 minutes; needs --out")
     gpu.add_argument("--commit", help="what to record as the commit where the source is no git repository")
     gpu.add_argument(
-        "--seconds", type=float, help="all the time there is, its start included (default 530, with --quick 88)"
+        "--seconds", type=float, help="all the time there is, its start included (default 240, 400, or 530 of all)"
     )
     gpu.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="only these parts")
     gpu.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, the kernels interpreted")

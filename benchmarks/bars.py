@@ -89,12 +89,14 @@ def load(path: Path = FILE) -> list[Bar]:
                         f"{path}: a limit of the bar {entry['name']!r} needs one of {', '.join(SIGNS)}"
                     )
                 own = {key: value for key, value in limit.items() if key not in SIGNS}
-                bars.append(
+                device = entry["device"]
+                bars += [
                     Bar(
-                        entry["name"], entry["device"], entry["case"], {**entry["where"], **own}, entry["contender"],
+                        entry["name"], name, entry["case"], {**entry.get("where", {}), **own}, entry["contender"],
                         entry["measure"], entry.get("against"), limit[asked[0]], asked[0], tuple(own),
                     )
-                )  # fmt: skip
+                    for name in ([device] if isinstance(device, str) else device)
+                ]  # fmt: skip
         except KeyError as error:
             raise BenchmarkError(f"{path}: the bar {entry.get('name')!r} has no {error}") from error
     return bars

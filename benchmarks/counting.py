@@ -193,7 +193,8 @@ def predicted_seconds(
     ceilings: dict[str, Any],
 ) -> float:  # fmt: skip
     """Forward and backward by the model of costs: the frozen layer's measured time, then the update's bytes at the
-    copy ceiling and its FLOPs at the GEMM ceiling, one after the other."""
+    copy ceiling and its FLOPs at the GEMM ceiling, one after the other. Of the form "fused" it is the floor: x and dy
+    have to be read once more, for dA and dB, when T is complete."""
     extra = bytes_moved(form, M, N, K, element, share) - bytes_moved("frozen", M, N, K, element)
     copy: float = ceilings["copy_bytes_per_s"]
     gemm: float = ceilings["gemm_flops_per_s"][dtype]

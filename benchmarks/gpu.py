@@ -1,11 +1,18 @@
-"""The proof on a GPU, in one command: build, tests, cases, sanitizer, profile, and which bars are met.
+"""The proof on a GPU, in two stages that stand alone: build, kernels, cases, tests, profile, and which bars are met.
 
-    python -m benchmarks gpu [--out FOLDER] [--quick --out FOLDER] [--parts NAME ...]
+    python -m benchmarks gpu first|second [--out FOLDER]
+    python -m benchmarks gpu [--parts NAME ...] [--out FOLDER]
+
+`first` says whether the kernels are right, and how fast one layer and the merge are; `second` how fast a model trains,
+and what the tests and the profiler say. Without a stage there are all parts, or those that are named.
 
 Every part is a process of its own with an end of its own: part i has to end when the shares of parts 1 to i are used
 up, so what one part leaves is the next one's. A part that fails or is cut costs the others nothing. The order is that
-of importance. Written are at most eight files: one per case, `proof.json` (the state of every part) and `gpu.log`.
-Nothing is written elsewhere but the extension that is built in place, and temporary files that are removed.
+of importance. Both stages together write at most eight files into one folder: one per case, `candidates.json`, and for
+each `proof-<stage>.json` (the state of every part) and `gpu-<stage>.log`. Nothing is written elsewhere but the
+extension that is built in place, and temporary files that are removed.
+
+Shares are estimates from the work of a part, in the comments beside them: no GPU has run it yet.
 
 Here are the order, the time and the table at the end; `proof/parts.py` has the parts, `proof/process.py` how they run.
 """
@@ -29,30 +36,47 @@ from benchmarks.proof.process import Proof, State, environ_of, machine
 from benchmarks.record import RESULTS, BenchmarkError, environment, folder_name, require_writable
 from benchmarks.settings import process_began
 
-SECONDS, QUICK_SECONDS, DRY_SECONDS = 530.0, 88.0, 900.0
+# Of all parts without a stage, and of each stage.
+SECONDS: dict[str | None, float] = {None: 530.0, "first": 240.0, "second": 400.0}
+DRY_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part, what it is for, and its share of the time: of the whole proof, and of the quick one (0: left out)."""
+    """A part, what it is for, and its share of the time: of all parts, and of each stage (0: not in it)."""
 
     name: str
     run: parts.Run
     seconds: float
-    quick: float
+    first: float = 0.0
+    second: float = 0.0
+
+    def share(self, stage: str | None) -> float:
+        """Its share of the time of a stage."""
+        return {None: self.seconds, "first": self.first, "second": self.second}[stage]
 
 
 PARTS = (
-    Part("build", parts.build, 60, 34),
-    Part("tests", parts.tests, 85, 12),
-    Part("linear", parts.case("linear"), 105, 18),
-    Part("train_step", parts.case("train_step"), 75, 12),
-    Part("merge", parts.case("merge"), 40, 12),
-    Part("inference", parts.case("inference"), 20, 0),
-    Part("sanitizer", parts.sanitizer, 80, 0),
-    Part("profile", parts.profile, 30, 0),
-    Part("scaling", parts.case("scaling"), 20, 0),
-    Part("gates", parts.case("gates"), 15, 0),
+    # Two compilers side by side, nvcc for one architecture: 30 s.
+    Part("build", parts.build, 45, 40, 40),
+    # In the second stage for the sake of Triton's cache: train steps would compile one kernel after the other.
+    Part("candidates", parts.candidates, 60, 80, 60),
+    # A start of 10 s; 6 points of 9 contenders and 6 of 2, each 60 calls of 16 launches of 1 ms: 4 s and 2 s, checks
+    # and measured choices as much again.
+    Part("linear", parts.case("linear"), 90, 85),
+    # A start of 10 s, of each of 5 contenders 8 rounds; PEFT takes 0.5 s to adapt a ViT-L.
+    Part("merge", parts.case("merge"), 30, 35),
+    # A start of 10 s; 2 batches, eager and as a graph, of each 6 contenders: built, checked in fp32 on the whole batch
+    # (5 s), timed (8 steps of 0.05 to 0.25 s).
+    Part("train_step", parts.case("train_step"), 80, 0, 170),
+    # Several hundred tests of 1 s on 8 processes, compiling included.
+    Part("tests", parts.tests, 75, 0, 95),
+    # Up to 40 kernels, each replayed a few times: 1 s each at most.
+    Part("profile", parts.profile, 25, 0, 35),
+    Part("inference", parts.case("inference"), 20),
+    Part("sanitizer", parts.sanitizer, 70),
+    Part("scaling", parts.case("scaling"), 20),
+    Part("gates", parts.case("gates"), 15),
 )
 
 
@@ -60,15 +84,15 @@ def chosen(args: argparse.Namespace) -> list[Part]:
     """The parts that are asked for, in their order.
 
     Raises:
-        BenchmarkError: there is no such part.
+        BenchmarkError: there is no such part, or a stage has other ones.
     """
     names = [part.name for part in PARTS]
     unknown = [name for name in args.parts or () if name not in names]
     if unknown:
         raise BenchmarkError(f"part {unknown[0]!r} is unknown; there are {', '.join(names)}")
-    if args.parts:
-        return [part for part in PARTS if part.name in args.parts]
-    return [part for part in PARTS if part.quick or not args.quick]
+    if args.parts and args.stage:
+        raise BenchmarkError(f"the stage {args.stage} has its own parts; leave it or --parts out")
+    return [part for part in PARTS if (part.name in args.parts if args.parts else part.share(args.stage))]
 
 
 def prove(args: argparse.Namespace) -> int:
@@ -79,24 +103,22 @@ def prove(args: argparse.Namespace) -> int:
             into.
     """
     began = process_began()
-    if args.quick and args.out is None:
-        raise BenchmarkError("--quick needs --out: the committed results are whole")
     if not args.dry_run and not torch.cuda.is_available():
         raise BenchmarkError("no CUDA GPU is visible (torch.cuda.is_available() is False); --dry-run needs none")
     if args.dry_run and args.out is None:
         raise BenchmarkError("--dry-run measures nothing worth keeping; name a folder with --out")
     if args.seconds is not None and not args.seconds > 0:
-        raise BenchmarkError(f"--seconds {args.seconds:g} leaves no time; the whole proof has {SECONDS:g}")
+        raise BenchmarkError(f"--seconds {args.seconds:g} leaves no time; the proof has {SECONDS[args.stage]:g}")
     asked = chosen(args)
-    shares = [part.quick if args.quick and not args.parts else part.seconds for part in asked]
-    whole = args.seconds or (DRY_SECONDS if args.dry_run else QUICK_SECONDS if args.quick else SECONDS)
+    shares = [part.share(args.stage) for part in asked]
+    whole = args.seconds or (DRY_SECONDS if args.dry_run else SECONDS[args.stage])
     device = "cpu" if args.dry_run else "cuda"
     out = (args.out or RESULTS / folder_name(device)).resolve()
     require_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu.log").write_bytes(b"")
     with tempfile.TemporaryDirectory(prefix="slora-proof-") as scratch:
-        proof = Proof(out, args.dry_run, args.quick, environ_of(args.dry_run, Path(scratch)))
+        proof = Proof(out, args.dry_run, args.stage, environ_of(args.dry_run, Path(scratch)))
+        proof.log.write_bytes(b"")
         proof.about = {**environment(device), **machine()}
         proof.write()
         if proof.about["commit"] is None:
@@ -111,7 +133,7 @@ def prove(args: argparse.Namespace) -> int:
             print("\nbenchmarks: interrupted; what was measured so far is kept", file=sys.stderr)
             proof.write()
             return 2
-    name_left_out(proof, asked, "--quick has no time for it" if args.quick and not args.parts else "not asked for")
+    name_left_out(proof, asked, f"not in the stage {args.stage}" if args.stage else "not asked for")
     finish(proof, time.monotonic() - began)
     return int(any(state["state"] in ("failed", "cut") or no_time(state) for state in proof.parts.values()))
 

@@ -21,7 +21,8 @@ SCHEMA = 2
 TIMES = {"seconds", "device_seconds", "forward", "forward_backward", "eager"}
 MEASURES = TIMES | {
     "peak_memory_mib", "added_memory_mib", "flops", "bytes", "compulsory_bytes", "flops_per_s", "peak_over_outputs",
-    "launches", "deterministic", "percent_of_gemm", "percent_of_copy", "predicted", "deviation",
+    "launches", "deterministic", "percent_of_gemm", "percent_of_copy", "predicted", "deviation", "floor_seconds",
+    "over_floor", "of_floor",
     "update_seconds", "update_deviation", "images_per_second", "tokens_per_second",
 }  # fmt: skip
 

@@ -129,7 +129,9 @@ def _total(partial, at, active, inside, size, splits, WIDE: tl.constexpr, NARROW
     if active:
         for first in range(0, splits, AT_ONCE):
             for k in tl.static_range(AT_ONCE):
-                acc += tl.load(partial + at + (first + k) * size, mask=inside & (first + k < splits), other=0.0)
+                # In one comparison of tiles: the interpreter of Triton 3.9 makes no mask of a tile and a scalar.
+                mask = tl.where(inside, first + k, splits) < splits
+                acc += tl.load(partial + at + (first + k) * size, mask=mask, other=0.0)
     return acc
 
 

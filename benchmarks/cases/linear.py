@@ -3,6 +3,10 @@
 `forward` is that of inference, without a graph. `forward_backward` asks for dx and the gradients of everything the
 contender trains. On a GPU both are replays of a CUDA graph; `eager` is forward and backward launched from Python.
 `peak_over_outputs` is the memory that one forward and backward adds at its peak, over y, S, T and the gradients.
+
+`floor_seconds` is the frozen layer's time with what any update costs beyond it at the ceilings of this run
+(`counting.predicted_seconds`). Of the floor's overhead over frozen `over_floor` is the multiple that a contender takes,
+`of_floor` the part of the floor's speed-up over whatever it is compared with: the floor's time over its own.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import torch
 import slora
 from benchmarks import counting
 from benchmarks.contenders import forms
-from benchmarks.contenders.layer import CONTENDERS, Layer, Problem, Shape, mistake
+from benchmarks.contenders.layer import CONTENDERS, FROZEN, PINNED, Layer, Problem, Shape, mistake
 from benchmarks.contenders.peers import reason_in, reasons_in
 from benchmarks.record import spread
 from benchmarks.settings import Settings
@@ -30,8 +34,8 @@ RANKS = (4, 16, 64, 128)
 # Blocks of the layer, and how many of them are active: 0, 1/16, 1/4 and all.
 ACTIVE = {"0": (0, 1), "1/16": (1, 16), "1/4": (4, 16), "1": (1, 1)}
 ALL, NONE = ACTIVE["1"], ACTIVE["0"]
-# Where PEFT is compiled, too, unless the grid is full: on a GPU that takes longer than all the rest of a point.
-COMPILED = [(768, 3072), (3072, 768)]
+# Those of the quick grid on a GPU, which are the bars and every form; nothing waits there for a compiler of a peer.
+QUICK = {FROZEN, "slora, auto", *PINNED, "PEFT", "addmm function"}
 BAR_SHAPES = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (1280, 5120)]
 
 
@@ -54,7 +58,7 @@ def grid(settings: Settings) -> list[Shape]:
     if settings.on_gpu:
         bars = [shape(K, N, 50432, active=active) for active in (ALL, NONE) for K, N in BAR_SHAPES]
         if settings.grid == "quick":
-            return [bars[1], bars[len(BAR_SHAPES) + 1]]
+            return bars
         rest = [shape(768, 3072, 50432, active=ACTIVE[share]) for share in ("1/16", "1/4")]
         rest += [shape(K, N, 50432) for K, N in SHAPES if (K, N) not in BAR_SHAPES]
         rest += [shape(768, 3072, M) for M in TOKENS[:2]]
@@ -73,12 +77,17 @@ def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]
     for point in grid(settings):
         if settings.stop():
             return
-        compiled = settings.grid == "full" or not settings.on_gpu or (point.K, point.N) in COMPILED
-        yield from measure(
-            point, settings, ceilings, {name for name in CONTENDERS if compiled or name != "PEFT, compiled"}
-        )
+        yield from measure(point, settings, ceilings, contenders(settings))
         torch._dynamo.reset()
         release(settings.device)
+
+
+def contenders(settings: Settings) -> set[str]:
+    """Who takes part: on a GPU a compiled PEFT takes longer than all the rest of a point, on a CPU forms are shown."""
+    if settings.on_gpu and settings.grid == "quick":
+        return QUICK
+    left_out = {"PEFT, compiled"} if settings.on_gpu else set(PINNED)
+    return set(CONTENDERS) - (left_out if settings.grid not in ("full", "tiny") else set())
 
 
 def measure(
@@ -118,6 +127,20 @@ def contest(
             row.update(form=layer.form, bytes=moved)
         seconds = row["forward_backward"]["median"]
         row.update(**turns.row, **counting.beside_time(ceilings, point.dtype, seconds, row["flops"], moved))
+        if FROZEN in layers and layer.updates and point.active:
+            row.update(beside_floor(point, seconds, rows[FROZEN]["forward_backward"]["median"], element, ceilings))
+
+
+def beside_floor(
+    point: Shape, seconds: float, frozen: float, element: int, ceilings: dict[str, Any]
+) -> dict[str, float]:
+    """The floor at this point, and a time beside it."""
+    floor = counting.predicted_seconds(
+        frozen, "fused", point.M, point.N, point.K, point.r, point.active, point.share, point.dtype, element, ceilings
+    )
+    return {
+        "floor_seconds": floor, "over_floor": (seconds - frozen) / (floor - frozen), "of_floor": floor / seconds
+    }  # fmt: skip
 
 
 def take(

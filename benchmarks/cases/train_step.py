@@ -36,6 +36,9 @@ USUAL = [name for name in CONTENDERS if name != LEFT_TO_GATES]
 # Where the point is the model and not the contender.
 MAIN = ["frozen, dx everywhere", "full", "PEFT, all", "slora, all active", "slora, few active, frozen"]
 COMPILED = ["frozen, dx everywhere", "PEFT, all", "slora, all active"]
+# Those of the bars on a GPU.
+BARS = ["frozen, dx everywhere", "full", "PEFT, all", "slora, all active", "slora, few active, frozen",
+        "slora, none active, frozen"]  # fmt: skip
 # A captured step is the same at every replay, so a probe every tenth step is not in it.
 CAPTURED = [name for name in USUAL if "probe" not in name]
 # The batch on which a result is checked; contrastive losses need two.
@@ -57,10 +60,11 @@ def grid(settings: Settings) -> list[Point]:
         points: list[Point] = [("vit-s", 16, precision, "eager", USUAL) for precision in ("fp32", "bf16", "amp")]
         compiled = ("fp32", "bf16", "amp") if settings.grid == "full" else ("fp32",)
         return points + [("vit-s", 16, precision, "compile", COMPILED) for precision in compiled]
+    bars: list[Point] = [("vit-b", batch, "bf16", mode, BARS) for batch in (64, 256) for mode in ("eager", "graph")]
     if settings.grid == "quick":
-        # Few and small: of a point that is cut nothing is left.
-        return [("vit-b", 64, "bf16", "eager", MAIN)]
+        return bars
     points = [
+        *bars[:2],
         ("vit-b", 256, "bf16", "eager", USUAL),
         ("vit-b", 256, "bf16", "graph", CAPTURED),
         ("vit-l", 128, "bf16", "graph", MAIN),

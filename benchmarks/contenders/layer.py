@@ -6,6 +6,7 @@ wanted beside that of `x`. All share one `W`, `b`, `A`, `B`.
     frozen F.linear       the limit: no update, only y and dx
     full                  the dense weight gradient
     slora, <backend>      the layer that users get, by each backend of this machine
+    slora, <form>         the same by the kernels, y and dx in one form (`forms.Pin`)
     PEFT                  its own layer, one eager kernel after the other
     PEFT, compiled        the same under torch.compile
     addmm function        an autograd function that adds the update in place, in the form that Unsloth uses
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slora
+from benchmarks.contenders import forms
 from benchmarks.contenders.peers import Missing, need
 from benchmarks.settings import DTYPES
 from benchmarks.timing import captured
@@ -201,11 +203,12 @@ class Layer:
 
 
 @contextmanager
-def _backend(name: str) -> Iterator[None]:
+def _backend(name: str, pinned: Callable[[], Any] = nullcontext) -> Iterator[None]:
     before = os.environ.get("SLORA_BACKEND")
     os.environ["SLORA_BACKEND"] = name
     try:
-        yield
+        with pinned():
+            yield
     finally:
         if before is None:
             del os.environ["SLORA_BACKEND"]
@@ -224,8 +227,8 @@ def full(problem: Problem) -> Layer:
     return Layer(lambda x: F.linear(x, W, b), {"weight": W, "bias": b}, "full", updates=False)
 
 
-def with_slora(backend: str) -> Callable[[Problem], Layer]:
-    """`SelectiveLoRALinear` under `SLORA_BACKEND=backend`; its LoRA parameters are fp32."""
+def with_slora(backend: str, form: str | None = None) -> Callable[[Problem], Layer]:
+    """`SelectiveLoRALinear` under `SLORA_BACKEND=backend`, by one form; its LoRA parameters are fp32."""
 
     def build(problem: Problem) -> Layer:
         shape = problem.shape
@@ -236,6 +239,10 @@ def with_slora(backend: str) -> Callable[[Problem], Layer]:
                 raise Missing("the kernels need a GPU")
             if problem.dtype == torch.bfloat16:
                 raise Missing("Triton's interpreter multiplies bf16 wrongly")
+        if form is not None and problem.device != "cpu" and shape.dtype == "fp32":
+            raise Missing("fp32 has no forms on a GPU")
+        if form is not None and not shape.active:
+            raise Missing("no block is active")
         config = slora.SelectiveLoRAConfig(
             r=shape.r,
             lora_alpha=SCALING * shape.r,
@@ -250,7 +257,10 @@ def with_slora(backend: str) -> Callable[[Problem], Layer]:
             layer.lora_B.copy_(problem.B)
             layer.gate.copy_(problem.gate)
         parameters: dict[str, Tensor] = {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "gate": layer.gate}
-        return Layer(layer, parameters, "addmm", around=lambda: _backend(backend))
+        pin = nullcontext if form is None else forms.Pin(form)
+        # Weight gradients are then what a measurement chooses, as without a pin.
+        setting = backend if form is None or problem.device == "cpu" else "auto"
+        return Layer(layer, parameters, form or "addmm", around=lambda: _backend(setting, pin))
 
     return build
 
@@ -321,10 +331,12 @@ def _one_block(name: str, gradient: Tensor) -> Tensor:
     return gradient[None] if name.startswith("lora") else gradient
 
 
+PINNED = {f"slora, {form}": form for form in forms.NAMES}
 CONTENDERS: dict[str, Callable[[Problem], Layer]] = {
     "frozen F.linear": frozen,
     "full": full,
     **{f"slora, {name}": with_slora(name) for name in dispatch.SETTINGS if name != "reference"},
+    **{name: with_slora("triton", form) for name, form in PINNED.items()},
     "PEFT": with_peft(compiled=False),
     "PEFT, compiled": with_peft(compiled=True),
     "addmm function": addmm_function,
@@ -345,10 +357,17 @@ def mistake(
     missing = sorted(set(wanted) - found.keys())
     if missing:
         return f"{' and '.join(missing)} {'was' if len(missing) == 1 else 'were'} not computed"
+    for name, (error, allowed) in errors(found, exact).items():
+        if not error <= allowed:
+            return f"{name} is off by {error:.3g} where {allowed:.3g} is allowed and its norm is {exact[name][2]:.3g}"
+    return None
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, tuple[Tensor, Tensor, float]]) -> dict[str, tuple[float, float]]:
+    """The error of each result and what is allowed, as `mistake` has it."""
+    both = {}
     for name, value in found.items():
         wide, own, magnitude = exact[name]
         allowed = 2 * float((own.to(wide.dtype) - wide).norm()) + torch.finfo(own.dtype).eps * magnitude
-        error = float((value.to(wide.dtype) - wide).norm())
-        if not error <= allowed:
-            return f"{name} is off by {error:.3g} where {allowed:.3g} is allowed and its norm is {magnitude:.3g}"
-    return None
+        both[name] = float((value.to(wide.dtype) - wide).norm()), allowed
+    return both

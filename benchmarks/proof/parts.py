@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,13 +32,8 @@ LEAST = 3.0
 TIME_UP = "the time was up"
 # How pytest ends where it could not begin.
 USAGE_ERROR = 4
-# What the quick proof has time for: of every kernel its values, then a graph that replays, and the merge.
-QUICK_TESTS = (
-    "tests/kernels/test_forms.py::test_every_form_agrees_with_the_formulas",
-    "tests/kernels/test_operator.py::test_output_and_every_gradient_agree_with_the_reference",
-    "tests/kernels/test_operator.py::test_a_cuda_graph_replays_with_moved_gates_and_new_masks",
-    "tests/merging/test_batched_cuda.py::test_a_merge_in_place_writes_the_weights_and_nothing_else",
-)
+# What is tested first, because a cut loses what is at the end: every kernel's values, the operator, and the merge.
+FIRST = ("tests/kernels/test_forms.py", "tests/kernels/test_operator.py", "tests/merging/test_batched_cuda.py")
 METRICS = {
     "gpu__time_duration.sum": "duration",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
@@ -95,10 +92,10 @@ def tests(proof: Proof, limit: float) -> State:
     if find_spec("pytest") is None:
         return {"state": "skipped", "reason": "pytest is not installed"}
     until = time.monotonic() + limit
-    several = ["-n", "4"] if find_spec("xdist") and not proof.dry else []
+    several = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") and not proof.dry else []
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--no-header", "-p", "no:cacheprovider",
                "--continue-on-collection-errors", *several]  # fmt: skip
-    asked = list(QUICK_TESTS) if proof.quick else gpu_files()
+    asked = gpu_files()
     left_out: dict[str, str] = {}
     while True:
         code, text = proof.call([*command, *asked], until - time.monotonic())
@@ -139,9 +136,7 @@ def gpu_files() -> list[str]:
         for file in files
         if file.name.startswith(("test_", "bench_")) and (file in marking or folders & {*file.parents})
     ]
-    # The kernels and the merge first: a cut loses what is at the end.
-    first = list(dict.fromkeys(test.partition("::")[0] for test in QUICK_TESTS))
-    return [*first, *(file for file in found if file not in first)]
+    return [*FIRST, *(file for file in found if file not in FIRST)]
 
 
 def missing_package(text: str) -> str | None:
@@ -183,7 +178,7 @@ def case(name: str) -> Run:
     """A part that runs one case; what it has measured when it is cut is in its file."""
 
     def run(proof: Proof, limit: float) -> State:
-        grid = ["--grid", "tiny"] if proof.dry else ["--quick"] if proof.quick else []
+        grid = ["--grid", "tiny"] if proof.dry else ["--quick"] if proof.stage else []
         seconds = f"{max(1.0, limit - GRACE):.0f}"
         command = [sys.executable, "-m", "benchmarks", "run", "--case", name, "--device", proof.device,
                    "--keep-partial", "--seconds", seconds, "--out", str(proof.out), *grid]  # fmt: skip
@@ -205,6 +200,31 @@ def case(name: str) -> Run:
         return state
 
     return run
+
+
+def candidates(proof: Proof, limit: float) -> State:
+    """Every candidate of every form, compiled on all cores, checked and timed; what is done at a cut is in the file.
+
+    About 150 candidates of some 60 kernels, each compiled in 2 to 10 s on one core: a minute on 16 cores. Checks and
+    times take 20 s, most of them for the large point: 30 candidates, 27 calls of 6 ms.
+    """
+    seconds = f"{max(1.0, limit - GRACE):.0f}"
+    path = proof.out / "candidates.json"
+    before = written(path)
+    code, text = proof.call([sys.executable, "-m", "benchmarks.candidates", proof.out, "--device", proof.device,
+                             "--seconds", seconds], limit)  # fmt: skip
+    state = state_of(code, text)
+    if written(path) in (None, before):
+        return state
+    content = json.loads(path.read_text(encoding="utf-8"))
+    state["counts"] = dict(Counter(entry["state"] for entry in content["candidates"]))
+    wrong = [entry for entry in content["candidates"] if entry["state"] in ("wrong", "failed")]
+    state["failed"] = [
+        f"{entry['operation']}, {entry['form']} at {entry['point']}: {entry['reason']}"[:300] for entry in wrong[:40]
+    ]
+    if not content["complete"]:
+        state["left_out"] = {"the rest of the candidates": TIME_UP}
+    return state
 
 
 def written(path: Path) -> tuple[int, int] | None:

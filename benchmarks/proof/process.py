@@ -24,12 +24,23 @@ class Proof:
 
     out: Path
     dry: bool
-    quick: bool
+    stage: str | None
+    """"first" or "second"; None for all parts, or for those that are named."""
     environ: dict[str, str]
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     measured: set[str] = field(default_factory=set)
     """Cases whose files this run has written."""
+
+    @property
+    def suffix(self) -> str:
+        """Of the names of the files that each stage has for itself."""
+        return f"-{self.stage}" if self.stage else ""
+
+    @property
+    def log(self) -> Path:
+        """What the commands print."""
+        return self.out / f"gpu{self.suffix}.log"
 
     @property
     def device(self) -> str:
@@ -39,10 +50,9 @@ class Proof:
     def call(self, command: Sequence[str | Path], limit: float, **environ: str) -> tuple[int | None, str]:
         """Run a command and return its exit code, None where it was cut at `limit`, and what it printed.
 
-        Its output goes to `gpu.log` as it comes.
+        Its output goes to the log as it comes.
         """
-        log = self.out / "gpu.log"
-        with open(log, "ab") as file:
+        with open(self.log, "ab") as file:
             file.write(f"\n$ {' '.join(map(str, command))}\n".encode())
             file.flush()
             start = file.tell()
@@ -59,12 +69,12 @@ class Proof:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        return code, log.read_bytes()[start:].decode(errors="replace")
+        return code, self.log.read_bytes()[start:].decode(errors="replace")
 
     def write(self) -> None:
         """Write the state of all parts."""
         rows = {"environment": self.about, "parts": self.parts, "time": "wall clock of each part, in seconds"}
-        write_result("proof", folder_name(self.device), rows, self.out)
+        write_result(f"proof{self.suffix}", folder_name(self.device), rows, self.out)
 
 
 def state_of(code: int | None, text: str) -> State:

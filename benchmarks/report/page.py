@@ -23,7 +23,7 @@ from slora.files import write_text
 ROOT = Path(__file__).parents[2]
 NONE = f"{NOT_MEASURED.capitalize()}."
 # Devices that the bars are set for come first, whether they were measured or not.
-DEVICES = ("cpu", "nvidia-h200")
+DEVICES = ("cpu", "nvidia-h100", "nvidia-h200")
 # What a table or a figure takes from the points of a case.
 LAYER = {"K", "N", "M", "r", "active", "dtype"}
 STEP = {"model", "batch", "r", "precision", "mode"}
@@ -126,9 +126,9 @@ def page(root: Path = ROOT) -> str:
             parts.append(tables.origin(cases[name]))
             parts += [f"![{title}](figures/{file})" for file, title in figures.of_case(device, name, cases)]
             parts.append(tables.case_table(cases[name]))
-        proof = root / "benchmarks" / "results" / device / "proof.json"
-        if proof.exists():
-            parts += ["### proof: `python -m benchmarks gpu`", *summary.proof_tables(read_result(proof))]
+        for proof in sorted((root / "benchmarks" / "results" / device).glob("proof*.json")):
+            stage = proof.stem.removeprefix("proof").replace("-", " ")
+            parts += [f"### proof: `python -m benchmarks gpu{stage}`", *summary.proof_tables(read_result(proof))]
     return "\n\n".join([*parts, PREDICTED]) + "\n"
 
 
@@ -154,8 +154,15 @@ python -m benchmarks run --case all --device cuda
 python -m benchmarks report                                    # this page, the figures, README's tables
 python -m benchmarks compare BEFORE.json AFTER.json            # what moved beyond noise
 python -m benchmarks bars                                      # the bars of bars.toml, met or missed
-python -m benchmarks gpu                                       # the proof on a GPU, in at most nine minutes
+python -m benchmarks gpu first                                 # on a GPU: build, kernels, one layer, merge; 4 minutes
+python -m benchmarks gpu second                                # on a GPU: train steps, tests, profile; 7 minutes
+python -m benchmarks gpu                                       # on a GPU: everything, in 9 minutes
 ```
+
+Either stage stands alone. Both write into the device's own folder, at most eight files together: one per case,
+`candidates.json` (every candidate of every form against an fp32 reference), and a `proof-<stage>.json` (the state of
+every part) and a `gpu-<stage>.log` for each stage. `--parts NAME ...` runs single parts; `--dry-run` rehearses on a
+CPU.
 
 | to find | look in |
 |---|---|
@@ -166,7 +173,8 @@ python -m benchmarks gpu                                       # the proof on a 
 | the result files | `record.py`, `schema.py` (their form), `results/<device>/<case>.json` |
 | this page and the figures | `report/` |
 | the bars | `bars.toml` |
-| the proof on a GPU | `gpu.py` (its order and table), `proof/` (its parts) |
+| the proof on a GPU | `gpu.py` (its order, stages and table), `proof/` (its parts) |
+| whether each kernel is right | `candidates.py` |
 
 In bf16 PEFT's adapters are bf16, which is its fastest form, and slora's are fp32. PEFT's merge is the exception: its
 adapters are fp32 there, as slora's are.

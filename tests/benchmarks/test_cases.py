@@ -48,15 +48,21 @@ def test_the_grid_on_a_gpu_begins_with_the_bars_and_the_full_grid_is_whole(monke
             assert case.grid(Settings("cuda", grid))
 
 
-def test_a_step_is_compiled_on_the_cpu_too_and_the_quick_one_on_a_gpu_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_a_step_is_compiled_on_the_cpu_too() -> None:
     *eager, compiled = train_step.grid(Settings("cpu"))
     assert {mode for _, _, _, mode, _ in eager} == {"eager"}
     assert compiled == (
         "vit-s", 16, "fp32", "compile", ["frozen, dx everywhere", "PEFT, all", "slora, all active"]
     )  # fmt: skip
-    ((_, batch, _, _, contenders),) = train_step.grid(Settings("cuda", "quick"))
-    assert (batch, contenders) == (64, train_step.MAIN)
+
+
+def test_a_time_is_set_beside_the_floor_of_its_point() -> None:
+    point = linear.shape(768, 768, 1000)
+    extra = 2 * 2 * 768 * 1000 / 1e9 + 2 * 1000 * 16 * 3 * 2 * 768 / 1e9
+    found = linear.beside_floor(point, 1.0 + 1.7 * extra, 1.0, 2, CEILINGS)
+    assert found["floor_seconds"] == pytest.approx(1.0 + extra)
+    assert found["over_floor"] == pytest.approx(1.7)
+    assert found["of_floor"] == pytest.approx((1.0 + extra) / (1.0 + 1.7 * extra))
 
 
 def test_fp32_is_exact_in_every_product_of_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

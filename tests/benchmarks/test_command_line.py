@@ -143,7 +143,6 @@ def test_a_run_that_is_asked_to_terminate_is_interrupted() -> None:
         (["gpu", "--dry-run", "--out", "x", "--seconds", "nan"], "--seconds nan leaves no time"),
         (["compare", "no.json", "other.json"], "no.json does not exist"),
         (["gpu", "--dry-run"], "name a folder with --out"),
-        (["gpu", "--quick"], "--quick needs --out"),
         (["gpu", "--dry-run", "--out", "x", "--parts", "bild"], "part 'bild' is unknown; there are build,"),
     ],
     ids=lambda value: " ".join(Path(word).name for word in value) if isinstance(value, list) else "",

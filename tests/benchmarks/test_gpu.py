@@ -19,6 +19,9 @@ import torch
 
 from benchmarks import __main__ as command_line
 from benchmarks import bars, gpu, registry, running
+from benchmarks.cases import linear, train_step
+from benchmarks.contenders import layer as layers
+from benchmarks.models import find
 from benchmarks.proof import parts, process
 from benchmarks.record import RESULTS, BenchmarkError, read_result
 from benchmarks.settings import Settings
@@ -52,7 +55,7 @@ E   ModuleNotFoundError: No module named 'torch.of_another_release'
 @pytest.fixture
 def proof(tmp_path: Path) -> process.Proof:
     environ = {**process.environ_of(True, tmp_path / "scratch"), "SLORA_COMMIT": "0123456789ab"}
-    return process.Proof(tmp_path, True, False, environ)
+    return process.Proof(tmp_path, True, None, environ)
 
 
 def test_a_command_is_cut_at_its_limit_with_all_it_has_started(proof: process.Proof) -> None:
@@ -69,7 +72,7 @@ def test_a_command_is_cut_at_its_limit_with_all_it_has_started(proof: process.Pr
 def test_parts_share_the_bytecode_of_what_they_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     (tmp_path / "own.py").write_text("")
-    proof = process.Proof(tmp_path, True, False, process.environ_of(True, tmp_path / "scratch"))
+    proof = process.Proof(tmp_path, True, None, process.environ_of(True, tmp_path / "scratch"))
     proof.call([sys.executable, "-c", "import own"], 60.0, PYTHONPATH=str(tmp_path))
     found = [path.parent for path in tmp_path.rglob("own.*.pyc")]
     assert found == [tmp_path / "scratch" / "pyc" / tmp_path.relative_to("/")]
@@ -163,9 +166,9 @@ def test_a_failing_part_is_recorded_and_the_next_one_runs(
     def raises(proof: process.Proof, limit: float) -> dict[str, Any]:
         raise ValueError("of all things")
 
-    gpu.run_part(proof, gpu.Part("first", raises, 1, 1), 10.0)
-    gpu.run_part(proof, gpu.Part("second", lambda proof, limit: {"state": "ok"}, 1, 1), 10.0)
-    gpu.run_part(proof, gpu.Part("third", raises, 1, 1), 0.0)
+    gpu.run_part(proof, gpu.Part("first", raises, 1), 10.0)
+    gpu.run_part(proof, gpu.Part("second", lambda proof, limit: {"state": "ok"}, 1), 10.0)
+    gpu.run_part(proof, gpu.Part("third", raises, 1), 0.0)
     written = json.loads((proof.out / "proof.json").read_text())["parts"]
     assert {name: part["state"] for name, part in written.items()} == {
         "first": "failed", "second": "ok", "third": "skipped",
@@ -216,18 +219,80 @@ def test_a_tool_that_is_missing_is_a_part_skipped(proof: process.Proof, monkeypa
     assert parts.profile(proof, 10.0)["state"] == "skipped"
 
 
-def test_shares_make_nine_minutes_and_the_quick_proof_ninety_seconds() -> None:
-    assert sum(part.seconds for part in gpu.PARTS) <= gpu.SECONDS + 1
-    assert sum(part.quick for part in gpu.PARTS) <= gpu.QUICK_SECONDS + 1
-    assert gpu.SECONDS <= 540
-    assert gpu.QUICK_SECONDS <= 90
-    quick = argparse.Namespace(quick=True, parts=None)
-    assert [part.name for part in gpu.chosen(quick)] == ["build", "tests", "linear", "train_step", "merge"]
+def test_the_shares_of_the_parts_make_the_time_of_each_stage_and_of_the_whole() -> None:
+    for stage, seconds in ((None, 530), ("first", 240), ("second", 400)):
+        assert sum(part.share(stage) for part in gpu.PARTS) == gpu.SECONDS[stage] == seconds
+        names = [part.name for part in gpu.chosen(argparse.Namespace(stage=stage, parts=None))]
+        assert (
+            names
+            == {
+                None: [part.name for part in gpu.PARTS],
+                "first": ["build", "candidates", "linear", "merge"],
+                "second": ["build", "candidates", "train_step", "tests", "profile"],
+            }[stage]
+        )
+    with pytest.raises(BenchmarkError, match="the stage first has its own parts"):
+        gpu.chosen(argparse.Namespace(stage="first", parts=["tests"]))
 
 
-@pytest.mark.parametrize("quick", [False, True])
+def test_a_stage_waits_for_no_compiler_of_a_peer_and_measures_the_bars(
+    proof: process.Proof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    asked: list[Any] = []
+
+    def call(self: process.Proof, command: list[object], limit: float, **environ: str) -> tuple[int, str]:
+        asked.append(command_line.parser().parse_args([str(word) for word in command[3:]]))
+        return 0, ""
+
+    monkeypatch.setattr(process.Proof, "call", call)
+    proof.dry, proof.stage = False, "first"
+    parts.case("linear")(proof, 10.0)
+    settings = Settings(asked[0].device, asked[0].grid)
+    assert (settings.device, settings.grid) == ("cuda", "quick")
+    assert linear.contenders(settings) == {
+        "frozen F.linear", "slora, auto", "slora, fused", "slora, split", "slora, precomputed", "slora, cublas_after",
+        "slora, cublas_before", "PEFT", "addmm function",
+    }  # fmt: skip
+    steps = train_step.grid(settings)
+    assert [(batch, mode) for _, batch, _, mode, _ in steps] == [
+        (64, "eager"), (64, "graph"), (256, "eager"), (256, "graph"),
+    ]  # fmt: skip
+    measured = {
+        "linear": [(shape.point, linear.contenders(settings)) for shape in linear.grid(settings)],
+        "train_step": [
+            ({"model": find(name).name, "batch": batch, "precision": precision, "mode": mode}, contenders)
+            for name, batch, precision, mode, contenders in steps
+        ],
+    }
+    for bar in bars.load():
+        if bar.device != "cpu" and bar.case in measured:
+            names = [names for point, names in measured[bar.case] if bar.where.items() <= point.items()]
+            assert len(names) == 1, bar.label
+            assert {bar.contender, bar.against or bar.contender} <= set(names[0])
+
+
+def test_what_is_wrong_with_a_candidate_is_in_the_state_of_the_part(
+    proof: process.Proof, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"point": {"M": 1}, "operation": "forward", "form": "fused", "state": "wrong", "reason": "y is off"}
+
+    def call(self: process.Proof, command: list[object], limit: float, **environ: str) -> tuple[int, str]:
+        content = {"complete": False, "candidates": [entry, {"state": "right"}, {"state": "no time"}]}
+        (proof.out / "candidates.json").write_text(json.dumps(content))
+        return 1, "1 wrong"
+
+    monkeypatch.setattr(process.Proof, "call", call)
+    state = parts.candidates(proof, 10.0)
+    assert state["state"] == "failed"
+    assert state["counts"] == {"wrong": 1, "right": 1, "no time": 1}
+    assert state["failed"] == ["forward, fused at {'M': 1}: y is off"]
+    assert state["left_out"] == {"the rest of the candidates": "the time was up"}
+
+
+@pytest.mark.parametrize("stage", [None, "first", "second"])
 def test_a_case_has_all_its_share_to_measure_and_measures_its_first_point_in_any_case(
-    quick: bool, proof: process.Proof, monkeypatch: pytest.MonkeyPatch
+    stage: str | None, proof: process.Proof, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a clock of its own: the start takes 5 s, or more than there is, and every point 3 s."""
     now = 0.0
@@ -256,10 +321,10 @@ def test_a_case_has_all_its_share_to_measure_and_measures_its_first_point_in_any
 
     monkeypatch.setattr(registry.Case, "load", lambda self: grid)
     monkeypatch.setattr(process.Proof, "call", call)
-    cases = [part for part in gpu.PARTS if part.name in registry.CASES and (part.quick or not quick)]
-    assert len(cases) == (3 if quick else 6)
+    cases = [part for part in gpu.PARTS if part.name in registry.CASES and part.share(stage)]
+    assert len(cases) == {None: 6, "first": 2, "second": 1}[stage]
     for part in cases:
-        limit = part.quick if quick else part.seconds
+        limit = part.share(stage)
         now, start = 0.0, 5.0
         taken.clear()
         part.run(proof, limit)
@@ -358,8 +423,7 @@ def test_the_files_given_to_pytest_hold_all_tests_for_a_gpu_and_need_no_package_
     everything, chosen = found
     assert len(everything) > 100
     assert chosen == everything
-    quick = {name.split("[")[0] for name in everything}
-    assert quick.issuperset(parts.QUICK_TESTS)
+    assert {name.partition("::")[0] for name in everything}.issuperset(parts.FIRST)
 
 
 def test_a_file_that_cannot_be_read_costs_its_own_bars_alone(tmp_path: Path) -> None:
@@ -393,7 +457,7 @@ def test_a_case_needs_no_more_than_the_packages_that_the_proof_promises(tmp_path
     arguments = ["run", "--case", "linear", "--grid", "tiny", "--rounds", "3", "--only", "frozen", "--out", tmp_path]
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
-        "import benchmarks.gpu, benchmarks.small\n"
+        "import benchmarks.candidates, benchmarks.gpu, benchmarks.small\n"
         "from benchmarks import registry, __main__\n"
         "for case in registry.CASES.values(): case.load()\n"
         "sys.exit(__main__.main(sys.argv[1:]))"
@@ -407,11 +471,25 @@ def test_a_case_needs_no_more_than_the_packages_that_the_proof_promises(tmp_path
 
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(BenchmarkError, match="part 'lin' is unknown"):
-        gpu.chosen(argparse.Namespace(quick=False, parts=["lin"]))
+        gpu.chosen(argparse.Namespace(stage=None, parts=["lin"]))
+
+
+EXTRAS = [part.name for part in gpu.PARTS if not part.first and not part.second]
 
 
 @pytest.mark.slow
-def test_the_whole_proof_runs_dry_on_the_cpu_with_the_kernels_interpreted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("asked", "files"),
+    [
+        (["first"], ["candidates.json", "gpu-first.log", "linear.json", "merge.json", "proof-first.json"]),
+        (["second"], ["candidates.json", "gpu-second.log", "proof-second.json", "train_step.json"]),
+        (["--parts", *EXTRAS], ["gates.json", "gpu.log", "inference.json", "proof.json", "scaling.json"]),
+    ],
+    ids=["first", "second", "extras"],
+)
+def test_a_stage_is_rehearsed_on_the_cpu_with_the_kernels_interpreted(
+    asked: list[str], files: list[str], tmp_path: Path
+) -> None:
     """Every part, every case through the code that a GPU would take, and both tools, replaced by stand-ins."""
     tools, out = tmp_path / "bin", tmp_path / "out"
     tools.mkdir()
@@ -420,24 +498,31 @@ def test_the_whole_proof_runs_dry_on_the_cpu_with_the_kernels_interpreted(tmp_pa
         (tools / name).chmod(0o755)
     environ = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", "--out", out, "--seconds", "1500"],
+        [sys.executable, "-m", "benchmarks", "gpu", *asked, "--dry-run", "--out", out, "--seconds", "900"],
         cwd=process.ROOT, env=environ, capture_output=True, text=True,
     )  # fmt: skip
-    log = (out / "gpu.log").read_text()
-    states = json.loads((out / "proof.json").read_text())["parts"]
-    expected = {part.name: "ok" for part in gpu.PARTS}
-    if not states["build"]["extension"]["available"]:
+    log = next(out.glob("gpu*.log")).read_text()
+    states = json.loads(next(out.glob("proof*.json")).read_text())["parts"]
+    ran = {name: part["state"] for name, part in states.items() if part["state"] != "skipped"}
+    expected = dict.fromkeys(
+        [part.name for part in gpu.PARTS if part.share(asked[0])] if len(asked) == 1 else EXTRAS, "ok"
+    )
+    if "merge" in expected and not states["build"]["extension"]["available"]:
         expected["merge"] = "failed"
-    assert {name: part["state"] for name, part in states.items()} == expected, f"{done.stdout}\n{log[-3000:]}"
+    assert ran == expected, f"{done.stdout}\n{log[-3000:]}"
     assert done.returncode == int("failed" in expected.values()), done.stderr
-    assert not any("failed" in part for name, part in states.items() if name not in ("tests", "merge"))
+    assert not any(part.get("failed") for name, part in states.items() if name not in ("tests", "merge"))
     assert not any("refused" in part for part in states.values())
-    assert set(states["sanitizer"]["runs"]) == {"memcheck", "racecheck"}
-    assert states["profile"]["kernels"][0]["registers"] == "168 register/thread"
-    # The kernels took part, interpreted.
-    linear = read_result(out / "linear.json")
-    assert any(row["contender"] == "slora, triton" and "forward_backward" in row for row in linear["rows"])
-    assert linear["complete"] is True
-    # What a machine that hands back few files can carry.
-    assert len(list(out.iterdir())) <= 8
+    # What a machine that hands back few files can carry; both stages together have eight.
+    assert sorted(path.name for path in out.iterdir()) == files
+    if "linear" in ran:
+        # The kernels took part, interpreted, and so did every form.
+        timed = {row["contender"]: row for row in read_result(out / "linear.json")["rows"] if "over_floor" in row}
+        assert "slora, triton" in timed
+        assert {name: timed[name]["form"] for name in layers.PINNED} == layers.PINNED
+        assert states["candidates"]["counts"].keys() == {"right"}
+    if "profile" in ran:
+        assert states["profile"]["kernels"][0]["registers"] == "168 register/thread"
+    if "sanitizer" in ran:
+        assert set(states["sanitizer"]["runs"]) == {"memcheck", "racecheck"}
     assert bars.lines(out)[-1] in done.stdout
