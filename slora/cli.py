@@ -217,6 +217,7 @@ def evaluate(
         slora evaluate runs/letters_vit-digits-selective --source letters
         slora evaluate runs/letters_vit-digits-selective --checkpoint best
     """
+    _check_early(run, checkpoint, source)
     from slora.evaluation.evaluate import evaluate as measure
 
     try:
@@ -271,6 +272,7 @@ def merge(
         slora merge runs/letters_vit-digits-selective --checkpoint best --out best.safetensors
         slora merge my-adapter --model timm/vit_base_patch16_224 --pretrained --out merged.safetensors
     """
+    _check_early(adapter, checkpoint)
     from slora.training.merged import merge_adapter
 
     count = merge_adapter(adapter, out, model, pretrained, classes, scale, checkpoint)
@@ -295,6 +297,7 @@ def inspect(
     from slora.training.rundir import CONFIG, adapter_of, read_settings
 
     if checkpoint is not None:
+        _check_early(folder, checkpoint)
         from slora.training.run import blocks_of
 
         name, content = blocks_of(folder, checkpoint)
@@ -346,6 +349,19 @@ def doctor() -> None:
     from slora.doctor import main as show
 
     show()
+
+
+def _check_early(run: Path, which: str | None, source: str | None = None) -> None:
+    """Check what can be checked without torch, whose import takes seconds."""
+    from slora.training.checkpoint_folders import chosen
+    from slora.training.data_names import check_name
+    from slora.training.rundir import read_settings
+
+    if source is not None:
+        check_name(source)
+    if which is not None:
+        read_settings(run)
+        chosen(run, which)
 
 
 def _note_undecided(run: Path, which: str) -> None:

@@ -467,6 +467,13 @@ def test_settings_that_a_resumed_run_has_to_keep_are_checked_without_torch(
     code, output = without_torch("finetune", *QUICK, "--out", "run")
     assert code == 2
     assert "run holds a run already" in output
+    for command in (["inspect", "run"], ["merge", "run", "--out", "x"], ["evaluate", "run"]):
+        code, output = without_torch(*command, "--checkpoint", "bset")
+        assert code == 2
+        assert "checkpoint='bset' is neither best nor last nor the number of a step" in output
+    code, output = without_torch("evaluate", "run", "--source", "lettters")
+    assert code == 2
+    assert "near names are letters" in output
 
 
 def test_the_version_is_stated_once(slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
