@@ -19,7 +19,8 @@ from benchmarks.contenders.peers import Missing
 pytest.importorskip("pytest_benchmark")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # On a CPU the kernels would run in Triton's interpreter, minutes for a call; their correctness has tests of its own.
-LEFT_OUT = {"PEFT, compiled"} if DEVICE == "cuda" else {"PEFT, compiled", "slora, triton"}
+KERNELS = {name for name in CONTENDERS if name.startswith("slora, ") and name != "slora, torch"}
+LEFT_OUT = {"PEFT, compiled"} if DEVICE == "cuda" else {"PEFT, compiled"} | KERNELS
 MEASURED = [name for name in CONTENDERS if name not in LEFT_OUT]
 
 
