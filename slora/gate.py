@@ -222,7 +222,9 @@ def unmoved(layer: Gated) -> bool:
     key = layer._gate_key
     if key is None:
         return False
-    gate = layer._parameters["gate"]
+    # Not as an attribute, which nn.Module takes its time for, unless it is a parametrization or a replica's.
+    gate = layer._parameters.get("gate")
+    gate = layer.gate if gate is None else gate
     return key[0] is gate and key[1] == version(gate) and key[2] == layer.threshold
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -483,6 +484,59 @@ def test_eager_mode_and_the_operator_give_the_same_bits(
     assert set(watching.seen) == {"slora::selective_linear", "slora::selective_linear_backward"}
     assert eager_mode.keys() == watched.keys() == {"y", *NAMES}
     assert all(torch.equal(eager_mode[name], watched[name]) for name in watched)
+
+
+@pytest.mark.parametrize("trained", [("x",), ("lora_A", "lora_B"), ("x", "gate")], ids="-".join)
+def test_a_second_derivative_of_cast_matrices_is_refused(trained: tuple[str, ...]) -> None:
+    t = trainable(trained, make((7,), dtype=torch.bfloat16, lora_dtype=torch.float32))
+    y = ops.selective_linear(**t, threshold=THRESHOLD, scaling=SCALING)
+    (gradient, *_) = torch.autograd.grad(y.float().sum(), [t[trained[0]]], create_graph=True)
+    if gradient.requires_grad:
+        with pytest.raises(StateError, match="differentiable once"):
+            gradient.float().square().sum().backward()
+    else:
+        # The gradient of a sum by x alone has no parameter in it that could be differentiated.
+        assert trained == ("x",)
+
+
+@pytest.mark.parametrize("around", ["forward", "backward"])
+@pytest.mark.parametrize("names", [("x", "lora_A"), ("x", "lora_A", "lora_B", "gate")], ids="-".join)
+def test_checkpointed_layers_may_be_watched_in_one_direction_only(names: tuple[str, ...], around: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    t = trainable(names, make((7,), dtype=torch.bfloat16, lora_dtype=torch.float32, active="all"))
+
+    def call(x: Tensor) -> Tensor:
+        return ops.selective_linear(**(t | {"x": x}), threshold=THRESHOLD, scaling=SCALING)
+
+    with Watching() if around == "forward" else contextlib.nullcontext():
+        y = checkpoint(call, t["x"], use_reentrant=False)
+    with Watching() if around == "backward" else contextlib.nullcontext():
+        y.float().sum().backward()
+    assert all(t[name].grad is not None for name in names)
+
+
+def test_a_backward_inside_autocast_is_that_of_the_forward_outside() -> None:
+    t, dy = make((5,)), torch.randn(5, 36)
+    found = []
+    for inside in (False, True):
+        leaf = leaves(t)
+        y = ops.selective_linear(**leaf, threshold=THRESHOLD, scaling=SCALING)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            y.backward(dy)
+        found.append({name: leaf[name].grad for name in NAMES})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("active", ["some", "all"])
+def test_gradients_come_in_batches_too(active: str) -> None:
+    t = trainable(("x", "lora_A", "lora_B"), make((5,), active=active))
+    y = ops.selective_linear(**t, threshold=THRESHOLD, scaling=SCALING, active=active_of(t))
+    leaves_, dys = [t["x"], t["lora_A"], t["lora_B"]], torch.randn(4, 5, 36)
+    batched = torch.autograd.grad(y, leaves_, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        for all_, one in zip(batched, torch.autograd.grad(y, leaves_, dy, retain_graph=True), strict=True):
+            torch.testing.assert_close(all_[i], one)
 
 
 def test_without_gradients_the_values_are_the_same() -> None:

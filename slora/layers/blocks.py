@@ -216,18 +216,9 @@ class LoRABlocks(Gated):
         self, activity: Activity, part: slice | None, x: Tensor, weight: Tensor, bias: Tensor | None
     ) -> LoRAOperands:
         """The blocks for one call, checked; those of the last call where nothing has changed since."""
-        ready = self._ready
-        parameters = self._parameters
-        if (
-            part is None
-            and ready is not None
-            and ready[0] is activity
-            and ready[1] is parameters["lora_A"]
-            and ready[2] is parameters["lora_B"]
-            and ready[3] is weight
-            and fits(x, weight)
-        ):
-            operands: LoRAOperands = ready[4]
+        ready = self._ready if part is None else None
+        if ready is not None and ready[0] is activity and ready[1] == self._described(weight, bias) and fits(x, weight):
+            operands: LoRAOperands = ready[2]
             return self._with_seed(operands, x) if operands.dropout else operands
         active = activity.active if part is None else _within(activity.active, part)
         if self.released and active:
@@ -239,9 +230,22 @@ class LoRABlocks(Gated):
         if active:
             operands = self._with_seed(operands, x)
             check_operands(x, weight, bias, operands)
-        if part is None and fits(x, weight):
-            self._ready = activity, self.lora_A, self.lora_B, weight, operands
+            if part is None and weight.grad_fn is None:
+                self._ready = activity, self._described(weight, bias), operands
         return operands
+
+    def _described(self, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+        """What tells whether operands that were checked are still those of the layer: which tensors, and what they are,
+        since `.data` may be another under the same parameter."""
+        lora_A, lora_B = self._parameters.get("lora_A"), self._parameters.get("lora_B")
+        if lora_A is None or lora_B is None:
+            # A parametrization, or a replica: made anew at every call.
+            return (object(),)
+        of_bias = () if bias is None else (id(bias), bias.shape, bias.dtype)
+        return (
+            id(lora_A), lora_A.shape, lora_A.dtype, id(lora_B), lora_B.shape, lora_B.dtype, id(weight), weight.shape,
+            weight.dtype, *of_bias,
+        )  # fmt: skip
 
     def _blocks(self, part: slice | None, active: Sequence[int] | None) -> LoRAOperands:
         """The blocks of `part`, or all."""
@@ -353,6 +357,10 @@ class LoRABlocks(Gated):
             # A parameter, the scaling, the threshold or the mode: what a call takes may be another.
             self.__dict__["_ready"] = None
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.__dict__["_ready"] = None
+        super().__delattr__(name)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

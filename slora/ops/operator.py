@@ -128,25 +128,24 @@ class _Eager(torch.autograd.Function):
         operands: LoRAOperands,
         backend: Backend,
     ) -> Tensor:
-        low = operands.cast(x.dtype)
-        y, S = backend.forward(x, weight, bias, low)
-        needs = ctx.needs_input_grad
-        if any(needs):
-            _, need_weight, _, need_A, need_B, need_gate, _, _ = needs
-            x_kept = x if need_weight or need_A else None
-            S_kept = S if need_B or need_gate else None
-            ctx.save_for_backward(x_kept, weight, S_kept, low.lora_A, low.lora_B, gate, low.seed)
-            ctx.call = backend, operands[3:7], lora_A.dtype
+        y, S = backend.forward(x, weight, bias, operands.cast(x.dtype))
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(*_kept(ctx.needs_input_grad, x, weight, S, operands))
+            ctx.call = backend, operands[3:7]
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        device = grads[0].device.type
+        if torch.is_autocast_enabled(device):
+            # Called inside a context that the forward was not in, which would cast some of the products.
+            with torch.autocast(device, enabled=False):
+                return _Eager.backward(ctx, *grads)
         (dy,) = grads
         x, weight, S, lora_A, lora_B, gate, seed = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B, need_gate, _, _ = ctx.needs_input_grad
-        backend, call, dtype = ctx.call
+        backend, (threshold, scaling, active, dropout) = ctx.call
         needs = Needs(need_x, need_A, need_B, need_gate)
-        threshold, scaling, active, dropout = call
         operands = LoRAOperands(lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
         S = dy.new_empty(0) if S is None else S
         dx = dA = dB = dgate = None
@@ -155,16 +154,27 @@ class _Eager(torch.autograd.Function):
             gradients = torch.ops.slora.selective_linear_backward(dy, x, S, weight, needs, *operands)
             dx, dA, dB, dgate = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
         elif any(needs):
-            dx, dA, dB, dgate = backend.backward(rows(dy), None if x is None else rows(x), S, weight, operands, needs)
+            low = operands.cast(dy.dtype)
+            dx, dA, dB, dgate = backend.backward(rows(dy), None if x is None else rows(x), S, weight, low, needs)
             if dx is not None and dy.dim() != 2:
                 dx = dx.view(*dy.shape[:-1], weight.shape[1])
             if dgate is not None and dgate.dtype != gate.dtype:
                 dgate = dgate.to(gate.dtype)
-        if dtype != dy.dtype:
-            dA, dB = (None if g is None else g.to(dtype) for g in (dA, dB))
+            if low is not operands:
+                dA, dB = (None if g is None else g.to(lora_A.dtype) for g in (dA, dB))
         dW = rows(dy).T @ rows(x) if need_weight else None
         db = rows(dy).sum(0) if need_bias else None
         return dx, dW, db, dA, dB, dgate, None, None
+
+
+def _kept(
+    needs: Sequence[bool], x: Tensor, weight: Tensor, S: Tensor, operands: LoRAOperands
+) -> tuple[Tensor | None, ...]:
+    """What the backward needs, the same in eager mode and in the operator: activation checkpointing compares them."""
+    _, need_weight, _, need_A, need_B, need_gate = needs[:6]
+    x_kept = x if need_weight or need_A else None
+    S_kept = S if need_B or need_gate else None
+    return x_kept, weight, S_kept, *operands[:3], operands.seed
 
 
 # Without what `Function.apply` does first, which is to look for transforms of torch.func: `apply` above has looked.
@@ -236,10 +246,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     operands, S = LoRAOperands(*blocks), output[1]
     ctx.mark_non_differentiable(S)
     ctx.set_materialize_grads(False)
-    _, need_weight, _, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
-    x_kept = x if need_weight or need_A else None
-    S_kept = S if need_B or need_gate else S.new_empty(0)
-    ctx.save_for_backward(x_kept, weight, S_kept, *operands[:3], operands.seed)
+    ctx.save_for_backward(*_kept(ctx.needs_input_grad, x, weight, S, operands))
     ctx.call = operands[3:7]
 
 
@@ -249,6 +256,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | 
     x, weight, S, lora_A, lora_B, gate, seed = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
     needs = [need_x, need_A, need_B, need_gate]
+    S = dy.new_empty(0) if S is None else S
     found = torch.ops.slora.selective_linear_backward(dy, x, S, weight, needs, lora_A, lora_B, gate, *ctx.call, seed)
     dx, dA, dB, dgate = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
     dW = rows(dy).T @ rows(x) if need_weight else None

@@ -611,3 +611,45 @@ def test_what_does_not_fit_is_refused_at_any_call() -> None:
     layer.lora_B = nn.Parameter(torch.zeros(3, 4, 3))
     with pytest.raises(ShapeError, match=r"lora_B has shape \[3, 4, 3\]"):
         layer(torch.randn(7, 10))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layer: setattr(layer.bias, "data", torch.randn(1)), r"bias has shape \[1\]; expected \[12\]"),
+        (lambda layer: setattr(layer.bias, "data", layer.bias.data.half()), r"bias has .* torch.float16 but x has"),
+        (lambda layer: setattr(layer.lora_A, "data", layer.lora_A.data.half()), r"lora_A has .* torch.float16"),
+        (lambda layer: setattr(layer.lora_A, "data", torch.randn(3, 3, 10)), r"lora_B has shape \[3, 4, 2\]; expected"),
+    ],
+    ids=["shape of bias", "dtype of bias", "dtype of A", "rank of A"],
+)
+def test_what_was_put_behind_a_parameter_is_checked_again(change: Callable[[Any], object], message: str) -> None:
+    layer = layer_of()
+    layer(torch.randn(7, 10))
+    change(layer)
+    with pytest.raises(ShapeError, match=message):
+        layer(torch.randn(7, 10))
+
+
+def test_parametrizations_replicas_and_deleted_parameters() -> None:
+    layer, x = layer_of(inactive="frozen"), torch.randn(7, 10)
+    y = layer(x)
+    replica = layer._replicate_for_data_parallel()
+    for name, value in layer._parameters.items():
+        setattr(replica, name, value * 1)
+    assert torch.equal(replica(x), y)
+
+    class Twice(nn.Module):
+        def forward(self, t: Tensor) -> Tensor:
+            return 2 * t
+
+    for name in ("lora_A", "gate"):
+        nn.utils.parametrize.register_parametrization(layer, name, Twice())
+        for _ in range(2):
+            found = layer(x)
+    torch.testing.assert_close(found, by_hand(layer, x).float())
+    plain = layer_of()
+    plain(x)
+    del plain.lora_A
+    with pytest.raises(AttributeError, match="lora_A"):
+        plain(x)

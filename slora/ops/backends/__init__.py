@@ -1,7 +1,7 @@
 """Who computes the operator: PyTorch calls (`eager`) or kernels (`triton`), each behind one interface.
 
-A backend sees operands that were checked, with A and B in the dtype of x (`LoRAOperands.cast`). What it keeps in S is
-its own affair: the backward gets the S that its forward returned.
+A backend sees operands that were checked, with A and B in the dtype of x (`LoRAOperands.cast`). S is `[M, packed * r]`,
+the same for both: a backward may be another's than the forward was.
 """
 
 from __future__ import annotations

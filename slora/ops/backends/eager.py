@@ -131,7 +131,7 @@ def _of_all_blocks(
     A, dy_blocks = operands.lora_A.flatten(0, 1), _by_block(dy, operands.blocks)
     dx = dA = dB = dgate = None
     if needs.x or needs.lora_A:
-        T = torch.bmm(dy_blocks, B).transpose(0, 1).flatten(1)
+        T = torch.bmm(dy_blocks, B).transpose(0, 1).reshape(dy.shape[0], A.shape[0])
         if needs.x:
             dx = (dy @ weight).addmm_(T, A, alpha=c)
         if needs.lora_A:
