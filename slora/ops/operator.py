@@ -1,7 +1,7 @@
 """Values and gradients of the operator behind every adapted layer.
 
 Eager mode goes through a plain autograd function. Where something watches the calls (torch.compile, export, a FLOP
-counter, fake tensors, torch.func) or differentiates twice, it is the torch.library operator
+counter, fake tensors, torch.vmap) or differentiates twice, it is the torch.library operator
 
     torch.ops.slora.selective_linear(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
         -> (y, S)
@@ -97,7 +97,11 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands
     backend = backend_for(x, operands)
     if backend is None:
         return _reference(x, weight, bias, operands)
-    if is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active():
+    transformed = torch._C._are_functorch_transforms_active()
+    if transformed and torch.autograd.forward_ad._current_level >= 0:
+        # The operator would return a tangent of zeros.
+        raise StateError("slora.selective_linear has no forward-mode derivative; use torch.autograd.grad")
+    if transformed or is_in_torch_dispatch_mode():
         # Someone watches, who has to see one operator with a schema rather than what computes it.
         return _as_operator(x, weight, bias, operands)
     if not torch.is_grad_enabled():
