@@ -46,8 +46,8 @@ def update_norm(model: nn.Module) -> Tensor:
     return torch.cat(norms)
 
 
-# On the demo a block of the first layer costs 200 times as many letters as one of the last, and layers between lie on a
-# geometric line.
+# On the demo a block of the first layer costs 200 times as many letters as one of the last, and layers between lie near
+# a geometric line.
 FIRST_OVER_LAST = 200.0
 
 
