@@ -136,7 +136,8 @@ class _Eager(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*_kept(ctx.needs_input_grad, x, weight, S, operands))
             ctx.call = backend, operands[3:7]
-        return y
+        # A view made in here could not be changed in place afterwards.
+        return y.detach() if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

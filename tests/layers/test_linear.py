@@ -450,13 +450,6 @@ def test_fuse_gives_a_plain_linear_and_leaves_the_layer_alone(bias: bool) -> Non
 # torch.compile
 
 
-@pytest.fixture
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def compiled_of(layer: Callable[..., Any]) -> Callable[..., Any]:
     # aot_eager: everything but the code generation of inductor, which a test of a whole ViT block covers.
     return torch.compile(layer, fullgraph=True, backend="aot_eager")
