@@ -1,0 +1,9 @@
+"""The kinds of files that are mutated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.mutations.trials import Kind
+
+KINDS: dict[str, Callable[[], Kind]] = {}
