@@ -35,10 +35,11 @@ from slora.errors import (
     UnfinishedSelectionWarning,
     UnsavedParameterWarning,
 )
-from slora.files import json_text, read_json, text_writer, write_together
+from slora.files import json_text, text_writer, write_together
 from slora.inject import inject, injection, unchanged_on_error, unload
 from slora.layers import LoRABlocks, adapted_layers
 from slora.peft_format import peft_config, stacked_pair
+from slora.reading import read_json
 from slora.saved import Saved, unsaved
 from slora.selection.strategy import freeze_gates, unfinished_selection
 

@@ -292,7 +292,7 @@ def inspect(
         slora inspect runs/letters_vit-digits-selective
         slora inspect runs/letters_vit-digits-selective --checkpoint last
     """
-    from slora.files import read_json
+    from slora.reading import read_json
     from slora.training.recorder import METRICS, read_metrics
     from slora.training.rundir import CONFIG, adapter_of, read_settings
 

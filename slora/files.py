@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slora.errors import CheckpointError, WriteError
+from slora.errors import WriteError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -77,20 +77,6 @@ def json_text(value: Any) -> str:
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` in UTF-8, atomically."""
     write_atomically(path, text_writer(text))
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        CheckpointError: the file is missing or not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); it may be damaged") from error
 
 
 def text_writer(text: str) -> Callable[[Path], None]:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from slora.errors import CheckpointError, WriteError
-from slora.files import read_json, write_atomically, write_json, write_text, write_together
+from slora.files import write_atomically, write_json, write_text, write_together
+from slora.reading import read_json
 
 
 def test_text_and_json_come_back_as_they_were(tmp_path: Path) -> None:
@@ -163,15 +164,3 @@ def test_numbers_that_json_does_not_know_are_refused_before_a_file_exists(tmp_pa
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"], ids=["empty", "half", "binary"])
-def test_a_file_that_is_not_json_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"a\.json is not readable JSON"):
-        read_json(path)
-    with pytest.raises(CheckpointError, match=r"b\.json does not exist"):
-        read_json(tmp_path / "b.json")
-    with pytest.raises(CheckpointError, match="is not readable JSON"):
-        read_json(tmp_path)

@@ -16,13 +16,13 @@ from typing import Any
 
 from slora.adapter_files import SELECTIVE
 from slora.errors import CheckpointError
-from slora.files import read_json
+from slora.reading import read_json
 from slora.report.gates import gate_curves
 from slora.report.page import Picture, Section, Table, scaled, write_page
 from slora.report.plots import Line, block_map, curves
 from slora.training.outcome import explained, not_finite
 from slora.training.recorder import METRICS, read_metrics
-from slora.training.settings import read_yaml
+from slora.training.yaml_files import read_yaml
 
 __all__ = ["write_report"]
 

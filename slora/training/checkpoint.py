@@ -25,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slora.errors import CheckpointError
-from slora.files import cannot_write, read_json, umask
+from slora.files import cannot_write, umask
 from slora.gate import release_frozen
 from slora.layers import adapted_layers
+from slora.reading import read_json
 from slora.training.checkpoint_folders import (
     FIXED,
     STATE,

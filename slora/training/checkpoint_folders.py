@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from slora.errors import CheckpointError, ConfigError
-from slora.files import read_json
+from slora.reading import read_json
 from slora.training.settings import TrainSettings
 
 STATE = "state.json"

@@ -14,9 +14,10 @@ from slora import __version__
 from slora.adapter import fingerprint, load_adapter
 from slora.adapter_files import PREFIX, SELECTIVE, WEIGHTS
 from slora.errors import BaseModelWarning, CheckpointError, ConfigError
-from slora.files import read_json, write_atomically
+from slora.files import write_atomically
 from slora.layers import adapted_layers
 from slora.merging import merge_and_unload
+from slora.reading import read_json
 from slora.training import checkpoint, models, rundir
 from slora.training.run import load_result, rebuild, rebuild_for
 from slora.training.settings import TrainSettings

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from slora.errors import ConfigError
+from slora.training.yaml_files import parse_yaml
 
 Scalar = str | int | float | bool | None
 
@@ -21,14 +22,12 @@ _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 def arguments(value: Any) -> dict[str, Scalar] | None:
     """Return a mapping, or its form as a flag, "key=value,key=value" in YAML scalars; None where it is neither."""
     if isinstance(value, str):
-        import yaml
-
         pairs = [entry.partition("=") for entry in value.split(",")]
         if not all(equals for _, equals, _ in pairs):
             return None
         try:
-            value = {key.strip(): yaml.safe_load(text) for key, _, text in pairs}
-        except yaml.YAMLError:
+            value = {key.strip(): parse_yaml(text) for key, _, text in pairs}
+        except ValueError:
             return None
     if not isinstance(value, Mapping) or not all(isinstance(key, str) and key.isidentifier() for key in value):
         return None

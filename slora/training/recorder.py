@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -11,30 +12,86 @@ from typing import TYPE_CHECKING, Any
 
 from slora.errors import CheckpointError, WriteError
 from slora.files import cannot_write, write_text
+from slora.reading import parse_json, read_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 METRICS = "metrics.jsonl"
 
+# A record of a thousand gates has 20 kB.
+LARGEST = 1 << 30
+
+_log = logging.getLogger("slora")
+
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a `metrics.jsonl`; a line cut short by a kill is left out.
+    """Return the records in a `metrics.jsonl`; a last line cut short by a kill is left out.
+
+    Other lines that are no records are left out with a warning in the log.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}); give the folder of a run") from error
-    records = []
-    for line in text.splitlines():
+        lines = read_bytes(path, LARGEST).splitlines(keepends=True)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; give the folder of a run") from error
+    records, broken = [], []
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
+            records.append(_checked(parse_json(line.decode("utf-8"))))
+        except ValueError as error:
+            if number < len(lines) or line.endswith(b"\n"):
+                broken.append(f"line {number} ({error})")
+    if broken:
+        _log.warning("%s: left out %d of %d lines, which are no records: %s", path, len(broken), len(lines), broken[0])
     return records
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """A record whose values are of the types that `Recorder` writes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("it is no JSON object")
+    if not _is_count(record.get("step")):
+        raise ValueError(f"its step is {str(record.get('step'))[:40]}")
+    for name, value in record.items():
+        holds = {"gates": _are_gates, "active_blocks": _are_blocks, "error": _is_text}.get(name, _is_number)
+        if value is not None and not holds(value):
+            raise ValueError(f"its {name[:40]!r} is no such value")
+    if ("blocks" in record) != ("active" in record) or not all(
+        _is_count(record.get(name, 0)) for name in ("blocks", "active")
+    ):
+        raise ValueError("its numbers of blocks are none")
+    return record
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_gates(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(scores, list) and all(map(_is_number, scores)) for scores in value.values()
+    )
+
+
+def _are_blocks(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(blocks, list) and all(map(_is_count, blocks)) for blocks in value.values()
+    )
 
 
 class Recorder:
@@ -74,7 +131,7 @@ class Recorder:
             if earlier is not None and (earlier / METRICS).exists():
                 source = earlier / METRICS
             if first and source.exists():
-                self.history = [record for record in read_metrics(source) if record.get("step", 0) <= first]
+                self.history = [record for record in read_metrics(source) if record["step"] <= first]
             write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
         if run_dir is not None and tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -24,9 +24,11 @@ from pathlib import Path
 
 from slora.adapter_files import SELECTIVE
 from slora.errors import CheckpointError, ConfigError
-from slora.files import cannot_write, read_json
+from slora.files import cannot_write
+from slora.reading import read_json
 from slora.training import checkpoint_folders
-from slora.training.settings import TrainSettings, read_yaml
+from slora.training.settings import TrainSettings
+from slora.training.yaml_files import read_yaml
 
 CONFIG, CLASSES, RESULT, EVALUATION = "config.yaml", "classes.json", "result.json", "evaluation.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"

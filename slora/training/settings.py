@@ -25,6 +25,7 @@ from slora.config import (
 )
 from slora.errors import ConfigError
 from slora.training.model_args import Scalar, arguments, check_keys
+from slora.training.yaml_files import read_yaml
 
 # One or more module names or endings, separated by commas. Anything else is a regular expression.
 _NAMES = re.compile(r"\s*[\w.-]+(\s*,\s*[\w.-]+)*\s*")
@@ -186,6 +187,8 @@ class TrainSettings:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
             object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
+            value = getattr(self, f.name)
+            _require(f.name, value, not isinstance(value, int) or abs(value) < 1 << 63, "use a smaller number")
         for name in (
             "epochs", "batch_size", "gradient_accumulation", "eval_batch_size", "log_every", "keep_last",
             "retain_samples",
@@ -301,32 +304,17 @@ class TrainSettings:
         return self.from_dict(self.to_dict() | changes)
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; an empty file is an empty mapping.
-
-    Raises:
-        ConfigError: the file is missing or unreadable, or holds something else.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path} does not exist; give the path of a YAML file with settings") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}; expected lines such as `lr: 0.001`")
-    return values
-
-
 def _require(name: str, value: object, holds: bool, remedy: str) -> None:
     if not holds:
-        raise ConfigError(f"{name}={value!r} is out of range; {remedy}")
+        raise ConfigError(f"{name}={shown(value)} is out of range; {remedy}")
+
+
+def shown(value: object) -> str:
+    """Return `value` for a message: of one that is long its beginning."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of about {round(value.bit_length() * math.log10(2))} digits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
@@ -341,7 +329,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         converted = _converted(value, option)
         if converted is not None or (value is None and option is type(None)):
             return converted
-    raise ConfigError(f"{name}={value!r} is not {' or '.join(_described(option) for option in options)}")
+    raise ConfigError(f"{name}={shown(value)} is not {' or '.join(_described(option) for option in options)}")
 
 
 def _is_share(value: Any) -> bool:
@@ -364,9 +352,11 @@ def _converted(value: Any, option: Any) -> Any:
     if option is bool:
         return value if isinstance(value, bool) else None
     if option in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        if option is int and isinstance(value, int):
+            return value
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         if option is float:
             return number

@@ -21,8 +21,37 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[" * 5000,
+        "5",
+        "[1]",
+        '{"loss": 1.0}',
+        '{"step": -4}',
+        '{"step": 1.5}',
+        '{"step": true}',
+        '{"step": 9, "loss": "low"}',
+        '{"step": 9, "loss": NaN}',
+        '{"step": 9, "gates": [1]}',
+        '{"step": 9, "gates": {"first": [null]}}',
+        '{"step": 9, "active": 1}',
+        '{"step": 9, "active": 0.5, "blocks": 1}',
+        '{"step": 9, "error": 5}',
+        "\udcff",
+    ],
+)
+def test_a_line_that_is_no_record_is_left_out_and_said(
+    line: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 3}}\n'.encode("utf-8", "surrogateescape"))
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}, {"step": 3}]
+    assert "left out 1 of 3 lines, which are no records: line 2" in caplog.text
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"absent\.jsonl cannot be read"):
+    with pytest.raises(CheckpointError, match=r"absent\.jsonl does not exist; give the folder of a run"):
         read_metrics(tmp_path / "absent.jsonl")
 
 

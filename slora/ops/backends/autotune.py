@@ -28,6 +28,7 @@ import torch
 
 from slora import files
 from slora.errors import CheckpointError
+from slora.reading import read_json
 
 FORMAT = 2
 # Calls between two events, how often they are timed, and the cycles of the delay before them: about 2 ms, for launches
@@ -153,7 +154,7 @@ def _read(path: Path) -> dict[str, _Entries]:
     if not path.exists():
         return {}
     try:
-        content = files.read_json(path)
+        content = read_json(path)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
         environments: dict[str, _Entries] = content["environments"]

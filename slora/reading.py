@@ -1,0 +1,144 @@
+"""Files that may have come from elsewhere: only regular ones are read, no larger and no deeper than they can be.
+
+A pipe or a device in place of a file would be read for ever, and text that is nested thousands of levels deep, or holds
+a number of thousands of digits, breaks what works with it later. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from slora.errors import CheckpointError
+
+# Of what is small by nature. The largest JSON file, the state of a long run, has a few MB.
+LARGEST = 64 << 20
+
+# What slora writes is nested six levels deep.
+DEEPEST = 32
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def require_file(path: str | os.PathLike[str]) -> None:
+    """Check that `path` is a regular file, or a link to one, before something else opens it.
+
+    Raises:
+        CheckpointError: it is missing, or something else: a folder, a pipe, a device.
+    """
+    os.close(_opened(path))
+
+
+def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST) -> bytes:
+    """Return the content of a regular file of at most `largest` bytes.
+
+    Raises:
+        CheckpointError: it is missing, larger, cannot be read, or is no regular file.
+    """
+    with os.fdopen(_opened(path), "rb") as file:
+        try:
+            # Not by its size: files that the system makes up have none.
+            content = file.read(largest + 1)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    if len(content) > largest:
+        raise CheckpointError(f"{path} is larger than {largest / (1 << 20):g} MiB, which no such file is; remove it")
+    return content
+
+
+def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:
+    """Return the content of a regular file in UTF-8.
+
+    Raises:
+        CheckpointError: see `read_bytes`; or it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, largest).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not text in UTF-8 ({error}); it may be damaged") from error
+
+
+def read_json(path: str | os.PathLike[str], largest: int = LARGEST) -> Any:
+    """Read a JSON file whose numbers are finite.
+
+    Raises:
+        CheckpointError: see `read_bytes`; or it is not JSON.
+    """
+    content = read_bytes(path, largest)
+    try:
+        return parse_json(content.decode("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error}); it may be damaged") from error
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of JSON text whose numbers are finite.
+
+    Raises:
+        ValueError: it is not JSON, holds a number that is not finite or has more than 20 digits, or is nested more
+            than 32 levels deep.
+    """
+    try:
+        value = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_number)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [child for entry in level for child in _children(entry) if isinstance(child, (dict, list))]
+        if not level:
+            break
+    else:
+        raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+    if _HALF.search(text):
+        # The half of a character can be neither printed nor written again; UnicodeEncodeError is a ValueError.
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def _children(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"it holds a number of {len(text)} digits")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {text[:40]}, which is not a finite number")
+    return value
+
+
+def _opened(path: str | os.PathLike[str]) -> int:
+    """A descriptor of a regular file. Opening a pipe does not wait for its other end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}, expected a file")
+    return descriptor
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    return CheckpointError(f"{Path(os.fspath(path))!s} cannot be read ({getattr(error, 'strerror', None) or error})")
