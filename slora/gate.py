@@ -185,16 +185,22 @@ _gates_in = weakref.WeakKeyDictionary()
 
 def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Before rather than after: an optimizer that cannot read the settings of the gates would fail without a reason.
-    if torch.compiler.is_compiling() or isinstance(optimizer, ProximalGates):
+    if torch.compiler.is_compiling():
         return
     groups = optimizer.param_groups
     sizes = [len(group["params"]) for group in groups]
     known = _gates_in.get(optimizer)
     if known is None or known[0] != sizes:
         known = _gates_in[optimizer] = sizes, _find_gates(groups)
-        for i in known[1]:
+        for i, members in known[1].items():
             if error := gate_rule.misread(optimizer, groups[i]):
                 raise ConfigError(error)
+            for gate, mirror in members:
+                if (reason := gate_rule.too_narrow(gate.dtype)) and not mirror.warned:
+                    mirror.warned = True
+                    warnings.warn(reason, GateRuleWarning, stacklevel=3)
+    if isinstance(optimizer, ProximalGates):
+        return
     for i, members in known[1].items():
         reason = gate_rule.fault(optimizer, groups[i]) if members else None
         if reason is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 # By the names of classes, so that timm need not be there. "adam": lr * m / (sqrt(v) + eps), with momentum m.
@@ -100,6 +101,17 @@ def misread(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
                 f"{key}={expected!r}. {_APART}."
             )
     return None
+
+
+def too_narrow(dtype: torch.dtype) -> str | None:
+    """Return why gates of `dtype` lose steps, and the remedy; None where they do not."""
+    if dtype.itemsize >= 4:
+        return None
+    lost = torch.finfo(dtype).eps / 16
+    return (
+        f"the gates are {dtype}, where a step of less than about {_number(lost)} is lost at the usual score 0.15; give "
+        f"them fp32 back: for gate in slora.gate.gates(model): gate.data = gate.data.float()"
+    )
 
 
 def _rule(kind: type[Optimizer]) -> str | None:

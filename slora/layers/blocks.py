@@ -23,10 +23,11 @@ from slora.ops.gate_probe import ProbeGates
 from slora.ops.operands import LoRAOperands
 
 _on_device: ContextVar[bool] = ContextVar("slora_gates_on_device", default=False)
+_OWN = ("lora_A", "lora_B", "gate")
 _SETTINGS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
-    "enabled", "merged", "released", "_kept_weight", "_kept_update", "_mirror", "_activity", "_gate_key", "_seed",
-    "_cast", "_ready", "_base_class",
+    "gate_init", "enabled", "merged", "released", "_kept_weight", "_kept_update", "_mirror", "_activity", "_gate_key",
+    "_seed", "_cast", "_ready", "_base_class",
 )  # fmt: skip
 
 
@@ -50,6 +51,7 @@ class LoRABlocks(Gated):
     lora_dropout: float
     use_rslora: bool
     probe_rows: int
+    gate_init: float
     _base_class: type[nn.Module]
 
     def _adopt(self, module: nn.Module) -> None:
@@ -64,7 +66,7 @@ class LoRABlocks(Gated):
         """Return a module of the class that was adapted, sharing the base parameters, without the blocks."""
         module = self._base_class.__new__(self._base_class)
         nn.Module.__init__(module)
-        own = {"lora_A", "lora_B", "gate", *_SETTINGS}
+        own = {*_OWN, *_SETTINGS}
         module.__dict__.update({key: value for key, value in self.__dict__.items() if key not in own})
         for registry in ("_parameters", "_buffers", "_modules"):
             entries = self.__dict__[registry]
@@ -108,7 +110,7 @@ class LoRABlocks(Gated):
                     parameter.data = parameter.data.to(config.base_dtype)
         self.r, self.lora_alpha, self.use_rslora = r, config.alpha_of(name), config.use_rslora
         self.lora_dropout = config.lora_dropout
-        self.blocks, self.threshold = blocks, config.threshold
+        self.blocks, self.threshold, self.gate_init = blocks, config.threshold, config.gate_init
         self.inactive, self.probe_every, self.probe_rows = (
             config.inactive,
             config.probe_every,
@@ -117,10 +119,9 @@ class LoRABlocks(Gated):
         self.enabled, self.merged, self.released = True, False, False
         kwargs: dict[str, Any] = {"device": weight.device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(blocks, r, in_features, **kwargs))
-        self.lora_B = nn.Parameter(torch.zeros(blocks, out_features // blocks, r, **kwargs))
-        self.gate = nn.Parameter(torch.full((blocks,), config.gate_init, **kwargs))
-        for A in self.lora_A.data:
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.lora_B = nn.Parameter(torch.empty(blocks, out_features // blocks, r, **kwargs))
+        self.gate = nn.Parameter(torch.empty(blocks, **kwargs))
+        LoRABlocks.reset_parameters(self)
         flops.register()
         # What `slora.unmerge` needs: the base weight itself, or the update that takes the merged one off.
         self._kept_weight: Tensor | None = None
@@ -132,6 +133,28 @@ class LoRABlocks(Gated):
         self._cast: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
         self._ready: tuple[Any, ...] | None = None
         self._mirror.join(self)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the blocks as `slora.inject` does: A Kaiming-uniform, B = 0, every gate `gate_init`.
+
+        The base weight and bias stay what they are: a pretrained model's. Where `to_empty` has left them without
+        values, they come from its checkpoint, before or after this call; for random ones call `reset_parameters` of
+        the class that was adapted, as in `nn.Linear.reset_parameters(layer)`.
+
+        Raises:
+            StateError: the layer is merged, or its matrices were freed.
+        """
+        kind = type(self).__name__
+        if self.merged:
+            raise StateError(f"this {kind} is merged; call slora.unmerge(model) before reset_parameters")
+        if self.released:
+            raise StateError(f"the LoRA matrices were freed by inactive='frozen': this {kind} has none to initialise")
+        # One by one, for the fan-in of each. A detached tensor is seen to be written, one of `.data` is not.
+        for A in self.lora_A.detach():
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.lora_B.zero_()
+        self.gate.fill_(self.gate_init)
 
     @property
     def base_weight(self) -> Tensor:
@@ -347,7 +370,16 @@ class LoRABlocks(Gated):
         self.released = True
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        own = {id(t): t for p in (self._parameters.get(name) for name in _OWN) if p is not None for t in (p, p.grad)}
+
+        def keep_fp32(tensor: Tensor) -> Tensor:
+            result: Tensor = fn(tensor)
+            if id(tensor) not in own or result.dtype == tensor.dtype or result.element_size() >= 4:
+                return result
+            # A cast of the model to 16 bits: there, most steps of a gate are below half a unit in the last place.
+            return tensor.to(result.device, torch.float32)
+
+        result = super()._apply(keep_fp32, recurse)  # type: ignore[no-untyped-call]
         self._cast.clear()
         self._activity = self._ready = None
         return result
@@ -380,6 +412,11 @@ class LoRABlocks(Gated):
         incoming = state_dict.get(prefix + "lora_A")
         if isinstance(incoming, Tensor) and incoming.dim() == 3 and incoming.shape[1] == 0 and not self.released:
             self.release()
+        for key in (prefix + own for own in _OWN):
+            value = state_dict.get(key)
+            if isinstance(value, Tensor) and value.is_floating_point() and value.element_size() < 4:
+                # With assign=True it would be the parameter. `state_dict` is a copy of the caller's.
+                state_dict[key] = value.float()
         self._ready = None
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -77,6 +77,13 @@ class SelectiveLoRALinear(LoRABlocks, nn.Linear):
         out_features, in_features = module.weight.shape  # type: ignore[misc]
         return 3 if name.rsplit(".", 1)[-1] == "qkv" and out_features == 3 * in_features else 1
 
+    def reset_parameters(self) -> None:
+        """See `LoRABlocks.reset_parameters`; without blocks yet, as `nn.Linear` does, whose constructor calls this."""
+        if "gate" in self._parameters:
+            LoRABlocks.reset_parameters(self)
+        else:
+            nn.Linear.reset_parameters(self)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return `[..., out]` for `input [..., in]`."""
         return self.project(input)
