@@ -221,7 +221,7 @@ def _write(target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> N
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(".step-*.tmp-*"):
-            shutil.rmtree(left, ignore_errors=True)
+            _discard(left)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.tmp-"))
         save_file(tensors, temporary / TENSORS)
         (temporary / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
@@ -258,7 +258,15 @@ def _remove_old(folder: Path, keep_last: int, best_step: int | None) -> None:
             # Renamed first, so that a kill leaves no half checkpoint under a good name.
             gone = path.with_name(f".{path.name}.tmp-old")
             path.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            _discard(gone)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder, or a link to one; what cannot be removed stays."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _check_model(folder: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:

@@ -64,6 +64,9 @@ def finetune(
     if settings.head_first is None:
         settings = settings.replace(head_first=_head_first(model, settings, len(source.classes)))
     with rundir.claimed(out):
+        # Another run may have come and gone while the model was built.
+        rundir.refuse_other_run(out, start)
+        checkpoint.refuse_newer(out / rundir.CHECKPOINTS, start)
         write_text(out / CONFIG, _yaml(settings))
         write_json(out / rundir.CLASSES, list(source.classes))
         if start is None or out.resolve() != rundir.home_of(start).resolve():

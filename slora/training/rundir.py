@@ -20,6 +20,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from slora.adapter_files import SELECTIVE
@@ -32,7 +33,12 @@ from slora.training.yaml_files import read_yaml
 
 CONFIG, CLASSES, RESULT, EVALUATION = "config.yaml", "classes.json", "result.json", "evaluation.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
+TENSORBOARD = "tensorboard"
 WEIGHTS = "model.safetensors"
+
+# Which folders this thread has claimed, and the descriptors that hold the locks of this process.
+_ours: ContextVar[frozenset[tuple[int, int, int]]] = ContextVar("claimed", default=frozenset())
+_open: set[int] = set()
 
 
 def read_settings(run_dir: Path) -> TrainSettings:
@@ -96,10 +102,13 @@ def refuse_other_run(out: Path, start: Path | None) -> None:
 
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Keep other processes from writing into `out` while inside; a kill ends that, too.
+    """Keep other runs, of this process or of others, from writing into `out` while inside; a kill ends that, too.
+
+    Inside, `out` may be claimed again. What has to hold of the folder is to be checked inside: before, another run may
+    come and go.
 
     Raises:
-        ConfigError: another process is writing into it.
+        ConfigError: another run is writing into it, or a folder in it is a link to another place.
         WriteError: the folder cannot be made.
     """
     try:
@@ -107,11 +116,44 @@ def claimed(out: Path) -> Iterator[None]:
         descriptor = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise cannot_write(out / CONFIG, error) from error
+    status = os.fstat(descriptor)
+    # Neither another thread nor a child has the context of this one, or its process.
+    key = os.getpid(), status.st_dev, status.st_ino
+    if key in _ours.get():
+        os.close(descriptor)
+        yield
+        return
+    _open.add(descriptor)
+    token = _ours.set(_ours.get() | {key})
     try:
         _lock(descriptor, out)
+        _refuse_links(out)
         yield
     finally:
-        os.close(descriptor)
+        _ours.reset(token)
+        if descriptor in _open:
+            _open.discard(descriptor)
+            os.close(descriptor)
+
+
+def _refuse_links(out: Path) -> None:
+    """Refuse folders through which a run would write, and remove old checkpoints, in another place."""
+    for path in (out / name for name in (CHECKPOINTS, TENSORBOARD, ADAPTER, MODEL)):
+        if path.is_symlink():
+            raise ConfigError(
+                f"{path} is a link to {os.readlink(path)}, and a run writes into its own folder alone; remove the link, "
+                f"or make the whole run directory one"
+            )
+
+
+def _close_in_child() -> None:
+    # A lock lasts until nobody has it open: a process that reads images would hold it beyond the death of the run.
+    while _open:
+        os.close(_open.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _lock(descriptor: int, out: Path) -> None:
@@ -123,7 +165,7 @@ def _lock(descriptor: int, out: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ConfigError(
-            f"another process is writing its run into {out}; wait for its end, or choose another --out"
+            f"another run is writing into {out}; wait for its end, or choose another run directory (--out)"
         ) from error
     except OSError:
         # A file system without locks.
@@ -132,7 +174,7 @@ def _lock(descriptor: int, out: Path) -> None:
 
 def remove_traces(out: Path) -> None:
     """Remove what a run that is started over left and the new one does not replace."""
-    for path in (*(out / "tensorboard").glob("events.out.tfevents.*"), *out.glob("evaluation-step-*.json")):
+    for path in (*(out / TENSORBOARD).glob("events.out.tfevents.*"), *out.glob("evaluation-step-*.json")):
         path.unlink(missing_ok=True)
 
 

@@ -30,10 +30,12 @@ from slora.training.measure import Clock, Window
 from slora.training.optimizers import Optimizers, finite, lr_scale
 from slora.training.process import interruptible, make_accelerator, prepared, train_mode
 from slora.training.recorder import Recorder
+from slora.training.rundir import CHECKPOINTS, claimed
 from slora.training.settings import TrainSettings
 from slora.training.strategies import first_images, strategy
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from rich.console import Console
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -109,20 +111,29 @@ def train(
         retain: inputs `[n, ...]` whose features are held where the base model has them (`slora.retention`).
 
     Raises:
-        ConfigError: a setting does not fit the data, or nothing is trainable.
+        ConfigError: a setting does not fit the data, nothing is trainable, or `run_dir` holds another run, or one that
+            is going on.
         NonFiniteLossError: the loss became NaN or infinite; no checkpoint was written since.
         CheckpointError: the checkpoint is of another model or damaged, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM with a `run_dir`, in a run of one process: the step was finished and a
             checkpoint written.
     """
     settings = TrainSettings() if settings is None else settings
+    accelerator = make_accelerator(settings)
     before = at_work(model)
-    try:
-        return Trainer(model, train_data, eval_data, settings, run_dir, console, resume, criterion, retain).run()
-    finally:
-        # A run that breaks off leaves no strategy behind that would keep the next one from starting.
-        if at_work(model) is not before:
-            release(model)
+    with contextlib.ExitStack() as stack:
+        if run_dir is not None and accelerator.is_main_process:
+            stack.enter_context(claimed(Path(run_dir)))
+            checkpoint.refuse_newer(Path(run_dir) / CHECKPOINTS, resume)
+        try:
+            trainer = Trainer(
+                accelerator, model, train_data, eval_data, settings, run_dir, console, resume, criterion, retain
+            )
+            return trainer.run()
+        finally:
+            # A run that breaks off leaves no strategy behind that would keep the next one from starting.
+            if at_work(model) is not before:
+                release(model)
 
 
 class Trainer:
@@ -130,6 +141,7 @@ class Trainer:
 
     def __init__(
         self,
+        accelerator: Accelerator,
         model: nn.Module,
         train_data: Data,
         eval_data: Data | None,
@@ -140,13 +152,11 @@ class Trainer:
         criterion: Criterion | None,
         retain: Tensor | None,
     ) -> None:
-        if run_dir is not None:
-            checkpoint.refuse_newer(Path(run_dir) / "checkpoints", resume)
         self.settings = settings
         self.model = model
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.criterion = criterion or _cross_entropy(settings.label_smoothing)
-        self.accelerator = make_accelerator(settings)
+        self.accelerator = accelerator
         device = self.device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         workers = settings.workers()
@@ -444,7 +454,7 @@ class Trainer:
                 result = dataclasses.asdict(self.result) | {"seconds": self.clock.seconds()}
                 result["active_blocks"] = [(step, list(blocks.values())) for step, blocks in self.result.active_blocks]
                 self.last_checkpoint = checkpoint.save(
-                    self.run_dir / "checkpoints",
+                    self.run_dir / CHECKPOINTS,
                     self.model,
                     self.optimizers,
                     self.settings,

@@ -309,7 +309,7 @@ def test_two_processes_do_not_write_into_one_folder() -> None:
     assert other.stdin is not None
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
-    with pytest.raises(ConfigError, match="another process is writing its run into shared"):
+    with pytest.raises(ConfigError, match="another run is writing into shared"):
         run.finetune(QUICK, out=Path("shared"))
     other.kill()
     other.wait()
