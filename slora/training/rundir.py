@@ -141,8 +141,8 @@ def _refuse_links(out: Path) -> None:
     for path in (out / name for name in (CHECKPOINTS, TENSORBOARD, ADAPTER, MODEL)):
         if path.is_symlink():
             raise ConfigError(
-                f"{path} is a link to {os.readlink(path)}, and a run writes into its own folder alone; remove the link, "
-                f"or make the whole run directory one"
+                f"{path} is a link to {os.readlink(path)}, and a run writes into its own folder alone; remove the "
+                f"link, or make the whole run directory one"
             )
 
 
