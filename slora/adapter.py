@@ -36,6 +36,7 @@ from slora.errors import (
     UnsavedParameterWarning,
 )
 from slora.files import json_text, text_writer, write_together
+from slora.gate import reread
 from slora.inject import inject, injection, unchanged_on_error, unload
 from slora.layers import LoRABlocks, adapted_layers
 from slora.peft_format import peft_config, stacked_pair
@@ -204,6 +205,7 @@ def selective(model: nn.Module) -> dict[str, Any]:
     layers = dict(adapted_layers(model))
     if any(layer.merged for layer in layers.values()):
         raise StateError("the model is merged; call slora.unmerge(model) before saving its adapter")
+    reread(model)
     asked = next((layer._mirror.asked for layer in layers.values()), "")
     return {
         "format": FORMAT,

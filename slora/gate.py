@@ -3,6 +3,12 @@
 `GateMirror` is the host's copy of every block's activity. It notices an optimizer step or an edit by the
 version counter that PyTorch keeps for each parameter, and then refreshes all layers of the model with a single
 device-to-host copy, so that eager mode can skip whole launches without asking the device.
+
+A write that moves no counter, as `parameter.data.copy_(average)` does, is seen when gates are read again: whenever the
+model changes between training and evaluation, and by whatever saves, merges or reports it (`reread`).
+
+Within a backward pass no gate is read: a forward in there is the recomputation of a checkpointed one, which has to
+decide as that did, though optimizers that step in the backward have moved gates by then.
 """
 
 from __future__ import annotations
@@ -65,8 +71,7 @@ class GateMirror:
     """The activity of all adapted layers of one model, on the host.
 
     Layers join when they are made; the mirror keeps no layer alive. A copy of the model (deepcopy, pickle)
-    starts a mirror of its own. A gate written through `.data` moves no version counter and is not noticed:
-    write it under `torch.no_grad()`.
+    starts a mirror of its own.
 
     Attributes:
         step: how often the gates were seen to have moved.
@@ -101,21 +106,30 @@ class GateMirror:
 
     def activity(self, layer: Gated) -> Activity:
         """Return the activity of `layer`, refreshed for the whole model if a gate has moved since."""
-        if layer._activity is None or not unmoved(layer):
-            self._refresh(layer)
+        if layer._activity is None or not (unmoved(layer) or _in_backward()):
+            self._refresh()
         assert layer._activity is not None
         return layer._activity
+
+    def reread(self) -> None:
+        """Read all gates, whether or not one is known to have moved."""
+        if not _in_backward():
+            self._refresh()
 
     def layers(self) -> list[Gated]:
         """Return the layers that have joined and are still alive."""
         return [layer for ref in self._layers if (layer := ref()) is not None]
 
-    def _refresh(self, asking: Gated) -> None:
-        if asking._activity is not None:
-            self.step += 1
+    def _refresh(self) -> None:
         layers = self.layers()
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._note(self._read(layers))
+        active = self._read(layers)
+        known = [layer for layer in layers if layer._activity is not None]
+        if any(_moved(layer, active[layer]) for layer in known):
+            self.step += 1
+        elif len(known) == len(layers) and all(map(unmoved, layers)):
+            return
+        self._note(active)
 
     def _note(self, active: Mapping[Gated, Sequence[bool]]) -> None:
         none_active = not any(any(on) for on in active.values())
@@ -157,7 +171,8 @@ class GateMirror:
 
     def _wrote(self, active: Mapping[Gated, Sequence[bool]]) -> None:
         self.step += 1
-        if {id(layer) for layer in self.layers()} == {id(layer) for layer in active}:
+        whole = {id(layer) for layer in self.layers()} == {id(layer) for layer in active}
+        if whole and not _in_backward():
             self._note(active)
         else:
             for layer in active:
@@ -221,6 +236,34 @@ def _find_gates(groups: list[dict[str, Any]]) -> dict[int, _Gates]:
 
 register_optimizer_step_pre_hook(_before_optimizer_step)
 register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+# The key of no gate: read it again, though it is not known to have moved.
+_DOUBTED: Any = (None, -1, 0.0)
+
+
+def doubt(layer: Gated) -> None:
+    """Read the gates of the model again at the next use of `layer`."""
+    if unmoved(layer):
+        layer._gate_key = _DOUBTED
+
+
+def reread(model: nn.Module) -> None:
+    """Read the gates of `model` again, in one copy per device: a write through `.data` is noticed here."""
+    for mirror in {layer._mirror for _, layer in _gated(model)}:
+        mirror.reread()
+
+
+def _moved(layer: Gated, active: Sequence[bool]) -> bool:
+    """Whether the gates of `layer` were written since its activity was read, which is now `active`."""
+    assert layer._activity is not None
+    if layer._gate_key is not _DOUBTED and not unmoved(layer):
+        return True
+    return layer._activity.active != tuple(i for i, on in enumerate(active) if on)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def unmoved(layer: Gated) -> bool:
@@ -372,6 +415,7 @@ def release_frozen(model: nn.Module, *optimizers: torch.optim.Optimizer) -> int:
     Their parameters shrink to rank 0, stop requiring gradients, and leave `optimizers` with their state.
     Gates keep their values. Call it between two optimizer steps; a model with nothing to free is left alone.
     """
+    reread(model)
     freed = 0
     gone: set[nn.Parameter] = set()
     for _, layer in _gated(model):

@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, StateError
-from slora.gate import gate_values
+from slora.gate import gate_values, reread
 from slora.layers import adapted_layers
 from slora.ops.flops import forward_flops, linear_flops
 from slora.selection.strategy import unfinished_selection
 
 
 def active_blocks(model: nn.Module) -> dict[str, Tensor]:
-    """Return `{layer name: bool [blocks] on the CPU}`: which blocks exist under the present gates."""
+    """Return `{layer name: bool [blocks] on the CPU}`: which blocks exist under the present gates.
+
+    The gates are read for this, in one copy per device. Call it after writing them where no version counter moves, as
+    `parameter.data.copy_(...)` does, and before a forward in the same mode; everywhere else slora looks by itself.
+    """
+    reread(model)
     return {
         name: torch.tensor([i in layer.activity().active for i in range(layer.blocks)])
         for name, layer in adapted_layers(model)
@@ -245,6 +250,7 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         StateError: the model has no adapted layer.
     """
+    reread(model)
     rows, gated, asked = [], False, ""
     for name, layer in adapted_layers(model):
         # No score reaches a threshold this low: method "lora" of slora.training.

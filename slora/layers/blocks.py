@@ -15,7 +15,7 @@ from slora import ops
 from slora.config import SelectiveLoRAConfig
 from slora.config import scaling as scaling_of
 from slora.errors import ConfigError, StateError
-from slora.gate import Activity, Gated, GateMirror, unmoved, version
+from slora.gate import Activity, Gated, GateMirror, doubt, unmoved, version
 from slora.ops import flops
 from slora.ops.backends.eager import base
 from slora.ops.checks import check_operands, fits
@@ -189,6 +189,7 @@ class LoRABlocks(Gated):
         weight = self.base_weight.detach()
         if self.merged:
             return weight.clone()
+        self._mirror.reread()
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         result = weight.to(wide, copy=True)
         n = weight.shape[0] // self.blocks
@@ -221,7 +222,7 @@ class LoRABlocks(Gated):
         operands = self._operands(activity, part, x, weight, bias)
         y = ops.apply(x, weight, bias, operands) if operands.active else base(x, weight, bias)
         inactive = activity.inactive if part is None else _within(activity.inactive, part)
-        return self._probed(y, x, operands, inactive, first) if probes and inactive else y
+        return self._probed(y, x, operands, activity, inactive, first) if probes and inactive else y
 
     def _project_on_device(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: slice | None) -> Tensor:
         """`project` where a graph is made: the device's own gates decide, so that it serves while they move."""
@@ -232,7 +233,7 @@ class LoRABlocks(Gated):
         operands = self._blocks(part, active)
         y = base(x, weight, bias) if active == () else ops.apply(x, weight, bias, self._with_seed(operands, x))
         if self.inactive != "frozen" and torch.is_grad_enabled() and self.gate.requires_grad:
-            y = self._probed(y, x, operands, None, 0 if part is None else part.start)
+            y = self._probed(y, x, operands, None, None, 0 if part is None else part.start)
         return y
 
     def _operands(
@@ -295,13 +296,13 @@ class LoRABlocks(Gated):
         return self.inactive == "frozen" and known is not None and not known.active
 
     def _probed(
-        self, y: Tensor, x: Tensor, operands: LoRAOperands, inactive: tuple[int, ...] | None, first: int
-    ) -> Tensor:
+        self, y: Tensor, x: Tensor, operands: LoRAOperands, activity: Activity | None,
+        inactive: tuple[int, ...] | None, first: int,
+    ) -> Tensor:  # fmt: skip
         """`y`, in whose backward the gates of inactive blocks get a gradient."""
         M = math.prod(x.shape[:-1])
         if M == 0:
             return y
-        activity = None if inactive is None else self.activity()
         scale = 1.0 if activity is None else activity.probe_scale
         m, seed, shift = None, 0, None
         if self.inactive == "probe" and self.probe_rows < M:
@@ -388,7 +389,15 @@ class LoRABlocks(Gated):
         if not name.startswith("_"):
             # A parameter, the scaling, the threshold or the mode: what a call takes may be another.
             self.__dict__["_ready"] = None
+            if name in ("inactive", "probe_every") and self.__dict__.get("_activity") is not None:
+                doubt(self)
         super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> Any:
+        """See `nn.Module.train`. A change of mode reads the gates again, which averages of weights are put into."""
+        if mode != self.training:
+            doubt(self)
+        return super().train(mode)
 
     def __delattr__(self, name: str) -> None:
         self.__dict__["_ready"] = None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, StateError, UnfinishedSelectionWarning
-from slora.gate import version
+from slora.gate import reread, version
 from slora.inject import unload
 from slora.layers import LoRABlocks, adapted_layers
 from slora.merging import batched
@@ -165,6 +165,7 @@ def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: 
         raise ConfigError(f"scale={scale!r} is not a number; 1.0 merges the full update")
     if not math.isfinite(number):
         raise ConfigError(f"scale={scale} is not finite; 1.0 merges the full update")
+    reread(model)
     _refuse_shared(model, layers)
     updates = {name: _updates(layer, number) for name, layer in layers.items() if layer.activity().active}
     calls = _calls(layers, updates)

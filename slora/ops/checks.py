@@ -47,6 +47,9 @@ def _check_active(gate: Tensor, threshold: float, active: Sequence[int] | None) 
     """Refuse `active` where it disagrees with gates whose values the host has: on the CPU, not traced."""
     if active is None or gate.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(gate):
         return
+    if torch._C._current_graph_task_id() != -1:
+        # A forward that is computed again in the backward: the gates may have moved since, its blocks stand.
+        return
     found = (gate >= threshold).nonzero().flatten().tolist()
     if list(active) != found:
         raise ShapeError(
