@@ -43,6 +43,7 @@ from slora.peft_format import peft_config, stacked_pair
 from slora.reading import read_json
 from slora.saved import Saved, unsaved
 from slora.selection.strategy import freeze_gates, unfinished_selection
+from slora.wrappers import module_at, named_modules, parameter_at, state_of, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -68,10 +69,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             A, B = stacked_pair(layer)
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
     for name in record.saved.modules:
-        for key, value in model.get_submodule(name).state_dict().items():
+        for key, value in state_of(module_at(model, name)).items():
             tensors[f"{PREFIX}{name}.{key}"] = _copy(value)
     for name in record.saved.parameters:
-        tensors[f"{PREFIX}{name}"] = _copy(model.get_parameter(name))
+        tensors[f"{PREFIX}{name}"] = _copy(parameter_at(model, name))
     write_together(
         {
             folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
@@ -144,8 +145,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         freeze_gates(model)
     if fingerprint(model)["digest"] != base["digest"]:
         warnings.warn(
-            f"{folder} was trained on other base weights than this {type(model).__name__} has: shapes agree, "
-            f"values do not. Load the same pretrained weights first.",
+            f"{folder} was trained on other base weights than this {type(unwrapped(model)).__name__} has: shapes "
+            f"agree, values do not. Load the same pretrained weights first.",
             BaseModelWarning,
             stacklevel=2,
         )
@@ -186,7 +187,7 @@ def _fill(
         for name, layer in layers.items():
             for key, value in states[name].items():
                 getattr(layer, key).copy_(value)
-        present = model.state_dict()
+        present = state_of(model)
         for key, value in saved.items():
             present[key].copy_(value)
 
@@ -231,7 +232,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         flat = weight.reshape(-1)
         sample = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16).float().cpu()
         digest.update(sample.numpy().tobytes())
-    return {"class": type(model).__name__, "shapes": shapes, "digest": digest.hexdigest()}
+    return {"class": type(unwrapped(model)).__name__, "shapes": shapes, "digest": digest.hexdigest()}
 
 
 def _layer_entry(name: str, layer: LoRABlocks) -> dict[str, Any]:
@@ -257,7 +258,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_base(model: nn.Module, base: Mapping[str, Any], folder: Path) -> None:
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     for name, shape in base["shapes"].items():
         module = modules.get(name)
         weight = getattr(module, getattr(module, "weight_name", "weight"), None)
@@ -268,7 +269,7 @@ def _check_base(model: nn.Module, base: Mapping[str, Any], folder: Path) -> None
             what = f"has shape {found}" if found else "does not exist"
             raise CheckpointError(
                 f"{folder} belongs to a {base['class']} whose {name!r} has shape {shape}; in this "
-                f"{type(model).__name__} it {what}. Load the base model that the adapter was trained on."
+                f"{type(unwrapped(model)).__name__} it {what}. Load the base model that the adapter was trained on."
             )
 
 
@@ -322,9 +323,9 @@ def _block_state(
 
 def _saved_state(model: nn.Module, saved: Saved, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
     """Take what `modules_to_save` saved out of `tensors`."""
-    present: dict[str, Tensor] = {name: model.get_parameter(name) for name in saved.parameters}
+    present: dict[str, Tensor] = {name: parameter_at(model, name) for name in saved.parameters}
     for name in saved.modules:
-        present |= {f"{name}.{key}": value for key, value in model.get_submodule(name).state_dict().items()}
+        present |= {f"{name}.{key}": value for key, value in state_of(module_at(model, name)).items()}
     state = {}
     for name, value in present.items():
         state[name] = _tensor(tensors, f"{PREFIX}{name}", folder)

@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from slora import gate_rule
 from slora.config import Inactive
 from slora.errors import ConfigError, GateRuleWarning
+from slora.wrappers import named_modules
 
 
 class Activity(NamedTuple):
@@ -283,7 +284,7 @@ def version(tensor: Any) -> int:
 
 
 def _gated(model: nn.Module) -> Iterator[tuple[str, Gated]]:
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, Gated):
             yield name, module
 

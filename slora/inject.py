@@ -16,6 +16,7 @@ from slora.gate import GateMirror
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
 from slora.names import ends_with, inside, near, no_match
 from slora.saved import Saved, saved_parts
+from slora.wrappers import module_at, named_modules, named_parameters, parameter_at, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,7 +39,8 @@ class Injection(NamedTuple):
 def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
     """Adapt every layer of `model` that `config` targets, in place, and return `model`.
 
-    All base parameters are frozen; trainable are the LoRA matrices, the gates and `config.modules_to_save`.
+    The model may be in a wrapper, and so may be parts of it; names are those without. DistributedDataParallel has to
+    come after. All base parameters are frozen; trainable are the LoRA matrices, the gates and `config.modules_to_save`.
     The output is the base model's bit for bit until the first step (`B = 0`), and base parameters keep their
     names in `state_dict`. Nothing is changed when an error is raised. One case agrees only up to rounding: in
     eval mode without gradients `nn.MultiheadAttention` and `nn.TransformerEncoder` take fused kernels, which add
@@ -48,7 +50,7 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
     Raises:
         TargetError: a pattern matches nothing, or a module that cannot be adapted; near names are listed.
         ConfigError: the rank or the number of blocks does not fit a layer, which is named.
-        StateError: the model is adapted already.
+        StateError: the model is adapted already, or wrapped by DistributedDataParallel.
     """
     config = SelectiveLoRAConfig() if config is None else config
     adapted = [name for name, _ in adapted_layers(model)]
@@ -57,7 +59,12 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
             f"the model is adapted already ({len(adapted)} layers, the first {adapted[0]!r}); "
             f"call slora.unload(model) or slora.merge_and_unload(model) before another inject"
         )
-    lazy = [name for name, p in model.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise StateError(
+            "DistributedDataParallel synchronises the gradients of the parameters that it found when it was made; call "
+            "slora.inject or slora.load_adapter before the model is wrapped"
+        )
+    lazy = [name for name, p in named_parameters(model) if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise TargetError(f"{lazy[0]!r} of a lazy module has no shape yet; run the model once, then inject")
     saved = saved_parts(model, config)
@@ -72,20 +79,20 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
                 raise no_match(field, pattern, list(found), "layer that is adapted")
     _refuse_bases(model, found, saved)
     for name, kind in found.items():
-        kind.choose_blocks(config, model.get_submodule(name), name)
+        kind.choose_blocks(config, module_at(model, name), name)
     mirror = GateMirror()
     with unchanged_on_error(model):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         new = {}
         for name, kind in found.items():
-            module = model.get_submodule(name)
+            module = module_at(model, name)
             new[module] = _adapted(kind, module, config, name, mirror)
         for parameter in saved.of(model):
             parameter.requires_grad_(True)
     swap(model, new)
     _set_fused_encoders(model)
-    model._slora = Injection(config, *saved)  # type: ignore[assignment]
+    unwrapped(model)._slora = Injection(config, *saved)  # type: ignore[assignment]
     return model
 
 
@@ -103,19 +110,34 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def unload(model: Model) -> Model:
-    """Take all blocks out again, in place, and return `model`: the base model, its parameters still frozen.
+    """Take all blocks out again, in place, and return the base model, its parameters still frozen.
+
+    Of a wrapped model what is in the wrapper is returned: what DDP or torch.compile know of it is out of date.
 
     Raises:
-        StateError: the blocks are merged into the weights; unmerge first, or call `slora.merge_and_unload`.
+        StateError: the blocks are merged into the weights; unmerge first, or call `slora.merge_and_unload`. Or the
+            model is itself an adapted layer.
     """
+    refuse_layer(model)
     layers = [layer for _, layer in adapted_layers(model)]
     merged = [name for name, layer in adapted_layers(model) if layer.merged]
     if merged:
         raise StateError(f"{merged[0]!r} is merged; call slora.unmerge(model) first, or slora.merge_and_unload(model)")
     swap(model, {layer: layer.plain() for layer in layers})
     _set_fused_encoders(model)
-    model.__dict__.pop("_slora", None)
-    return model
+    plain: Any = unwrapped(model)
+    plain.__dict__.pop("_slora", None)
+    return plain  # type: ignore[no-any-return]
+
+
+def refuse_layer(model: nn.Module) -> None:
+    """Raise `StateError` where `model` is itself an adapted layer, for which no plain one can be put in place."""
+    layer = unwrapped(model)
+    if isinstance(layer, LoRABlocks):
+        raise StateError(
+            f"the model is itself an adapted layer ({type(layer).__name__}), and cannot be replaced in place; use what "
+            f"its fuse() returns (merged) or its plain() (the base layer)"
+        )
 
 
 def injection(model: nn.Module) -> Injection:
@@ -124,10 +146,11 @@ def injection(model: nn.Module) -> Injection:
     Raises:
         StateError: `model` was not passed to `inject` itself.
     """
-    found = getattr(model, "_slora", None)
+    found = getattr(unwrapped(model), "_slora", None)
     if not isinstance(found, Injection):
         raise StateError(
-            f"{type(model).__name__} is not adapted; call slora.inject(model, config) on this very module first"
+            f"{type(unwrapped(model)).__name__} is not adapted; call slora.inject(model, config) on this very module "
+            f"first"
         )
     return found
 
@@ -138,7 +161,7 @@ def targets(model: nn.Module, config: SelectiveLoRAConfig) -> dict[str, type[LoR
     Raises:
         TargetError: a pattern matches no layer that can be adapted.
     """
-    kinds = {name: kind for name, module in model.named_modules() if name and (kind := _kind(module))}
+    kinds = {name: kind for name, module in named_modules(model) if name and (kind := _kind(module))}
     # Attention that cannot be adapted reads the weight of its output projection past any blocks.
     candidates = {n: kind for n, kind in kinds.items() if not _is_out_proj(model, n) or n.rpartition(".")[0] in kinds}
     if not candidates:
@@ -166,11 +189,11 @@ def _refuse_bases(model: nn.Module, found: Mapping[str, type[LoRABlocks]], saved
     """Refuse to train in full what the blocks of an adapted layer are added to."""
     bases = {}
     for name, kind in found.items():
-        module = model.get_submodule(name)
+        module = module_at(model, name)
         for attribute in (kind.weight_name, kind.bias_name):
             bases[module._parameters.get(attribute)] = name
     for name in saved.parameters:
-        layer = bases.get(model.get_parameter(name))
+        layer = bases.get(parameter_at(model, name))
         if layer is not None:
             raise TargetError(
                 f"modules_to_save names {name!r}, but {layer!r} is adapted and keeps its weight and bias; name "
@@ -180,6 +203,12 @@ def _refuse_bases(model: nn.Module, found: Mapping[str, type[LoRABlocks]], saved
 
 def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Put `new[module]` at every place in `model` where `module` stands."""
+    # Compiled by itself, a module is bound to its wrapper's forward.
+    new = dict(new)
+    for module in list(model.modules()):
+        inner = module._modules.get("_orig_mod")
+        if inner is not None and inner in new and hasattr(module, "dynamo_ctx"):
+            new[module] = type(module)(new[inner], module.dynamo_ctx)
     parents = [module for module in model.modules() if module not in new]
     for parent in [*parents, *new.values()]:
         for name, child in parent._modules.items():
@@ -209,7 +238,7 @@ def _is_matrix(weight: Any) -> bool:
 def _is_out_proj(model: nn.Module, name: str) -> bool:
     """Whether `name` is the output projection of an `nn.MultiheadAttention`, which reads its weight without a call."""
     parent, _, last = name.rpartition(".")
-    return last == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention)
+    return last == "out_proj" and isinstance(module_at(model, parent), nn.MultiheadAttention)
 
 
 def _adapted(
@@ -224,9 +253,9 @@ def _adapted(
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the output heads: by the model's own word (timm, transformers), else by the usual names."""
-    heads = [name for name, _ in model.named_children() if name in HEAD_NAMES]
-    names = {module: name for name, module in model.named_modules()}
-    for module in model.modules():
+    heads = [name for name, _ in unwrapped(model).named_children() if name in HEAD_NAMES]
+    names = {module: name for name, module in named_modules(model)}
+    for module in names:
         for getter in ("get_classifier", "get_output_embeddings"):
             if callable(getattr(module, getter, None)):
                 try:
@@ -234,8 +263,8 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
                 except (AttributeError, NotImplementedError):
                     continue
                 for part in head if isinstance(head, (tuple, list)) else (head,):
-                    if isinstance(part, nn.Module) and part in names:
-                        heads.append(names[part])
+                    if isinstance(part, nn.Module) and unwrapped(part) in names:
+                        heads.append(names[unwrapped(part)])
     return tuple(heads)
 
 
@@ -251,7 +280,7 @@ def _matching(
         matches = functools.partial(re.fullmatch, entry) if whole else functools.partial(ends_with, ending=entry)
         hits = {name for name in candidates if matches(name)}
         if not hits:
-            others = [(name, type(m).__name__) for name, m in model.named_modules() if name and matches(name)]
+            others = [(name, type(m).__name__) for name, m in named_modules(model) if name and matches(name)]
             if others:
                 raise TargetError(
                     f"{field} entry {entry!r} matches only modules that cannot be adapted, such as "
@@ -265,8 +294,8 @@ def _matching(
 
 
 def _no_linear(model: nn.Module, heads: Sequence[str] = ()) -> TargetError:
-    kind = type(model).__name__
-    if _kind(model) is not None:
+    kind = type(unwrapped(model)).__name__
+    if _kind(unwrapped(model)) is not None:
         return TargetError(
             f"the model is itself a {kind}, and cannot be replaced in place; wrap it first, as in "
             f"nn.Sequential(layer), or use slora.SelectiveLoRALinear.from_linear"

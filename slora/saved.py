@@ -10,6 +10,7 @@ from torch import nn
 from slora.config import SelectiveLoRAConfig
 from slora.layers import adapted_layers
 from slora.names import ends_with, inside, no_match
+from slora.wrappers import module_at, named_modules, named_parameters, parameter_at
 
 
 class Saved(NamedTuple):
@@ -22,9 +23,9 @@ class Saved(NamedTuple):
     def of(self, model: nn.Module) -> Iterator[nn.Parameter]:
         """Yield the parameters of `model` that are meant."""
         for name in self.modules:
-            yield from model.get_submodule(name).parameters()
+            yield from module_at(model, name).parameters()
         for name in self.parameters:
-            yield model.get_parameter(name)
+            yield parameter_at(model, name)
 
 
 def saved_parts(model: nn.Module, config: SelectiveLoRAConfig) -> Saved:
@@ -33,8 +34,8 @@ def saved_parts(model: nn.Module, config: SelectiveLoRAConfig) -> Saved:
     Raises:
         TargetError: an entry matches neither a module nor a parameter; near names are listed.
     """
-    modules = [name for name, _ in model.named_modules() if name]
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    modules = [name for name, _ in named_modules(model) if name]
+    parameters = [name for name, _ in named_parameters(model, remove_duplicate=False)]
     chosen: list[str] = []
     single: list[str] = []
     for entry in config.modules_to_save or ():
@@ -52,4 +53,4 @@ def unsaved(model: nn.Module, saved: Saved) -> list[str]:
     layers = [layer for _, layer in adapted_layers(model)]
     known = {id(part) for layer in layers for part in (layer.lora_A, layer.lora_B, layer.gate)}
     known.update(map(id, saved.of(model)))
-    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    return [name for name, p in named_parameters(model) if p.requires_grad and id(p) not in known]

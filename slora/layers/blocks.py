@@ -21,6 +21,7 @@ from slora.ops.backends.eager import base
 from slora.ops.checks import check_operands, fits
 from slora.ops.gate_probe import ProbeGates
 from slora.ops.operands import LoRAOperands
+from slora.wrappers import named_modules
 
 _on_device: ContextVar[bool] = ContextVar("slora_gates_on_device", default=False)
 _OWN = ("lora_A", "lora_B", "gate")
@@ -60,13 +61,15 @@ class LoRABlocks(Gated):
         self.__dict__.update(module.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
             self.__dict__[registry] = dict(module.__dict__[registry])
+        # Bound to `module`: what was compiled by itself is compiled as a part of what it is in, or again.
+        self._compiled_call_impl = None
         self._base_class = type(module)
 
     def plain(self) -> nn.Module:
         """Return a module of the class that was adapted, sharing the base parameters, without the blocks."""
         module = self._base_class.__new__(self._base_class)
         nn.Module.__init__(module)
-        own = {*_OWN, *_SETTINGS}
+        own = {*_OWN, "_compiled_call_impl", *_SETTINGS}
         module.__dict__.update({key: value for key, value in self.__dict__.items() if key not in own})
         for registry in ("_parameters", "_buffers", "_modules"):
             entries = self.__dict__[registry]
@@ -484,7 +487,10 @@ def _seed_of(name: str) -> int:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoRABlocks]]:
-    """Yield `(name, layer)` for every adapted layer of `model`, in the order of `named_modules`."""
-    for name, module in model.named_modules():
+    """Yield `(name, layer)` for every adapted layer of `model`, in the order of `named_modules`.
+
+    Names are those in the plain model, whatever wraps it or its parts (`slora.wrappers`).
+    """
+    for name, module in named_modules(model):
         if isinstance(module, LoRABlocks):
             yield name, module

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, StateError, UnfinishedSelectionWarning
 from slora.gate import reread, version
-from slora.inject import unload
+from slora.inject import refuse_layer, unload
 from slora.layers import LoRABlocks, adapted_layers
 from slora.merging import batched
 from slora.merging.signals import signals_held
 from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
 from slora.selection.strategy import unfinished_selection
+from slora.wrappers import named_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 Keep = Literal["device", "cpu"]
@@ -111,20 +112,22 @@ def _forget(layer: LoRABlocks) -> None:
 
 @torch.no_grad()
 def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
-    """Merge and remove every trace of slora, in place; return `model` with plain layers and plain keys.
+    """Merge and remove every trace of slora, in place; return the model with plain layers and plain keys.
 
+    Of a wrapped model what is in the wrapper is returned: what DDP or torch.compile know of it is out of date.
     The weights are written in place, without a copy: whatever can fail does so before the first of them changes, and
     Ctrl-C waits until the last module is plain. A model that is merged already keeps its weights as they are.
 
     A strategy (`slora.selection`) that has not made its choice yet gives an `UnfinishedSelectionWarning`.
 
     Raises:
-        StateError: the model has no adapted layer, is merged in part, shares a weight that would change, or is merged
-            already and `scale` is given.
+        StateError: the model has no adapted layer, is itself one, is merged in part, shares a weight that would change,
+            or is merged already and `scale` is given.
         ShapeError: two weights that would change share memory.
         ConfigError: `scale` is not finite.
     """
     layers = _adapted(model)
+    refuse_layer(model)
     selecting = unfinished_selection(model)
     if selecting:
         warnings.warn(
@@ -235,7 +238,8 @@ def _refuse_shared(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
     """Raise where writing a weight in place would change what another module, or another name, holds."""
     changing = {name for name, layer in layers.items() if layer.activity().active}
     held: list[tuple[Span, bool]] = []
-    for name, module in model.named_modules():
+    tensor: Any
+    for name, module in named_modules(model):
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             # A tensor of another kind (quantised, distributed) has no bytes of its own to compare.
             if is_plain(tensor) and tensor.numel() and tensor.device.type != "meta":
