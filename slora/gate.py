@@ -80,6 +80,8 @@ class GateMirror:
         asked: the budget that the blocks were chosen by, as in "budget=4"; empty where the gates decide.
         copies: device-to-host copies made so far, one per refresh and device.
         warned: whether a `GateRuleWarning` was given for this model.
+        ddp: the `DistributedDataParallel` that last ran the model, or None.
+        idle: parameters to which it gives zeros for a gradient where one process gives none.
     """
 
     def __init__(self) -> None:
@@ -88,6 +90,8 @@ class GateMirror:
         self.warned = False
         self.strategy: Any = None
         self.asked = ""
+        self.ddp: weakref.ref[nn.Module] | None = None
+        self.idle: dict[nn.Parameter, None] = {}
         self._layers: list[weakref.ref[Gated]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GateMirror:
@@ -97,13 +101,17 @@ class GateMirror:
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
-        own: dict[str, Any] = {"copies": 0, "warned": False, "strategy": None, "_layers": []}
-        return {"step": self.step, "asked": self.asked, **own}
+        return {**GateMirror().__dict__, "step": self.step, "asked": self.asked}
 
     def join(self, layer: Gated) -> None:
         """Refresh `layer` together with the others from now on."""
         self._layers.append(weakref.ref(layer))
         _mirrors.add(self)
+
+    def within(self, ddp: nn.Module) -> None:
+        """Note that `ddp` runs the model."""
+        if self.ddp is None or self.ddp() is not ddp:
+            self.ddp = weakref.ref(ddp)
 
     def activity(self, layer: Gated) -> Activity:
         """Return the activity of `layer`, refreshed for the whole model if a gate has moved since."""
@@ -200,9 +208,14 @@ _gates_in = weakref.WeakKeyDictionary()
 
 
 def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    # Before rather than after: an optimizer that cannot read the settings of the gates would fail without a reason.
     if torch.compiler.is_compiling():
         return
+    for mirror in list(_mirrors):
+        # With a zero in place of no gradient momentum and weight decay would move matrices of blocks that are off.
+        for parameter in mirror.idle:
+            parameter.grad = None
+        mirror.idle.clear()
+    # Before rather than after: an optimizer that cannot read the settings of the gates would fail without a reason.
     groups = optimizer.param_groups
     sizes = [len(group["params"]) for group in groups]
     known = _gates_in.get(optimizer)
@@ -368,7 +381,7 @@ class ProximalGates(torch.optim.Optimizer):
     where `blocks` is the number of gates that all groups were made with, so that `penalty` means the same as in
     `loss + penalty * gate_penalty(model)`, after `release_frozen`, too. Unlike a subgradient step it does not
     oscillate around 0, and unlike Adam it moves a gate by what the penalty asks for rather than by `lr` whatever
-    the penalty is.
+    the penalty is. Gates that the policy "frozen" has switched off keep their values.
 
     Its `zero_grad` is the only one that clears the gates' gradients where another optimizer has the rest.
 
@@ -398,15 +411,18 @@ class ProximalGates(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         blocks = sum(int(group["blocks"]) for group in self.param_groups)
+        layers = (layer for mirror in list(_mirrors) for layer in mirror.layers())
+        frozen = {layer.gate: layer.threshold for layer in layers if layer.inactive == "frozen"}
         for group in self.param_groups:
             shrink = float(group["lr"]) * float(group["penalty"]) / blocks
             for gate in group["params"]:
                 if not gate.requires_grad:
                     continue
-                if gate.grad is not None:
-                    gate.add_(gate.grad, alpha=-float(group["lr"]))
-                if shrink:
-                    gate.copy_(nn.functional.softshrink(gate, shrink))
+                moved = gate if gate.grad is None else gate.add(gate.grad, alpha=-float(group["lr"]))
+                moved = nn.functional.softshrink(moved, shrink) if shrink else moved
+                if gate in frozen:
+                    moved = torch.where(gate >= frozen[gate], moved, gate)
+                gate.copy_(moved)
         return loss
 
 

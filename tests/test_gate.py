@@ -735,3 +735,15 @@ def test_every_combination_of_activity_trains_without_error(make_mlp: Any, rando
         for (_, layer), active in zip(adapted_layers(model), on, strict=True):
             assert (layer.lora_A.grad is not None and bool(layer.lora_A.grad.any())) == active
             assert layer.gate.grad is not None
+
+
+def test_the_proximal_rule_leaves_gates_alone_that_frozen_has_switched_off(make_mlp: Callable[..., nn.Module]) -> None:
+    model = slora.inject(make_mlp(4, 4), slora.SelectiveLoRAConfig(r=1, blocks=2, threshold=-0.1, inactive="frozen"))
+    (gate,) = gates(model)
+    with torch.no_grad():
+        gate.copy_(torch.tensor([0.3, -0.3]))
+    # The penalty pulls towards 0, which is above this threshold: the second block would come back.
+    rule = slora.ProximalGates([gate], lr=0.1, penalty=100.0)
+    model(torch.randn(2, 4)).sum().backward()
+    rule.step()
+    assert gate.tolist() == pytest.approx([0.0, -0.3])

@@ -10,12 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from slora import ops
 from slora.config import SelectiveLoRAConfig
 from slora.config import scaling as scaling_of
 from slora.errors import ConfigError, StateError
 from slora.gate import Activity, Gated, GateMirror, doubt, unmoved, version
+from slora.layers.ddp import expected
 from slora.ops import flops
 from slora.ops.backends.eager import base
 from slora.ops.checks import check_operands, fits
@@ -213,13 +215,15 @@ class LoRABlocks(Gated):
             rows = slice(*(i * weight.shape[0] // self.blocks for i in (part.start, part.stop)))
             weight, bias = weight[rows], None if bias is None else bias[rows]
         if self.merged or not self.enabled:
-            return base(x, weight, bias)
+            return base(x if self.merged else expected(self, x, False), weight, bias)
         if torch.compiler.is_compiling() or _capturing(x):
             return self._project_on_device(x, weight, bias, part)
         activity = self._activity
         if activity is None or not unmoved(self):
             activity = self.activity()
         probes = activity.probe and torch.is_grad_enabled() and self.gate.requires_grad
+        if DistributedDataParallel._active_ddp_module is not None or self._mirror.ddp is not None:
+            x = expected(self, x, activity.active != ())
         if not (activity.active or probes):
             return base(x, weight, bias)
         operands = self._operands(activity, part, x, weight, bias)
@@ -234,6 +238,8 @@ class LoRABlocks(Gated):
         # Known, because nothing can change it.
         active = () if not torch.compiler.is_compiling() and self._off_for_good() else None
         operands = self._blocks(part, active)
+        if not torch.compiler.is_compiling():
+            x = expected(self, x, active is None)
         y = base(x, weight, bias) if active == () else ops.apply(x, weight, bias, self._with_seed(operands, x))
         if self.inactive != "frozen" and torch.is_grad_enabled() and self.gate.requires_grad:
             y = self._probed(y, x, operands, None, None, 0 if part is None else part.start)
@@ -316,8 +322,9 @@ class LoRABlocks(Gated):
                 shift = torch.randint(2**31, (), device=x.device)
             scale *= M / m
         lora_A, lora_B, gate, threshold, scaling = operands[:5]
+        # Detached, so that the graph says which parameters get a gradient.
         result: Tensor = ProbeGates.apply(  # type: ignore[no-untyped-call]
-            y, gate, x, lora_A, lora_B, threshold, scaling * scale, inactive, m, seed, shift
+            y, gate, x, lora_A.detach(), lora_B.detach(), threshold, scaling * scale, inactive, m, seed, shift
         )
         return result
 

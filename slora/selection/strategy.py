@@ -26,8 +26,7 @@ class Strategy(ABC):
     Make it after `slora.inject` and call `step` after every optimizer step. A model has one strategy at a time.
 
     Args:
-        model: adapted by `slora.inject`; a wrapper around it will do (torch.compile; DDP with
-            `find_unused_parameters=True`, since blocks that are off get no gradient).
+        model: adapted by `slora.inject`; a wrapper around it will do (torch.compile, DDP).
         steps: optimizer steps of the run.
         warmup: share of the steps in which every block learns.
         settling: share of the steps at the end in which the choice stands; at least a third.
@@ -246,11 +245,6 @@ def _take_charge(strategy: Strategy, model: nn.Module) -> dict[str, LoRABlocks]:
         raise StateError(
             f"a {type(other).__name__} is at work on this model (step {other.taken} of {other.steps}); one strategy at "
             f"a time: end it with slora.freeze_gates(model), or leave the second one out"
-        )
-    if isinstance(model, nn.parallel.DistributedDataParallel) and not model.find_unused_parameters:
-        raise ConfigError(
-            "DistributedDataParallel with find_unused_parameters=False waits for gradients of blocks that are off; "
-            "make it with find_unused_parameters=True"
         )
     if other is not None:
         _release(other)

@@ -1,0 +1,72 @@
+"""What `DistributedDataParallel` expects of the blocks: in every backward a gradient of each parameter that it holds.
+
+DDP waits for all of them, also for those of blocks that are off, and for gates that have been taken out of training
+since it was made. With `find_unused_parameters=True` it takes those that are not in the graph of the output for unused,
+and fails if such a one gets a gradient all the same, as a gate does from `slora.gate_penalty`.
+
+So inside the forward of a DDP these parameters are inputs of the graph, with an undefined gradient: autograd calls the
+hook of DDP for them and makes no tensor; DDP sums zeros in the buckets that it has anyway.
+
+Parameters in the graph carry the gradient down to their layer, also below the first active block. Therefore only gates
+that learn are added with `find_unused_parameters=True`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from slora.gate import Gated
+
+
+def expected(layer: Gated, x: Tensor, active: bool) -> Tensor:
+    """Return `x`, in whose graph the parameters of `layer` are that a DDP around it waits for in vain.
+
+    `x` itself outside the forward of a DDP and what checkpointing computes of it again.
+
+    Args:
+        active: whether a block of the layer is active, whose parameters are in the graph already.
+    """
+    ddp: Any = DistributedDataParallel._active_ddp_module
+    mirror = layer._mirror
+    if ddp is not None:
+        mirror.within(ddp)
+    elif mirror.ddp is None:
+        return x
+    else:
+        ddp = mirror.ddp()
+    if ddp is None or not torch.is_grad_enabled():
+        return x
+    parameters = [layer.lora_A, layer.lora_B, layer.gate]
+    if ddp.find_unused_parameters and not ddp.static_graph:
+        wanted = [] if active or not layer.gate.requires_grad else parameters[2:]
+    else:
+        wanted = [parameter for parameter in parameters if not (active and parameter.requires_grad)]
+        mirror.idle |= dict.fromkeys(p for p in wanted if p is not layer.gate or not p.requires_grad)
+    if not wanted:
+        return x
+    held = [parameter for parameter in wanted if not parameter.requires_grad]
+    for parameter in held:
+        # DDP still waits for what required a gradient when it was made.
+        parameter.requires_grad_()
+    # Of the input: the output may be changed in place by what follows, which a view would not allow.
+    result: Tensor = _InGraph.apply(x, *wanted)  # type: ignore[no-untyped-call]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    return result
+
+
+class _InGraph(torch.autograd.Function):
+    """The identity on the first argument; the gradients of the others are undefined."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.others = len(parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return grads[0], *(None,) * ctx.others
