@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-import numbers
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from slora.errors import ConfigError
+from slora.plain import plain, plain_mapping, plain_names
 
 if TYPE_CHECKING:
     import torch
@@ -39,14 +40,15 @@ def phase_ends(steps: int, warmup: float, settling: float) -> tuple[int, int]:
 class SelectiveLoRAConfig:
     """Which layers are adapted, with what rank, and how their blocks are selected.
 
-    Fields that PEFT's `LoraConfig` has too carry the same name and meaning.
+    Fields that PEFT's `LoraConfig` has too carry the same name and meaning. Numbers of NumPy and PyTorch become
+    Python's, collections of names lists.
 
     Args:
         r: rank of every block, 1 to 256; at most min(in_features, out_features) of its layer.
         lora_alpha: numerator of the scaling `lora_alpha / r` (`/ sqrt(r)` with `use_rslora`).
         lora_dropout: probability with which an input element of the LoRA path is dropped in training.
         target_modules: "all-linear" (every linear layer but the output head), a regular expression that
-            must match the whole module name, or a list of names and name endings ("qkv", "attn.proj").
+            must match the whole module name, or names and name endings ("qkv", "attn.proj") in any collection.
         exclude_modules: the same, for modules to leave alone.
         modules_to_save: names or name endings of modules that are trained in full and saved with the
             adapter, such as a new classifier head, or of single parameters, such as CLIP's "logit_scale".
@@ -75,9 +77,9 @@ class SelectiveLoRAConfig:
     r: int = 16
     lora_alpha: float = 16
     lora_dropout: float = 0.0
-    target_modules: str | Sequence[str] = "all-linear"
-    exclude_modules: str | Sequence[str] | None = None
-    modules_to_save: Sequence[str] | None = None
+    target_modules: str | Collection[str] = "all-linear"
+    exclude_modules: str | Collection[str] | None = None
+    modules_to_save: Collection[str] | None = None
     rank_pattern: Mapping[str, int] | None = field(default=None)
     alpha_pattern: Mapping[str, float] | None = field(default=None)
     use_rslora: bool = False
@@ -90,6 +92,11 @@ class SelectiveLoRAConfig:
     base_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            setattr(self, name, plain_names(name, getattr(self, name), "neither a string nor a list of names"))
+        self.modules_to_save = plain_names("modules_to_save", self.modules_to_save, "not a list of names")
+        for entry in dataclasses.fields(self):
+            setattr(self, entry.name, plain_mapping(plain(getattr(self, entry.name))))
         _check_rank("r", self.r)
         for name, example in (("rank_pattern", '{"qkv": 8}'), ("alpha_pattern", '{"qkv": 16.0}')):
             value = getattr(self, name)
@@ -121,6 +128,8 @@ class SelectiveLoRAConfig:
         for name in ("probe_every", "probe_rows"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive integer")
+        if not isinstance(self.use_rslora, bool):
+            raise ConfigError(f"use_rslora={self.use_rslora!r} is neither True nor False")
         if self.base_dtype is not None:
             _check_dtype("base_dtype", self.base_dtype)
         for name in ("target_modules", "exclude_modules"):
@@ -148,14 +157,9 @@ class SelectiveLoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON-serialisable values; `from_dict` reads them back."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields = {f.name: copy.copy(getattr(self, f.name)) for f in dataclasses.fields(self)}
         if self.base_dtype is not None:
             fields["base_dtype"] = str(self.base_dtype).removeprefix("torch.")
-        for name, value in fields.items():
-            if isinstance(value, Mapping):
-                fields[name] = dict(value)
-            elif isinstance(value, Sequence) and not isinstance(value, str):
-                fields[name] = list(value)
         return fields
 
     @classmethod
@@ -193,10 +197,9 @@ def check_budget(budget: object, unit: str, n: int | None = None) -> int | float
     """
     if unit not in get_args(Unit):
         raise ConfigError(f"unit={unit!r} is unknown; use one of {', '.join(get_args(Unit))}")
-    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
+    budget = plain(budget)
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise ConfigError(f"budget={budget!r} is neither a number of blocks, such as 4, nor a share, such as 0.1")
-    # NumPy's numbers as well.
-    budget = int(budget) if isinstance(budget, numbers.Integral) else float(budget)
     if isinstance(budget, float):
         if not 0 <= budget <= 1:
             raise ConfigError(
@@ -228,7 +231,12 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _check_rank(name: str, value: object) -> None:

@@ -25,6 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from slora import gate_rule
 from slora.config import Inactive
 from slora.errors import ConfigError, GateRuleWarning
+from slora.plain import plain
 from slora.wrappers import named_modules
 
 
@@ -395,7 +396,7 @@ class ProximalGates(torch.optim.Optimizer):
         for name, value in (("lr", lr), ("penalty", penalty)):
             if not value >= 0:
                 raise ConfigError(f"{name}={value} is negative or not a number; use 0 or more")
-        super().__init__(params, {"lr": lr, "penalty": penalty})
+        super().__init__(params, {"lr": plain(lr), "penalty": plain(penalty)})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add gates with settings of their own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -269,7 +269,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def _matching(
-    patterns: str | Sequence[str] | None, candidates: Mapping[str, Any], model: nn.Module, field: str
+    patterns: str | Collection[str] | None, candidates: Mapping[str, Any], model: nn.Module, field: str
 ) -> set[str]:
     if patterns is None:
         return set()

@@ -16,6 +16,7 @@ from slora.errors import ConfigError, StateError
 from slora.gate import gate_values, reread
 from slora.layers import adapted_layers
 from slora.ops.flops import forward_flops, linear_flops
+from slora.plain import plain
 from slora.selection.strategy import unfinished_selection
 
 
@@ -76,6 +77,9 @@ def parameter_groups(
     Raises:
         ConfigError: nothing in the model is trainable, or a value is negative.
     """
+    lr, gate_lr, weight_decay = (
+        value if isinstance(value, Tensor) else plain(value) for value in (lr, gate_lr, weight_decay)
+    )
     for name, value in (("lr", lr), ("gate_lr", gate_lr), ("weight_decay", weight_decay)):
         if value is not None and not value >= 0:
             raise ConfigError(f"{name}={value} is negative or not a number; use 0 or more")

@@ -13,6 +13,7 @@ from slora.features import final_features
 from slora.layers import adapted_layers
 from slora.model import disabled
 from slora.modes import evaluating
+from slora.plain import plain
 
 
 class Distillation:
@@ -55,6 +56,7 @@ class Distillation:
             raise ConfigError(f"samples are a {type(samples).__name__}, not a tensor; stack them: torch.stack(images)")
         if len(samples) < 2:
             raise ConfigError(f"samples has {len(samples)} of at least 2 samples; a few dozen serve")
+        weight, batch_size, every = plain(weight), plain(batch_size), plain(every)
         if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
             raise ConfigError(f"weight={weight!r} is negative or not a finite number; use 0 or more")
         for name, value in (("batch_size", batch_size), ("every", every)):

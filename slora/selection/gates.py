@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from slora.config import GATES_PHASES
 from slora.errors import ConfigError
 from slora.gate import gate_penalty
+from slora.plain import plain
 from slora.selection.strategy import Strategy, hold
 
 WARMUP, SETTLING = GATES_PHASES
@@ -53,6 +54,7 @@ class Gates(Strategy):
         warmup: float = WARMUP,
         settling: float = SETTLING,
     ) -> None:
+        penalty = plain(penalty)
         if not isinstance(penalty, (int, float)) or not (math.isfinite(penalty) and penalty >= 0):
             raise ConfigError(f"penalty={penalty!r} is negative or not a finite number; use 0 or more")
         self.highest = penalty

@@ -14,6 +14,7 @@ from slora.errors import ConfigError, StateError
 from slora.gate import set_gates
 from slora.layers import LoRABlocks, adapted_layers
 from slora.modes import evaluating
+from slora.plain import plain
 
 
 class Ranking(Protocol):
@@ -86,6 +87,7 @@ class SoloGain:
             raise ConfigError(f"features={features!r} is not a function that returns features [n, d]")
         if depth_price is None:
             depth_price = DEPTH_PRICE if features is None else 0.0
+        price, depth_price = plain(price), plain(depth_price)
         for name, value in (("price", price), ("depth_price", depth_price)):
             if not isinstance(value, (int, float)) or not value >= 0:
                 raise ConfigError(f"{name}={value!r} is negative or not a number; use 0 or more")

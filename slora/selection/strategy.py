@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -12,6 +11,7 @@ from torch import nn
 from slora.config import LEAST_SETTLING, phase_ends
 from slora.errors import ConfigError, StateError
 from slora.layers import LoRABlocks, adapted_layers
+from slora.plain import plain
 
 Phase = Literal["warm-up", "selection", "settling"]
 
@@ -47,8 +47,8 @@ class Strategy(ABC):
     """Entries of the state that change over a run."""
 
     def __init__(self, model: nn.Module, steps: int, warmup: float, settling: float) -> None:
-        number: Any = steps
-        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+        steps, warmup, settling = plain(steps), plain(warmup), plain(settling)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ConfigError(f"steps={steps!r} is not a number of optimizer steps; use those of the run, 1 or more")
         if not isinstance(warmup, (int, float)) or not 0 <= warmup <= 1:
             raise ConfigError(f"warmup={warmup!r} is not a share of the steps; use a number from 0 to 1")
@@ -59,7 +59,7 @@ class Strategy(ABC):
             )
         if warmup + settling > 1 + 1e-9:
             raise ConfigError(f"warmup={warmup:g} and settling={settling:.3g} are more than the run; lower one of them")
-        self.model, self.steps, self.warmup, self.settling = model, int(steps), warmup, settling
+        self.model, self.steps, self.warmup, self.settling = model, steps, warmup, settling
         self.first, self.last = phase_ends(self.steps, warmup, settling)
         self.taken = 0
         self.layers = _take_charge(self, model)

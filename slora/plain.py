@@ -1,0 +1,52 @@
+"""Numbers, names and collections of any library as Python's own, which JSON and checkpoints hold. Without torch."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from slora.errors import ConfigError
+
+
+def plain(value: Any) -> Any:
+    """Return a scalar (of NumPy, of PyTorch, a fraction, a kind of string) as bool, int, float or str.
+
+    Anything else is returned as it is.
+    """
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        try:
+            value = value.item()
+        except RuntimeError:
+            # On meta there is no value.
+            return value
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        try:
+            return float(value)
+        except OverflowError:
+            return value
+    return str.__str__(value) if isinstance(value, str) else value
+
+
+def plain_mapping(value: Any) -> Any:
+    """Return a mapping between scalars as a dict of `plain` ones; anything else as it is."""
+    return {plain(key): plain(entry) for key, entry in value.items()} if isinstance(value, Mapping) else value
+
+
+def plain_names(field: str, value: Any, expected: str) -> Any:
+    """Return a collection of names as a list, a set in the order of the alphabet; a string or None as it is.
+
+    Raises:
+        ConfigError: it is neither; says what is `expected` of `field`.
+    """
+    value = plain(value)
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
+        raise ConfigError(f"{field}={value!r} is {expected}")
+    entries = [plain(entry) for entry in value]
+    return sorted(entries, key=str) if isinstance(value, (set, frozenset)) else entries
