@@ -88,7 +88,7 @@ def parse_json(text: str) -> Any:
     """Return the value of JSON text whose numbers are finite.
 
     Raises:
-        ValueError: it is not JSON, holds a number that is not finite or has more than 20 digits, or is nested more
+        ValueError: it is not JSON, holds a number that is not finite or has more than 40 digits, or is nested more
             than 32 levels deep.
     """
     try:
@@ -113,7 +113,7 @@ def _children(value: Any) -> Any:
 
 
 def _integer(text: str) -> int:
-    if len(text) > 20:
+    if len(text) > 40:
         raise ValueError(f"it holds a number of {len(text)} digits")
     return int(text)
 

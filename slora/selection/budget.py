@@ -16,7 +16,7 @@ from slora.gate import set_gates
 from slora.layers import LoRABlocks
 from slora.ops.flops import linear_flops
 from slora.selection.ranking import Ranking, update_norm
-from slora.selection.strategy import Strategy, freeze_gates, hold, require_layers
+from slora.selection.strategy import Strategy, freeze_gates, hold, require_layers, require_value
 
 WARMUP, SETTLING = BUDGET_PHASES
 
@@ -197,6 +197,23 @@ class Budget(Strategy):
             "scores": self.scores,
         }
 
+    def check_state(self, state: dict[str, Any]) -> None:
+        """See `Strategy.check_state`."""
+        super().check_state(state)
+        rows: Any = state.get("rows")
+        ranks: Any = state.get("ranks")
+        scores: Any = state.get("scores")
+        left = state.get("left")
+        require_value(state, "rows", _all_counts(rows) and len(rows) == len(self.layers))
+        require_value(state, "ranks", _all_counts(ranks) and sorted(ranks) == list(range(self.n)))
+        require_value(state, "left", type(left) is int and 0 <= left <= self.n)
+        numbers = isinstance(scores, list) and len(scores) == self.n
+        numbers = numbers and all(type(score) in (int, float) and math.isfinite(score) for score in scores)
+        require_value(state, "scores", scores is None or numbers)
+        if self.unit == "flops" and state["taken"]:
+            require_value(state, "rows", any(rows))
+            _target(self.budget, _costs(self.layers, self.unit, rows), self.unit)
+
     def _restore(self, state: dict[str, Any]) -> None:
         self.rows, self.ranks, self.scores = list(state["rows"]), list(state["ranks"]), state["scores"]
         if self.taken:
@@ -328,6 +345,10 @@ def _target(budget: int | float, costs: Sequence[float], unit: str) -> float:
             f"{rounded_up(smallest / sum(costs))}, or write 0.0 for none"
         )
     return target
+
+
+def _all_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(entry) is int and 0 <= entry < 1 << 53 for entry in value)
 
 
 def _fill(ordered: Sequence[int], costs: Sequence[float], allowed: float) -> list[int]:

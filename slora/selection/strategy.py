@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from slora.config import LEAST_SETTLING, phase_ends
-from slora.errors import ConfigError, StateError
+from slora.errors import CheckpointError, ConfigError, StateError
 from slora.layers import LoRABlocks, adapted_layers
 from slora.plain import plain
 
@@ -152,7 +152,18 @@ class Strategy(ABC):
         Only `steps` may differ, where a run becomes longer or shorter: the phases follow the new number.
 
         Raises:
+            ConfigError, CheckpointError: see `check_state`; nothing has changed then.
+        """
+        self.check_state(state)
+        self.taken = state["taken"]
+        self._restore(state)
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Check that `load_state_dict` can go on from `state`; changes nothing.
+
+        Raises:
             ConfigError: the state is of another strategy, or an argument differs; names it with both values.
+            CheckpointError: a value cannot be one of such a strategy; names it.
         """
         self._require_charge()
         for key, value in self.state_dict().items():
@@ -161,11 +172,11 @@ class Strategy(ABC):
             before = state.get(key)
             if before != value:
                 raise ConfigError(
-                    f"the state to resume from has {key}={before!r}, this {type(self).__name__} {key}={value!r}; "
-                    f"resume with the former, or start a new run"
+                    f"the state to resume from has {key}={repr(before)[:60]}, this {type(self).__name__} "
+                    f"{key}={value!r}; resume with the former, or start a new run"
                 )
-        self.taken = state["taken"]
-        self._restore(state)
+        for key in ("steps", "taken", "last"):
+            _require_count(state, key)
 
     @abstractmethod
     def _restore(self, state: dict[str, Any]) -> None:
@@ -179,6 +190,22 @@ class Strategy(ABC):
                 f"this {type(self).__name__} is over (finish, slora.freeze_gates or slora.keep_blocks ended it); make "
                 f"a new one"
             )
+
+
+def _require_count(state: dict[str, Any], key: str) -> None:
+    require_value(state, key, type(state.get(key)) is int and 0 <= state[key] < 1 << 53)
+
+
+def require_value(state: dict[str, Any], key: str, holds: bool) -> None:
+    """Refuse a state whose entry `key` cannot be what it should.
+
+    Raises:
+        CheckpointError: names the entry and its value.
+    """
+    if not holds:
+        raise CheckpointError(
+            f"the state to resume from is damaged: {key!r} is {str(state.get(key))[:60]}; use another checkpoint"
+        )
 
 
 def at_work(model: nn.Module) -> Strategy | None:

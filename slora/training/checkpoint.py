@@ -1,24 +1,22 @@
-"""Checkpoints: a folder with `tensors.safetensors` and `state.json`, either complete or not there.
+"""Checkpoints: a folder with `tensors.safetensors`, `state.json` and `sha256sums.txt`, either complete or not there.
 
 Kept is what training changes: trainable parameters, buffers, optimizer state, the random generators, where the run
 stands, and how often the gates have moved (the seed of the probes). Frozen weights are only identified. The folder
 is written under a temporary name, flushed and renamed; older ones go after that. Nothing is pickled. Which folders
-there are, and which of them a run may go on from, is said in `checkpoint_folders.py`.
+there are, and which of them a run may go on from, is said in `checkpoint_folders.py`; what a state holds in
+`checkpoint_state.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -28,38 +26,44 @@ from slora.errors import CheckpointError
 from slora.files import cannot_write, umask
 from slora.gate import release_frozen
 from slora.layers import adapted_layers
-from slora.reading import read_json
+from slora.reading import require_file
+from slora.training import random_states
 from slora.training.checkpoint_folders import (
     FIXED,
-    STATE,
     before,
     check_settings,
     checkpoints,
     chosen,
     newest,
     refuse_newer,
+)
+from slora.training.checkpoint_state import (
+    DIGESTS,
+    STATE,
+    TENSORS,
+    State,
+    check_digest,
+    digests_of,
+    read_state,
     step_of,
+    text_of,
 )
 from slora.training.optimizers import Optimizers
 from slora.training.settings import TrainSettings
 
 __all__ = [
     "FIXED",
+    "Checkpoint",
     "before",
     "check_settings",
     "checkpoints",
     "chosen",
     "fingerprint",
-    "load",
-    "load_model",
     "newest",
     "refuse_newer",
     "save",
     "step_of",
 ]
-
-TENSORS = "tensors.safetensors"
-FORMAT = 2
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -98,7 +102,7 @@ def save(
 
     Args:
         identity: `fingerprint(model)` from the start of the run.
-        progress: `step` and `result` (with `best_step`) of the run so far; JSON values.
+        progress: `step`, `steps`, `selection` and `result` of the run so far; see `State`.
 
     Raises:
         WriteError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -112,111 +116,145 @@ def save(
     tensors |= {f"model.{name}.gate": layer.gate.detach() for name, layer in adapted_layers(model)}
     tensors |= {f"buffer.{name}": buffer for name, buffer in _buffers(model).items()}
     tensors |= {f"optimizer.{key}": value for key, value in optimizers.state(names).items()}
-    tensors["random.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    state = {
-        "format": FORMAT,
-        "settings": settings.to_dict(),
-        "model": identity,
-        "gates_moved": {name: layer._mirror.step for name, layer in adapted_layers(model)},
-        "freed": [name for name, layer in adapted_layers(model) if layer.released],
-        "random": _random_state(),
+    randomness = random_states.present()
+    tensors |= {f"random.{key}": value for key, value in randomness.tensors().items()}
+    state = State(
+        settings=settings.to_dict(),
+        model=identity,
+        gates_moved={name: layer._mirror.step for name, layer in adapted_layers(model)},
+        freed=[name for name, layer in adapted_layers(model) if layer.released],
+        stateless=optimizers.stateless(names),
+        random=randomness.values(),
         **progress,
-    }
+    )
     _write(target, {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, state)
     _remove_old(folder, settings.keep_last, progress["result"]["best_step"])
     return target
 
 
-def load(
-    folder: Path, model: nn.Module, optimizers: Optimizers, settings: TrainSettings, identity: dict[str, Any]
-) -> dict[str, Any]:
-    """Put a checkpoint back into a freshly prepared model and its optimizers; return its state.
+class Checkpoint:
+    """A checkpoint that was read for a freshly prepared model: all of it is checked, and nothing has changed yet.
 
-    Everything is read and checked before anything changes.
+    Args:
+        folder: of the checkpoint.
+        identity: `fingerprint(model)`.
+        optimizers: those of the run that goes on; None where only the model is wanted.
+
+    Attributes:
+        state: all but the tensors.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged, or of another model or run; names what differs.
     """
-    state, tensors = _read(folder)
-    _check_model(folder, state["model"], identity)
-    check_settings(folder, settings, state)
-    _fill(folder, model, state, tensors, optimizers.release)
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    own = {key.removeprefix("optimizer."): value for key, value in tensors.items() if key.startswith("optimizer.")}
-    optimizers.load_state(names, own)
-    _set_random_state(state["random"], tensors)
-    return state
 
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        settings: TrainSettings,
+        identity: dict[str, Any],
+        optimizers: Optimizers | None = None,
+    ) -> None:
+        self.state = state = read_state(folder)
+        _check_model(folder, state.model, identity)
+        check_settings(folder, settings, state)
+        self._model, self._optimizers = model, optimizers
+        self._layers = dict(adapted_layers(model))
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        parts = _read_tensors(folder / TENSORS)
+        self._values, self._kept = parts["model"], parts["optimizer"]
+        try:
+            self._random = random_states.parsed(state.random, parts["random"])
+            freed = self._check_gates()
+            self._expected = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in freed}
+            gates = {f"{name}.gate": layer.gate for name, layer in self._layers.items()}
+            _check_values("model", self._values, self._expected | gates)
+            self._buffers, self._saved_buffers = _buffers(model), parts["buffer"]
+            _check_values("buffer", self._saved_buffers, self._buffers)
+            if optimizers is not None:
+                optimizers.check_state(self._names, self._kept, {*freed, *state.stateless}, state.step)
+        except (ValueError, KeyError, TypeError) as error:
+            said = error if isinstance(error, ValueError) else repr(error)
+            raise CheckpointError(f"{folder} is damaged: {said}; use another checkpoint") from error
 
-def load_model(folder: Path, model: nn.Module, settings: TrainSettings) -> dict[str, Any]:
-    """Put what a checkpoint says of the model into one that is freshly prepared, without its run; return its state.
+    def _check_gates(self) -> set[str]:
+        """Check what is said of blocks by their layers; return the parameters that were freed."""
+        layers, state = self._layers, self.state
+        if state.gates_moved.keys() != layers.keys() or len(set(state.gates_moved.values())) > 1:
+            raise ValueError("'gates_moved' is not of these layers, whose gates move together")
+        for name in state.freed:
+            if name not in layers or layers[name].inactive != "frozen":
+                raise ValueError(f"{name[:60]!r} is not a layer that inactive='frozen' can have freed")
+            if bool((self._values[f"{name}.gate"] >= layers[name].threshold).any()):
+                raise ValueError(f"{name!r} was freed, but one of its blocks is active")
+        for _, blocks in state.result["active_blocks"]:
+            for name, numbers in zip(layers, blocks, strict=True):
+                if any(number >= layers[name].blocks for number in numbers):
+                    raise ValueError(f"'active_blocks' have {max(numbers)} of {name!r}, which has fewer blocks")
+        return {f"{name}.{part}" for name in state.freed for part in ("lora_A", "lora_B", "gate")}
 
-    Raises:
-        CheckpointError: see `load`.
-    """
-    state, tensors = _read(folder)
-    _check_model(folder, state["model"], fingerprint(model))
-    check_settings(folder, settings, state)
-    _fill(folder, model, state, tensors, release_frozen)
-    return state
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    state = read_json(folder / STATE)
-    try:
-        tensors = load_file(folder / TENSORS)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder / TENSORS} does not exist; use another checkpoint") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{folder / TENSORS} is not a readable safetensors file ({error}); use another checkpoint"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / STATE} is not a checkpoint of this version of slora (format {FORMAT})")
-    return state, tensors
-
-
-def _fill(
-    folder: Path,
-    model: nn.Module,
-    state: dict[str, Any],
-    tensors: dict[str, Tensor],
-    release: Callable[[nn.Module], int],
-) -> None:
-    """Put parameters, buffers and gates into `model`; `release` frees what the policy "frozen" had freed."""
-    layers = dict(adapted_layers(model))
-    freed = {f"{name}.{part}" for name in state["freed"] for part in ("lora_A", "lora_B", "gate")}
-    expected = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in freed}
-    buffers = _buffers(model)
-    for kind, wanted in (("model", expected), ("buffer", buffers)):
-        for name, value in wanted.items():
-            saved = tensors.get(f"{kind}.{name}")
-            if saved is None or saved.shape != value.shape:
-                shape = "is missing" if saved is None else f"has shape {list(saved.shape)}"
-                raise CheckpointError(
-                    f"{folder / TENSORS}: {name} {shape}, expected {list(value.shape)}; it may be damaged"
-                )
-    with torch.no_grad():
-        for name, layer in layers.items():
-            layer.gate.copy_(tensors[f"model.{name}.gate"])
-        if state["freed"]:
-            release(model)
+    @torch.no_grad()
+    def put(self) -> None:
+        """Put it all into the model and, where there are optimizers, into them and the random generators."""
+        for name, layer in self._layers.items():
+            layer.gate.copy_(self._values[f"{name}.gate"])
+        if self.state.freed:
+            (release_frozen if self._optimizers is None else self._optimizers.release)(self._model)
         # Blocks that went off at the very last step are freed here already, a step early.
-        gone = {part for layer in layers.values() if layer.released for part in (layer.lora_A, layer.lora_B)}
-        for name, value in expected.items():
+        gone = {p for layer in self._layers.values() if layer.released for p in (layer.lora_A, layer.lora_B)}
+        for name, value in self._expected.items():
             if value not in gone:
-                value.copy_(tensors[f"model.{name}"])
-        for name, buffer in buffers.items():
-            buffer.copy_(tensors[f"buffer.{name}"])
-    for name, layer in layers.items():
-        layer._mirror.step, layer._activity = state["gates_moved"][name], None
-    for layer in layers.values():
-        layer.activity()
+                value.copy_(self._values[name])
+        for name, buffer in self._buffers.items():
+            buffer.copy_(self._saved_buffers[name])
+        for name, layer in self._layers.items():
+            layer._mirror.step, layer._activity = self.state.gates_moved[name], None
+        for layer in self._layers.values():
+            layer.activity()
+        if self._optimizers is not None:
+            # Copies: what was read may lie in the file still.
+            self._optimizers.load_state(self._names, {name: value.clone() for name, value in self._kept.items()})
+            self._random.put()
 
 
-def _write(target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def _check_values(kind: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check that tensors fit those that they are to be copied into, and are finite where those are."""
+    for name in dict.fromkeys([*expected, *found]):
+        if name not in expected:
+            raise ValueError(f"{kind} {name[:60]!r} has no place in this model")
+        if name not in found:
+            raise ValueError(f"{kind} {name!r} is missing")
+        value, place = found[name], expected[name]
+        if value.shape != place.shape or value.dtype != place.dtype:
+            raise ValueError(
+                f"{kind} {name!r} has shape {list(value.shape)} and dtype {value.dtype}, expected {list(place.shape)} "
+                f"and {place.dtype}"
+            )
+        # A mask may hold minus infinity, and does from the start.
+        if not bool((torch.isfinite(value) | ~torch.isfinite(place).cpu()).all()):
+            raise ValueError(f"{kind} {name!r} is not finite")
+
+
+def _read_tensors(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint by their kinds."""
+    require_file(path)
+    check_digest(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({str(error)[:200]}); use another checkpoint"
+        ) from error
+    parts: dict[str, dict[str, Tensor]] = {"model": {}, "buffer": {}, "optimizer": {}, "random": {}}
+    for key, value in tensors.items():
+        kind, _, name = key.partition(".")
+        if kind not in parts:
+            raise CheckpointError(f"{path} holds {key[:60]!r}, which is no part of a checkpoint; use another one")
+        parts[kind][name] = value
+    return parts
+
+
+def _write(target: Path, tensors: dict[str, Tensor], state: State) -> None:
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -224,8 +262,9 @@ def _write(target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> N
             _discard(left)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.tmp-"))
         save_file(tensors, temporary / TENSORS)
-        (temporary / STATE).write_text(json.dumps(state, allow_nan=False), encoding="utf-8")
-        for path in (temporary / TENSORS, temporary / STATE, temporary):
+        (temporary / STATE).write_text(text_of(state), encoding="utf-8")
+        (temporary / DIGESTS).write_text(digests_of(temporary / TENSORS, temporary / STATE), encoding="utf-8")
+        for path in (temporary / TENSORS, temporary / STATE, temporary / DIGESTS, temporary):
             # safetensors and mkdtemp make them for the owner alone.
             path.chmod((0o777 if path == temporary else 0o666) & ~umask())
             _flush(path)
@@ -298,24 +337,3 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, value in model.state_dict(keep_vars=True).items()
         if name not in parameters and isinstance(value, Tensor)
     }
-
-
-def _random_state() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
-    }
-
-
-def _set_random_state(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(tensors["random.torch"])
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            if f"random.cuda.{i}" in tensors:
-                torch.cuda.set_rng_state(tensors[f"random.cuda.{i}"], i)

@@ -6,15 +6,12 @@ What stands in them is written and read by `checkpoint.py`. Nothing here imports
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from slora.errors import CheckpointError, ConfigError
-from slora.reading import read_json
-from slora.training.settings import TrainSettings
-
-STATE = "state.json"
+from slora.training.checkpoint_state import STATE, State, is_count, read_state, step_of
+from slora.training.settings import TrainSettings, shown
 
 # What a resumed run may not change: the model, the meaning of its tensors, or which images form which step.
 FIXED = (
@@ -24,19 +21,11 @@ FIXED = (
     "batch_size", "gradient_accumulation", "seed",
 )  # fmt: skip
 
-_NAME = re.compile(r"step-(\d+)")
-
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """Return the checkpoints in a `checkpoints/` folder, oldest first."""
-    found = [path for path in Path(folder).glob("step-*") if _NAME.fullmatch(path.name)]
+    found = [path for path in Path(folder).glob("step-*") if step_of(path) >= 0]
     return sorted(found, key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """Return the step in a checkpoint's name; -1 where it has another name."""
-    match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
 
 
 def refuse_newer(folder: Path, start: str | os.PathLike[str] | None) -> None:
@@ -50,18 +39,18 @@ def refuse_newer(folder: Path, start: str | os.PathLike[str] | None) -> None:
         raise ConfigError(f"{folder} holds {found[-1].name} already; resume from that, or choose another run directory")
 
 
-def check_settings(folder: Path, settings: TrainSettings, state: dict[str, Any] | None = None) -> None:
+def check_settings(folder: Path, settings: TrainSettings, state: State | None = None) -> None:
     """Check that a run may go on from a checkpoint with `settings`; early, before a model is built.
 
     Raises:
         CheckpointError: a setting differs that a run has to keep, or the checkpoint is unreadable.
     """
-    saved = (read_json(folder / STATE) if state is None else state).get("settings", {})
+    saved = (read_state(folder) if state is None else state).settings
     for name in FIXED:
         before, now = saved.get(name), settings.to_dict()[name]
         if before != now:
             raise CheckpointError(
-                f"{folder} was written with {name}={before!r}, this run has {now!r}; resume with the former, "
+                f"{folder} was written with {name}={shown(before)}, this run has {now!r}; resume with the former, "
                 f"or start a new run"
             )
 
@@ -85,13 +74,15 @@ def newest(run_dir: str | os.PathLike[str]) -> Path:
 
 def undecided(folder: Path) -> str:
     """Return, of a checkpoint from before the choice of blocks was made, that it is; else the empty string."""
-    selection = read_json(folder / STATE).get("selection")
-    if not selection or selection["taken"] >= selection["last"]:
+    state = read_state(folder)
+    if state.selection is None:
         return ""
-    return (
-        f"the choice of blocks is not made yet in {folder.name}: it is complete at step {selection['last']} of "
-        f"{selection['steps']}"
-    )
+    last: Any = state.selection.get("last")
+    if not is_count(last):
+        raise CheckpointError(f"{folder / STATE} is damaged: 'last' of 'selection' is none; use another checkpoint")
+    if state.step >= last:
+        return ""
+    return f"the choice of blocks is not made yet in {folder.name}: it is complete at step {last} of {state.steps}"
 
 
 def refuse_finished(start: Path, settings: TrainSettings) -> None:
@@ -100,12 +91,11 @@ def refuse_finished(start: Path, settings: TrainSettings) -> None:
     Raises:
         ConfigError: nothing is left to train, so other settings would only be written down.
     """
-    state = read_json(start / STATE)
-    saved = state.get("settings", {})
-    longer = any(saved.get(name) != getattr(settings, name) for name in ("epochs", "max_steps"))
-    if state.get("step") == state.get("steps") and not longer:
+    state = read_state(start)
+    longer = any(state.settings.get(name) != getattr(settings, name) for name in ("epochs", "max_steps"))
+    if state.step == state.steps and not longer:
         raise ConfigError(
-            f"{start.parent.parent} is finished: it has taken all of its {state.get('steps')} steps; give a larger "
+            f"{start.parent.parent} is finished: it has taken all of its {state.steps} steps; give a larger "
             f"--max-steps or --epochs to go on with it, or start a new run with --config"
         )
 
@@ -132,7 +122,8 @@ def chosen(run_dir: Path, which: str) -> Path:
     found = {step_of(path): path for path in checkpoints(run_dir / "checkpoints")}
     there = f"there are {', '.join(map(str, found))}"
     if which == "best":
-        step = _best_step(last)
+        # The newest checkpoint knows of every evaluation before it.
+        step = read_state(last).result["best_step"]
         if step is None:
             raise CheckpointError(f"{run_dir} was not evaluated yet, so that no checkpoint is its best; {there}")
         if step not in found:
@@ -146,13 +137,3 @@ def chosen(run_dir: Path, which: str) -> Path:
     if int(which) not in found:
         raise CheckpointError(f"{run_dir} has no checkpoint of step {int(which)}; {there}")
     return found[int(which)]
-
-
-def _best_step(newest: Path) -> int | None:
-    # The newest checkpoint knows of every evaluation before it.
-    state = read_json(newest / STATE)
-    try:
-        step = state["result"]["best_step"]
-        return None if step is None else int(step)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{newest / STATE} is incomplete or damaged ({error!r}); use another one") from error

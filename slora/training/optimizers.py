@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -98,8 +98,44 @@ class Optimizers:
             if isinstance(value, Tensor)
         }
 
+    def stateless(self, names: Mapping[Tensor, str]) -> list[str]:
+        """Return the parameters that have had no gradient so far, so that `state` has nothing of them."""
+        return [
+            names[parameter]
+            for optimizer in self.all
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if _kept(optimizer, group) and not optimizer.state.get(parameter)
+        ]
+
+    def check_state(
+        self, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor], stateless: Collection[str], step: int
+    ) -> None:
+        """Check that `tensors` are what `state` returns after `step` steps of these optimizers; changes nothing.
+
+        Optimizers themselves check nothing: a fused one writes past the end of a state that is too small.
+
+        Args:
+            stateless: parameters that had no gradient so far.
+
+        Raises:
+            ValueError: a tensor is missing or too many, or has another shape or dtype, or a value that no step gives.
+        """
+        unread = dict(tensors)
+        for i, optimizer in enumerate(self.all):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    name = names[parameter]
+                    if name in stateless:
+                        continue
+                    for key, like in _kept(optimizer, group).items():
+                        value = unread.pop(f"{i}.{name}.{key}", None)
+                        _check_entry(f"{key!r} of {name!r}", value, parameter if like is None else like, key, step)
+        if unread:
+            raise ValueError(f"it holds {min(unread)!r}, which these optimizers do not have")
+
     def load_state(self, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned; parameters without an entry start afresh."""
+        """Put back what `state` returned, checked by `check_state`; parameters without an entry start afresh."""
         for i, optimizer in enumerate(self.all):
             state: dict[int, dict[str, Any]] = {}
             index = 0
@@ -111,6 +147,31 @@ class Optimizers:
                         state[index] = entries
                     index += 1
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _kept(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """What `optimizer` keeps of each parameter of a group, with an example of it; None is the parameter itself."""
+    if isinstance(optimizer, AdamW):
+        return {"step": torch.zeros((), dtype=torch.float32), "exp_avg": None, "exp_avg_sq": None}
+    if isinstance(optimizer, SGD):
+        return {"momentum_buffer": None} if group["momentum"] else {}
+    return {}
+
+
+def _check_entry(what: str, value: Tensor | None, like: Tensor, key: str, step: int) -> None:
+    if value is None:
+        raise ValueError(f"{what} is missing")
+    if value.shape != like.shape or value.dtype != like.dtype:
+        raise ValueError(
+            f"{what} has shape {list(value.shape)} and dtype {value.dtype}, expected {list(like.shape)} and "
+            f"{like.dtype}"
+        )
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{what} is not finite")
+    if key == "exp_avg_sq" and bool((value < 0).any()):
+        raise ValueError(f"{what} is negative, which no mean of squares is")
+    if key == "step" and not (1 <= value.item() <= step and value.item() == int(value.item())):
+        raise ValueError(f"{what} is {value.item():g} after {step} steps")
 
 
 def finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -170,7 +170,8 @@ def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path, folder
         CheckpointError: the run is not finished, or its files are damaged or of another model.
     """
     if folder is not None:
-        checkpoint.load_model(folder, prepare(model, settings=settings), settings)
+        prepare(model, settings=settings)
+        checkpoint.Checkpoint(folder, model, settings, checkpoint.fingerprint(model)).put()
         return model
     if settings.method in ("selective", "lora"):
         if not (run_dir / ADAPTER).is_dir():

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slora.errors import ConfigError, NonFiniteLossError
+from slora.errors import CheckpointError, ConfigError, NonFiniteLossError
 from slora.evaluation.accuracy import logits_of, tally
 from slora.gate import gate_penalty, gate_values
 from slora.layers import adapted_layers
@@ -23,7 +23,7 @@ from slora.ops.flops import count_flops
 from slora.retention import Distillation
 from slora.selection import Budget, Gates, Strategy
 from slora.selection.strategy import at_work, release
-from slora.training import checkpoint
+from slora.training import checkpoint, random_states
 from slora.training.batches import Batches, Data, make_batches
 from slora.training.head_first import train_head
 from slora.training.measure import Clock, Window
@@ -126,14 +126,35 @@ def train(
             stack.enter_context(claimed(Path(run_dir)))
             checkpoint.refuse_newer(Path(run_dir) / CHECKPOINTS, resume)
         try:
-            trainer = Trainer(
-                accelerator, model, train_data, eval_data, settings, run_dir, console, resume, criterion, retain
-            )
+            with _unchanged_on_error(model):
+                trainer = Trainer(
+                    accelerator, model, train_data, eval_data, settings, run_dir, console, resume, criterion, retain
+                )
             return trainer.run()
         finally:
             # A run that breaks off leaves no strategy behind that would keep the next one from starting.
             if at_work(model) is not before:
                 release(model)
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put gates and random generators back if an exception passes: what a run changes before its first step."""
+    randomness = random_states.present()
+    before = [(m, m.gate.detach().clone(), m.gate.requires_grad, m.gate.grad) for _, m in adapted_layers(model)]
+    notes = {layer._mirror: (layer._mirror.step, layer._mirror.asked) for layer, *_ in before}
+    try:
+        yield
+    except BaseException:
+        for layer, values, requires_grad, grad in before:
+            with torch.no_grad():
+                layer.gate.copy_(values)
+            layer.gate.requires_grad_(requires_grad)
+            layer.gate.grad, layer._activity = grad, None
+        for mirror, (step, asked) in notes.items():
+            mirror.step, mirror.asked = step, asked
+        randomness.put()
+        raise
 
 
 class Trainer:
@@ -469,20 +490,27 @@ class Trainer:
             self.accelerator.wait_for_everyone()
 
     def _restore(self, folder: Path) -> None:
-        state = checkpoint.load(folder, self.model, self.optimizers, self.settings, self.fingerprint)
-        if self.selection is not None:
-            self.selection.load_state_dict(state["selection"])
-        if state["step"] > self.steps:
+        found = checkpoint.Checkpoint(folder, self.model, self.settings, self.fingerprint, self.optimizers)
+        state = found.state
+        if state.step > self.steps:
             raise ConfigError(
-                f"{folder} is at step {state['step']}, beyond max_steps={self.steps}; resume with more steps, or "
+                f"{folder} is at step {state.step}, beyond max_steps={self.steps}; resume with more steps, or "
                 f"from an earlier checkpoint"
             )
-        self.step = state["step"]
-        result = state["result"]
-        result["active_blocks"] = [
-            (step, dict(zip(self.layers, map(tuple, blocks), strict=True))) for step, blocks in result["active_blocks"]
+        if (self.selection is None) != (state.selection is None):
+            raise CheckpointError(f"{folder} is damaged: it has no strategy, or one too many; use another checkpoint")
+        if self.selection is not None and state.selection is not None:
+            self.selection.check_state(state.selection)
+        # From here on nothing can fail any more.
+        found.put()
+        if self.selection is not None and state.selection is not None:
+            self.selection.load_state_dict(state.selection)
+        self.step = state.step
+        self.result = TrainResult(**state.result)
+        self.result.active_blocks = [
+            (step, dict(zip(self.layers, map(tuple, blocks), strict=True)))
+            for step, blocks in state.result["active_blocks"]
         ]
-        self.result = TrainResult(**result)
 
 
 def _cross_entropy(label_smoothing: float) -> Criterion:

@@ -109,7 +109,7 @@ def test_a_checkpoint_is_safetensors_and_json_and_holds_no_frozen_weight(
 ) -> None:
     train(started(make_model, settings), data, None, settings, tmp_path)
     folder = checkpoint.newest(tmp_path)
-    assert sorted(path.name for path in folder.iterdir()) == ["state.json", "tensors.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == ["sha256sums.txt", "state.json", "tensors.safetensors"]
     json.loads((folder / "state.json").read_text())
     names = {
         key.removeprefix("model.") for key in load_file(folder / "tensors.safetensors") if key.startswith("model.")
@@ -143,8 +143,9 @@ def saved_once(
 
     def save(step: int) -> Path:
         state = selection.state_dict() | {"taken": step}
-        progress = {"step": step, "selection": state, "result": dataclasses.asdict(TrainResult())}
-        return checkpoint.save(folder / "checkpoints", model, optimizers, settings, identity, progress)
+        progress = {"step": step, "steps": 16, "selection": state, "result": dataclasses.asdict(TrainResult())}
+        longer = settings.replace(max_steps=16)
+        return checkpoint.save(folder / "checkpoints", model, optimizers, longer, identity, progress)
 
     return checkpoint.newest(folder), save
 

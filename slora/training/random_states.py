@@ -1,0 +1,126 @@
+"""The random generators of a process: what a run has to put back to go on as if it had not stopped."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Words of a Mersenne Twister, the generator of all three on the CPU.
+WORDS = 624
+
+# The head of torch's state on the CPU: seed, words left before the next round, whether it is seeded, the next word.
+_HEAD = np.dtype([("seed", "<u8"), ("left", "<i4"), ("seeded", "<i4"), ("next", "<u8")])
+
+
+class RandomStates(NamedTuple):
+    """The states of Python's, NumPy's and torch's generators."""
+
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...]
+    torch: Tensor
+    cuda: dict[int, Tensor]
+
+    def put(self) -> None:
+        """Put all generators back; those of GPUs that are not there are left out."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        if torch.cuda.is_available():
+            for i in range(torch.cuda.device_count()):
+                if i in self.cuda:
+                    torch.cuda.set_rng_state(self.cuda[i], i)
+
+    def values(self) -> dict[str, Any]:
+        """Return the first two in JSON's types."""
+        version, words, gauss = self.python
+        name, keys, position, has_gauss, cached = self.numpy
+        return {
+            "python": [version, list(words), gauss],
+            "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the others: "torch", and "cuda.<number>" for each GPU."""
+        return {"torch": self.torch, **{f"cuda.{i}": state for i, state in self.cuda.items()}}
+
+
+def present() -> RandomStates:
+    """Return the states of the generators now."""
+    return RandomStates(
+        random.getstate(),
+        np.random.get_state(legacy=True),  # type: ignore[arg-type]
+        torch.get_rng_state(),
+        dict(enumerate(torch.cuda.get_rng_state_all())) if torch.cuda.is_available() else {},
+    )
+
+
+def parsed(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RandomStates:
+    """Return the states that `RandomStates.values` and `tensors` gave, checked so far that `put` cannot fail.
+
+    Nothing else checks them all: a generator with a position beyond its words reads what stands behind them.
+
+    Raises:
+        ValueError, KeyError, TypeError: they are none; the first names the generator.
+    """
+    version, words, gauss = values["python"]
+    position = _words("python", words[:-1], words[-1])
+    _require("python", version == 3 and type(version) is int and (gauss is None or _is_finite(gauss)))
+    python = version, (*words[:-1], position), gauss
+    name, keys, position, has_gauss, cached = values["numpy"]
+    position = _words("numpy", keys, position)
+    _require("numpy", name == "MT19937" and type(has_gauss) is int and has_gauss in (0, 1) and _is_finite(cached))
+    numpy = name, np.array(keys, dtype=np.uint32), position, has_gauss, float(cached)
+    cuda = {}
+    for key, state in tensors.items():
+        if key.startswith("cuda.") and key[5:].isascii() and key[5:].isdecimal():
+            cuda[int(key[5:])] = _of_a_gpu(key, state)
+        else:
+            _require(key, key == "torch")
+    return RandomStates(python, numpy, _of_torch(tensors["torch"]), cuda)
+
+
+def _words(name: str, words: Any, position: Any) -> int:
+    """Check the state of a Mersenne Twister and return its position."""
+    words = [*words, position]
+    _require(name, len(words) == WORDS + 1 and all(type(word) is int and 0 <= word < 1 << 32 for word in words))
+    _require(name, position <= WORDS and any(words[:-1]))
+    return int(position)
+
+
+def _of_torch(state: Tensor) -> Tensor:
+    generator = torch.Generator()
+    like = generator.get_state()
+    _require("torch", state.dtype == like.dtype and state.shape == like.shape)
+    head = np.frombuffer(state.numpy().tobytes(), _HEAD, count=1)[0]
+    # Fresh, or `next` words are used of a round.
+    fresh = head["left"] == 1 and head["next"] == 0
+    _require("torch", fresh or (head["left"] >= 1 and head["left"] + int(head["next"]) == WORDS + 1))
+    try:
+        generator.set_state(state)
+    except RuntimeError as error:
+        raise ValueError(f"the state of the random generator 'torch' is none ({str(error).splitlines()[0]})") from error
+    _require("torch", torch.equal(generator.get_state(), state))
+    return state.clone()
+
+
+def _of_a_gpu(name: str, state: Tensor) -> Tensor:
+    _require(name, state.dtype == torch.uint8 and state.shape == (16,))
+    seed_and_offset = state.clone()
+    # A Philox generator takes four numbers at a time.
+    _require(name, int(seed_and_offset.view(torch.int64)[1]) % 4 == 0)
+    return seed_and_offset
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(name: str, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"the state of the random generator {name!r} is none")
