@@ -223,8 +223,7 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if known is None or known[0] != sizes:
         known = _gates_in[optimizer] = sizes, _find_gates(groups)
         for i, members in known[1].items():
-            if error := gate_rule.misread(optimizer, groups[i]):
-                raise ConfigError(error)
+            gate_rule.make_readable(optimizer, groups[i])
             for gate, mirror in members:
                 if (reason := gate_rule.too_narrow(gate.dtype)) and not mirror.warned:
                     mirror.warned = True

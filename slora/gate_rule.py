@@ -89,18 +89,14 @@ def fault(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
     return None
 
 
-def misread(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
-    """Return why `optimizer` cannot read the settings of `group`, which holds gates, and the remedy; None if it can."""
+def make_readable(optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Give `group`, which holds gates, the optimizer's own value of each setting that it cannot read as it is.
+
+    Such as three betas, or two eps. What it does to gates with them is unknown, as `fault` will say.
+    """
     for key in ("betas", "eps"):
-        if key not in optimizer.defaults:
-            continue
-        expected, given = optimizer.defaults[key], group.get(key)
-        if _length(expected) != _length(given):
-            return (
-                f"the group of the gates has {key}={given!r}, which {type(optimizer).__name__} cannot read: it takes "
-                f"{key}={expected!r}. {_APART}."
-            )
-    return None
+        if key in optimizer.defaults and _length(optimizer.defaults[key]) != _length(group.get(key)):
+            group[key] = optimizer.defaults[key]
 
 
 def too_narrow(dtype: torch.dtype) -> str | None:

@@ -65,9 +65,12 @@ def parameter_groups(
     every gate by `lr` per step however small the penalty is. The group of the gates therefore carries settings
     that make Adam take `lr * grad / (1 + |grad|)`, in effect plain SGD, and switch off momentum in SGD.
 
-    Adam, AdamW, NAdam, RAdam, Adamax, RMSprop and SGD of torch and timm obey them. For any other optimizer, and for
-    a learning-rate schedule that is not to touch the gates, leave them out by `gate_lr=None` and step
-    `slora.ProximalGates` beside it.
+    Adam, AdamW, NAdam, RAdam, Adamax, RMSprop and SGD of torch and timm obey them. Any other optimizer steps, too, by
+    its own settings where it cannot read these, and with a `GateRuleWarning`. For it, and for a learning-rate schedule
+    that is not to touch the gates, leave them out by `gate_lr=None` and step `slora.ProximalGates` beside it.
+
+    `torch.optim.Muon` takes matrices only, and A and B are stacks of them: give it the group "saved", the others to
+    AdamW. LBFGS takes one group: the parameters of all of them.
 
     Args:
         lr: learning rate of everything but the gates.

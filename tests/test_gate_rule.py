@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import io
 import re
 import warnings
 from collections.abc import Callable
@@ -16,7 +18,6 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 import slora
 from slora import gate, gate_rule
-from slora.errors import ConfigError
 from slora.gate import gates
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -272,14 +273,82 @@ class Adan(Lion):
         torch.optim.Optimizer.__init__(self, params, {"lr": 1e-3, "betas": (0.98, 0.92, 0.99)})
 
 
-@pytest.mark.parametrize(
-    ("make", "key"), [(torch.optim.Adafactor, "eps=1.0"), (Adan, r"betas=\(0.0, 0.0\)")], ids=["eps", "betas"]
-)
-def test_an_optimizer_that_cannot_read_the_group_of_the_gates_is_named(make: Any, key: str, model: nn.Module) -> None:
-    with pytest.raises(ConfigError, match=f"gates has {key}, which {make.__name__} cannot read.*gate_lr=None"):
-        step(model, make(slora.parameter_groups(model)))
-    optimizer = make(slora.parameter_groups(model, gate_lr=None))
-    assert step(model, optimizer, slora.ProximalGates(gates(model))) == []
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, Adan], ids=["eps", "betas"])
+def test_an_optimizer_that_cannot_read_the_group_of_the_gates_steps_by_its_own_settings_and_is_named(
+    make: Any, model: nn.Module
+) -> None:
+    optimizer = make(slora.parameter_groups(model))
+    (text,) = step(model, optimizer)
+    assert f"does not know the rule by which {make.__name__} moves gates" in text
+    (group,) = (group for group in optimizer.param_groups if group["name"] == "gates")
+    assert {key: group[key] for key in ("betas", "eps") if key in optimizer.defaults} == {
+        key: optimizer.defaults[key] for key in ("betas", "eps") if key in optimizer.defaults
+    }
+    assert step(model, optimizer) == []
+
+
+# Every optimizer. Those of apex and bitsandbytes need a GPU.
+OTHERWISE = {
+    "LBFGS": (ValueError, "LBFGS doesn't support per-parameter options"),
+    "Muon": (ValueError, "Muon only supports 2D parameters"),
+    "SparseAdam": (RuntimeError, "SparseAdam does not support dense gradients"),
+    "timm adahessian": (RuntimeError, "does not require grad"),
+}
+
+
+def _all_optimizers() -> dict[str, Callable[[Any], torch.optim.Optimizer]]:
+    found: dict[str, Any] = {
+        name: kind
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    }
+    try:
+        from timm import optim
+    except ImportError:
+        return found
+    for name in optim.list_optimizers():
+        if not name.startswith(("bnb", "fused")):
+            found[f"timm {name}"] = functools.partial(optim.create_optimizer_v2, opt=name, lr=1e-2)
+    return found
+
+
+EVERY = _all_optimizers()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_optimizer_steps_over_the_groups_and_moves_gates_by_their_gradients_or_is_named(
+    name: str, make_mlp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some of timm compile their steps, which takes a minute.
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    config = slora.SelectiveLoRAConfig(r=2, target_modules=["fc0", "fc1"], modules_to_save=["fc2"])
+    model = slora.inject(make_mlp(6, 6, 6, 6), config)
+    if name in OTHERWISE:
+        error, text = OTHERWISE[name]
+        with pytest.raises(error, match=text):
+            step(model, EVERY[name](slora.parameter_groups(model)))
+        return
+    optimizer = EVERY[name](slora.parameter_groups(model, gate_lr=0.1))
+    texts = step(model, optimizer)
+    if texts:
+        assert "does not know the rule by which" in texts[0]
+        assert "gate_lr=None" in texts[0]
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    twin = copy.deepcopy(model)
+    again = EVERY[name](slora.parameter_groups(twin))
+    again.load_state_dict(torch.load(buffer, weights_only=True))
+    torch.manual_seed(0)
+    step(model, optimizer)
+    torch.manual_seed(0)
+    step(twin, again)
+    for (key, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours, theirs), key
+        assert ours.isfinite().all(), key
+    if not texts:
+        optimizer.state.clear()
+        _assert_in_proportion(model, optimizer)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD"])
@@ -328,7 +397,9 @@ def test_timm_trains_gates_by_its_adamw_of_the_model_and_by_the_groups(vit: nn.M
 def test_gate_rule_says_nothing_of_a_group_without_settings() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     assert gate_rule.fault(optimizer, {}) is None
-    assert gate_rule.misread(optimizer, {}) is None
+    group: dict[str, Any] = {}
+    gate_rule.make_readable(optimizer, group)
+    assert group == {}
 
 
 @pytest.mark.slow
