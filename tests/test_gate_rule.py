@@ -315,12 +315,12 @@ def _all_optimizers() -> dict[str, Callable[[Any], torch.optim.Optimizer]]:
 EVERY = _all_optimizers()
 
 
+# Some of timm compile their steps, which takes a minute.
+@torch.compiler.set_stance("force_eager")
 @pytest.mark.parametrize("name", EVERY)
 def test_every_optimizer_steps_over_the_groups_and_moves_gates_by_their_gradients_or_is_named(
-    name: str, make_mlp: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, make_mlp: Any
 ) -> None:
-    # Some of timm compile their steps, which takes a minute.
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     config = slora.SelectiveLoRAConfig(r=2, target_modules=["fc0", "fc1"], modules_to_save=["fc2"])
     model = slora.inject(make_mlp(6, 6, 6, 6), config)
     if name in OTHERWISE:
