@@ -22,21 +22,10 @@ Every kernel is tested against this file. It is written to be read, not to be fa
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-class _Indicator(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, threshold: float) -> Tensor:
-        return (gate >= threshold).to(gate.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
 
 
 def indicator(gate: Tensor, threshold: float) -> Tensor:
@@ -44,8 +33,9 @@ def indicator(gate: Tensor, threshold: float) -> Tensor:
 
     `gate [blocks]` of any floating dtype; the result has its shape and dtype.
     """
-    result: Tensor = _Indicator.apply(gate, threshold)  # type: ignore[no-untyped-call]
-    return result
+    step = (gate >= threshold).to(gate.dtype)
+    # Of value 0, for infinity too, and derivative 1, in calls that everything can differentiate, transform and record.
+    return step + (gate - gate.detach()).nan_to_num()
 
 
 def selective_lora_linear(

@@ -516,14 +516,15 @@ def test_checkpointed_layers_may_be_watched_in_one_direction_only(names: tuple[s
     assert all(t[name].grad is not None for name in names)
 
 
-def test_a_forward_mode_derivative_is_refused() -> None:
-    t = make((5,))
+def test_a_forward_mode_derivative_is_that_of_a_linear_map() -> None:
+    t = make((5,), dtype=torch.float64)
 
     def f(x: Tensor) -> Tensor:
         return ops.selective_linear(**(t | {"x": x}), threshold=THRESHOLD, scaling=SCALING)
 
-    with pytest.raises(StateError, match=r"no forward-mode derivative; use torch\.autograd\.grad"):
-        torch.func.jvp(f, (t["x"],), (t["x"],))
+    y, dy = torch.func.jvp(f, (t["x"],), (t["x"],))
+    torch.testing.assert_close(y, f(t["x"]))
+    torch.testing.assert_close(dy, y - f(0 * t["x"]))
 
 
 def test_a_backward_inside_autocast_is_that_of_the_forward_outside() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
 from slora.config import SelectiveLoRAConfig
@@ -83,6 +84,10 @@ class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Return `(output, weights or None)` as `nn.MultiheadAttention.forward` does; shapes are its own."""
+        if isinstance(query, Proxy):
+            return self._recorded(  # type: ignore[no-any-return]
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
         if is_causal and attn_mask is None:
             raise ShapeError("is_causal=True is a hint about attn_mask, which is None; pass the causal mask as well")
         key_padding_mask = _additive("key_padding_mask", key_padding_mask, query.dtype)
@@ -186,6 +191,8 @@ class ProjectionAttention(_InProjection):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the class that was adapted."""
+        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+            return self._recorded(*args, **kwargs)
         mode = _ProjectInstead(self)
         with mode:
             result = self._base_class.forward(self, *args, **kwargs)

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch.fx import Proxy
 from torch.nn.parallel import DistributedDataParallel
 
 from slora import ops
@@ -77,6 +79,17 @@ class LoRABlocks(Gated):
             entries = self.__dict__[registry]
             module.__dict__[registry] = {key: value for key, value in entries.items() if key not in own}
         return module
+
+    def _recorded(self, *args: Any, **kwargs: Any) -> Any:
+        """What `torch.fx.symbolic_trace` gets of the layer: one call, as of a layer of torch.nn."""
+        tracer: Any = next(value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)).tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise StateError(
+            "torch.jit.script cannot read an adapted layer; call slora.merge_and_unload(model) first, or use "
+            "torch.export.export or torch.jit.trace"
+        )
 
     @classmethod
     def choose_blocks(cls, config: SelectiveLoRAConfig, module: nn.Module, name: str) -> int:
@@ -216,7 +229,7 @@ class LoRABlocks(Gated):
             weight, bias = weight[rows], None if bias is None else bias[rows]
         if self.merged or not self.enabled:
             return base(x if self.merged else expected(self, x, False), weight, bias)
-        if torch.compiler.is_compiling() or _capturing(x):
+        if torch.compiler.is_compiling() or _capturing(x) or _are_functorch_transforms_active() or _is_tracing():
             return self._project_on_device(x, weight, bias, part)
         activity = self._activity
         if activity is None or not unmoved(self):
@@ -232,9 +245,13 @@ class LoRABlocks(Gated):
         return self._probed(y, x, operands, activity, inactive, first) if probes and inactive else y
 
     def _project_on_device(self, x: Tensor, weight: Tensor, bias: Tensor | None, part: slice | None) -> Tensor:
-        """`project` where a graph is made: the device's own gates decide, so that it serves while they move."""
+        """`project` where a graph is made or calls are transformed: the gates themselves decide, which may be others
+        each time."""
         if self.released:
             return base(x, weight, bias)
+        if ops.wants_plain():
+            learns = self.inactive != "frozen" and not _is_tracing()
+            return ops.plain(x, weight, bias, self._blocks(part, None), every_gate=learns)
         # Known, because nothing can change it.
         active = () if not torch.compiler.is_compiling() and self._off_for_good() else None
         operands = self._blocks(part, active)
@@ -352,7 +369,8 @@ class LoRABlocks(Gated):
         # The cast is kept until the parameter changes; training holds it from forward to backward anyway.
         if parameter.dtype == dtype:
             return parameter
-        if parameter.requires_grad or torch.compiler.is_compiling() or not torch.is_autocast_cache_enabled():
+        fleeting = parameter.requires_grad or torch.compiler.is_compiling() or ops.wants_plain()
+        if fleeting or not torch.is_autocast_cache_enabled():
             return parameter.to(dtype)
         key = (id(parameter), parameter.data_ptr(), version(parameter), dtype)
         cached = self._cast.get(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from slora.config import SelectiveLoRAConfig
 from slora.gate import GateMirror
@@ -86,6 +87,8 @@ class SelectiveLoRALinear(LoRABlocks, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `[..., out]` for `input [..., in]`."""
+        if isinstance(input, Proxy):
+            return self._recorded(input)  # type: ignore[no-any-return]
         return self.project(input)
 
     def fuse(self) -> nn.Linear:

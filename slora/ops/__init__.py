@@ -15,6 +15,6 @@ flops.py             what it all computes
 
 from slora.ops.gate_probe import ProbeGates
 from slora.ops.operands import LoRAOperands
-from slora.ops.operator import apply, selective_linear
+from slora.ops.operator import apply, plain, selective_linear, wants_plain
 
-__all__ = ["LoRAOperands", "ProbeGates", "apply", "selective_linear"]
+__all__ = ["LoRAOperands", "ProbeGates", "apply", "plain", "selective_linear", "wants_plain"]

@@ -1,13 +1,14 @@
 """Values and gradients of the operator behind every adapted layer.
 
 Eager mode goes through a plain autograd function. Where something watches the calls (torch.compile, export, a FLOP
-counter, fake tensors, torch.vmap) or differentiates twice, it is the torch.library operator
+counter, fake tensors) or differentiates twice, it is the torch.library operator
 
     torch.ops.slora.selective_linear(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
         -> (y, S)
 
 whose schema is `x, weight, bias` and then the fields of `LoRAOperands`. Both call the same backend
-(`slora.ops.dispatch`). `S` is what the backward keeps besides `x`.
+(`slora.ops.dispatch`). `S` is what the backward keeps besides `x`. What torch.func transforms, or torch.jit and
+torch.onnx record, is `plain`: PyTorch calls that they know the rules of.
 """
 
 from __future__ import annotations
@@ -83,25 +84,23 @@ def selective_linear(
             its dtype.
     """
     operands = LoRAOperands(lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
+    if wants_plain():
+        return plain(x, weight, bias, operands)
     if not torch.compiler.is_compiling():
         check_operands(x, weight, bias, operands)
     return apply(x, weight, bias, operands)
 
 
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> Tensor:
-    """Return what `selective_linear` does, of operands that were checked before."""
+    """Return what `selective_linear` does, of operands that were checked before; not where `wants_plain`."""
     if torch.compiler.is_compiling():
         if setting() == "reference":
-            return _reference(x, weight, bias, operands)
+            return plain(x, weight, bias, operands)
         return _as_operator(x, weight, bias, operands)
     backend = backend_for(x, operands)
     if backend is None:
-        return _reference(x, weight, bias, operands)
-    transformed = torch._C._are_functorch_transforms_active()
-    if transformed and torch.autograd.forward_ad._current_level >= 0:
-        # The operator would return a tangent of zeros.
-        raise StateError("slora.selective_linear has no forward-mode derivative; use torch.autograd.grad")
-    if transformed or is_in_torch_dispatch_mode():
+        return plain(x, weight, bias, operands)
+    if is_in_torch_dispatch_mode():
         # Someone watches, who has to see one operator with a schema rather than what computes it.
         return _as_operator(x, weight, bias, operands)
     if not torch.is_grad_enabled():
@@ -182,23 +181,41 @@ def _kept(
     return x_kept, weight, S_kept, *operands[:3], operands.seed
 
 
-# Without what `Function.apply` does first, which is to look for transforms of torch.func: `apply` above has looked.
+# Without what `Function.apply` does first, which is to look for transforms of torch.func: `wants_plain` has looked.
 _apply: Any = super(torch.autograd.Function, _Eager).apply
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> Tensor:
+def wants_plain() -> bool:
+    """Whether torch.func transforms what is called here, or torch.jit or torch.onnx records it."""
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
+    return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+
+
+def plain(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands, every_gate: bool = False) -> Tensor:
+    """Return `selective_linear` by `slora.reference`, differentiable any number of times, and by torch.func.
+
+    With `every_gate` inactive gates get their gradient, too, for which what inactive blocks hold is read. Dropout
+    without a seed is PyTorch's own, which obeys the randomness that vmap was asked for.
+    """
     lora_A, lora_B, gate, threshold, scaling, _, dropout, seed = operands
     x_lora = None
     if dropout:
-        assert seed is not None
-        keep = kept(math.prod(x.shape[:-1]), x.shape[-1], dropout, seed, x.dtype)
-        x_lora = x * keep.view(x.shape) * rescaling(dropout)
+        if seed is None:
+            x_lora = torch.nn.functional.dropout(x, dropout)
+        else:
+            keep = kept(math.prod(x.shape[:-1]), x.shape[-1], dropout, seed, x.dtype)
+            x_lora = x * keep.view(x.shape) * rescaling(dropout)
     # The gate keeps its dtype: rounded to that of x, a score next to the threshold would change sides.
     on = gate >= threshold
-    gate = torch.where(on, gate, gate.detach())
-    # What inactive blocks hold is not read: 0 times infinity is not 0.
-    A, B = masked(lora_A, on).to(x.dtype), masked(lora_B, on).to(x.dtype)
-    return reference.selective_lora_linear(x, weight, bias, A, B, gate, threshold, scaling, x_lora).to(x.dtype)
+    if every_gate:
+        A, B = (torch.where(on[:, None, None], t, t.detach()) for t in (lora_A, lora_B))
+    else:
+        gate = torch.where(on, gate, gate.detach())
+        # What inactive blocks hold is not read: 0 times infinity is not 0.
+        A, B = masked(lora_A, on), masked(lora_B, on)
+    y = reference.selective_lora_linear(x, weight, bias, A.to(x.dtype), B.to(x.dtype), gate, threshold, scaling, x_lora)
+    return y.to(x.dtype)
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *blocks: Any) -> tuple[Tensor, Tensor]:
