@@ -92,7 +92,7 @@ _HOMES = {name: f"slora.{module}" for module, names in _LAZY.items() for name in
 # Modules of the core, which `import slora` alone gives as attributes, too.
 _MODULES = (
     "adapter features files gate gate_rule layers merging model modes names ops peft_format plain reading reference "
-    "retention saved selection wrappers"
+    "retention saved selection wide wrappers"
 ).split()
 
 if not TYPE_CHECKING:

@@ -51,7 +51,8 @@ class SelectiveLoRAConfig:
             must match the whole module name, or names and name endings ("qkv", "attn.proj") in any collection.
         exclude_modules: the same, for modules to leave alone.
         modules_to_save: names or name endings of modules that are trained in full and saved with the
-            adapter, such as a new classifier head, or of single parameters, such as CLIP's "logit_scale".
+            adapter, such as a new classifier head, or of single parameters, such as CLIP's "logit_scale". Modules of
+            16 bits are kept in fp32, and so are scalars; `slora.unload` and `merge_and_unload` give the dtype back.
         rank_pattern: {regular expression on the end of a module name: rank}, overriding `r`.
         alpha_pattern: the same for `lora_alpha`.
         use_rslora: scale by `lora_alpha / sqrt(r)` (arXiv 2312.03732).

@@ -16,6 +16,7 @@ from slora.gate import GateMirror
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
 from slora.names import ends_with, inside, near, no_match
 from slora.saved import Saved, saved_parts
+from slora.wide import Kept, unwiden, widen
 from slora.wrappers import module_at, named_modules, named_parameters, parameter_at, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,6 +30,7 @@ class Injection(NamedTuple):
     config: SelectiveLoRAConfig
     modules_to_save: tuple[str, ...]
     parameters_to_save: tuple[str, ...] = ()
+    wide: Kept = ()
 
     @property
     def saved(self) -> Saved:
@@ -45,7 +47,8 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
     names in `state_dict`. Nothing is changed when an error is raised. One case agrees only up to rounding: in
     eval mode without gradients `nn.MultiheadAttention` and `nn.TransformerEncoder` take fused kernels, which add
     in another order, until they are adapted; a fused encoder also gives zeros at padded positions, where an
-    adapted one gives numbers that mean nothing. On a GPU the same holds for `batch_first` attention.
+    adapted one gives numbers that mean nothing. On a GPU the same holds for `batch_first` attention. Modules that
+    `modules_to_save` names in a model of 16 bits are kept, and compute, in fp32 from then on.
 
     Raises:
         TargetError: a pattern matches nothing, or a module that cannot be adapted; near names are listed.
@@ -90,9 +93,10 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
             new[module] = _adapted(kind, module, config, name, mirror)
         for parameter in saved.of(model):
             parameter.requires_grad_(True)
+        wide = widen(model, saved)
     swap(model, new)
     _set_fused_encoders(model)
-    unwrapped(model)._slora = Injection(config, *saved)  # type: ignore[assignment]
+    unwrapped(model)._slora = Injection(config, *saved, wide)  # type: ignore[assignment]
     return model
 
 
@@ -126,7 +130,9 @@ def unload(model: Model) -> Model:
     swap(model, {layer: layer.plain() for layer in layers})
     _set_fused_encoders(model)
     plain: Any = unwrapped(model)
-    plain.__dict__.pop("_slora", None)
+    record = plain.__dict__.pop("_slora", None)
+    if isinstance(record, Injection):
+        unwiden(model, record.wide)
     return plain  # type: ignore[no-any-return]
 
 
