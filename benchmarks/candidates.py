@@ -98,7 +98,7 @@ class Case:
         S, T = (_packed(problem, t, point.known) for t in (x, dy))
         self.operations: dict[str, Operation] = {
             "forward": Forward(x, problem.W, problem.b, operands),
-            "input gradient": InputGradient(dy, problem.W, operands),
+            "input gradient": InputGradient(dy, problem.W, None, operands),
             "weight gradients": WeightGradients(x, dy, S, T, operands, Needs(True, True, True, True)),
         }
         self.exact = dict(compared.exact(updates=True))

@@ -18,6 +18,8 @@ REGISTERS = 65536
 SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 WARPS = 64
 TENSOR_MEMORY_COLUMNS = 512
+# What does products of tiles at full speed.
+OWN = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +37,8 @@ class Variant:
     constants: dict[str, Any]
     options: dict[str, Any]
     """num_warps, num_stages and the like."""
-    tensor_cores: bool = True
-    """Whether its products should be done by tensor cores."""
-    older_products: bool = False
-    """Whether mma.sync may do them: some tiles are below what wgmma and tcgen05 take."""
+    products: frozenset[str]
+    """The instructions that may do its products of tiles."""
     copies_ahead: bool = False
     """Whether its loop should load by asynchronous copies."""
     described: tuple[str, ...] = ()
@@ -155,11 +155,9 @@ def mismatches(variant: Variant, report: Report, limit: int) -> list[str]:
         found.append("ptxas serializes its wgmma instructions")
     if report.occupancy < variant.programs:
         found.append(f"{variant.programs} programs are meant to share an SM; {report.occupancy} fit")
-    own = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}[variant.arch]
-    wanted = {own, "mma.sync"} if variant.older_products else {own}
-    others = {name for name, n in report.products.items() if n} - wanted
-    if variant.tensor_cores and (others or not any(report.products[name] for name in wanted)):
-        found.append(f"products by {report.products}; expected {' or '.join(sorted(wanted))} alone")
+    by = {name for name, count in report.products.items() if count}
+    if not by <= variant.products or (variant.products and not by):
+        found.append(f"products by {report.products}; expected {' or '.join(sorted(variant.products))} alone")
     if variant.copies_ahead and not report.async_copies:
         found.append("its loop does not load by asynchronous copies")
     missing = set(variant.described) - set(report.bulk_loads)

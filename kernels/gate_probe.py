@@ -142,7 +142,7 @@ def gate_probe(dy: Tensor, x: Tensor, operands: LoRAOperands, seed: int, seed_of
     if m == 0:
         return torch.zeros(blocks, device=dy.device)
     R = min(WIDEST, configs.padded(r))
-    tile = configs.probe(m, R)
+    tile = configs.probe(m)
     row_tiles = launch.cdiv(m, tile.BM)
     out = torch.empty(blocks, row_tiles, dtype=torch.float32, device=dy.device)
     with launch.on(dy.device):

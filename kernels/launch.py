@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -50,18 +49,16 @@ def aligned(matrix: Tensor) -> Tensor:
     return matrix.clone(memory_format=torch.contiguous_format)
 
 
-def pointer(matrix: Tensor, *box: int) -> Tensor:
-    """Return `matrix`: a kernel without TMA forms the addresses of its tiles."""
-    return matrix
+def described(device: torch.device) -> bool:
+    """Return whether TMA moves tiles on `device`; elsewhere kernels form their addresses."""
+    return arch(device) >= 90
 
 
-def _descriptor(matrix: Tensor, *box: int) -> Any:
+def boxed(matrix: Tensor, *box: int) -> Any:
+    """Return what a kernel takes tiles of the shape `box` from: a descriptor for TMA, or the matrix."""
+    if not described(matrix.device):
+        return matrix
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), list(box))
-
-
-def described(device: torch.device) -> Callable[..., Any]:
-    """Return `f(matrix, *box)`: the descriptor by which TMA moves tiles of that shape, or `pointer` without TMA."""
-    return _descriptor if arch(device) >= 90 else pointer
 
 
 def cdiv(a: int, b: int) -> int:

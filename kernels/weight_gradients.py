@@ -12,9 +12,9 @@ fp32 sum in a buffer of partial sums, and its part of <dB_i, B_i>; a second, sma
 splits. There are no atomics: two runs give the same bits. An inactive block costs an empty program: neither its columns
 of dy nor those of S and T are read.
 
-The buffer holds `4 * splits * TILE * (x_tiles * LOW_A + dy_tiles * LOW_B)` bytes, where LOW_A and LOW_B are the padded
-widths of T and of S_i, at most 128. `splits` is such that `splits * (x_tiles + dy_tiles)` programs fill the GPU at most
-twice, or 1 where the tiles alone do: with 132 SMs, TILE = 128 and r = 16, 4.3 MB at most, whatever M is.
+The partial sums take `4 * splits * packed * r * (K + n)` bytes. `splits` is such that `splits * (x_tiles + dy_tiles)`
+programs fill the GPU at most twice, or 1 where the tiles alone do: with 132 SMs, TILE = 128 and r = 16, 4.3 MB at most,
+whatever M is.
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ from torch import Tensor
 from slora.kernels import configs, launch, tiles
 from slora.kernels import dropout as counter
 from slora.kernels import packed as blocks_of
-from slora.ops.dropout import drop_units, rescaling
+from slora.ops.dropout import drop_units
 from slora.ops.operands import LoRAOperands
 
 # The widest group of columns of S or T that one program multiplies with: its sums are TILE x this in registers.
 WIDEST = 128
 # Elements of a gradient that one program of the reduction adds up, and how many splits it loads at once.
-WIDE, NARROW, AT_ONCE = 32, 16, 8
+CHUNK, AT_ONCE = 512, 8
 
 
 @triton.jit
 def _sum_over_rows(
     source, low, low_columns, low_valid, first, split, splits, M, columns, stride, stride_low, seed, drop,
-    DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr, TALL: tl.constexpr, TILE: tl.constexpr, LOW: tl.constexpr,
-    ROWS: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr, TILE: tl.constexpr, LOW: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Return `source[rows, first:first + TILE]^T low[rows, low_columns]` over the split's rows, [TILE, LOW] in fp32."""
-    acc = tl.zeros((TILE, LOW) if TALL else (LOW, TILE), tl.float32)
+    """Return `source[rows, first:first + TILE]^T low[rows, low_columns]` over the split's rows, [TILE, LOW] in fp32.
+
+    wgmma wants the product as TILE x LOW; mma.sync can pipeline it as LOW x TILE.
+    """
+    acc = tl.zeros((TILE, LOW) if DESCRIBED else (LOW, TILE), tl.float32)
     if DROPOUT:
         key0, key1, key2 = counter.keys(tl.load(seed))
     steps = tl.cdiv(M, ROWS)
@@ -62,15 +64,15 @@ def _sum_over_rows(
             mask=(rows < M)[:, None] & low_valid[None, :],
             other=0.0,
         )
-        acc = tl.dot(tl.trans(tile), narrow, acc) if TALL else tl.dot(tl.trans(narrow), tile, acc)
-    return acc if TALL else tl.trans(acc)
+        acc = tl.dot(tl.trans(tile), narrow, acc) if DESCRIBED else tl.dot(tl.trans(narrow), tile, acc)
+    return acc if DESCRIBED else tl.trans(acc)
 
 
 @triton.jit(do_not_specialize=["drop", "M", "blocks", "packed", "splits", "x_tiles", "dy_tiles"])
 def partial_sums(
     x, dy, S, T, B, gate, seed, partial_A, partial_B, dots, threshold, drop,
     M, K, N, n, r, blocks, packed, stride_x, stride_dy, splits, x_tiles, dy_tiles,
-    DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr, TALL: tl.constexpr,
+    DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr,
     TILE: tl.constexpr, LOW_A: tl.constexpr, LOW_B: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Program (split, tile): one tile of columns of x (the first `x_tiles`) or of dy, over the rows of the split.
@@ -91,12 +93,13 @@ def partial_sums(
         if packed == blocks:
             valid &= tl.load(gate + columns // r, mask=valid, other=float("-inf")) >= threshold
         if tl.max(valid.to(tl.int32), 0) > 0:
+            first = tile // groups * TILE
             acc = _sum_over_rows(
-                x, T, columns, valid, tile // groups * TILE, split, splits, M, K, stride_x, packed * r, seed, drop,
-                DROPOUT, DESCRIBED, TALL, TILE, LOW_A, ROWS,
+                x, T, columns, valid, first, split, splits, M, K, stride_x, packed * r, seed, drop,
+                DROPOUT, DESCRIBED, TILE, LOW_A, ROWS,
             )  # fmt: skip
-            own = partial_A + (split * x_tiles + tile).to(tl.int64) * TILE * LOW_A
-            tl.store(own + wide * LOW_A + tl.arange(0, LOW_A)[None, :], acc)
+            own = partial_A + (split * packed * r + columns)[None, :].to(tl.int64) * K + first + wide
+            tl.store(own, acc, mask=(first + wide < K) & valid[None, :])
     else:
         tile -= x_tiles
         groups, n_tiles = tl.cdiv(r, LOW_B), tl.cdiv(n, TILE)
@@ -108,14 +111,13 @@ def partial_sums(
             first = tile // groups % n_tiles * TILE
             acc = _sum_over_rows(
                 dy, S + index * r, columns, columns < r, block * n + first, split, splits, M, N, stride_dy, packed * r,
-                seed, drop, False, DESCRIBED, TALL, TILE, LOW_B, ROWS,
+                seed, drop, False, DESCRIBED, TILE, LOW_B, ROWS,
             )  # fmt: skip
-            own = partial_B + (split * dy_tiles + tile).to(tl.int64) * TILE * LOW_B
-            tl.store(own + wide * LOW_B + low[None, :], acc)
+            inside = (first + wide < n) & (columns < r)[None, :]
+            of_block = (first + wide) * r + columns[None, :]
+            tl.store(partial_B + (split * packed + index).to(tl.int64) * n * r + of_block, acc, mask=inside)
             if dots is not None:
-                of_B = (block * n + first + wide).to(tl.int64) * r + columns[None, :]
-                inside = (first + wide < n) & (columns < r)[None, :]
-                b = tl.load(B + of_B, mask=inside, other=0.0).to(tl.float32)
+                b = tl.load(B + tl.cast(block, tl.int64) * n * r + of_block, mask=inside, other=0.0).to(tl.float32)
                 # Beyond the block's end acc may hold what is not finite.
                 dot = tl.sum(tl.where(inside, acc * b, 0.0))
         if dots is not None:
@@ -123,65 +125,46 @@ def partial_sums(
 
 
 @triton.jit
-def _total(partial, at, active, inside, size, splits, WIDE: tl.constexpr, NARROW: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Add the elements `at` of every split, in order, AT_ONCE of them on their way; 0 where the block is inactive."""
-    acc = tl.zeros((WIDE, NARROW), tl.float32)
+def _total(
+    partial, target, i, size, block, index, active, packed, splits, scaling, CHUNK: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """Add the elements `i` of the block's `size` over the splits, in order; 0 where the block is inactive."""
+    acc = tl.zeros((CHUNK,), tl.float32)
     if active:
         for first in range(0, splits, AT_ONCE):
             for k in tl.static_range(AT_ONCE):
                 # In one comparison of tiles: the interpreter of Triton 3.9 makes no mask of a tile and a scalar.
-                mask = tl.where(inside, first + k, splits) < splits
-                acc += tl.load(partial + at + (first + k) * size, mask=mask, other=0.0)
-    return acc
+                mask = tl.where(i < size, first + k, splits) < splits
+                at = ((first + k) * packed + index).to(tl.int64) * size + i
+                acc += tl.load(partial + at, mask=mask, other=0.0)
+    tl.store(target + tl.cast(block, tl.int64) * size + i, (acc * scaling).to(target.dtype.element_ty), mask=i < size)
 
 
-@triton.jit(do_not_specialize=["blocks", "packed", "splits", "x_tiles", "dy_tiles", "parts_A", "parts_B"])
+@triton.jit(do_not_specialize=["blocks", "packed", "splits", "count", "parts_A", "parts_B"])
 def reduce(
     partial_A, partial_B, dots, dA, dB, dgate, gate, threshold, scaling,
-    K, n, r, blocks, packed, splits, x_tiles, dy_tiles, parts_A, parts_B,
-    TILE: tl.constexpr, LOW_A: tl.constexpr, LOW_B: tl.constexpr,
-    WIDE: tl.constexpr, NARROW: tl.constexpr, AT_ONCE: tl.constexpr,
+    K, n, r, blocks, packed, splits, count, parts_A, parts_B, CHUNK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Program (part, block): WIDE x NARROW elements of dA_i^T (the first `parts_A` parts), then of dB_i, then dgate_i;
-    None for each of the three that is not asked for."""
-    part = tl.program_id(0)
-    block = tl.program_id(1)
+    """Program (part, block): CHUNK elements of dA_i (the first `parts_A` parts), then of dB_i, then dgate_i, of `count`
+    terms per split; None for each of the three that is not asked for."""
+    part, block = tl.program_id(0), tl.program_id(1)
     index, active = blocks_of.index_of(block, gate, threshold, blocks, packed)
-    narrow_parts = tl.cdiv(r, NARROW)
+    i = tl.arange(0, CHUNK)
     if part < parts_A:
         if dA is not None:
-            wide = part // narrow_parts * WIDE + tl.arange(0, WIDE)
-            j = part % narrow_parts * NARROW + tl.arange(0, NARROW)
-            inside = (wide < K)[:, None] & (j < r)[None, :]
-            column = index * r + j
-            tile = (wide // TILE * tl.cdiv(packed * r, LOW_A))[:, None] + (column // LOW_A)[None, :]
-            at = (tile.to(tl.int64) * TILE + (wide % TILE)[:, None]) * LOW_A + (column % LOW_A)[None, :]
-            acc = _total(
-                partial_A, at, active, inside, x_tiles.to(tl.int64) * TILE * LOW_A, splits, WIDE, NARROW, AT_ONCE
-            )
-            place = dA + (block * r + j)[None, :].to(tl.int64) * K + wide[:, None]
-            tl.store(place, (acc * scaling).to(dA.dtype.element_ty), mask=inside)
+            i += part * CHUNK
+            _total(partial_A, dA, i, r * K, block, index, active, packed, splits, scaling, CHUNK, AT_ONCE)
     elif part < parts_A + parts_B:
         if dB is not None:
-            wide = (part - parts_A) // narrow_parts * WIDE + tl.arange(0, WIDE)
-            j = (part - parts_A) % narrow_parts * NARROW + tl.arange(0, NARROW)
-            inside = (wide < n)[:, None] & (j < r)[None, :]
-            tile = (index * tl.cdiv(n, TILE) + wide // TILE)[:, None] * tl.cdiv(r, LOW_B) + (j // LOW_B)[None, :]
-            at = (tile.to(tl.int64) * TILE + (wide % TILE)[:, None]) * LOW_B + (j % LOW_B)[None, :]
-            acc = _total(
-                partial_B, at, active, inside, dy_tiles.to(tl.int64) * TILE * LOW_B, splits, WIDE, NARROW, AT_ONCE
-            )
-            place = dB + (block * n + wide)[:, None].to(tl.int64) * r + j[None, :]
-            tl.store(place, (acc * scaling).to(dB.dtype.element_ty), mask=inside)
+            i += (part - parts_A) * CHUNK
+            _total(partial_B, dB, i, n * r, block, index, active, packed, splits, scaling, CHUNK, AT_ONCE)
     elif dgate is not None:
-        # The packed block's tiles are side by side in each split.
-        count = dy_tiles // packed
-        sums = tl.zeros((WIDE * NARROW,), tl.float32)
+        sums = tl.zeros((CHUNK,), tl.float32)
         if active:
-            for first in range(0, splits * count, WIDE * NARROW):
-                i = first + tl.arange(0, WIDE * NARROW)
-                term = i // count * dy_tiles + index * count + i % count
-                sums += tl.load(dots + term, mask=i < splits * count, other=0.0)
+            for first in range(0, splits * count, CHUNK):
+                term = first + i
+                at = (term // count * packed + index) * count + term % count
+                sums += tl.load(dots + at, mask=term < splits * count, other=0.0)
         tl.store(dgate + block, tl.sum(sums, 0) * scaling)
 
 
@@ -202,10 +185,9 @@ def weight_gradients(
 
     S holds products of the masked x that are not divided by `1 - dropout`. Sums are fp32; dA and dB are rounded once.
     """
-    A, B, gate, threshold, scaling, _, dropout, seed = operands
+    A, B, gate, threshold, _, _, dropout, seed = operands
     need_A, need_B, need_gate = needs
     (M, N), (blocks, r, K), n, packed, device = dy.shape, A.shape, operands.n, operands.packed, dy.device
-    need_dy = need_B or need_gate
     dA = torch.empty_like(A) if need_A else None
     dB = torch.empty_like(B) if need_B else None
     dgate = torch.empty(blocks, device=device) if need_gate else None
@@ -215,28 +197,26 @@ def weight_gradients(
     x, T = dy if x is None else x, S if T is None else T
     LOW_A, LOW_B = low_width(packed * r), low_width(r)
     x_tiles = launch.cdiv(K, tile.TILE) * launch.cdiv(packed * r, LOW_A) if need_A else 0
-    dy_tiles = packed * launch.cdiv(n, tile.TILE) * launch.cdiv(r, LOW_B) if need_dy else 0
-    splits = row_splits(launch.cdiv(M, tile.ROWS), x_tiles + dy_tiles, 2 * launch.sms(device))
+    count = launch.cdiv(n, tile.TILE) * launch.cdiv(r, LOW_B) if need_B or need_gate else 0
+    tiles_in_all = x_tiles + packed * count
+    splits = row_splits(launch.cdiv(M, tile.ROWS), tiles_in_all, 2 * launch.sms(device))
     partial_A, partial_B, dots = (
-        torch.empty(splits * size, dtype=torch.float32, device=device)
-        for size in (x_tiles * tile.TILE * LOW_A, dy_tiles * tile.TILE * LOW_B, dy_tiles)
+        torch.empty(splits * packed * size, dtype=torch.float32, device=device)
+        for size in (r * K if need_A else 0, n * r if count else 0, count)
     )
-    as_tiles = launch.described(device)
-    narrow_parts = launch.cdiv(r, NARROW)
-    parts_A, parts_B = launch.cdiv(K, WIDE) * narrow_parts * need_A, launch.cdiv(n, WIDE) * narrow_parts * need_B
+    parts_A, parts_B = launch.cdiv(r * K, CHUNK) * need_A, launch.cdiv(n * r, CHUNK) * need_B
     with launch.on(device):
-        partial_sums[(splits * (x_tiles + dy_tiles),)](
-            as_tiles(x, tile.ROWS, tile.TILE), as_tiles(dy, tile.ROWS, tile.TILE),
+        partial_sums[(splits * tiles_in_all,)](
+            launch.boxed(x, tile.ROWS, tile.TILE), launch.boxed(dy, tile.ROWS, tile.TILE),
             S, T, B, gate, seed if need_A else None, partial_A, partial_B, dots if need_gate else None,
             threshold, drop_units(dropout),
-            M, K, N, n, r, blocks, packed, x.stride(0), dy.stride(0), splits, x_tiles, dy_tiles,
-            DROPOUT=need_A and dropout > 0.0, DESCRIBED=as_tiles is not launch.pointer, LOW_A=LOW_A, LOW_B=LOW_B,
+            M, K, N, n, r, blocks, packed, x.stride(0), dy.stride(0), splits, x_tiles, packed * count,
+            DROPOUT=need_A and dropout > 0.0, DESCRIBED=launch.described(device), LOW_A=LOW_A, LOW_B=LOW_B,
             **tile.meta(),
         )  # fmt: skip
         reduce[(parts_A + parts_B + need_gate, blocks)](
-            partial_A, partial_B, dots, dA, dB, dgate, gate, threshold, scaling * rescaling(dropout),
-            K, n, r, blocks, packed, splits, x_tiles, dy_tiles, parts_A, parts_B,
-            TILE=tile.TILE, LOW_A=LOW_A, LOW_B=LOW_B, WIDE=WIDE, NARROW=NARROW, AT_ONCE=AT_ONCE, num_warps=2,
+            partial_A, partial_B, dots, dA, dB, dgate, gate, threshold, operands.factor,
+            K, n, r, blocks, packed, splits, count, parts_A, parts_B, CHUNK=CHUNK, AT_ONCE=AT_ONCE, num_warps=2,
         )  # fmt: skip
     return dA, dB, dgate
 

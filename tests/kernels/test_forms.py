@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slora.kernels import configs, launch, linear_precomputed, skinny
+from slora.kernels import configs, launch, linear, skinny
 from slora.kernels.weight_gradients import row_splits
 from slora.ops.backends import Needs
 from slora.ops.backends.triton import Form, Forward, InputGradient, WeightGradients
@@ -41,7 +41,7 @@ def by_name(forms: list[Form], every_tile: bool = False) -> list[Form]:
 def results(p: Any, every_tile: bool = False) -> dict[str, list[tuple[Form, dict[str, Tensor]]]]:
     """What each form of each operation computes, with S and T of the formulas for the weight gradients."""
     forward = Forward(p.x, p.W, p.bias, p.operands)
-    backward = InputGradient(p.dy, p.W, p.operands)
+    backward = InputGradient(p.dy, p.W, None, p.operands)
     exact = p.computed_in(torch.float64)
     S, T = (exact[name].to(p.x) for name in "ST")
     weights = WeightGradients(p.x, p.dy, S, T, p.operands, Needs(True, True, True, True))
@@ -129,7 +129,7 @@ def test_the_candidates_are_the_forms_that_may_be_the_fastest(make_problem: Call
 
     def of(*arguments: Any, **options: Any) -> tuple[set[str], set[str]]:
         p = make_problem(5, 520, 520, *arguments, **options)
-        return names(Forward(p.x, p.W, p.bias, p.operands)), names(InputGradient(p.dy, p.W, p.operands))
+        return names(Forward(p.x, p.W, p.bias, p.operands)), names(InputGradient(p.dy, p.W, None, p.operands))
 
     assert of(1, 16) == (ours | cublas, ours | cublas)
     # Masked on the device, one block costs cuBLAS no more than an update in vain.
@@ -145,14 +145,8 @@ def test_split_leaves_the_first_tile_of_columns_to_the_fused_kernel(
 ) -> None:
     p = make_problem(40, 264, 328, 1, 8)
     filled = []
-
-    def other(begin: int, result: Tensor) -> Tensor:
-        filled.append(begin)
-        return result
-
-    monkeypatch.setattr(linear_precomputed, "forward", lambda *arguments: other(arguments[-1], arguments[-2]))
-    monkeypatch.setattr(linear_precomputed, "backward", lambda *arguments: other(arguments[-1], arguments[-2]))
-    for operation in (Forward(p.x, p.W, p.bias, p.operands), InputGradient(p.dy, p.W, p.operands)):
+    monkeypatch.setattr(linear, "precomputed", lambda *_, out, begin, **__: filled.append(begin))
+    for operation in (Forward(p.x, p.W, p.bias, p.operands), InputGradient(p.dy, p.W, None, p.operands)):
         split = next(form for form in operation.forms() if form.name == "split")
         result = operation.compute(split)[0]
         assert filled.pop() == split.tiles[0].BN

@@ -12,9 +12,7 @@ from slora.kernels import (
     configs,
     gate_probe,
     launch,
-    linear_backward,
-    linear_forward,
-    linear_precomputed,
+    linear,
     skinny,
     weight_gradients,
 )  # fmt: skip
@@ -35,11 +33,11 @@ def everything(M: int, K: int, n: int, blocks: int, r: int) -> None:
     R = configs.padded(r)
     if r <= configs.MAX_FUSED_RANK:
         tile = configs.gemm(90, "fused", R)[-1]
-        linear_forward.fused(x, W, None, operands, tile)
-        linear_backward.fused(dy, W, operands, tile)
+        linear.fused(x, W, None, operands, tile, forward=True)
+        linear.fused(dy, W, None, operands, tile, forward=False)
     tile = configs.gemm(90, "precomputed", R)[-1]
-    linear_precomputed.forward(x, W, None, low, operands, tile)
-    linear_precomputed.backward(dy, W, low, A.view(-1, K), operands, tile)
+    linear.precomputed(x, W, None, low, B, operands, tile, forward=True)
+    linear.precomputed(dy, W, None, low, A.view(-1, K), operands, tile, forward=False)
     skinny.S(x, operands)
     skinny.T(dy, operands)
     tile = configs.weight_gradients(90, min(R, 128))[-1]
@@ -49,9 +47,8 @@ def everything(M: int, K: int, n: int, blocks: int, r: int) -> None:
 
 
 KERNELS = (
-    (linear_forward, "fused_forward"), (linear_backward, "fused_backward"), (linear_precomputed, "linear_precomputed"),
-    (skinny, "skinny"), (weight_gradients, "partial_sums"), (weight_gradients, "reduce"), (gate_probe, "copy_rows"),
-    (gate_probe, "probe"),
+    (linear, "fused_linear"), (linear, "precomputed_linear"), (skinny, "skinny"), (weight_gradients, "partial_sums"),
+    (weight_gradients, "reduce"), (gate_probe, "copy_rows"), (gate_probe, "probe"),
 )  # fmt: skip
 
 
@@ -75,7 +72,7 @@ def test_no_grid_exceeds_what_a_gpu_launches(
 
     for module, name in KERNELS:
         monkeypatch.setattr(module, name, Recorder(name))
-    monkeypatch.setattr(launch, "_descriptor", lambda matrix, *box: matrix)
+    monkeypatch.setattr(launch, "boxed", lambda matrix, *box: matrix)
     everything(M, K, n, blocks, r)
     assert set(grids) == {name for _, name in KERNELS if r <= configs.MAX_FUSED_RANK or not name.startswith("fused")}
     for name, (x, *others) in grids.items():
@@ -98,7 +95,7 @@ def test_every_form_computes_on_a_gpu_that_is_not_the_current_one() -> None:
         A, B = torch.randn(1, 16, 64).to(x), torch.randn(1, 64, 16).to(x)
         operands = LoRAOperands(A, B, torch.ones(1, device=device), 0.1, 1.0)
         found = []
-        for operation in (Forward(x, W, None, operands), InputGradient(dy, W, operands)):
+        for operation in (Forward(x, W, None, operands), InputGradient(dy, W, None, operands)):
             found += [t for form in operation.forms() for t in operation.compute(form)]
         S, T = skinny.S(x, operands), skinny.T(dy, operands)
         found += weight_gradients.weight_gradients(

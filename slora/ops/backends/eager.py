@@ -41,7 +41,7 @@ class Eager:
             x_rows = x_rows * _mask(operands, x_rows)
         S = F.linear(x_rows, _stacked(known.lora_A, active))
         if active:
-            _add_update(rows(y), S, known.lora_B, active, operands.factor)
+            add_update(rows(y), S, known.lora_B, active, operands.factor)
         return y, S if operands.active is active else _spread(S, operands, active)
 
     def backward(
@@ -234,7 +234,7 @@ def _by_block(y: Tensor, blocks: int) -> Tensor:
     return y.view(y.shape[0], blocks, y.shape[1] // blocks).transpose(0, 1)
 
 
-def _add_update(y: Tensor, S: Tensor, B: Tensor, active: Sequence[int], c: float) -> None:
+def add_update(y: Tensor, S: Tensor, B: Tensor, active: Sequence[int], c: float) -> None:
     """Add `c S_i B_i.T` to the columns of each active block of `y [M, N]`, in place."""
     if B.shape[0] == 1:
         y.addmm_(S, B[0].t(), alpha=c)

@@ -12,15 +12,15 @@ All of them leave the same S and T, so that forward and backward may take differ
 gradients are one pass over x and dy (`one_pass`), or cuBLAS products (`cublas`). Which form is the fastest is measured
 (`autotune`), for eager mode, where the host knows the active blocks, and for graphs, where only the device does, apart.
 
-`Forward`, `InputGradient` and `WeightGradients` are the three operations: `forms()` lists the candidates, the best
-guess first, and `compute(form)` is the result by one of them.
+`Forward`, `InputGradient` and `WeightGradients` are the three operations.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from slora.ops.operands import LoRAOperands
 
 # As `kernels/packed.py` and `kernels/configs.py` have them, which import Triton.
 MAX_BLOCKS, MAX_RANK = 64, 256
+Key = tuple[Any, ...]
 
 
 class Form(NamedTuple):
@@ -43,28 +44,6 @@ class Form(NamedTuple):
 
     def __str__(self) -> str:
         return " ".join([self.name, *map(str, self.tiles)])
-
-
-class Operation(Protocol):
-    """Something to compute in one of several forms."""
-
-    @property
-    def rows(self) -> Tensor:
-        """x or dy."""
-        ...
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What a choice of form depends on, but for the number of rows and the device."""
-        ...
-
-    def forms(self) -> list[Form]:
-        """Return the candidates, the best guess among our kernels first."""
-        ...
-
-    def compute(self, form: Form) -> Any:
-        """Return the result."""
-        ...
 
 
 class Triton:
@@ -103,7 +82,7 @@ class Triton:
         dy = launch.aligned(dy)
         dx = T = None
         if needs.x:
-            dx, T = _run(InputGradient(dy, launch.aligned(weight), operands))
+            dx, T = _run(InputGradient(dy, launch.aligned(weight), None, operands))
         elif needs.lora_A:
             T = skinny.T(dy, operands)
         if not any(needs[1:]):
@@ -145,177 +124,133 @@ def _as_read(operands: LoRAOperands) -> LoRAOperands:
     return operands._replace(lora_A=A, lora_B=B, gate=gate, threshold=threshold)
 
 
-class Forward(NamedTuple):
-    """`(y [M, N], S [M, packed * r])`."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Linear:
+    """`(y [M, N], S [M, packed * r])` of x, or `(dx [M, K], T [M, packed * r])` of dy."""
 
-    x: Tensor
+    rows: Tensor
+    """x or dy."""
     W: Tensor
     bias: Tensor | None
     operands: LoRAOperands
+    forward: ClassVar[bool]
 
     @property
-    def rows(self) -> Tensor:
-        """x."""
-        return self.x
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """See `Operation`."""
-        return _key("forward", self.x, self.operands, self.bias is not None)
+    def key(self) -> Key:
+        """What a choice of form depends on, but for the number of rows and the device."""
+        name, options = ("forward", [self.bias is not None]) if self.forward else ("input gradient", [])
+        return _key(name, self.rows, self.operands, *options)
 
     def forms(self) -> list[Form]:
-        """See `Operation`."""
-        forms = _kernel_forms(self.x, self.operands, self.operands.r, self.operands.n, "precomputed")
-        if _known_or_single(self.operands):
+        """Return the candidates, the best guess among our kernels first."""
+        from slora.kernels import configs, launch
+
+        operands, arch = self.operands, launch.arch(self.rows.device)
+        blocks, r, n = operands.blocks, operands.r, operands.n
+        columns, width = (n, r) if self.forward else (self.W.shape[1], operands.packed * r)
+        looped, masked = (not self.forward and flag for flag in (blocks > 1, operands.dropout > 0.0))
+
+        def tiles(form: Any, R: int) -> list[Any]:
+            # Those that would compute more than an eighth in vain come last.
+            return sorted(configs.gemm(arch, form, R), key=lambda tile: 8 * (-columns % tile.BN) > columns)
+
+        fused, others = [], tiles("masked" if masked else "precomputed", configs.padded(width))
+        if r <= configs.MAX_FUSED_RANK and not operands.dropout:
+            fused = tiles("looped" if looped else "fused", configs.padded(r))
+            if looped and arch >= 90:
+                # Tiles of dy that TMA brings must not reach over the end of a block.
+                fused = [tile for tile in fused if n % tile.BK == 0]
+        pairs = [(fused[0], tile) for tile in others] + [(tile, others[0]) for tile in fused[1:]] if fused else []
+        forms = [
+            *(Form("fused", (tile,)) for tile in fused),
+            *(Form("split", pair) for pair in pairs if columns > pair[0].BN),
+            *(Form("precomputed", (tile,)) for tile in others),
+        ]
+        # With a mask on dx, cuBLAS would need the update in memory.
+        if _known_or_single(operands) and not masked:
             forms.append(Form("cublas_after"))
-            if self.operands.blocks == 1:
+            if blocks == 1 or not self.forward:
                 forms.append(Form("cublas_before"))
         return forms
 
     def compute(self, form: Form) -> tuple[Tensor, Tensor]:
-        """See `Operation`."""
-        from slora.kernels import linear_forward, linear_precomputed, skinny
+        """Return the result by one of `forms`."""
+        from slora.kernels import linear, skinny
 
-        x, W, bias, operands = self
+        rows, W, bias, operands, forward = self.rows, self.W, self.bias, self.operands, self.forward
         if form.name == "fused":
-            return linear_forward.fused(x, W, bias, operands, *form.tiles)
+            return linear.fused(rows, W, bias, operands, *form.tiles, forward=forward)
+        factor = operands.lora_B if forward else chosen(*_zeroed(operands.lora_A, operands)).view(-1, W.shape[1])
         if form.name == "split":
             first, others = form.tiles
-            y, S = linear_forward.fused(x, W, bias, operands, first, first_tile=True)
-            return linear_precomputed.forward(x, W, bias, S, operands, others, y, first.BN), S
-        S = skinny.S(x, operands)
+            out, low = linear.fused(rows, W, bias, operands, first, forward=forward, first_tile=True)
+            linear.precomputed(rows, W, bias, low, factor, operands, others, forward=forward, out=out, begin=first.BN)
+            return out, low
+        low = skinny.S(rows, operands) if forward else skinny.T(rows, operands)
         if form.name == "precomputed":
-            return linear_precomputed.forward(x, W, bias, S, operands, *form.tiles), S
-        active = range(operands.blocks) if operands.active is None else operands.active
-        B, c = operands.lora_B if operands.active is not None else _present(operands.lora_B, operands), operands.factor
+            return linear.precomputed(rows, W, bias, low, factor, operands, *form.tiles, forward=forward), low
+        # cuBLAS has one update of dx for all packed blocks.
+        (B, active), right = (_zeroed(factor, operands), W.T) if forward else ((factor.T[None], (0,)), W)
         if form.name == "cublas_after":
-            y = F.linear(x, W, bias)
-            eager._add_update(y, S, B, active, c)
-            return y, S
+            out = F.linear(rows, right.T, bias)
+            eager.add_update(out, low, B, active, operands.factor)
+            return out, low
         # Rounded once more than in `fused`, but before the base product is added: by a unit of the update and the bias.
-        first, beta = (B[0, 0, 0], 0) if bias is None else (bias, 1)
-        return torch.addmm(first, S, B[0].T, beta=beta, alpha=c).addmm_(x, W.T), S
+        start, beta = (B[0, 0, 0], 0) if bias is None else (bias, 1)
+        return torch.addmm(start, low, B[0].T, beta=beta, alpha=operands.factor).addmm_(rows, right), low
 
 
-class InputGradient(NamedTuple):
-    """`(dx [M, K], T [M, packed * r])`."""
+class Forward(Linear):
+    """y and S of x."""
 
-    dy: Tensor
-    W: Tensor
-    operands: LoRAOperands
+    forward = True
 
-    @property
-    def rows(self) -> Tensor:
-        """dy."""
-        return self.dy
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """See `Operation`."""
-        return _key("input gradient", self.dy, self.operands)
+class InputGradient(Linear):
+    """dx and T of dy, without a bias."""
 
-    def forms(self) -> list[Form]:
-        """See `Operation`."""
-        operands = self.operands
-        precomputed = "masked" if operands.dropout else "precomputed"
-        forms = _kernel_forms(
-            self.dy, operands, operands.packed * operands.r, self.W.shape[1], precomputed, steps_of=operands.n
-        )
-        # cuBLAS would need the update in memory, to mask it.
-        if _known_or_single(operands) and not operands.dropout:
-            forms += [Form("cublas_after"), Form("cublas_before")]
-        return forms
-
-    def compute(self, form: Form) -> tuple[Tensor, Tensor]:
-        """See `Operation`."""
-        from slora.kernels import linear_backward, linear_precomputed, skinny
-
-        dy, W, operands = self
-        if form.name == "fused":
-            return linear_backward.fused(dy, W, operands, *form.tiles)
-        A = _present(operands.lora_A, operands).view(-1, W.shape[1])
-        if form.name == "split":
-            first, others = form.tiles
-            dx, T = linear_backward.fused(dy, W, operands, first, first_tile=True)
-            return linear_precomputed.backward(dy, W, T, A, operands, others, dx, first.BN), T
-        T = skinny.T(dy, operands)
-        if form.name == "precomputed":
-            return linear_precomputed.backward(dy, W, T, A, operands, *form.tiles), T
-        if form.name == "cublas_after":
-            return (dy @ W).addmm_(T, A, alpha=operands.scaling), T
-        return torch.addmm(A[0, 0], T, A, beta=0, alpha=operands.scaling).addmm_(dy, W), T
+    forward = False
 
 
 class WeightGradients(NamedTuple):
     """`(dA, dB, dgate)`, None for each that is not needed."""
 
     x: Tensor | None
-    dy: Tensor
+    rows: Tensor
+    """dy."""
     S: Tensor
     T: Tensor | None
     operands: LoRAOperands
     needs: Needs
 
     @property
-    def rows(self) -> Tensor:
-        """dy."""
-        return self.dy
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """See `Operation`."""
-        return _key("weight gradients", self.dy, self.operands, *self.needs[1:])
+    def key(self) -> Key:
+        """As that of `Linear`."""
+        return _key("weight gradients", self.rows, self.operands, *self.needs[1:])
 
     def forms(self) -> list[Form]:
-        """See `Operation`."""
+        """As those of `Linear`."""
         from slora.kernels import configs, launch, weight_gradients
 
         operands = self.operands
         low = weight_gradients.low_width(operands.packed * operands.r if self.needs.lora_A else operands.r)
-        tiles = configs.weight_gradients(launch.arch(self.dy.device), low)
+        tiles = configs.weight_gradients(launch.arch(self.rows.device), low)
         cublas = [Form("cublas")] * (_known_or_single(operands) and not operands.dropout)
         return [Form("one_pass", (tile,)) for tile in tiles] + cublas
 
     def compute(self, form: Form) -> tuple[Tensor | None, ...]:
-        """See `Operation`."""
+        """Return the result by one of `forms`."""
         from slora.kernels import weight_gradients
 
         x, dy, S, T, operands, needs = self
         if form.name == "one_pass":
             return weight_gradients.weight_gradients(x, dy, S, T, operands, needs[1:], *form.tiles)
-        active = range(operands.blocks) if operands.active is None else operands.active
-        found = eager.weight_gradients(dy, x, S, T, operands, active, needs)
-        if operands.active is None:
-            on = operands.gate >= operands.threshold
-            return tuple(None if value is None else masked(value, on) for value in found)
-        return found
+        B, active = _zeroed(operands.lora_B, operands)
+        found = eager.weight_gradients(dy, x, S, T, operands._replace(lora_B=B), active, needs)
+        return tuple(None if value is None else _zeroed(value, operands)[0] for value in found)
 
 
-def _kernel_forms(
-    x: Tensor, operands: LoRAOperands, width: int, columns: int, precomputed: Any, steps_of: int | None = None
-) -> list[Form]:
-    """The forms of our kernels for y or dx: `columns` of it per block, `width` of S or T in an update.
-
-    `steps_of`: columns of dy per block, whose ends TMA must not reach over.
-    """
-    from slora.kernels import configs, launch
-
-    arch, r = launch.arch(x.device), operands.r
-
-    def tiles(form: Any, R: int) -> list[Any]:
-        # Those that would compute more than an eighth in vain come last.
-        return sorted(configs.gemm(arch, form, R), key=lambda tile: 8 * (-columns % tile.BN) > columns)
-
-    fused, others = [], tiles(precomputed, configs.padded(width))
-    if r <= configs.MAX_FUSED_RANK and not operands.dropout:
-        whole_steps = steps_of is None or operands.blocks == 1 or arch < 90
-        fused = [tile for tile in tiles("fused", configs.padded(r)) if whole_steps or steps_of % tile.BK == 0]
-    pairs = [(fused[0], tile) for tile in others] + [(tile, others[0]) for tile in fused[1:]] if fused else []
-    return [
-        *(Form("fused", (tile,)) for tile in fused),
-        *(Form("split", pair) for pair in pairs if columns > pair[0].BN),
-        *(Form("precomputed", (tile,)) for tile in others),
-    ]
+Operation = Linear | WeightGradients
 
 
 def _known_or_single(operands: LoRAOperands) -> bool:
@@ -327,21 +262,21 @@ def _known_or_single(operands: LoRAOperands) -> bool:
     return operands.active is not None or operands.blocks == 1
 
 
-def _present(matrices: Tensor, operands: LoRAOperands) -> Tensor:
-    """The A or B of every packed block: the active ones, or all with zeros for the inactive ones."""
+def _zeroed(values: Tensor, operands: LoRAOperands) -> tuple[Tensor, Sequence[int]]:
+    """`values [blocks, ...]`, with zeros for the inactive ones where only the device knows those, and the blocks that
+    cuBLAS then computes."""
     if operands.active is not None:
-        return chosen(matrices, operands.active)
-    return masked(matrices, operands.gate >= operands.threshold)
+        return values, operands.active
+    return masked(values, operands.gate >= operands.threshold), range(operands.blocks)
 
 
-def _key(operation: str, rows: Tensor, operands: LoRAOperands, *options: bool) -> tuple[Any, ...]:
+def _key(operation: str, rows: Tensor, operands: LoRAOperands, *options: bool) -> Key:
     (blocks, r, K), active = operands.lora_A.shape, operands.active
-    packed = blocks if active is None else len(active)
-    return (operation, K, blocks * operands.n, blocks, packed, r, rows.dtype, operands.dropout > 0, active is not None,
-            *options)  # fmt: skip
+    return (operation, K, blocks * operands.n, blocks, operands.packed, r, rows.dtype, operands.dropout > 0,
+            active is not None, *options)  # fmt: skip
 
 
-def _words(key: tuple[Any, ...]) -> str:
+def _words(key: Key) -> str:
     """The key for people, as the file of choices has it."""
     operation, K, N, blocks, packed, r, dtype, dropout, host_known, *options = key
     flags = "dropout" * dropout, "host_known" * host_known, *("01"[there] for there in options)
@@ -349,9 +284,9 @@ def _words(key: tuple[Any, ...]) -> str:
     return " ".join(filter(None, (operation, sizes, str(dtype).removeprefix("torch."), *flags)))
 
 
-# The form of every call seen, by operation, rows, device and setting: a layer asks for it three times per step, and
-# neither the candidates nor the file of choices should be looked at again.
-_chosen: dict[tuple[Any, ...], Form] = {}
+# The form of every call seen, by key, rows, device and setting: a layer asks for it three times per step, and neither
+# the candidates nor the file of choices should be looked at again.
+_chosen: dict[Key, Form] = {}
 
 
 def _run(operation: Operation) -> Any:
@@ -363,17 +298,16 @@ def _form(operation: Operation) -> Form:
     from slora.ops.dispatch import setting
 
     pinned = setting() == "triton"
-    rows, shape = operation.rows, operation.key
-    place = shape, autotune.bucket(rows.shape[0]), rows.device, pinned or torch.are_deterministic_algorithms_enabled()
+    rows, key = operation.rows, operation.key
+    place = key, autotune.bucket(rows.shape[0]), rows.device, pinned or torch.are_deterministic_algorithms_enabled()
     form = _chosen.get(place)
     if form is None:
-        candidates = operation.forms()
-        form = candidates[0]
+        candidates = {str(form): form for form in operation.forms()}
+        name: str | None = next(iter(candidates))
         if not pinned:
-            calls = {str(candidate): functools.partial(operation.compute, candidate) for candidate in candidates}
-            name = autotune.choose(_words(shape), rows.shape[0], rows.device, calls)
-            if name is None:
-                return form
-            form = next(candidate for candidate in candidates if str(candidate) == name)
-        _chosen[place] = form
+            calls = {name: functools.partial(operation.compute, form) for name, form in candidates.items()}
+            name = autotune.choose(_words(key), rows.shape[0], rows.device, calls)
+        if name is None:
+            return next(iter(candidates.values()))
+        form = _chosen[place] = candidates[name]
     return form

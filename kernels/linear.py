@@ -1,0 +1,294 @@
+"""The base product of an adapted layer and its low-rank update in one pass, forward and backward.
+
+    S_i = x A_i^T                                       [M, r]
+    y   = x W^T + bias;   y[:, block i] += S_i (c B_i)^T            for the active blocks
+    T_i = dy[:, block i] B_i                            [M, r]
+    dx  = dy W + (sum_i T_i (c A_i)) . mask                         over the active blocks
+
+`fused_linear` forms S or T in the loop of the base product, from the tile of x or dy that is on chip: `low [BM, R]`
+beside `acc [BM, BN]`, both fp32. Behind the loop low is rounded to the dtype of x, which is what later passes read, and
+multiplied into acc. Programs that have a first tile of columns store it; it is never read here. `precomputed_linear`
+reads an S or T that was made before, and its sums start from the update. Both round y and dx once.
+
+Each program computes one tile after the other, all of them one pipeline (`flatten`): the loads of the next tile run
+during the epilogue of this one. dx of several blocks is the exception when fused: its pipeline ends with every block.
+Which blocks are active is read from the gates on the device, so that one CUDA graph serves while they move. What an
+inactive block has of LoRA is neither read nor, when fused, computed.
+
+Read: x or dy once per group of row tiles, W once per program wave from L2; A, B, S and T, a few columns wide, from L2.
+Written: y or dx once, and S or T when fused: beyond a frozen layer that is `2 M r` bytes. A launch may compute the
+first tile of columns of each block alone, or all but the first columns.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from slora.kernels import configs, launch, tiles
+from slora.kernels import dropout as counter
+from slora.kernels import packed as blocks_of
+from slora.ops.dropout import drop_units
+from slora.ops.operands import LoRAOperands
+
+
+@triton.jit
+def _times(
+    acc, left, right, k, column, depth, columns, stride,
+    FORWARD: tl.constexpr, DESCRIBED: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Return acc + left times the tile at `(k, column)` of right, which is stored transposed for the FORWARD."""
+    if FORWARD:
+        acc = tl.dot(left, tiles.load(right, column, k, columns, depth, stride, BN, BK, DESCRIBED).T, acc)
+    else:
+        acc = tl.dot(left, tiles.load(right, k, column, depth, columns, stride, BK, BN, DESCRIBED), acc)
+    return acc
+
+
+@triton.jit
+def _add_update(
+    acc, low, factor, j, column, width, columns, stride, scaling,
+    FORWARD: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Return acc + low times R columns of the scaled B from j on (FORWARD), or as many rows of A."""
+    if FORWARD:
+        b = tiles.load_low(factor, column, j, columns, width, stride, BN, R)
+        acc = tl.dot(low, (b.to(tl.float32) * scaling).to(low.dtype).T, acc)
+    else:
+        a = tiles.load_low(factor, j, column, width, columns, stride, R, BN)
+        acc = tl.dot(low, (a.to(tl.float32) * scaling).to(low.dtype), acc)
+    return acc
+
+
+@triton.jit
+def _add_block(
+    acc, rows, W, inner, outer, low, row, block, place, column, scaling,
+    M, N, K, n, r, blocks, packed, stride_rows, stride_w,
+    UPDATE: tl.constexpr, FORWARD: tl.constexpr, DESCRIBED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Return acc + a tile of the block's product and UPDATE, from `column` of the block's y, or of dx, on."""
+    dtype: tl.constexpr = low.dtype.element_ty
+    # The block's columns of y come of all x, all columns of dx of the block's columns of dy.
+    first = 0 if FORWARD else block * n
+    depth = K if FORWARD else n
+    begin = block * n + column if FORWARD else column
+    t = tl.zeros((BM, R), tl.float32)
+    for k in range(0, depth, BK):
+        left = tiles.load(rows, row, first + k, M, first + depth, stride_rows, BM, BK, DESCRIBED)
+        acc = _times(
+            acc, left, W, first + k, begin, first + depth, N if FORWARD else K, stride_w, FORWARD, DESCRIBED, BK, BN
+        )
+        if UPDATE:
+            # Of A, rows of the next block may come along; the columns that they make are dropped below.
+            t = _times(
+                t, left, inner, first + k, block * r if FORWARD else 0, first + depth, blocks * r if FORWARD else r,
+                K if FORWARD else r, FORWARD, DESCRIBED, BK, R,
+            )  # fmt: skip
+    t = tl.where((tl.arange(0, R) < r)[None, :], t, 0.0)
+    if column == 0 and (UPDATE or packed == blocks):
+        index = block if packed == blocks else place
+        tiles.store_low(low + index * r, t.to(dtype), row, M, r, packed * r, BM, R)
+    if UPDATE:
+        if FORWARD:
+            acc = _add_update(acc, t.to(dtype), outer, 0, begin, r, block * n + n, r, scaling, FORWARD, R, BN)
+        else:
+            own = outer + tl.cast(block, tl.int64) * r * K
+            acc = _add_update(acc, t.to(dtype), own, 0, begin, r, K, K, scaling, FORWARD, R, BN)
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc, bias, out, dtype: tl.constexpr, row, block, column, M, n, stride,
+    BM: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """Add the bias, round and store."""
+    if bias is not None:
+        columns = column + tl.arange(0, BN)
+        acc += tl.load(bias + block * n + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
+    tiles.store(out, acc.to(dtype), row, block, column, M, n, stride, BM, BN, HALVES, DESCRIBED)
+
+
+@triton.jit(do_not_specialize=["M", "blocks", "packed", "end"])
+def fused_linear(
+    rows, W, bias, inner, outer, low, out, gate, threshold, scaling,
+    M, N, K, n, r, blocks, packed, stride_rows, stride_w, end,
+    FORWARD: tl.constexpr, LOOP: tl.constexpr, DESCRIBED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """See the head of this file. rows is x, inner A, outer B, low S and out y (FORWARD), or dy, B, A, T and dx.
+
+    rows, W, inner and out are descriptors or pointers. Of each block of y, or of dx, the columns up to `end` are
+    computed. LOOP: a tile of dx goes through several blocks.
+    """
+    N, K, n, r = tiles.eights(N), tiles.eights(K), tiles.eights(n), tiles.fours(r)
+    stride_rows, stride_w = tiles.eights(stride_rows), tiles.eights(stride_w)
+    tl.assume((K if FORWARD else n) > 0)
+    order, count = blocks_of.in_order(gate, threshold, blocks, packed)
+    height, per_block = tl.cdiv(M, BM), tl.cdiv(end, BN)
+    # Tiles with an update come first, then those without, in a loop of their own.
+    groups = blocks if FORWARD else 1
+    updated = count if FORWARD else (1 if LOOP else min(count, 1))
+    first, last, before, width, place = tl.program_id(0), height * per_block * updated, 0, per_block * updated, 0
+    for rest in tl.static_range(0, 1 if LOOP else 2):
+        for tile in tl.range(first, last, tl.num_programs(0), flatten=FLATTEN and not LOOP):
+            m, j = tiles.grouped(tile - before, height, width, GROUP)
+            row, column, here = m * BM, j % per_block * BN, place + j // per_block
+            block = blocks_of.at_place(order, here) if FORWARD else 0
+            acc = tl.zeros((BM, BN), tl.float32)
+            if LOOP:
+                for off in tl.static_range(0, 2):
+                    for i in range(count if off else 0, blocks if off else count):
+                        acc = _add_block(
+                            acc, rows, W, inner, outer, low, row, blocks_of.at_place(order, i), i, column, scaling,
+                            M, N, K, n, r, blocks, packed, stride_rows, stride_w,
+                            off == 0, FORWARD, DESCRIBED, BM, BN, BK, R,
+                        )  # fmt: skip
+            else:
+                acc = _add_block(
+                    acc, rows, W, inner, outer, low, row, block, here, column, scaling,
+                    M, N, K, n, r, blocks, packed, stride_rows, stride_w,
+                    rest == 0, FORWARD, DESCRIBED, BM, BN, BK, R,
+                )  # fmt: skip
+            _finish(
+                acc, bias, out, low.dtype.element_ty, row, block, column, M, n if FORWARD else K, N if FORWARD else K,
+                BM, BN, HALVES, DESCRIBED,
+            )  # fmt: skip
+        # The program whose turn it is goes on.
+        first += tl.cdiv(max(last - first, 0), tl.num_programs(0)) * tl.num_programs(0)
+        before, place = last, updated
+        last, width = height * per_block * groups, per_block * (groups - updated)
+
+
+@triton.jit(do_not_specialize=["drop", "M", "blocks", "packed", "begin"])
+def precomputed_linear(
+    rows, W, bias, factor, low, out, gate, seed, threshold, scaling, drop,
+    M, N, K, n, r, blocks, packed, stride_rows, stride_w, begin,
+    FORWARD: tl.constexpr, DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, AT_ONCE: tl.constexpr,
+    GROUP: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """See the head of this file. rows is x, factor B, low S and out y (FORWARD), or dy, A, T and dx.
+
+    rows, W and out are descriptors or pointers. Of each block of y, or of dx, the columns from `begin` on are computed.
+    low is read AT_ONCE columns at a time: R of them without a loop, which would cost the tiles their one pipeline, or
+    with R = 0 as many as there are. All packed blocks of dx are one update.
+    """
+    N, K, n, r = tiles.eights(N), tiles.eights(K), tiles.eights(n), tiles.fours(r)
+    stride_rows, stride_w = tiles.eights(stride_rows), tiles.eights(stride_w)
+    order, count = blocks_of.in_order(gate, threshold, blocks, packed)
+    depth, columns, groups, stride = (K, n, blocks, r) if FORWARD else (N, K, 1, K)
+    tl.assume(depth > 0)
+    height, per_block = tl.cdiv(M, BM), tl.cdiv(columns - begin, BN)
+    if DROPOUT:
+        key0, key1, key2 = counter.keys(tl.load(seed))
+
+    for tile in tl.range(tl.program_id(0), height * per_block * groups, tl.num_programs(0), flatten=FLATTEN):
+        m, j = tiles.grouped(tile, height, per_block * groups, GROUP)
+        place = j // per_block
+        row, column = m * BM, begin + j % per_block * BN
+        # The update is where the sums start, not where they end: behind the main loop ptxas 12.9 makes every wgmma
+        # wait for the last, as it does behind a branch. So zeros are added, and nothing read, of an inactive block.
+        if FORWARD:
+            block = blocks_of.at_place(order, place)
+            own = low + (block if packed == blocks else place) * r
+            there = tl.where(place < count, r, 0)
+        else:
+            block = 0
+            own = low
+            there = tl.where(count > 0, packed * r, 0)
+        first, stop = block * columns + column, block * columns + columns
+        acc = tl.zeros((BM, BN), tl.float32)
+        if R > 0:
+            for k in tl.static_range(0, R, AT_ONCE):
+                piece = tiles.load_low(own, row, k, M, there, packed * r, BM, AT_ONCE)
+                acc = _add_update(acc, piece, factor, k, first, there, stop, stride, scaling, FORWARD, AT_ONCE, BN)
+        else:
+            for k in tl.range(0, there, AT_ONCE, num_stages=1):
+                piece = tiles.load_low(own, row, k, M, there, packed * r, BM, AT_ONCE)
+                acc = _add_update(acc, piece, factor, k, first, there, stop, stride, scaling, FORWARD, AT_ONCE, BN)
+        if DROPOUT:
+            a_key, b_key = counter.row_keys(key0, key1, row + tl.arange(0, BM))
+            acc = tl.where(counter.keep(a_key, b_key, key2, column, drop, BN), acc, 0.0)
+        for k in range(0, depth, BK):
+            left = tiles.load(rows, row, k, M, depth, stride_rows, BM, BK, DESCRIBED)
+            acc = _times(acc, left, W, k, first, depth, columns * groups, stride_w, FORWARD, DESCRIBED, BK, BN)
+        _finish(
+            acc, bias, out, low.dtype.element_ty, row, block, column, M, columns, columns * groups,
+            BM, BN, HALVES, DESCRIBED,
+        )  # fmt: skip
+
+
+def fused(
+    rows: Tensor, W: Tensor, bias: Tensor | None, operands: LoRAOperands, tile: configs.Gemm, *, forward: bool,
+    first_tile: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return `(y [M, N], S [M, packed * r])` of x, or `(dx [M, K], T [M, packed * r])` of dy.
+
+    Args:
+        rows: x `[M, K]` (forward) or dy `[M, N]`, not empty, rows of 16 aligned bytes (`launch.aligned`).
+        W: `[N, K]` likewise, in the dtype of rows.
+        bias: `[N]` in the dtype of x, contiguous, or None, as it is for dx.
+        operands: A, B contiguous in the dtype of rows, gates in fp32, r at most `configs.MAX_FUSED_RANK`, no dropout.
+            Where r is no multiple of 8, rows of B are padded to 16 bytes for TMA in the backward: `2 N r` bytes.
+        tile: one of `configs.gemm(arch, "fused", R)`; in the backward of several blocks `tile.BK` divides n, because a
+            tile that TMA brings must not reach over the end of a block.
+        first_tile: fill only the first `tile.BN` columns of each block of y, or of dx.
+    """
+    M, (N, K) = rows.shape[0], W.shape
+    A, B, gate, threshold, scaling, *_ = operands
+    blocks, r, n, packed, R = operands.blocks, operands.r, operands.n, operands.packed, configs.padded(operands.r)
+    groups, columns = (blocks, n) if forward else (1, K)
+    out, low = rows.new_empty(M, groups * columns), rows.new_empty(M, packed * r)
+    end = min(tile.BN, columns) if first_tile else columns
+    described = launch.described(rows.device)
+    if forward:
+        inner, box = A.view(blocks * r, K), (R, tile.BK)
+    else:
+        inner, box = B.view(N, r), (tile.BK, R)
+        if r % 8 and described:
+            inner = F.pad(inner, (0, -r % 8))
+    with launch.on(rows.device):
+        fused_linear[launch.persistent(rows.device, tile, M, end, groups)](
+            launch.boxed(rows, tile.BM, tile.BK), launch.boxed(W, *tile.of_weight(forward)), bias,
+            launch.boxed(inner, *box), B if forward else A, low,
+            launch.boxed(out.view(M, groups, columns), tile.BM, 1, tile.store_width), gate, threshold, scaling,
+            M, N, K, n, r, blocks, packed, rows.stride(0), W.stride(0), end,
+            FORWARD=forward, LOOP=not forward and (blocks > 1 or not tile.FLATTEN), DESCRIBED=described, R=R,
+            **tile.meta(),
+        )  # fmt: skip
+    return out, low
+
+
+def precomputed(
+    rows: Tensor, W: Tensor, bias: Tensor | None, low: Tensor, factor: Tensor, operands: LoRAOperands,
+    tile: configs.Gemm, *, forward: bool, out: Tensor | None = None, begin: int = 0,
+) -> Tensor:  # fmt: skip
+    """Return y `[M, N]` of x and S, or dx `[M, K]` of dy and T; rows, W, bias and operands are as for `fused`.
+
+    Args:
+        low: S or T `[M, packed * r]`, contiguous.
+        factor: B, or the A of the packed blocks, `[packed * r, K]`, without what is inactive.
+        tile: one of `configs.gemm(arch, "precomputed", R)`, for dx with dropout of "masked".
+        out: filled from the column `begin` of each block of y, or of dx, on; by default a new one is filled whole.
+    """
+    M, (N, K), blocks = rows.shape[0], W.shape, operands.blocks
+    groups, columns = (blocks, operands.n) if forward else (1, K)
+    out = rows.new_empty(M, groups * columns) if out is None else out
+    dropout = not forward and operands.dropout > 0.0
+    if begin < columns:
+        with launch.on(rows.device):
+            precomputed_linear[launch.persistent(rows.device, tile, M, columns - begin, groups)](
+                launch.boxed(rows, tile.BM, tile.BK), launch.boxed(W, *tile.of_weight(forward)), bias, factor, low,
+                launch.boxed(out.view(M, groups, columns), tile.BM, 1, tile.store_width), operands.gate,
+                operands.seed if dropout else None, operands.threshold, operands.factor,
+                drop_units(operands.dropout), M, N, K, operands.n, operands.r, blocks, operands.packed,
+                rows.stride(0), W.stride(0), begin,
+                FORWARD=forward, DROPOUT=dropout, DESCRIBED=launch.described(rows.device),
+                **tile.unrolled(operands.r if forward else low.shape[1]), **tile.meta(),
+            )  # fmt: skip
+    return out
