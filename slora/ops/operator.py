@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from slora import reference
 from slora.errors import StateError
-from slora.ops.backends import Backend, Needs
+from slora.ops.backends import Backend, Gradients, Needs
 from slora.ops.backends.eager import EAGER
 from slora.ops.checks import check_operands
 from slora.ops.dispatch import backend_for, check_device, setting
@@ -134,7 +134,7 @@ class _Eager(torch.autograd.Function):
         y, S = backend.forward(x, weight, bias, operands.cast(x.dtype))
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*_kept(ctx.needs_input_grad, x, weight, S, operands))
-            ctx.call = backend, operands[3:7]
+            ctx.call, ctx.backend = operands[3:7], backend
         # A view made in here could not be changed in place afterwards.
         return y.detach() if y._is_view() else y
 
@@ -145,30 +145,9 @@ class _Eager(torch.autograd.Function):
             # Called inside a context that the forward was not in, which would cast some of the products.
             with torch.autocast(device, enabled=False):
                 return _Eager.backward(ctx, *grads)
-        (dy,) = grads
-        x, weight, S, lora_A, lora_B, gate, seed = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_A, need_B, need_gate, _, _ = ctx.needs_input_grad
-        backend, (threshold, scaling, active, dropout) = ctx.call
-        needs = Needs(need_x, need_A, need_B, need_gate)
-        operands = LoRAOperands(lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
-        S = dy.new_empty(0) if S is None else S
-        dx = dA = dB = dgate = None
-        if torch.is_grad_enabled() or is_in_torch_dispatch_mode():
-            # Differentiated twice, which the operator refuses, or watched.
-            gradients = torch.ops.slora.selective_linear_backward(dy, x, S, weight, needs, *operands)
-            dx, dA, dB, dgate = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        elif any(needs):
-            low = operands.cast(dy.dtype)
-            dx, dA, dB, dgate = backend.backward(rows(dy), None if x is None else rows(x), S, weight, low, needs)
-            if dx is not None and dy.dim() != 2:
-                dx = dx.view(*dy.shape[:-1], weight.shape[1])
-            if dgate is not None and dgate.dtype != gate.dtype:
-                dgate = dgate.to(gate.dtype)
-            if low is not operands:
-                dA, dB = (None if g is None else g.to(lora_A.dtype) for g in (dA, dB))
-        dW = rows(dy).T @ rows(x) if need_weight else None
-        db = rows(dy).sum(0) if need_bias else None
-        return dx, dW, db, dA, dB, dgate, None, None
+        # Differentiated twice, which the operator refuses, or watched: by the operator.
+        watched = torch.is_grad_enabled() or is_in_torch_dispatch_mode()
+        return *_gradients_of(ctx, grads[0], None if watched else ctx.backend), None, None
 
 
 def _kept(
@@ -179,6 +158,38 @@ def _kept(
     x_kept = x if need_weight or need_A else None
     S_kept = S if need_B or need_gate else None
     return x_kept, weight, S_kept, *operands[:3], operands.seed
+
+
+def _gradients_of(ctx: Any, dy: Tensor, backend: Backend | None) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias, A, B and gates for what `_kept` kept, by the backend or by the operator."""
+    x, weight, S, lora_A, lora_B, gate, seed = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
+    needs, operands = Needs(need_x, need_A, need_B, need_gate), LoRAOperands(lora_A, lora_B, gate, *ctx.call, seed)
+    S = dy.new_empty(0) if S is None else S
+    dx = dA = dB = dgate = None
+    if backend is None:
+        found = torch.ops.slora.selective_linear_backward(dy, x, S, weight, needs, *operands)
+        dx, dA, dB, dgate = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
+    elif any(needs):
+        dx, dA, dB, dgate = _by(backend, dy, x, S, weight, needs, operands)
+    dW = rows(dy).T @ rows(x) if need_weight else None
+    db = rows(dy).sum(0) if need_bias else None
+    return dx, dW, db, dA, dB, dgate
+
+
+def _by(
+    backend: Backend, dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Needs, operands: LoRAOperands
+) -> Gradients:
+    """The gradients by a backend, in the shape and dtype of what they are of."""
+    low = operands.cast(dy.dtype)
+    dx, dA, dB, dgate = backend.backward(rows(dy), None if x is None else rows(x), S, weight, low, needs)
+    if dx is not None and dy.dim() != 2:
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    if dgate is not None and dgate.dtype != operands.gate.dtype:
+        dgate = dgate.to(operands.gate.dtype)
+    if low is not operands:
+        dA, dB = (None if g is None else g.to(operands.lora_A.dtype) for g in (dA, dB))
+    return Gradients(dx, dA, dB, dgate)
 
 
 # Without what `Function.apply` does first, which is to look for transforms of torch.func: `wants_plain` has looked.
@@ -221,26 +232,16 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *blocks: Any) -> tuple[Tensor, Tensor]:
     operands = LoRAOperands(*blocks)
     check_operands(x, weight, bias, operands)
-    operands = operands.cast(x.dtype)
-    return (backend_for(x, operands) or EAGER).forward(x, weight, bias, operands)
+    return (backend_for(x, operands) or EAGER).forward(x, weight, bias, operands.cast(x.dtype))
 
 
 def _backward(
     dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Sequence[bool], *blocks: Any
 ) -> tuple[Tensor, ...]:
-    given = LoRAOperands(*blocks)
-    operands = given.cast(dy.dtype)
-    x_rows = None if x is None else rows(x)
-    backend = backend_for(dy, operands) or EAGER
-    dx, dA, dB, dgate = backend.backward(rows(dy), x_rows, S, weight, operands, Needs(*needs))
+    operands = LoRAOperands(*blocks)
+    found = _by(backend_for(dy, operands) or EAGER, dy, x, S, weight, Needs(*needs), operands)
     # An operator returns tensors; what is not needed is an empty one.
-    empty = dy.new_empty(0)
-    return (
-        empty if dx is None else dx.view(*dy.shape[:-1], weight.shape[1]),
-        empty.clone() if dA is None else dA.to(given.lora_A.dtype),
-        empty.clone() if dB is None else dB.to(given.lora_B.dtype),
-        empty.clone() if dgate is None else dgate.to(given.gate.dtype),
-    )
+    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *blocks: Any) -> tuple[Tensor, Tensor]:
@@ -254,13 +255,10 @@ def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *blocks: Any) 
 def _backward_fake(
     dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Sequence[bool], *blocks: Any
 ) -> tuple[Tensor, ...]:
-    operands = LoRAOperands(*blocks)
-
-    def result(needed: bool, like: Tensor) -> Tensor:
-        return torch.empty_like(like, memory_format=torch.contiguous_format) if needed else dy.new_empty(0)
-
-    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1]) if needs[0] else dy.new_empty(0)
-    return dx, result(needs[1], operands.lora_A), result(needs[2], operands.lora_B), result(needs[3], operands.gate)
+    dx = dy.new_empty(*dy.shape[:-1], weight.shape[1])
+    return tuple(
+        t.new_empty(t.shape) if needed else dy.new_empty(0) for t, needed in zip((dx, *blocks[:3]), needs, strict=True)
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -273,17 +271,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _gradients(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 11
-    x, weight, S, lora_A, lora_B, gate, seed = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
-    needs = [need_x, need_A, need_B, need_gate]
-    S = dy.new_empty(0) if S is None else S
-    found = torch.ops.slora.selective_linear_backward(dy, x, S, weight, needs, lora_A, lora_B, gate, *ctx.call, seed)
-    dx, dA, dB, dgate = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
-    dW = rows(dy).T @ rows(x) if need_weight else None
-    db = rows(dy).sum(0) if need_bias else None
-    return dx, dW, db, dA, dB, dgate, None, None, None, None, None
+    found = (None,) * 6 if dy is None else _gradients_of(ctx, dy, None)
+    return *found, None, None, None, None, None
 
 
 def _refuse_twice(ctx: Any, *grads: Tensor | None) -> None:
