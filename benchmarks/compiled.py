@@ -39,14 +39,13 @@ class Variant:
     """num_warps, num_stages and the like."""
     products: frozenset[str]
     """The instructions that may do its products of tiles."""
-    copies_ahead: bool = False
-    """Whether its loop should load by asynchronous copies."""
-    described: tuple[str, ...] = ()
-    """Arguments whose tiles TMA should bring."""
-    stores_described: bool = False
-    """Whether TMA should take its results away."""
     programs: int = 1
     """How many programs are meant to share an SM."""
+
+    @property
+    def described(self) -> set[str]:
+        """The arguments whose tiles TMA should bring, or take away: `out`."""
+        return {name for name, kind in self.types.items() if kind.startswith("tensordesc")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,11 +157,11 @@ def mismatches(variant: Variant, report: Report, limit: int) -> list[str]:
     by = {name for name, count in report.products.items() if count}
     if not by <= variant.products or (variant.products and not by):
         found.append(f"products by {report.products}; expected {' or '.join(sorted(variant.products))} alone")
-    if variant.copies_ahead and not report.async_copies:
+    if variant.products and not variant.described and not report.async_copies:
         found.append("its loop does not load by asynchronous copies")
-    missing = set(variant.described) - set(report.bulk_loads)
+    missing = variant.described - {"out"} - set(report.bulk_loads)
     if missing:
         found.append(f"TMA does not bring {', '.join(sorted(missing))}")
-    if variant.stores_described and not report.bulk_stores:
+    if "out" in variant.described and not report.bulk_stores:
         found.append("TMA does not take its results away")
     return found

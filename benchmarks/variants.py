@@ -12,11 +12,12 @@ from benchmarks.compiled import OWN, Variant
 from slora.kernels import configs, gate_probe, linear, skinny
 from slora.kernels import weight_gradients as wg
 
-# Of the arguments that are no matrices of bf16 and no integers.
-_TYPES = {"seed": "*i64", "seed_offset": "*i64", "threshold": "fp32", "scaling": "fp32"} | dict.fromkeys(
-    ("gate", "partial_A", "partial_B", "dots", "dgate"), "*fp32"
+# What is no integer.
+_TYPES = (
+    dict.fromkeys("x dy rows W A B S T low inner outer factor bias out dA dB".split(), "*bf16")
+    | dict.fromkeys(("gate", "partial_A", "partial_B", "dots", "dgate"), "*fp32")
+    | {"seed": "*i64", "seed_offset": "*i64", "threshold": "fp32", "scaling": "fp32"}
 )
-_MATRICES = "x dy rows W A B S T low inner outer factor bias out dA dB".split()
 
 
 def variants(arch: int) -> Iterator[Variant]:
@@ -30,57 +31,54 @@ def variants(arch: int) -> Iterator[Variant]:
         for tile, R in candidates if of == arch else ():
             common = {"R": R, "DESCRIBED": tma, "DROPOUT": form == "masked", "LOOP": form == "looped"}
             types = {"rows": box(tile.BM, tile.BK), "out": box(tile.BM, 1, tile.store_width)}
-            kernel, described = linear.precomputed_linear, ("W", "rows")
-            if form in ("fused", "looped"):
-                kernel, described = linear.fused_linear, ("W", "inner", "rows")
-            else:
+            kernel: Any = linear.fused_linear
+            if form in ("precomputed", "masked"):
+                kernel = linear.precomputed_linear
                 common |= tile.unrolled(R) | ({} if form == "masked" else {"seed": None})
-            for forward in (True, False):
-                # Without one pipeline over the tiles, dx of one block takes the loop of several, and any width that of
-                # 256; beyond that there is dx alone.
-                if form in ("looped", "masked") if forward else form == "fused" and not tile.FLATTEN:
-                    continue
-                if forward and R == configs.ANY_WIDTH and tile.FLATTEN:
-                    continue
+            # Widths beyond 256 are those of dx. Without one pipeline over its tiles, any width takes the same code, and
+            # dx of one block the loop of several.
+            y = form == "fused" or (form == "precomputed" and (R != configs.ANY_WIDTH or not tile.FLATTEN))
+            dx = form != "fused" or tile.FLATTEN
+            for forward in [True] * y + [False] * dx:
                 inner = (R, tile.BK) if forward else (tile.BK, R)
                 label = f"{'y' if forward else 'dx'}{f', {form}' * (form in ('looped', 'masked'))}, R={R}"
                 constants = common | {"FORWARD": forward} | ({} if forward else {"bias": None})
                 of_call = types | {"W": box(*tile.of_weight(forward)), "inner": box(*inner)}
-                yield _variant(kernel, arch, label, tile, of_call, constants, described, stores_described=tma)
+                yield _variant(kernel, arch, label, tile, of_call, constants)
     for columns, low in configs.WEIGHT_GRADIENTS[arch]:
         types = dict.fromkeys(("x", "dy"), box(columns.ROWS, columns.TILE))
         constants = {"LOW_A": low, "LOW_B": low, "DROPOUT": True, "DESCRIBED": tma}
-        yield _variant(wg.partial_sums, arch, f"{low} columns", columns, types, constants, ("dy", "x"))
+        yield _variant(wg.partial_sums, arch, f"{low} columns", columns, types, constants)
     constants = {"CHUNK": wg.CHUNK, "AT_ONCE": wg.AT_ONCE}
-    yield _variant(wg.reduce, arch, "", None, {}, constants, products=frozenset())
+    yield _variant(wg.reduce, arch, "", None, {}, constants, frozenset())
     for rows, R in configs.SKINNY:
-        yield _variant(skinny.skinny, arch, f"R={R}", rows, {}, {"R": R, "DROPOUT": True}, copies_ahead=True)
+        yield _variant(skinny.skinny, arch, f"R={R}", rows, {}, {"R": R, "DROPOUT": True})
     for rows, R in configs.PROBE:
-        yield _variant(gate_probe.probe, arch, f"R={R}", rows, {"out": "*fp32"}, {"R": R}, copies_ahead=True)
-    yield _variant(gate_probe.copy_rows, arch, "", configs.COPY, {}, {}, products=frozenset())
+        yield _variant(gate_probe.probe, arch, f"R={R}", rows, {"out": "*fp32"}, {"R": R})
+    yield _variant(gate_probe.copy_rows, arch, "", configs.COPY, {}, {}, frozenset())
 
 
 def _variant(
     kernel: Any, arch: int, label: str, tile: Any, types: dict[str, str], constants: dict[str, Any],
-    described: tuple[str, ...] = (), **more: Any,
+    products: frozenset[str] | None = None,
 ) -> Variant:  # fmt: skip
     """A variant with bf16 matrices, and integers where nothing else is said."""
     meta = tile.meta() if tile else {"num_warps": 2}
     options = {name: value for name, value in meta.items() if name.startswith("num_")}
     given = constants | {name: value for name, value in meta.items() if name not in options}
-    types = dict.fromkeys(_MATRICES, "*bf16") | _TYPES | types
     sizes = "x".join(str(value) for name, value in meta.items() if name in ("BM", "BN", "BK", "TILE", "ROWS"))
     size = f"{sizes} {options['num_warps']} warps {options.get('num_stages', 3)} stages".strip()
-    # Tiles that no descriptor brings may be below what wgmma and tcgen05 take.
-    products = {OWN[arch]} if described else {OWN[arch], "mma.sync"}
+    if products is None:
+        # Tiles that no descriptor brings may be below what wgmma and tcgen05 take.
+        described = any(kind.startswith("tensordesc") for kind in types.values())
+        products = frozenset({OWN[arch]} if described else {OWN[arch], "mma.sync"})
     return Variant(
         kernel=kernel,
         arch=arch,
         label=", ".join(filter(None, (label, size))),
-        types={name: types.get(name, "i32") for name in kernel.arg_names if name not in given},
+        types={name: (_TYPES | types).get(name, "i32") for name in kernel.arg_names if name not in given},
         constants={name: value for name, value in given.items() if name in kernel.arg_names},
         options=options,
-        described=described if arch >= 90 else (),
+        products=products,
         programs=getattr(tile, "programs", 1),
-        **{"products": frozenset(products)} | more,
     )

@@ -2,9 +2,7 @@
 
 | file | what it computes |
 |---|---|
-| `linear_forward.py` | y: base product, S and the low-rank update in one pass over x |
-| `linear_backward.py` | dx: base product, T and the low-rank update in one pass over dy |
-| `linear_precomputed.py` | y and dx from an S and a T that were computed before |
+| `linear.py` | y or dx: base product and low-rank update, S or T made in the same pass or read |
 | `skinny.py` | S and T alone |
 | `weight_gradients.py` | dA, dB and the gates' gradients in one pass over x and dy |
 | `gate_probe.py` | gradients of inactive gates from a random subset of rows |

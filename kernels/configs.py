@@ -122,7 +122,7 @@ WEIGHT_GRADIENTS: dict[int, tuple[tuple[Columns, int], ...]] = {
         (Columns(128, 64, 4, 3), 32), (Columns(128, 32, 4, 4), 64), (Columns(256, 64, 8, 3), 32),
         (Columns(128, 64, 8, 2), 128),
     ),
-    100: ((Columns(128, 64, 4, 3), 32), (Columns(128, 64, 8, 2), 128)),
+    100: ((Columns(128, 64, 4, 3), 32), (Columns(128, 32, 8, 3), 128)),
 }  # fmt: skip
 # Of `skinny`: few rows, at most 64 columns; many rows; more columns. Of `gate_probe`: a few hundred rows, and many.
 SKINNY = ((Rows(16, 64, 4, 3), 64), (Rows(64, 64, 4, 3), 64), (Rows(64, 32, 8, 3), 256))

@@ -10,7 +10,6 @@ fp32, rounded once. The columns of an inactive block are written as 0 without re
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -56,29 +55,19 @@ def skinny(
     )
 
 
-def S(x: Tensor, operands: LoRAOperands) -> Tensor:
-    """Return `S [M, packed * r]`; arguments as for `linear_forward.fused`, any rank of `configs.RANKS`, dropout too."""
-    K = x.shape[1]
-    return _products(x, operands.lora_A, operands, K, 0, (1, K), operands.dropout)
-
-
-def T(dy: Tensor, operands: LoRAOperands) -> Tensor:
-    """Return `T [M, packed * r]`; arguments as for `linear_backward.fused`, any rank of `configs.RANKS`."""
-    return _products(dy, operands.lora_B, operands, operands.n, operands.n, (operands.r, 1), 0.0)
-
-
-def _products(
-    rows: Tensor, low: Tensor, operands: LoRAOperands, depth: int, step: int, strides: tuple[int, int], dropout: float
-) -> Tensor:
-    M, r, packed = rows.shape[0], operands.r, operands.packed
-    out = torch.empty(M, packed * r, dtype=rows.dtype, device=rows.device)
+def products(rows: Tensor, operands: LoRAOperands, *, forward: bool) -> Tensor:
+    """Return S of x, or T of dy, `[M, packed * r]`; arguments as for `linear.fused`, any rank, for S dropout too."""
+    M, r, packed, dropout = rows.shape[0], operands.r, operands.packed, operands.dropout if forward else 0.0
+    n, K = operands.n, operands.lora_A.shape[2]
+    low, depth, step, strides = (operands.lora_A, K, 0, (1, K)) if forward else (operands.lora_B, n, n, (r, 1))
+    out, R = rows.new_empty(M, packed * r), configs.padded(r)
     if out.numel() == 0:
         return out
-    tile = configs.skinny(M // launch.sms(rows.device), configs.padded(r))
+    tile = configs.skinny(M // launch.sms(rows.device), R)
     with launch.on(rows.device):
         skinny[(launch.cdiv(M, tile.BM) * packed,)](
             rows, low, out, operands.gate, operands.seed if dropout else None, operands.threshold, drop_units(dropout),
             M, depth, step, r, operands.blocks, packed, rows.stride(0), *strides,
-            DROPOUT=dropout > 0.0, R=configs.padded(r), **tile.meta(),
+            DROPOUT=dropout > 0.0, R=R, **tile.meta(),
         )  # fmt: skip
     return out

@@ -46,7 +46,7 @@ def findings() -> list[str]:
     else:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
         rows.append(("GPU", f"none is visible ({built}); everything runs on the CPU"))
-    kernels = importlib.util.find_spec("slora.kernels.linear_forward") is not None
+    kernels = importlib.util.find_spec("slora.kernels.linear") is not None
     rows.append(("Triton kernels", "installed" if kernels else "not in this installation; use SLORA_BACKEND=torch"))
     extension = extension_info()
     if extension["available"]:

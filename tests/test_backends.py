@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -32,13 +31,13 @@ def test_an_unknown_backend_is_refused_with_the_list_of_known_ones(monkeypatch: 
 
 def test_auto_computes_on_a_cpu_in_pytorch_even_where_the_interpreter_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert not dispatch._kernels_serve(torch.zeros(2, 3))
+    assert not dispatch._kernels_serve(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_other_backends_never_use_the_kernels(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLORA_BACKEND", backend)
-    assert not dispatch._kernels_serve(torch.zeros(2, 3))
+    assert not dispatch._kernels_serve(torch.device("cpu"), torch.float32)
 
 
 CALLS = {
@@ -88,51 +87,37 @@ def test_bf16_in_the_interpreter_is_refused_with_a_remedy_everywhere(call: str) 
 
 
 def test_auto_computes_bf16_in_pytorch_where_the_interpreter_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnCuda:
-        dtype, device = torch.bfloat16, torch.device("cuda")
-
-    x: Any = OnCuda()
+    on_cuda = torch.device("cuda"), torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     for value, serves in (("1", False), ("0", True)):
         monkeypatch.setenv("TRITON_INTERPRET", value)
-        dispatch._new_enough.cache_clear()
-        assert dispatch._kernels_serve(x) == serves
-    dispatch._new_enough.cache_clear()
+        assert dispatch._kernels_serve(*on_cuda) == serves
 
 
 def test_triton_without_triton_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLORA_BACKEND", "triton")
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     with pytest.raises(MissingDependencyError, match=r'needs Triton; pip install "slora\[triton\]"'):
-        dispatch.check_device(torch.zeros(2, 3))
+        dispatch.check_device(torch.device("cpu"), torch.float32)
 
 
 def test_auto_without_triton_computes_in_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnCuda:
-        dtype, device = torch.float32, torch.device("cuda")
-
-    x: Any = OnCuda()
+    on_cuda = torch.device("cuda"), torch.float32
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    dispatch._new_enough.cache_clear()
-    assert dispatch._kernels_serve(x) == dispatch.has_triton()
+    assert dispatch._kernels_serve(*on_cuda) == dispatch.has_triton()
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
-    assert not dispatch._kernels_serve(x)
+    assert not dispatch._kernels_serve(*on_cuda)
 
 
 @pytest.mark.parametrize("wanted", ["auto", "triton"])
 def test_gpus_older_than_the_kernels_are_served_by_pytorch(wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnCuda:
-        dtype, device = torch.float32, torch.device("cuda")
-
-    x: Any = OnCuda()
+    on_cuda = torch.device("cuda"), torch.float32
     monkeypatch.setenv("SLORA_BACKEND", wanted)
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     for capability, serves in (((7, 5), False), ((8, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
-        dispatch._new_enough.cache_clear()
-        assert dispatch._kernels_serve(x) == serves
-    dispatch._new_enough.cache_clear()
+        assert dispatch._kernels_serve(*on_cuda) == serves
 
 
 @pytest.mark.parametrize(

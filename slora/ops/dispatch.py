@@ -33,9 +33,6 @@ TRITON = Triton()
 # Looked up once here, because torch.compile cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
-# Decided once for each: a layer asks twice per step.
-_decided: dict[tuple[str, torch.device, torch.dtype], Backend] = {}
-
 
 def setting() -> str:
     """Return what `SLORA_BACKEND` asks for.
@@ -60,19 +57,21 @@ def backend_for(x: Tensor, operands: LoRAOperands | None = None) -> Backend | No
     Raises:
         ConfigError, MissingDependencyError: see `check_device`.
     """
-    wanted = setting()
+    backend = _decided(setting(), x.device, x.dtype)
+    return backend if backend is None or backend.supports(x, operands) else EAGER
+
+
+@functools.cache
+def _decided(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend | None:
+    """`backend_for` but for what the backend supports, once for each: a layer asks twice per step."""
     if wanted == "reference":
         return None
-    key = wanted, x.device, x.dtype
-    backend = _decided.get(key)
-    if backend is None:
-        check_device(x)
-        backend = _decided[key] = TRITON if _kernels_serve(x) else EAGER
-    return backend if backend is EAGER or backend.supports(x, operands) else EAGER
+    check_device(device, dtype)
+    return TRITON if _kernels_serve(device, dtype) else EAGER
 
 
-def check_device(x: Tensor) -> None:
-    """Raise where `SLORA_BACKEND=triton` cannot be obeyed for `x`.
+def check_device(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise where `SLORA_BACKEND=triton` cannot be obeyed for an x on `device`.
 
     Raises:
         ConfigError: x is not on a CUDA device and Triton's interpreter is off, or x is bf16 and it is on.
@@ -84,36 +83,27 @@ def check_device(x: Tensor) -> None:
         raise MissingDependencyError(
             'SLORA_BACKEND=triton needs Triton; pip install "slora[triton]" (Linux), or use SLORA_BACKEND=auto'
         )
-    if x.device.type != "cuda" and not interpreting():
+    if device.type != "cuda" and not interpreting():
         raise ConfigError(
-            f"SLORA_BACKEND=triton needs a CUDA device but x is on {x.device}; move the model to the GPU, use "
+            f"SLORA_BACKEND=triton needs a CUDA device but x is on {device}; move the model to the GPU, use "
             f"SLORA_BACKEND=auto, or set TRITON_INTERPRET=1 before the first import of slora.kernels to try the "
             f"kernels on the CPU, slowly and not in bf16"
         )
-    if _misread(x):
+    if interpreting() and dtype == torch.bfloat16:
         raise ConfigError(
-            f"SLORA_BACKEND=triton with TRITON_INTERPRET=1 cannot compute in {x.dtype}, which Triton's interpreter "
+            f"SLORA_BACKEND=triton with TRITON_INTERPRET=1 cannot compute in {dtype}, which Triton's interpreter "
             f"multiplies wrongly; use torch.float16 or torch.float32, or unset TRITON_INTERPRET and run on a GPU"
         )
 
 
-def _kernels_serve(x: Tensor) -> bool:
-    """Whether the Triton kernels compute for `x`, by the table above."""
-    wanted = setting()
-    if wanted in ("torch", "reference"):
-        return False
-    if wanted == "triton":
-        return x.device.type != "cuda" or _new_enough(x.device)
-    return x.device.type == "cuda" and has_triton() and _new_enough(x.device) and not _misread(x)
-
-
-def _misread(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and interpreting()
-
-
-@functools.cache
-def _new_enough(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+def _kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels compute what `check_device` has let pass, by the table above."""
+    wanted, gpu = setting(), device.type == "cuda"
+    if wanted == "auto":
+        served = gpu and has_triton() and not (interpreting() and dtype == torch.bfloat16)
+    else:
+        served = wanted == "triton"
+    return served and (not gpu or torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def computed_by(gpu: bool) -> str:

@@ -247,7 +247,7 @@ def _backward(
 def _forward_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *blocks: Any) -> tuple[Tensor, Tensor]:
     operands = LoRAOperands(*blocks)
     check_operands(x, weight, bias, operands)
-    check_device(x)
+    check_device(x.device, x.dtype)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     return y, x.new_empty(math.prod(x.shape[:-1]), operands.packed * operands.r)
 

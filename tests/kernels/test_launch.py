@@ -38,8 +38,8 @@ def everything(M: int, K: int, n: int, blocks: int, r: int) -> None:
     tile = configs.gemm(90, "precomputed", R)[-1]
     linear.precomputed(x, W, None, low, B, operands, tile, forward=True)
     linear.precomputed(dy, W, None, low, A.view(-1, K), operands, tile, forward=False)
-    skinny.S(x, operands)
-    skinny.T(dy, operands)
+    skinny.products(x, operands, forward=True)
+    skinny.products(dy, operands, forward=False)
     tile = configs.weight_gradients(90, min(R, 128))[-1]
     weight_gradients.weight_gradients(x, dy, low, low, operands, (True, True, True), tile)
     gate_probe.sample_rows(x, M - 1 if M < 2**19 else 512, 0)
@@ -97,7 +97,7 @@ def test_every_form_computes_on_a_gpu_that_is_not_the_current_one() -> None:
         found = []
         for operation in (Forward(x, W, None, operands), InputGradient(dy, W, None, operands)):
             found += [t for form in operation.forms() for t in operation.compute(form)]
-        S, T = skinny.S(x, operands), skinny.T(dy, operands)
+        S, T = skinny.products(x, operands, forward=True), skinny.products(dy, operands, forward=False)
         found += weight_gradients.weight_gradients(
             x, dy, S, T, operands, (True,) * 3, configs.weight_gradients(launch.arch(x.device), 16)[0]
         )

@@ -84,7 +84,7 @@ class Triton:
         if needs.x:
             dx, T = _run(InputGradient(dy, launch.aligned(weight), None, operands))
         elif needs.lora_A:
-            T = skinny.T(dy, operands)
+            T = skinny.products(dy, operands, forward=False)
         if not any(needs[1:]):
             return Gradients(dx, None, None, None)
         if operands.r != r and (needs.lora_B or needs.gate):
@@ -186,7 +186,7 @@ class Linear:
             out, low = linear.fused(rows, W, bias, operands, first, forward=forward, first_tile=True)
             linear.precomputed(rows, W, bias, low, factor, operands, others, forward=forward, out=out, begin=first.BN)
             return out, low
-        low = skinny.S(rows, operands) if forward else skinny.T(rows, operands)
+        low = skinny.products(rows, operands, forward=forward)
         if form.name == "precomputed":
             return linear.precomputed(rows, W, bias, low, factor, operands, *form.tiles, forward=forward), low
         # cuBLAS has one update of dx for all packed blocks.
