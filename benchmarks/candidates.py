@@ -110,7 +110,7 @@ class Case:
     def excess(self, operation: str, form: Form) -> dict[str, float]:
         """The error of each result, as a part of what is allowed."""
         with _uninitialised_is_nan():
-            results = self.operations[operation].compute(form)
+            results: Any = self.operations[operation].compute(form)
         by_rows = operation != "weight gradients"
         found = {name: t[self.rows] if by_rows else t for name, t in zip(RESULTS[operation], results, strict=True)}
         return {name: error / allowed for name, (error, allowed) in errors(found, self.exact).items()}

@@ -29,7 +29,7 @@ def variants(arch: int) -> Iterator[Variant]:
 
     for (of, form), candidates in configs.GEMMS.items():
         for tile, R in candidates if of == arch else ():
-            common = {"R": R, "DESCRIBED": tma, "DROPOUT": form == "masked", "LOOP": form == "looped"}
+            common: dict[str, Any] = {"R": R, "DESCRIBED": tma, "DROPOUT": form == "masked", "LOOP": form == "looped"}
             types = {"rows": box(tile.BM, tile.BK), "out": box(tile.BM, 1, tile.store_width)}
             kernel: Any = linear.fused_linear
             if form in ("precomputed", "masked"):

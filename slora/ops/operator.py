@@ -164,7 +164,9 @@ def _gradients_of(ctx: Any, dy: Tensor, backend: Backend | None) -> tuple[Tensor
     """The gradients of x, weight, bias, A, B and gates for what `_kept` kept, by the backend or by the operator."""
     x, weight, S, lora_A, lora_B, gate, seed = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
-    needs, operands = Needs(need_x, need_A, need_B, need_gate), LoRAOperands(lora_A, lora_B, gate, *ctx.call, seed)
+    threshold, scaling, active, dropout = ctx.call
+    operands = LoRAOperands(lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
+    needs = Needs(need_x, need_A, need_B, need_gate)
     S = dy.new_empty(0) if S is None else S
     dx = dA = dB = dgate = None
     if backend is None:
