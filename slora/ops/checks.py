@@ -58,11 +58,16 @@ def _check_active(gate: Tensor, threshold: float, active: Sequence[int] | None) 
         )
 
 
-def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
+def check_input(x: Tensor, weight: Tensor) -> None:
+    """Raise `ShapeError` unless there is a product of x and weight."""
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(
             f"x has shape {_shape(x)} and weight {_shape(weight)}; expected x [..., K] and weight [N, K] of one K"
         )
+
+
+def _check_shapes(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, gate: Tensor) -> None:
+    check_input(x, weight)
     out_features, in_features = weight.shape
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != out_features):
         raise ShapeError(f"bias has shape {_shape(bias)}; expected [{out_features}], the rows of weight")

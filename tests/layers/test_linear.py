@@ -170,6 +170,18 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 # Gradients
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("policy", ["frozen", "probe", "exact"])
+def test_an_input_that_does_not_fit_is_refused_in_the_same_words_where_no_block_is_active(
+    policy: str, bias: bool
+) -> None:
+    layer = SelectiveLoRALinear(16, 12, r=2, inactive=policy, bias=bias)
+    nn.init.zeros_(layer.gate)
+    for shape in ((15,), (2, 15), (2, 3, 15)):
+        with pytest.raises(ShapeError, match=r"x has shape \[.*15\] and weight \[12, 16\]; expected x \[\.\.\., K\]"):
+            layer(torch.randn(shape))
+
+
 def test_frozen_parameters_get_no_gradient_and_the_others_do() -> None:
     layer = layer_of()
     x = torch.randn(5, 10, requires_grad=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slora.ops import dropout as counter
 from slora.ops.backends import Gradients, Needs
+from slora.ops.checks import check_input
 from slora.ops.layout import chosen, columns, masked, rows, scattered
 from slora.ops.operands import LoRAOperands
 
@@ -171,9 +172,13 @@ def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Over rows that are not contiguous PyTorch multiplies a frozen weight batch by batch, which rounds otherwise:
     merely freezing a model would change its output.
     """
-    if x.dim() <= 2 or (bias is not None and x.is_contiguous()):
-        return F.linear(x, weight, bias)
-    y = rows(x) @ weight.T
+    try:
+        if x.dim() <= 2 or (bias is not None and x.is_contiguous()):
+            return F.linear(x, weight, bias)
+        y = rows(x) @ weight.T
+    except RuntimeError:
+        check_input(x, weight)
+        raise
     if bias is not None:
         y = y.add_(bias)
     return y.view(*x.shape[:-1], weight.shape[0])
