@@ -117,6 +117,16 @@ def test_derivatives_along_a_direction_and_of_second_order(active: str) -> None:
     torch.testing.assert_close(hessian(ours)(p, x), hessian(hand)(p, x))
 
 
+def test_a_compiled_transform_computes_the_same() -> None:
+    model = make()
+    x = torch.randn(5, 2, 4, dtype=torch.float64)
+    torch._dynamo.reset()
+    each = vmap(grad(losses(model)[0]), in_dims=(None, 0))
+    found = torch.compile(lambda p, x: each(p, x), backend="aot_eager", fullgraph=True)(trained(model), x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, each(trained(model), x))
+
+
 def test_torch_func_leaves_what_the_model_knows_of_its_gates_alone() -> None:
     model, x = make(), torch.randn(3, 4, dtype=torch.float64)
     y = model(x)

@@ -201,7 +201,7 @@ _apply: Any = super(torch.autograd.Function, _Eager).apply
 def wants_plain() -> bool:
     """Whether torch.func transforms what is called here, or torch.jit or torch.onnx records it."""
     if torch.compiler.is_compiling():
-        return torch.onnx.is_in_onnx_export()
+        return torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active()
     return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
 
 
