@@ -250,7 +250,7 @@ class LoRABlocks(Gated):
         if self.released:
             return base(x, weight, bias)
         if ops.wants_plain():
-            learns = self.inactive != "frozen" and not torch.jit.is_tracing()
+            learns = self.inactive != "frozen" and (torch.compiler.is_compiling() or not _is_tracing())
             return ops.plain(x, weight, bias, self._blocks(part, None), every_gate=learns)
         # Known, because nothing can change it.
         active = () if not torch.compiler.is_compiling() and self._off_for_good() else None
