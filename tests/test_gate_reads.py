@@ -139,6 +139,13 @@ def test_release_frees_no_block_that_was_switched_on_unseen(make_mlp: Any) -> No
     assert (model.fc0.released, model.fc1.released) == (True, False)
 
 
+def test_a_choice_of_blocks_is_made_among_those_that_are_active(make_mlp: Any) -> None:
+    model = known(adapted(make_mlp))
+    swap(model, "copy_to")
+    slora.keep_blocks(model, 1)
+    assert [bool(on) for on in slora.active_blocks(model).values()] == [False, True]
+
+
 def test_looking_again_is_no_move_of_the_gates(make_mlp: Any) -> None:
     model = known(adapted(make_mlp))
     mirror, x = mirror_of(model), torch.randn(3, 6)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slora.config import BUDGET_PHASES, Unit, check_budget, rounded_up
 from slora.errors import ConfigError, StateError
-from slora.gate import set_gates
+from slora.gate import reread, set_gates
 from slora.layers import LoRABlocks
 from slora.ops.flops import linear_flops
 from slora.selection.ranking import Ranking, update_norm
@@ -241,6 +241,7 @@ def keep_blocks(
         StateError: the model has no adapted layer, or is merged.
     """
     layers = require_layers(model)
+    reread(model)
     n = sum(layer.blocks for layer in layers.values())
     budget = check_budget(budget, unit, n)
     if unit == "flops":
