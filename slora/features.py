@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError
 from slora.inject import head_names
+from slora.wrappers import module_at, unwrapped
 
 
 def final_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -20,7 +21,7 @@ def final_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
     Raises:
         ConfigError: the model offers none of these.
     """
-    found: Any = model
+    found: Any = unwrapped(model)
     if callable(getattr(found, "forward_features", None)) and callable(getattr(found, "forward_head", None)):
         return lambda images: found.forward_head(found.forward_features(images), pre_logits=True)
     if callable(getattr(found, "encode_image", None)):
@@ -41,7 +42,7 @@ def input_of(model: nn.Module, name: str, images: Tensor) -> tuple[Tensor, Any]:
         ConfigError: the module is not called, or with something else than one tensor.
     """
     seen: list[tuple[Any, ...]] = []
-    hook = model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.append(args))
+    hook = module_at(model, name).register_forward_pre_hook(lambda module, args: seen.append(args))
     try:
         output = model(images)
     finally:

@@ -318,3 +318,23 @@ def test_strategies_choose_in_a_wrapped_model(wrapped: nn.Module) -> None:
     assert slora.summary(wrapped).active == 2
     slora.freeze_gates(wrapped)
     assert not any(gate.requires_grad for gate in gates(wrapped))
+
+
+def test_the_head_and_the_features_of_a_wrapped_model_are_found(
+    running: nn.Module, model: nn.Module, x: Tensor
+) -> None:
+    with torch.no_grad():
+        expected = slora.features.final_features(model)(x)
+        _assert_close(slora.features.final_features(running)(x), expected, running)
+
+
+@pytest.mark.parametrize("name", ["compiled leaves", "checkpointed", "DataParallel"])
+def test_a_new_head_of_a_wrapped_model_is_trained_first(name: str, model: nn.Module, x: Tensor) -> None:
+    training = pytest.importorskip("slora.training")
+    wrapped = WRAPPERS[name](copy.deepcopy(model))
+    batches = [(x, torch.tensor([0, 1, 2]))]
+    for m in (model, wrapped):
+        training.train_head(m, batches, steps=2, criterion=nn.functional.cross_entropy)
+    ours = dict(named_parameters(wrapped))
+    for key, theirs in model.named_parameters():
+        torch.testing.assert_close(ours[key], theirs, msg=key)

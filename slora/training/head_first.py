@@ -19,6 +19,7 @@ from slora.features import input_of
 from slora.inject import head_names
 from slora.model import disabled
 from slora.modes import evaluating
+from slora.wrappers import module_at
 
 HEAD_LR = 1e-2
 
@@ -47,7 +48,7 @@ def train_head(
         ConfigError: the model has not one head that is trained and whose output is the model's, or `batches` is empty.
     """
     name = _head_of(model)
-    head = model.get_submodule(name)
+    head = module_at(model, name)
     features: list[Tensor] = []
     labels: list[Tensor] = []
     with torch.no_grad(), evaluating(model), disabled(model):
@@ -86,7 +87,7 @@ def trained_heads(model: nn.Module) -> list[str]:
     return [
         name
         for name in dict.fromkeys(head_names(model))
-        if any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
+        if any(parameter.requires_grad for parameter in module_at(model, name).parameters())
     ]
 
 

@@ -12,6 +12,7 @@ from slora.inject import head_names, inject
 from slora.layers import adapted_layers
 from slora.saved import saved_parts
 from slora.training.settings import Method, TrainSettings
+from slora.wrappers import module_at
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -54,7 +55,7 @@ def prepare(model: Model, method: Method | None = None, settings: TrainSettings 
 def heads_of(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the output heads of `model` that have parameters, none inside another."""
     names = dict.fromkeys(head_names(model))
-    owned = [name for name in names if any(True for _ in model.get_submodule(name).parameters())]
+    owned = [name for name in names if any(True for _ in module_at(model, name).parameters())]
     return tuple(name for name in owned if not any(name.startswith(other + ".") for other in owned))
 
 
