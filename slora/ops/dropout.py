@@ -50,21 +50,21 @@ def kept(M: int, K: int, dropout: float, seed: Tensor, dtype: torch.dtype) -> Te
     """
     device = seed.device
     low, high = seed & _WORD, seed >> 32 & _WORD
-    key0 = _mix(low + _mix(high ^ C0))
-    key1 = _mix(high + _mix(key0 ^ C1))
-    key2 = _mix(key0 ^ (key1 + C2 & _WORD))
+    key0 = mix(low + mix(high ^ C0))
+    key1 = mix(high + mix(key0 ^ C1))
+    key2 = mix(key0 ^ (key1 + C2 & _WORD))
     pairs = (K + 1) // 2
-    c = _mix(torch.arange(pairs, device=device) + key2)
+    c = mix(torch.arange(pairs, device=device) + key2)
     drop = drop_units(dropout)
     mask = torch.empty(M, pairs, 2, dtype=dtype, device=device)
     step = max(1, _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE) // max(1, pairs))
     for start in range(0, M, step):
         rows = torch.arange(start, min(start + step, M), device=device)[:, None]
-        z = _mix(rows ^ key0) ^ c
+        z = mix(rows ^ key0) ^ c
         z ^= z >> 16
         z.mul_(D0).bitwise_and_(_WORD)
         z ^= z >> 15
-        z ^= _mix(rows + key1)
+        z ^= mix(rows + key1)
         z.mul_(D1).bitwise_and_(_WORD)
         high_half = z >> 16
         part = mask[start : start + step]
@@ -73,8 +73,8 @@ def kept(M: int, K: int, dropout: float, seed: Tensor, dtype: torch.dtype) -> Te
     return mask.view(M, 2 * pairs)[:, :K]
 
 
-def _mix(z: Tensor) -> Tensor:
-    """Wellons' lowbias32 on the low 32 bits of int64 `z`: every bit of the result depends on every bit of `z`."""
+def mix(z: Tensor) -> Tensor:
+    """Return Wellons' lowbias32 of the low 32 bits of int64 `z`: every bit depends on every bit of `z`."""
     z = z & _WORD
     z = (z ^ z >> 16) * D0 & _WORD
     z = (z ^ z >> 15) * D1 & _WORD

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from slora.ops.backends.eager import EAGER
 from slora.ops.dispatch import backend_for
+from slora.ops.dropout import mix
 from slora.ops.layout import rows
 from slora.ops.operands import LoRAOperands
 
@@ -40,16 +41,8 @@ def sampled_rows(M: int, m: int, seed: int | Tensor, device: torch.device | str 
         return torch.arange(M, device=device)
     k = torch.arange(m, dtype=torch.int64, device=device)
     # 24 bits of position within a stratum: exact in int64 while m * M < 2^39 (a billion rows at m = 512).
-    u = _hash24(k, seed)
+    u = mix(k + (seed * 0x9E3779B1 & 0xFFFFFFFF)) >> 8
     return (((k << 24) + u) * M // m) >> 24
-
-
-def _hash24(k: Tensor, seed: int | Tensor) -> Tensor:
-    """24 uniform bits per element of `k` (Wellons' lowbias32 on `k + seed * odd`, top bits kept)."""
-    z = (k + (seed * 0x9E3779B1 & 0xFFFFFFFF)) & 0xFFFFFFFF
-    z = ((z ^ (z >> 16)) * 0x21F0AAAD) & 0xFFFFFFFF
-    z = ((z ^ (z >> 15)) * 0x735A2D97) & 0xFFFFFFFF
-    return (z ^ (z >> 15)) >> 8
 
 
 class ProbeGates(torch.autograd.Function):
@@ -62,20 +55,8 @@ class ProbeGates(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        gate: Tensor,
-        x: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        threshold: float,
-        scaling: float,
-        blocks: tuple[int, ...] | None,
-        m: int | None,
-        seed: int,
-        shift: Tensor | None,
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, gate: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, *call: Any) -> Tensor:
+        threshold, scaling, blocks, m, seed, shift = call
         x_rows = rows(x)
         kept = x_rows if m is None else torch.ops.slora.sample_rows(x_rows, m, seed, shift)
         ctx.save_for_backward(kept, lora_A, lora_B, gate, shift)
@@ -109,9 +90,8 @@ def _sample_rows_fake(x: Tensor, m: int, seed: int, shift: Tensor | None = None)
 
 
 def _gate_probe_fake(
-    dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Tensor, threshold: float, scaling: float,
-    blocks: Sequence[int] | None, seed: int, shift: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Tensor, *_: Any, shift: Tensor | None = None
+) -> Tensor:
     return dy.new_empty(gate.shape, dtype=torch.promote_types(dy.dtype, torch.float32))
 
 

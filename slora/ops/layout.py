@@ -17,11 +17,6 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def unit_stride(x_rows: Tensor) -> Tensor:
-    """Return `x_rows [M, C]`, copied only where neighbouring columns are not neighbours in memory."""
-    return x_rows if x_rows.stride(1) == 1 else x_rows.contiguous()
-
-
 def fp32_gate(gate: Tensor, threshold: float) -> tuple[Tensor, float]:
     """Return gates in fp32 with their threshold. Those of another dtype become ones and zeros: rounded, a score next
     to the threshold could change sides."""

@@ -120,17 +120,9 @@ class _Eager(torch.autograd.Function):
     autograd."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        gate: Tensor,
-        operands: LoRAOperands,
-        backend: Backend,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        operands: LoRAOperands = rest[3]
+        backend: Backend = rest[4]
         y, S = backend.forward(x, weight, bias, operands.cast(x.dtype))
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*_kept(ctx.needs_input_grad, x, weight, S, operands))

@@ -35,7 +35,6 @@ FORMAT = 2
 # of some 50 us each.
 CALLS, SAMPLES, DELAY = 5, 5, 4_000_000
 Candidates = Mapping[str, Callable[[], Any]]
-_Entries = dict[str, dict[str, Any]]
 
 _lock = threading.Lock()
 
@@ -62,7 +61,7 @@ def choose(shape: str, M: int, device: torch.device, candidates: Candidates) -> 
             return None
         times = _times(candidates, device)
         fastest = min(times, key=times.__getitem__)
-        _remember(device, key, {"choice": fastest, "milliseconds": {name: round(t, 5) for name, t in times.items()}})
+        _remember(device, key, {"choice": fastest, "milliseconds": times})
         return fastest
 
 
@@ -72,7 +71,7 @@ def bucket(M: int) -> int:
 
 
 def _capturing(device: torch.device) -> bool:
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
@@ -104,7 +103,7 @@ def _times(candidates: Candidates, device: torch.device) -> dict[str, float]:
     failures: dict[str, Exception] = {}
     for name, call in candidates.items():
         try:
-            times[name] = _milliseconds(call, device)
+            times[name] = round(_milliseconds(call, device), 5)
         except Exception as error:
             failures[name] = error
     if not times:
@@ -138,18 +137,18 @@ def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _remember(device: torch.device, key: str, entry: dict[str, Any]) -> None:
-    path, ours = cache_file(), environment(device)
     # What other processes wrote meanwhile is kept. Two that write at the same instant lose one entry, to be measured
     # again; the file is always one or the other, whole.
+    path = cache_file()
     environments = _read(path)
-    environments.setdefault(ours, {})[key] = entry
+    environments.setdefault(environment(device), {})[key] = entry
     try:
         files.write_json(path, {"format": FORMAT, "environments": environments})
     except CheckpointError as error:
         _warn(f"the measured choice of kernels is not remembered: {error} Set SLORA_CACHE to a folder to write to.")
 
 
-def _read(path: Path) -> dict[str, _Entries]:
+def _read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """What the file says, by environment; nothing, with a warning, where it is damaged or something else."""
     if not path.exists():
         return {}
@@ -157,10 +156,8 @@ def _read(path: Path) -> dict[str, _Entries]:
         content = read_json(path)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
-        environments: dict[str, _Entries] = content["environments"]
-        for entries in environments.values():
-            for entry in entries.values():
-                str(entry["choice"])
+        environments: dict[str, dict[str, dict[str, Any]]] = content["environments"]
+        [entry["choice"] for entries in environments.values() for entry in entries.values()]
         return environments
     except (CheckpointError, KeyError, TypeError, ValueError, AttributeError) as error:
         _warn(f"{path} is ignored and will be written again, because it is not a cache of slora ({error!r})")
@@ -177,14 +174,9 @@ def environment(device: torch.device) -> str:
     """Return what a choice holds for: device, versions, the text of the kernels and of the forms."""
     import importlib.metadata
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, torch {torch.__version__}, triton {importlib.metadata.version('triton')}, kernels {_kernels()}"
-
-
-@functools.cache
-def _kernels() -> str:
-    digest = hashlib.sha256()
-    here = Path(__file__).parent
+    digest, here = hashlib.sha256(), Path(__file__).parent
     for source in (*sorted((here.parents[1] / "kernels").glob("*.py")), here / "triton.py", here / "eager.py"):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    triton, kernels = importlib.metadata.version("triton"), digest.hexdigest()[:12]
+    return f"{name}, torch {torch.__version__}, triton {triton}, kernels {kernels}"

@@ -270,18 +270,18 @@ def _zeroed(values: Tensor, operands: LoRAOperands) -> tuple[Tensor, Sequence[in
     return masked(values, operands.gate >= operands.threshold), range(operands.blocks)
 
 
+_FIELDS = ("operation", "K", "N", "blocks", "packed", "r", "dtype", "dropout", "host_known", "options")
+
+
 def _key(operation: str, rows: Tensor, operands: LoRAOperands, *options: bool) -> Key:
     (blocks, r, K), active = operands.lora_A.shape, operands.active
     return (operation, K, blocks * operands.n, blocks, operands.packed, r, rows.dtype, operands.dropout > 0,
-            active is not None, *options)  # fmt: skip
+            active is not None, options)  # fmt: skip
 
 
 def _words(key: Key) -> str:
     """The key for people, as the file of choices has it."""
-    operation, K, N, blocks, packed, r, dtype, dropout, host_known, *options = key
-    flags = "dropout" * dropout, "host_known" * host_known, *("01"[there] for there in options)
-    sizes = f"K={K} N={N} blocks={blocks} packed={packed} r={r}"
-    return " ".join(filter(None, (operation, sizes, str(dtype).removeprefix("torch."), *flags)))
+    return " ".join(f"{name}={value}" for name, value in zip(_FIELDS, key, strict=False))
 
 
 # The form of every call seen, by key, rows, device and setting: a layer asks for it three times per step, and neither
