@@ -50,13 +50,15 @@ def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST) -> bytes:
     """
     with os.fdopen(_opened(path), "rb") as file:
         try:
+            content = bytearray()
             # Not by its size: files that the system makes up have none.
-            content = file.read(largest + 1)
+            while len(content) <= largest and (chunk := file.read(1 << 20)):
+                content += chunk
         except OSError as error:
             raise _unreadable(path, error) from error
     if len(content) > largest:
         raise CheckpointError(f"{path} is larger than {largest / (1 << 20):g} MiB, which no such file is; remove it")
-    return content
+    return bytes(content)
 
 
 def read_text(path: str | os.PathLike[str], largest: int = LARGEST) -> str:

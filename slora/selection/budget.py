@@ -154,6 +154,10 @@ class Budget(Strategy):
             )
         _target(self.budget, _costs(self.layers, self.unit, self.rows), self.unit)
 
+    def leave(self) -> None:
+        """Count no more rows."""
+        self._remove_hooks()
+
     def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()

@@ -182,6 +182,9 @@ class Strategy(ABC):
     def _restore(self, state: dict[str, Any]) -> None:
         """Set the gates as after step number `taken`; the choice is due where that is beyond `last`."""
 
+    def leave(self) -> None:  # noqa: B027
+        """Take back what the strategy has attached to the model; called when it is over."""
+
     def _require_charge(self) -> None:
         if any(layer.merged for layer in self.layers.values()):
             raise StateError("the model is merged, so its blocks cannot be chosen; call slora.unmerge(model) first")
@@ -281,5 +284,6 @@ def _take_charge(strategy: Strategy, model: nn.Module) -> dict[str, LoRABlocks]:
 
 
 def _release(strategy: Strategy) -> None:
+    strategy.leave()
     for layer in strategy.layers.values():
         layer._mirror.strategy = None

@@ -165,10 +165,11 @@ class Checkpoint:
         self._values, self._kept = parts["model"], parts["optimizer"]
         try:
             self._random = random_states.parsed(state.random, parts["random"])
-            freed = self._check_gates()
+            freed = {f"{name}.{part}" for name in state.freed for part in ("lora_A", "lora_B", "gate")}
             self._expected = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in freed}
             gates = {f"{name}.gate": layer.gate for name, layer in self._layers.items()}
             _check_values("model", self._values, self._expected | gates)
+            self._check_blocks()
             self._buffers, self._saved_buffers = _buffers(model), parts["buffer"]
             _check_values("buffer", self._saved_buffers, self._buffers)
             if optimizers is not None:
@@ -177,8 +178,8 @@ class Checkpoint:
             said = error if isinstance(error, ValueError) else repr(error)
             raise CheckpointError(f"{folder} is damaged: {said}; use another checkpoint") from error
 
-    def _check_gates(self) -> set[str]:
-        """Check what is said of blocks by their layers; return the parameters that were freed."""
+    def _check_blocks(self) -> None:
+        """Check what the state says of blocks by their layers and gates."""
         layers, state = self._layers, self.state
         if state.gates_moved.keys() != layers.keys() or len(set(state.gates_moved.values())) > 1:
             raise ValueError("'gates_moved' is not of these layers, whose gates move together")
@@ -191,7 +192,6 @@ class Checkpoint:
             for name, numbers in zip(layers, blocks, strict=True):
                 if any(number >= layers[name].blocks for number in numbers):
                     raise ValueError(f"'active_blocks' have {max(numbers)} of {name!r}, which has fewer blocks")
-        return {f"{name}.{part}" for name in state.freed for part in ("lora_A", "lora_B", "gate")}
 
     @torch.no_grad()
     def put(self) -> None:

@@ -46,8 +46,9 @@ def check_settings(folder: Path, settings: TrainSettings, state: State | None = 
         CheckpointError: a setting differs that a run has to keep, or the checkpoint is unreadable.
     """
     saved = (read_state(folder) if state is None else state).settings
+    present = settings.to_dict()
     for name in FIXED:
-        before, now = saved.get(name), settings.to_dict()[name]
+        before, now = saved.get(name), present[name]
         if before != now:
             raise CheckpointError(
                 f"{folder} was written with {name}={shown(before)}, this run has {now!r}; resume with the former, "

@@ -123,8 +123,9 @@ def _contradiction(state: State, named: int) -> str:
     asked = state.settings.get("max_steps")
     if asked is not None and asked != state.steps:
         return f"'steps' is {state.steps}, and max_steps is {_short(asked)}"
-    if selection is not None and selection.get("taken") != step:
-        return f"'taken' of 'selection' is {_short(selection.get('taken'))} at step {step}"
+    for name, value in (("taken", step), ("steps", state.steps)):
+        if selection is not None and selection.get(name) != value:
+            return f"{name!r} of 'selection' is {_short(selection.get(name))} at step {step} of {state.steps}"
     if (result["best_step"] is None) != (result["best_accuracy"] is None) or (result["best_step"] or 0) > step:
         return f"'best_step' is {result['best_step']} at step {step}"
     noted = [at for at, _ in result["active_blocks"]]

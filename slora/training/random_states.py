@@ -37,17 +37,20 @@ class RandomStates(NamedTuple):
                     torch.cuda.set_rng_state(self.cuda[i], i)
 
     def values(self) -> dict[str, Any]:
-        """Return the first two in JSON's types."""
-        version, words, gauss = self.python
-        name, keys, position, has_gauss, cached = self.numpy
-        return {
-            "python": [version, list(words), gauss],
-            "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
-        }
+        """Return what is no tensor of the first two, in JSON's types."""
+        version, _, gauss = self.python
+        name, _, _, has_gauss, cached = self.numpy
+        return {"python": [version, gauss], "numpy": [name, int(has_gauss), float(cached)]}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the others: "torch", and "cuda.<number>" for each GPU."""
-        return {"torch": self.torch, **{f"cuda.{i}": state for i, state in self.cuda.items()}}
+        """Return the words of all: "python", "numpy", "torch", and "cuda.<number>" for each GPU."""
+        numpy = [*self.numpy[1].tolist(), self.numpy[2]]
+        return {
+            "python": torch.tensor(self.python[1], dtype=torch.int64),
+            "numpy": torch.tensor(numpy, dtype=torch.int64),
+            "torch": self.torch,
+            **{f"cuda.{i}": state for i, state in self.cuda.items()},
+        }
 
 
 def present() -> RandomStates:
@@ -68,29 +71,28 @@ def parsed(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RandomSt
     Raises:
         ValueError, KeyError, TypeError: they are none; the first names the generator.
     """
-    version, words, gauss = values["python"]
-    position = _words("python", words[:-1], words[-1])
+    version, gauss = values["python"]
     _require("python", version == 3 and type(version) is int and (gauss is None or _is_finite(gauss)))
-    python = version, (*words[:-1], position), gauss
-    name, keys, position, has_gauss, cached = values["numpy"]
-    position = _words("numpy", keys, position)
+    python = version, tuple(_words("python", tensors["python"])), gauss
+    name, has_gauss, cached = values["numpy"]
     _require("numpy", name == "MT19937" and type(has_gauss) is int and has_gauss in (0, 1) and _is_finite(cached))
+    *keys, position = _words("numpy", tensors["numpy"])
     numpy = name, np.array(keys, dtype=np.uint32), position, has_gauss, float(cached)
     cuda = {}
     for key, state in tensors.items():
         if key.startswith("cuda.") and key[5:].isascii() and key[5:].isdecimal():
             cuda[int(key[5:])] = _of_a_gpu(key, state)
         else:
-            _require(key, key == "torch")
+            _require(key, key in ("python", "numpy", "torch"))
     return RandomStates(python, numpy, _of_torch(tensors["torch"]), cuda)
 
 
-def _words(name: str, words: Any, position: Any) -> int:
-    """Check the state of a Mersenne Twister and return its position."""
-    words = [*words, position]
-    _require(name, len(words) == WORDS + 1 and all(type(word) is int and 0 <= word < 1 << 32 for word in words))
-    _require(name, position <= WORDS and any(words[:-1]))
-    return int(position)
+def _words(name: str, state: Tensor) -> list[int]:
+    """Check the state of a Mersenne Twister, its words and its position among them, and return it."""
+    _require(name, state.dtype == torch.int64 and state.shape == (WORDS + 1,))
+    words: list[int] = state.tolist()
+    _require(name, all(0 <= word < 1 << 32 for word in words) and words[-1] <= WORDS and any(words[:-1]))
+    return words
 
 
 def _of_torch(state: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ def _of_torch(state: Tensor) -> Tensor:
 
 
 def _of_a_gpu(name: str, state: Tensor) -> Tensor:
-    _require(name, state.dtype == torch.uint8 and state.shape == (16,))
+    _require(name[:40], state.dtype == torch.uint8 and state.shape == (16,))
     seed_and_offset = state.clone()
     # A Philox generator takes four numbers at a time.
     _require(name, int(seed_and_offset.view(torch.int64)[1]) % 4 == 0)

@@ -126,7 +126,7 @@ def train(
             stack.enter_context(claimed(Path(run_dir)))
             checkpoint.refuse_newer(Path(run_dir) / CHECKPOINTS, resume)
         try:
-            with _unchanged_on_error(model):
+            with unchanged_on_error(model):
                 trainer = Trainer(
                     accelerator, model, train_data, eval_data, settings, run_dir, console, resume, criterion, retain
                 )
@@ -138,21 +138,23 @@ def train(
 
 
 @contextlib.contextmanager
-def _unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Put gates and random generators back if an exception passes: what a run changes before its first step."""
-    randomness = random_states.present()
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put gates and random generators back if an exception passes: what a `Trainer` changes before its first step."""
+    randomness, strategy = random_states.present(), at_work(model)
     before = [(m, m.gate.detach().clone(), m.gate.requires_grad, m.gate.grad) for _, m in adapted_layers(model)]
     notes = {layer._mirror: (layer._mirror.step, layer._mirror.asked) for layer, *_ in before}
     try:
         yield
     except BaseException:
+        if at_work(model) is not strategy:
+            release(model)
         for layer, values, requires_grad, grad in before:
             with torch.no_grad():
                 layer.gate.copy_(values)
             layer.gate.requires_grad_(requires_grad)
             layer.gate.grad, layer._activity = grad, None
         for mirror, (step, asked) in notes.items():
-            mirror.step, mirror.asked = step, asked
+            mirror.step, mirror.asked, mirror.strategy = step, asked, strategy
         randomness.put()
         raise
 
@@ -227,8 +229,7 @@ class Trainer:
         self.result = TrainResult()
         self.step = 0
         self.start = self.last_checkpoint = None if resume is None else Path(resume)
-        if self.start is not None:
-            self._restore(self.start)
+        found = None if self.start is None else self._found(self.start)
         main = self.accelerator.is_main_process
         self.recorder = Recorder(
             self.run_dir if main else None,
@@ -238,6 +239,8 @@ class Trainer:
             settings.tensorboard,
             earlier=None if self.start is None else self.start.parent.parent,
         )
+        if found is not None:
+            self._put(found)
         self.window = Window(settings.log_every * self.accumulation, device)
         self.flops_of: dict[Any, int] = {}
         self.clock = Clock(self.result.seconds, self.step)
@@ -489,7 +492,8 @@ class Trainer:
                 )
             self.accelerator.wait_for_everyone()
 
-    def _restore(self, folder: Path) -> None:
+    def _found(self, folder: Path) -> checkpoint.Checkpoint:
+        """The checkpoint to go on from, checked."""
         found = checkpoint.Checkpoint(folder, self.model, self.settings, self.fingerprint, self.optimizers)
         state = found.state
         if state.step > self.steps:
@@ -501,11 +505,15 @@ class Trainer:
             raise CheckpointError(f"{folder} is damaged: it has no strategy, or one too many; use another checkpoint")
         if self.selection is not None and state.selection is not None:
             self.selection.check_state(state.selection)
-        # From here on nothing can fail any more.
+        self.step = state.step
+        return found
+
+    def _put(self, found: checkpoint.Checkpoint) -> None:
+        """Go on from a checkpoint; nothing can fail any more."""
         found.put()
+        state = found.state
         if self.selection is not None and state.selection is not None:
             self.selection.load_state_dict(state.selection)
-        self.step = state.step
         self.result = TrainResult(**state.result)
         self.result.active_blocks = [
             (step, dict(zip(self.layers, map(tuple, blocks), strict=True)))

@@ -139,7 +139,7 @@ def saved_once(
     train(model, data, None, settings, folder)
     identity = checkpoint.fingerprint(model)
     optimizers = Optimizers(model, settings)
-    selection = slora.selection.Gates(model, 12)
+    selection = slora.selection.Gates(model, 16)
 
     def save(step: int) -> Path:
         state = selection.state_dict() | {"taken": step}

@@ -125,15 +125,27 @@ CHANGES: dict[str, tuple[Change, str]] = {
         lambda s, t: t.update({"random.cuda.0": torch.zeros(3, dtype=torch.uint8)}),
         "cuda.0",
     ),
-    "words that are none": (lambda s, t: s["random"]["python"][1].__setitem__(7, 1 << 32), "'python'"),
-    "a position beyond the words": (lambda s, t: s["random"]["numpy"].__setitem__(2, 10**6), "'numpy'"),
+    "words that are none": (tensor("random.python", lambda t: t + (1 << 32)), "'python'"),
+    "a position beyond the words": (tensor("random.numpy", lambda t: torch.cat([t[:-1], t[:1] | 1024])), "'numpy'"),
+    "a random state in halves": (tensor("random.numpy", lambda t: t.double()), "'numpy'"),
     "a random state of text": (put("random/numpy", "abc"), "is damaged"),
     "gates that never moved together": (put("gates_moved/second", 3), "'gates_moved'"),
-    "a freed layer that is not frozen": (put("freed", ["second"]), "frozen"),
+    "a freed layer that is not frozen": (
+        lambda s, t: (
+            (
+                s.update(freed=["second"]),  # type: ignore[func-returns-value]
+                [t.pop(key) for key in list(t) if "second.lora" in key],
+            )
+            and None
+        ),
+        "'second' is not a layer that inactive='frozen'",
+    ),
+    "a layer that is freed and there": (put("freed", ["second"]), "'second.lora_A' has no place"),
     "a negative step": (put("step", -4), "'step' is -4"),
     "a step beyond the end": (put("step", 1_000_000), "'step' is 1000000"),
     "another end": (lambda s, t: s.update(steps=10**6), "max_steps is 12"),
-    "another step than the strategy": (put("selection/taken", 3), "'taken' of 'selection' is 3 at step 12"),
+    "another step than the strategy": (put("selection/taken", 3), "'taken' of 'selection' is 3 at step 12 of 12"),
+    "another end of the strategy": (put("selection/steps", True), "'steps' of 'selection' is True"),
     "no strategy": (put("selection", None), "no strategy"),
     "a strategy of text": (put("selection/last", "soon"), "'last' is soon"),
     "a result that is none": (put("result/seconds", None), "'result' is"),
