@@ -89,6 +89,17 @@ def without(key: str) -> Change:
     return change
 
 
+def stateless(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        del tensors[f"optimizer.{A}.{key}"]
+
+
+def free_second(state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    state["freed"] = ["second"]
+    for key in [key for key in tensors if "second.lora" in key]:
+        del tensors[key]
+
+
 A = "0.second.lora_A"
 CHANGES: dict[str, tuple[Change, str]] = {
     "a state that is too small": (tensor(f"optimizer.{A}.exp_avg", lambda t: t.view(-1)[:1].clone()), "exp_avg"),
@@ -97,7 +108,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "a state of integers": (tensor(f"optimizer.{A}.step", lambda t: t.int()), "'step' of 'second.lora_A'"),
     "a state that is missing": (without(f"optimizer.{A}.exp_avg"), "'exp_avg' of 'second.lora_A' is missing"),
     "no state of a parameter": (
-        lambda s, t: [t.pop(f"optimizer.{A}.{key}") for key in ("step", "exp_avg", "exp_avg_sq")] and None,
+        stateless,
         "'step' of 'second.lora_A' is missing",
     ),
     "a state that no optimizer has": (
@@ -130,16 +141,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "a random state in halves": (tensor("random.numpy", lambda t: t.double()), "'numpy'"),
     "a random state of text": (put("random/numpy", "abc"), "is damaged"),
     "gates that never moved together": (put("gates_moved/second", 3), "'gates_moved'"),
-    "a freed layer that is not frozen": (
-        lambda s, t: (
-            (
-                s.update(freed=["second"]),  # type: ignore[func-returns-value]
-                [t.pop(key) for key in list(t) if "second.lora" in key],
-            )
-            and None
-        ),
-        "'second' is not a layer that inactive='frozen'",
-    ),
+    "a freed layer that is not frozen": (free_second, "'second' is not a layer that inactive='frozen'"),
     "a layer that is freed and there": (put("freed", ["second"]), "'second.lora_A' has no place"),
     "a negative step": (put("step", -4), "'step' is -4"),
     "a step beyond the end": (put("step", 1_000_000), "'step' is 1000000"),
@@ -155,7 +157,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "settings that are none": (put("settings", []), "'settings' is"),
     "a shape that is none": (put("model/shapes/head.bias", ["4"]), "'model' is"),
     "too much": (put("extra", 1), "it holds 'extra'"),
-    "too little": (lambda s, t: s.pop("freed") and None, "'freed' is missing"),
+    "too little": (lambda s, t: s.pop("freed"), "'freed' is missing"),
 }
 
 
