@@ -9,11 +9,20 @@ import importlib
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 from slora import __version__
-from slora.errors import CheckpointError, ConfigError, MissingDependencyError, SLoRAError
+from slora.errors import (
+    CheckpointError,
+    ConfigError,
+    MissingDependencyError,
+    NonFiniteLossError,
+    SLoRAError,
+    TargetError,
+    WriteError,
+)
 
 try:
     import typer
@@ -25,6 +34,7 @@ NEEDS_TRAIN = (
     "Without it there is slora doctor"
 )
 INTERRUPTED = 130
+PATIENCE = 30.0
 CHECKPOINT = (
     "A checkpoint of the run, finished or not: best (on the evaluation data), last, or the number of a step. "
     "[default: the run's result]"
@@ -47,6 +57,10 @@ def main() -> None:
     except (SLoRAError, OSError, ImportError) as error:
         if _tracebacks():
             raise
+        if _is_everyones(error):
+            # The first process on this machine says it and ends; what started both then ends this one. An end of this
+            # one would keep the first from saying it.
+            time.sleep(PATIENCE)
         _complain(_in_words(error))
         sys.exit(2)
     except RuntimeError as error:
@@ -75,6 +89,18 @@ def app() -> typer.Typer:
     return result
 
 
+def _rank(of: str = "RANK") -> int:
+    """The number of this process among those that torchrun or `accelerate launch` has started; 0 alone."""
+    number = os.environ.get(of, "")
+    return int(number) if number.isdigit() else 0
+
+
+def _is_everyones(error: Exception) -> bool:
+    """Whether another process on this machine, the first, is sure to meet the same error."""
+    kinds = (ConfigError, TargetError, CheckpointError, NonFiniteLossError, ImportError)
+    return _rank("LOCAL_RANK") > 0 and isinstance(error, kinds) and not isinstance(error, WriteError)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"slora {__version__}")
@@ -82,6 +108,7 @@ def _show_version(wanted: bool) -> None:
 
 
 def _common(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
@@ -91,6 +118,12 @@ def _common(
 ) -> None:
     if traceback:
         os.environ["SLORA_TRACEBACK"] = "1"
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1" and context.invoked_subcommand != "finetune":
+        raise ConfigError(
+            f"WORLD_SIZE={processes}: slora {context.invoked_subcommand} runs in one process, slora finetune alone in "
+            f"several; start it without torchrun or accelerate launch"
+        )
 
 
 def demo(
@@ -151,16 +184,21 @@ def finetune(
             --batch-size 32 --max-steps 200 --lr 1e-2
         slora finetune --config run.yaml --lr 5e-4
         slora finetune --resume runs/vit_base_patch16_224-cifar100-selective
+        torchrun --nproc_per_node 2 -m slora finetune --model timm/vit_base_patch16_224 --data cifar100 --blocks 0.1
     """
     from slora.training.request import read_request
 
     given = {name: value for name, value in settings.items() if value is not None}
     # What is wrong with it is said before torch is imported, which takes seconds.
     read_request(given, config, out, resume)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # DDP would say that it found every parameter in use, as is so while all blocks are active.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
     from rich.console import Console
 
     from slora.training.outcome import explained
+    from slora.training.process import leave
     from slora.training.run import finetune as run
     from slora.training.rundir import command, read_settings
     from slora.training.trainer import Interrupted
@@ -171,6 +209,9 @@ def finetune(
         again = command(stop.checkpoint.parent.parent)
         print(f"stopped; the checkpoint {stop.checkpoint} is complete. Go on with: {again}")
         raise typer.Exit(INTERRUPTED) from None
+    leave()
+    if _rank():
+        return
     if result.accuracy is not None:
         print(f"accuracy {result.accuracy:.2%}, best {result.best_accuracy:.2%} at step {result.best_step}")
     if result.active_blocks:
@@ -424,4 +465,5 @@ def _in_words(error: BaseException) -> str:
 def _complain(text: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True, soft_wrap=True).print(f"error: {text}", style="red", markup=False, highlight=False)
+    where = f" in process {_rank()}" if _rank() else ""
+    Console(stderr=True, soft_wrap=True).print(f"error{where}: {text}", style="red", markup=False, highlight=False)

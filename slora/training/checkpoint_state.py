@@ -39,6 +39,7 @@ class State:
         stateless: parameters without a gradient so far, of which optimizers know nothing.
         random: `RandomStates.values`.
         step: optimizer steps taken, of `steps`.
+        processes: in which the run is computed.
         selection: `Strategy.state_dict`, or None.
         result: the fields of `TrainResult`.
     """
@@ -51,6 +52,7 @@ class State:
     random: dict[str, Any]
     step: int
     steps: int
+    processes: int
     selection: dict[str, Any] | None
     result: dict[str, Any]
 
@@ -223,6 +225,7 @@ _FIELDS: dict[str, Callable[[Any], bool]] = {
     "random": lambda value: isinstance(value, dict) and value.keys() == {"python", "numpy"},
     "step": is_count,
     "steps": is_count,
+    "processes": lambda value: is_count(value) and value > 0,
     "selection": lambda value: value is None or isinstance(value, dict),
     "result": _is_result,
 }

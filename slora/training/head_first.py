@@ -34,6 +34,7 @@ def train_head(
     criterion: Callable[[Tensor, Tensor], Tensor],
     seed: int = 0,
     lr: float = HEAD_LR,
+    gather: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> None:
     """Train the head of `model` for `steps` steps of AdamW with a cosine schedule, in place.
 
@@ -43,6 +44,8 @@ def train_head(
         model: prepared for training; its blocks are left as they are.
         batches: `(inputs, labels)` of one pass over the training data, such as a `DataLoader`; on the model's device.
         criterion: `(logits, labels) -> scalar`.
+        gather: in several processes, each with batches of its own: makes of a tensor of this one that of all, one after
+            another, such as `accelerate.Accelerator().gather`.
 
     Raises:
         ConfigError: the model has not one head that is trained and whose output is the model's, or `batches` is empty.
@@ -59,8 +62,8 @@ def train_head(
                     f"training the head first needs a head whose output is the model's, but {type(model).__name__} "
                     f"goes on after {name!r}; leave it out (head_first=0)"
                 )
-            features.append(seen)
-            labels.append(targets)
+            features.append(gather(seen))
+            labels.append(gather(targets))
             if len(features) == steps:
                 break
     if not features:

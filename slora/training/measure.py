@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -36,10 +36,14 @@ class Window:
         """Take in the norm of a step's gradient; a NaN stays."""
         self.norm = norm if self.norm is None else torch.maximum(self.norm, norm)
 
-    def read(self) -> tuple[list[float], float | None, float | None]:
-        """Return `(losses, accuracy, largest gradient norm)` and start afresh."""
-        losses = self.losses[: self.filled].tolist()
-        accuracy = self.hits.item() / self.seen if self.seen else None
+    def read(self, mean: Callable[[Tensor], Tensor]) -> tuple[list[float], float | None, float | None]:
+        """Return `(losses, accuracy, largest gradient norm)` and start afresh.
+
+        Args:
+            mean: makes of a tensor of this process the mean over all.
+        """
+        losses = mean(self.losses[: self.filled]).tolist()
+        accuracy = mean(self.hits.float()).item() / self.seen if self.seen else None
         norm = None if self.norm is None else self.norm.item()
         self.hits.zero_()
         self.filled = self.seen = 0

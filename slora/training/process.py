@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,16 +15,36 @@ from slora.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.state import PartialState
+
+
+T = TypeVar("T")
+
+
+def meet(settings: TrainSettings) -> PartialState:
+    """Wait for the other processes that torchrun or `accelerate launch` has started, and return what joins them."""
+    from accelerate.state import PartialState
+
+    return PartialState(cpu=settings.device == "cpu")
+
+
+def of_first(value: T) -> T:
+    """Return what the first process has for `value`."""
+    from accelerate.utils import broadcast_object_list
+
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
     """Return an `Accelerator` with the precision, accumulation and device that `settings` ask for."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
 
     cpu = settings.device == "cpu"
-    if PartialState(cpu=cpu).num_processes == 1:
+    if meet(settings).num_processes == 1:
         # accelerate keeps one state per process; a second run may ask for another precision or device.
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = settings.precision
@@ -35,9 +55,15 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
         mixed_precision="bf16" if precision == "bf16" else "no",
         gradient_accumulation_steps=settings.gradient_accumulation,
         cpu=cpu,
-        # Inactive blocks get no gradient, and which those are changes.
+        # With DDP's defaults gradients would go down to the first layer, whatever is active.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+
+
+def leave() -> None:
+    """Part from the other processes, at the end of all work."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,18 +26,12 @@ class Request(NamedTuple):
 def read_request(
     overrides: dict[str, Any], config: Path | None = None, out: Path | None = None, resume: Path | None = None
 ) -> Request:
-    """Return the request that the arguments of `slora.training.run.finetune` make.
+    """Return the request that the arguments of `slora.training.run.finetune` make; nothing is written.
 
     Raises:
         ConfigError: a setting or a name is wrong, or `out` holds another run.
         CheckpointError: there is no checkpoint to resume from, or a setting differs that a resumed run has to keep.
     """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise ConfigError(
-            f"WORLD_SIZE={processes}: slora finetune runs in one process; for several, call slora.training.train in a "
-            f"script of your own under accelerate launch"
-        )
     start = None
     if resume is not None:
         if config is not None:

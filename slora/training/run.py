@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,7 @@ from slora.training.data import InputSpec, Source, open_data
 from slora.training.data_names import check_name
 from slora.training.head_first import STEPS, trained_heads
 from slora.training.methods import prepare
+from slora.training.process import meet, of_first
 from slora.training.request import read_request
 from slora.training.retained import retained_images
 from slora.training.rundir import ADAPTER, CONFIG, EVALUATION, MODEL, RESULT, read_settings
@@ -40,6 +43,8 @@ def finetune(
 ) -> tuple[Path, TrainResult]:
     """Fine-tune a model by name on a data set by name; return the run directory and the result.
 
+    Started in several processes by torchrun or `accelerate launch`, all compute and the first one writes: see `train`.
+
     Args:
         overrides: settings that go before those of `config`, or of the resumed run.
         config: YAML file of settings.
@@ -53,8 +58,13 @@ def finetune(
         DataError, CheckpointError, TargetError: see `train`, `open_data` and `models.build`.
         Interrupted: Ctrl-C; a checkpoint was written.
     """
-    settings, out, start = read_request(overrides, config, out, resume)
-    model, spec, source = build(settings)
+    request = read_request(overrides, config, out, resume)
+    # Nothing was written so far: all processes have seen the same folders.
+    processes = meet(request.settings)
+    settings, out, start = of_first(request)
+    with processes.local_main_process_first():
+        # What is downloaded is so once.
+        model, spec, source = build(settings)
     torch.manual_seed(settings.seed)
     prepare(model, settings=settings)
     if settings.budget is not None:
@@ -63,14 +73,9 @@ def finetune(
         check_budget(settings.budget, settings.budget_unit, blocks)
     if settings.head_first is None:
         settings = settings.replace(head_first=_head_first(model, settings, len(source.classes)))
-    with rundir.claimed(out):
-        # Another run may have come and gone while the model was built.
-        rundir.refuse_other_run(out, start)
-        checkpoint.refuse_newer(out / rundir.CHECKPOINTS, start)
-        write_text(out / CONFIG, _yaml(settings))
-        write_json(out / rundir.CLASSES, list(source.classes))
-        if start is None or out.resolve() != rundir.home_of(start).resolve():
-            rundir.remove_traces(out)
+    with contextlib.ExitStack() as stack:
+        if processes.is_main_process:
+            stack.enter_context(_begun(out, start, settings, source))
         try:
             result = train(
                 model,
@@ -82,12 +87,28 @@ def finetune(
                 resume=start,
                 retain=retained_images(settings, spec, source),
             )
-            save_result(model, source, settings, out, result)
+            if processes.is_main_process:
+                save_result(model, source, settings, out, result)
         except NonFiniteLossError as error:
             raise NonFiniteLossError(f"{error} {rundir.after_divergence(out, start, settings.lr)}") from error
         except WriteError as error:
             raise WriteError(f"{error} {rundir.after_a_full_disk(out, start)}") from error
+        processes.wait_for_everyone()
     return out, result
+
+
+@contextlib.contextmanager
+def _begun(out: Path, start: Path | None, settings: TrainSettings, source: Source) -> Iterator[None]:
+    """Claim the run directory and write what stands in it from the beginning."""
+    with rundir.claimed(out):
+        # Another run may have come and gone while the model was built.
+        rundir.refuse_other_run(out, start)
+        checkpoint.refuse_newer(out / rundir.CHECKPOINTS, start)
+        write_text(out / CONFIG, _yaml(settings))
+        write_json(out / rundir.CLASSES, list(source.classes))
+        if start is None or out.resolve() != rundir.home_of(start).resolve():
+            rundir.remove_traces(out)
+        yield
 
 
 def _head_first(model: nn.Module, settings: TrainSettings, classes: int) -> int:

@@ -96,8 +96,8 @@ def train(
     """Train what requires gradients in `model` (see `slora.training.prepare`), in place.
 
     On the CPU a run resumed from a checkpoint ends bit for bit where the uninterrupted one ends. Started by
-    `accelerate launch` in several processes, each takes its part of every batch; losses in the records are then
-    those of the first process, everything else is of all.
+    torchrun or `accelerate launch` in several processes, each takes `batch_size` images of every step: the run is that
+    of one process with as many times the batch, to rounding. Only the first process writes.
 
     Args:
         model: takes images `[n, ...]` and returns logits `[n, classes]`, or an object with `logits`.
@@ -205,14 +205,14 @@ class Trainer:
         model.to(device)
         self.fingerprint = checkpoint.fingerprint(model)
         self.layers = dict(adapted_layers(model))
-        self.may_release = world == 1 and any(layer.inactive == "frozen" for layer in self.layers.values())
+        self.may_release = any(layer.inactive == "frozen" for layer in self.layers.values())
         self.selection: Strategy | None = None
         if self.layers:
             self.selection = strategy(
                 model,
                 self.steps,
                 settings,
-                lambda count: first_images(self.train_batches.epoch(0), count),
+                lambda count: first_images(self._first_epoch(), count),
                 self.criterion,
                 self.accelerator.autocast,
                 retains=retain is not None and settings.retain_weight > 0,
@@ -258,6 +258,7 @@ class Trainer:
                     self.settings.head_first,
                     self.criterion,
                     self.settings.seed,
+                    gather=self.accelerator.gather,
                 )
             if self.run_dir is not None and self.accelerator.num_processes == 1:
                 stack.enter_context(interruptible(self._request_stop))
@@ -278,6 +279,15 @@ class Trainer:
         self.result.seconds = self.clock.seconds()
         self.result.history = self.recorder.history
         return self.result
+
+    def _first_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of all processes, as one process would have them."""
+        for images, labels in self.train_batches.epoch(0):
+            yield self.accelerator.gather(images), self.accelerator.gather(labels)
+
+    def _mean(self, value: Tensor) -> Tensor:
+        mean: Tensor = self.accelerator.reduce(value, "mean")
+        return mean
 
     def _request_stop(self) -> None:
         self.stop_requested = True
@@ -386,7 +396,7 @@ class Trainer:
         """Read the losses since the last time, the only wait for the device, and record their mean."""
         if not self.window.filled:
             return
-        losses, accuracy, norm = self.window.read()
+        losses, accuracy, norm = self.window.read(self._mean)
         lr = self.optimizers.weights.param_groups[0]["lr"]
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
@@ -486,6 +496,7 @@ class Trainer:
                     {
                         "step": self.step,
                         "steps": self.steps,
+                        "processes": self.accelerator.num_processes,
                         "selection": None if self.selection is None else self.selection.state_dict(),
                         "result": result,
                     },
@@ -496,6 +507,12 @@ class Trainer:
         """The checkpoint to go on from, checked."""
         found = checkpoint.Checkpoint(folder, self.model, self.settings, self.fingerprint, self.optimizers)
         state = found.state
+        now = self.accelerator.num_processes
+        if state.processes != now:
+            raise CheckpointError(
+                f"{folder} is of a run in {state.processes} process{'es' * (state.processes > 1)}, this one has {now}: "
+                f"other images would form a step; resume with as many (torchrun --nproc_per_node {state.processes})"
+            )
         if state.step > self.steps:
             raise ConfigError(
                 f"{folder} is at step {state.step}, beyond max_steps={self.steps}; resume with more steps, or "

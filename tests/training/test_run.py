@@ -167,13 +167,6 @@ def test_a_budget_above_the_blocks_leaves_no_folder_behind() -> None:
     assert not Path("runs").exists()
 
 
-def test_several_processes_are_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2: .* call slora.training.train in a script"):
-        run.finetune(QUICK)
-    assert not Path("runs").exists()
-
-
 def test_an_adapter_with_freed_blocks_is_saved_and_loaded() -> None:
     folder, _ = run.finetune(
         {**QUICK, "inactive": "frozen", "gate_lr": 1.0, "penalty": 3.0, "selection_warmup": 0.0, "warmup": 0.0}

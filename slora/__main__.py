@@ -1,0 +1,5 @@
+"""`python -m slora`: the command line, as torchrun and accelerate launch start it."""
+
+from slora.cli import main
+
+main()
