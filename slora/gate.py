@@ -82,6 +82,7 @@ class GateMirror:
         copies: device-to-host copies made so far, one per refresh and device.
         warned: whether a `GateRuleWarning` was given for this model.
         ddp: the `DistributedDataParallel` that last ran the model, or None.
+        penalised: whether a loss may hold `gate_penalty`: not where `ProximalGates` is made, until it is called.
         idle: parameters to which it gives zeros for a gradient where one process gives none.
     """
 
@@ -92,6 +93,7 @@ class GateMirror:
         self.strategy: Any = None
         self.asked = ""
         self.ddp: weakref.ref[nn.Module] | None = None
+        self.penalised = True
         self.idle: dict[nn.Parameter, None] = {}
         self._layers: list[weakref.ref[Gated]] = []
 
@@ -354,6 +356,8 @@ def gate_penalty(model: nn.Module) -> Tensor:
     scores = []
     for _, layer in _gated(model):
         gate: Tensor = layer.gate
+        if torch.is_grad_enabled():
+            layer._mirror.penalised = True
         if layer.inactive == "frozen":
             gate = torch.where(gate >= layer.threshold, gate, gate.detach())
         scores.append(gate.float())
@@ -402,6 +406,9 @@ class ProximalGates(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         group.setdefault("blocks", sum(gate.numel() for gate in group["params"]))
+        for members in _find_gates([group]).values():
+            for _, mirror in members:
+                mirror.penalised = False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

@@ -8,7 +8,7 @@ So inside the forward of a DDP these parameters are inputs of the graph, with an
 hook of DDP for them and makes no tensor; DDP sums zeros in the buckets that it has anyway.
 
 Parameters in the graph carry the gradient down to their layer, also below the first active block. Therefore only gates
-that learn are added with `find_unused_parameters=True`.
+that a penalty in the loss may reach are added with `find_unused_parameters=True`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def expected(layer: Gated, x: Tensor, active: bool) -> Tensor:
         return x
     parameters = [layer.lora_A, layer.lora_B, layer.gate]
     if ddp.find_unused_parameters and not ddp.static_graph:
-        wanted = [] if active or not layer.gate.requires_grad else parameters[2:]
+        wanted = parameters[2:] if mirror.penalised and layer.gate.requires_grad and not active else []
     else:
         wanted = [parameter for parameter in parameters if not (active and parameter.requires_grad)]
         mirror.idle |= dict.fromkeys(p for p in wanted if p is not layer.gate or not p.requires_grad)

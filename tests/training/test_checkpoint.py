@@ -143,7 +143,8 @@ def saved_once(
 
     def save(step: int) -> Path:
         state = selection.state_dict() | {"taken": step}
-        progress = {"step": step, "steps": 16, "selection": state, "result": dataclasses.asdict(TrainResult())}
+        progress = {"step": step, "steps": 16, "processes": 1, "selection": state}
+        progress["result"] = dataclasses.asdict(TrainResult())
         longer = settings.replace(max_steps=16)
         return checkpoint.save(folder / "checkpoints", model, optimizers, longer, identity, progress)
 
