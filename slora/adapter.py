@@ -14,36 +14,34 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slora.adapter_files import CONFIG, FORMAT, PREFIX, SELECTIVE, WEIGHTS
-from slora.config import SelectiveLoRAConfig
+from slora.adapter_files import CONFIG, FORMAT, PREFIX, SELECTIVE, WEIGHTS, read_selective
+from slora.adapter_fit import base_weights, check_layers, injection_plan
+from slora.adapter_tensors import block_state, digest_of, forget_earlier, is_finite, read_tensors, saved_state
 from slora.errors import (
     BaseModelWarning,
     CheckpointError,
-    SLoRAError,
     StateError,
     UnfinishedSelectionWarning,
     UnsavedParameterWarning,
 )
 from slora.files import json_text, text_writer, write_together
 from slora.gate import reread
-from slora.inject import inject, injection, unchanged_on_error, unload
+from slora.inject import adapt, injection
 from slora.layers import LoRABlocks, adapted_layers
 from slora.peft_format import peft_config, stacked_pair
-from slora.reading import read_json
-from slora.saved import Saved, unsaved
+from slora.saved import unsaved
 from slora.selection.strategy import freeze_gates, unfinished_selection
-from slora.wrappers import module_at, named_modules, parameter_at, state_of, unwrapped
+from slora.signals import signals_held
+from slora.wrappers import module_at, named_parameters, parameter_at, state_of, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -56,7 +54,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     `UnfinishedSelectionWarning`.
 
     Raises:
-        StateError: the model is not adapted, or is merged.
+        StateError: the model is not adapted, is merged, or holds NaN or infinity where it would be saved; names it.
         WriteError: the folder cannot be written, or the disk is full; an earlier adapter is left as it was.
     """
     record = injection(model)
@@ -68,11 +66,21 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         if layer.activity().active:
             A, B = stacked_pair(layer)
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
+    blocks = set(tensors)
     for name in record.saved.modules:
         for key, value in state_of(module_at(model, name)).items():
             tensors[f"{PREFIX}{name}.{key}"] = _copy(value)
     for name in record.saved.parameters:
         tensors[f"{PREFIX}{name}"] = _copy(parameter_at(model, name))
+    masks = tensors.keys() - blocks - {f"{PREFIX}{name}" for name, _ in named_parameters(model, remove_duplicate=False)}
+    bad = next((key for key, value in tensors.items() if not is_finite(value, key in masks)), None)
+    if bad is not None:
+        raise StateError(
+            f"{bad.removeprefix(PREFIX)!r} holds NaN or infinity: training diverged; go back to an earlier checkpoint"
+        )
+    content["tensors_digest"] = digest_of(tensors)
+    forget_earlier(folder)
+    # The file with the digest last: until then a reader finds the earlier tensors.
     write_together(
         {
             folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
@@ -103,93 +111,65 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     """Load an adapter into `model`, in place, and return it; a plain model is injected first.
 
-    Everything is read and checked before the first parameter changes. Blocks that were inactive when the
-    adapter was saved get fresh matrices (`B = 0`) and their saved gate. Where a budget chose the blocks, the gates are
-    frozen: the choice stands.
+    Everything is read and checked before the first parameter changes, and an error leaves the model as it was. The
+    layers are those that the files list, with the ranks, blocks and `lora_alpha` listed: regular expressions from a
+    file are not run. Blocks that were inactive when the adapter was saved get fresh matrices (`B = 0`) and their
+    saved gate. Where a budget chose the blocks, the gates are frozen: the choice stands.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the adapter belongs to another model; the first
-            layer that differs is named.
+        CheckpointError: a file is missing or damaged, holds NaN or infinity, or contradicts another, or the adapter
+            belongs to another model; the first layer that differs is named.
         StateError: the model is merged.
     """
     folder = Path(directory)
-    if not (folder / SELECTIVE).exists():
-        raise CheckpointError(f"{folder / SELECTIVE} does not exist; give a directory that slora.save_adapter wrote")
-    content = read_json(folder / SELECTIVE)
-    tensors = _read_tensors(folder / WEIGHTS)
-    try:
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"{folder / SELECTIVE} has format {content['format']!r}; this version reads {FORMAT}")
-        config = SelectiveLoRAConfig.from_dict(content["config"])
-        entries, base = dict(content["layers"]), content["base"]
-        base = {"class": base["class"], "shapes": dict(base["shapes"]), "digest": base["digest"]}
-        asked = str(content.get("asked", ""))
-        if not re.fullmatch(r"(budget=[\d.e-]+)?", asked):
-            raise ValueError(f"asked={asked!r}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{folder / SELECTIVE} is incomplete or damaged ({error!r})") from error
-    _check_base(model, base, folder)
-    if any(True for _ in adapted_layers(model)):
-        _fill(model, config, entries, tensors, folder)
-    else:
-        with unchanged_on_error(model):
-            inject(model, config)
-            try:
-                _fill(model, config, entries, tensors, folder)
-            except BaseException:
-                unload(model)
-                raise
-    for _, layer in adapted_layers(model):
-        layer._mirror.asked = asked
-    if asked:
-        freeze_gates(model)
-    if fingerprint(model)["digest"] != base["digest"]:
+    content = read_selective(folder)
+    tensors = read_tensors(folder, content.tensors_digest)
+    layers = dict(adapted_layers(model))
+    weights = base_weights(model, content, folder)
+    plan = None if layers else injection_plan(model, content, folder)
+    if plan is None:
+        check_layers(layers, content, folder)
+    states = {}
+    for name, entry in content.layers.items():
+        like = _parameters(layers.get(name), weights[name])
+        states[name] = block_state(name, entry, content.shapes[name], like, tensors, folder)
+    saved = injection(model).saved if plan is None else plan.saved
+    values = saved_state(model, saved, tensors, folder, injected=plan is None)
+    if tensors:
+        raise CheckpointError(
+            f"{folder / WEIGHTS} holds {min(tensors)!r}, which has no place in this model; load it into the plain "
+            f"model, or inject with the same modules_to_save"
+        )
+    kept_in = content.config.base_dtype if plan else None
+    # In the order of the model, which JSON does not keep.
+    ordered = [weights[name] for name in (plan.found if plan else layers)]
+    if _sampled(ordered, kept_in) != content.base_digest:
         warnings.warn(
             f"{folder} was trained on other base weights than this {type(unwrapped(model)).__name__} has: shapes "
             f"agree, values do not. Load the same pretrained weights first.",
             BaseModelWarning,
             stacklevel=2,
         )
+    with torch.no_grad(), signals_held():
+        if plan is not None:
+            adapt(model, plan)
+        for name, layer in adapted_layers(model):
+            layer._mirror.asked = content.asked
+            for part, value in states[name].items():
+                getattr(layer, part).copy_(value)
+        present = state_of(model) if values else {}
+        for name, value in values.items():
+            present[name].copy_(value)
+        if content.asked:
+            freeze_gates(model)
     return model
 
 
-def _fill(
-    model: nn.Module,
-    config: SelectiveLoRAConfig,
-    entries: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    folder: Path,
-) -> None:
-    layers = dict(adapted_layers(model))
-    if any(layer.merged for layer in layers.values()):
-        raise StateError("the model is merged; call slora.unmerge(model) before loading an adapter")
-    if set(layers) != set(entries):
-        odd = sorted(set(layers) ^ set(entries))
-        where = "only in the model" if odd[0] in layers else "only in the adapter"
-        raise CheckpointError(f"{folder} adapts {len(entries)} layers, the model {len(layers)}; {odd[0]!r} is {where}")
-    unread = dict(tensors)
-    states = {}
-    for name, layer in layers.items():
-        _check_settings(name, layer, config, folder)
-        try:
-            states[name] = _block_state(name, layer, entries[name], unread, folder)
-        except SLoRAError:
-            raise
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CheckpointError(f"{folder / SELECTIVE}: the entry of {name!r} is damaged ({error!r})") from error
-    saved = _saved_state(model, injection(model).saved, unread, folder)
-    if unread:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} holds {min(unread)!r}, which has no place in this model; load it into the plain "
-            f"model, or inject with the same modules_to_save"
-        )
-    with torch.no_grad():
-        for name, layer in layers.items():
-            for key, value in states[name].items():
-                getattr(layer, key).copy_(value)
-        present = state_of(model)
-        for key, value in saved.items():
-            present[key].copy_(value)
+def _parameters(layer: LoRABlocks | None, weight: Tensor) -> dict[str, Tensor]:
+    """What an adapter fills: the parameters of `layer`, or of the one that will adapt `weight`."""
+    if layer is None:
+        return dict.fromkeys(("lora_A", "lora_B", "gate"), weight.new_empty(0, dtype=torch.float32))
+    return {part: getattr(layer, part) for part in (("gate",) if layer.released else ("lora_A", "lora_B", "gate"))}
 
 
 def _copy(value: Tensor) -> Tensor:
@@ -224,15 +204,20 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     The digest covers up to 256 elements of each weight, rounded to bf16, so it is the same whether the base is
     kept in fp32 or bf16.
     """
+    weights = {name: layer.base_weight.detach() for name, layer in adapted_layers(model)}
+    shapes = {name: list(weight.shape) for name, weight in weights.items()}
+    return {"class": type(unwrapped(model)).__name__, "shapes": shapes, "digest": _sampled(weights.values())}
+
+
+def _sampled(weights: Iterable[Tensor], kept_in: torch.dtype | None = None) -> str:
+    """The digest of `weights` that are kept in their own dtype, or will be kept in another."""
     digest = hashlib.sha256()
-    shapes = {}
-    for name, layer in adapted_layers(model):
-        weight = layer.base_weight.detach()
-        shapes[name] = list(weight.shape)
+    for weight in weights:
         flat = weight.reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)][:256].to(torch.bfloat16).float().cpu()
+        sample = flat[:: max(1, flat.numel() // 256)][:256]
+        sample = (sample if kept_in is None else sample.to(kept_in)).to(torch.bfloat16).float().cpu()
         digest.update(sample.numpy().tobytes())
-    return {"class": type(unwrapped(model)).__name__, "shapes": shapes, "digest": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _layer_entry(name: str, layer: LoRABlocks) -> dict[str, Any]:
@@ -244,101 +229,6 @@ def _layer_entry(name: str, layer: LoRABlocks) -> dict[str, Any]:
         "blocks": layer.blocks,
         "active": list(layer.activity().active),
         "gate": gate,
+        # Not by the pattern that gave it, which is not run from a file.
+        "lora_alpha": layer.lora_alpha,
     }
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}); it may be damaged") from error
-
-
-def _check_base(model: nn.Module, base: Mapping[str, Any], folder: Path) -> None:
-    modules = dict(named_modules(model))
-    for name, shape in base["shapes"].items():
-        module = modules.get(name)
-        weight = getattr(module, getattr(module, "weight_name", "weight"), None)
-        if not isinstance(weight, Tensor):
-            weight = getattr(module, "in_proj_weight", None)
-        found = list(weight.shape) if isinstance(weight, Tensor) else None
-        if found != shape:
-            what = f"has shape {found}" if found else "does not exist"
-            raise CheckpointError(
-                f"{folder} belongs to a {base['class']} whose {name!r} has shape {shape}; in this "
-                f"{type(unwrapped(model)).__name__} it {what}. Load the base model that the adapter was trained on."
-            )
-
-
-def _check_settings(name: str, layer: LoRABlocks, config: SelectiveLoRAConfig, folder: Path) -> None:
-    """Refuse an adapter whose matrices would mean something else in `layer`."""
-    wanted = {
-        "lora_alpha": config.alpha_of(name),
-        "use_rslora": config.use_rslora,
-        "threshold": config.threshold,
-    }
-    for setting, value in wanted.items():
-        if getattr(layer, setting) != value:
-            raise CheckpointError(
-                f"{folder} has {setting}={value} for {name!r}, the model {setting}={getattr(layer, setting)}; "
-                f"load it into the plain model, which is then injected to fit"
-            )
-
-
-def _block_state(
-    name: str, layer: LoRABlocks, entry: Mapping[str, Any], tensors: dict[str, Tensor], folder: Path
-) -> dict[str, Tensor]:
-    r, blocks, active, gate = entry["r"], entry["blocks"], entry["active"], entry["gate"]
-    if (r, blocks, len(gate)) != (layer.r, layer.blocks, layer.blocks):
-        raise CheckpointError(
-            f"{folder} has r={r}, blocks={blocks} for {name!r}, the model r={layer.r}, blocks={layer.blocks}; "
-            f"load it into the plain model, which is then injected to fit"
-        )
-    state = {"gate": torch.tensor(gate)}
-    if layer.released:
-        if active:
-            raise CheckpointError(f"{name!r} was freed by inactive='frozen'; load {folder} into the plain model")
-        return state
-    n = layer.lora_B.shape[1]
-    state["lora_A"] = torch.empty(blocks, r, layer.lora_A.shape[2])
-    state["lora_B"] = torch.zeros(blocks, n, r)
-    for A_i in state["lora_A"]:
-        nn.init.kaiming_uniform_(A_i, a=5**0.5)
-    if active:
-        A, B = (_tensor(tensors, f"{PREFIX}{name}.lora_{letter}.weight", folder) for letter in "AB")
-        expected = [len(active) * r, layer.lora_A.shape[2]], [blocks * n, len(active) * r]
-        if (list(A.shape), list(B.shape)) != expected:
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: A and B of {name!r} have shapes {list(A.shape)} and {list(B.shape)}; "
-                f"expected {expected[0]} and {expected[1]}"
-            )
-        for j, i in enumerate(active):
-            state["lora_A"][i] = A[j * r : (j + 1) * r]
-            state["lora_B"][i] = B[i * n : (i + 1) * n, j * r : (j + 1) * r]
-    return state
-
-
-def _saved_state(model: nn.Module, saved: Saved, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """Take what `modules_to_save` saved out of `tensors`."""
-    present: dict[str, Tensor] = {name: parameter_at(model, name) for name in saved.parameters}
-    for name in saved.modules:
-        present |= {f"{name}.{key}": value for key, value in state_of(module_at(model, name)).items()}
-    state = {}
-    for name, value in present.items():
-        state[name] = _tensor(tensors, f"{PREFIX}{name}", folder)
-        if state[name].shape != value.shape:
-            raise CheckpointError(
-                f"{folder / WEIGHTS}: {name} has shape {list(state[name].shape)}, the model's has "
-                f"{list(value.shape)}; build the model with the same number of outputs"
-            )
-    return state
-
-
-def _tensor(tensors: dict[str, Tensor], key: str, folder: Path) -> Tensor:
-    """Take `key` out of `tensors`."""
-    if key not in tensors:
-        raise CheckpointError(f"{folder / WEIGHTS} lacks {key!r}; the file is incomplete")
-    return tensors.pop(key)

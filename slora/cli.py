@@ -333,6 +333,7 @@ def inspect(
         slora inspect runs/letters_vit-digits-selective
         slora inspect runs/letters_vit-digits-selective --checkpoint last
     """
+    from slora.adapter_files import SELECTIVE, read_selective
     from slora.reading import read_json
     from slora.training.recorder import METRICS, read_metrics
     from slora.training.rundir import CONFIG, adapter_of, read_settings
@@ -347,11 +348,9 @@ def inspect(
         _note_undecided(folder, checkpoint)
         return
     home = adapter_of(folder)
-    try:
-        content = read_json(home / "selective.json")
-        active, blocks = _show_blocks(content)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{home / 'selective.json'} is incomplete or damaged ({error})") from error
+    read_selective(home)  # Checks it; what is shown are the values as they stand there.
+    content = read_json(home / SELECTIVE)
+    active, blocks = _show_blocks(content)
     if (folder / "result.json").exists():
         result = read_json(folder / "result.json")
         if result.get("accuracy") is not None:

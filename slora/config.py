@@ -25,6 +25,9 @@ LEAST_SETTLING = 1 / 3
 BUDGET_PHASES = (0.3, 0.6)
 GATES_PHASES = (0.1, LEAST_SETTLING)
 
+# The largest number of fp32.
+LARGEST = 3.4028234663852886e38
+
 # Exponents of the prices in `slora.selection.SoloGain`: on depth without old samples, on drift with them.
 DEPTH_PRICE, DRIFT_PRICE = 0.75, 0.5
 
@@ -127,8 +130,8 @@ class SelectiveLoRAConfig:
                 f"more, or use inactive='probe'"
             )
         for name in ("probe_every", "probe_rows"):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive integer")
+            if not _is_int(getattr(self, name)) or not 1 <= getattr(self, name) < 2**31:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive integer below 2**31")
         if not isinstance(self.use_rslora, bool):
             raise ConfigError(f"use_rslora={self.use_rslora!r} is neither True nor False")
         if self.base_dtype is not None:
@@ -232,12 +235,8 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+    # Also in fp32, in which gates are kept and compared.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def _check_rank(name: str, value: object) -> None:
@@ -261,8 +260,8 @@ def _check_dtype(name: str, value: object) -> None:
 def _dtype_named(name: str, value: str) -> torch.dtype:
     import torch
 
-    dtype: torch.dtype | None = getattr(torch, value, None)
-    if dtype is None:
+    dtype = getattr(torch, value, None)
+    if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"{name}={value!r} is not the name of a torch dtype")
     return dtype
 
@@ -272,7 +271,7 @@ def _check_pattern(name: str, pattern: object) -> None:
         raise ConfigError(f"{name} holds {pattern!r}, which is not a regular expression; use a string")
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"{name}: {pattern!r} is not a regular expression ({error})") from error
 
 

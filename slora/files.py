@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,10 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
 def write_together(writes: Mapping[str | os.PathLike[str], Callable[[Path], None]]) -> None:
     """Do the same for several files that belong together: none is renamed before all of them are on disk.
 
+    The last of them is what makes the others valid. Until it has its name, the earlier versions of the others are kept
+    as `earlier(path)`, so that a kill between two renames loses neither: a reader that finds the last file at odds with
+    another one takes that one's earlier version. What is kept already is not kept again, but stays.
+
     Raises:
         WriteError: the disk is full or the folder cannot be written; all files are what they were.
     """
@@ -40,20 +46,10 @@ def write_together(writes: Mapping[str | os.PathLike[str], Callable[[Path], None
         for path, write in writes.items():
             target = Path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-            os.close(descriptor)
-            temporary = Path(name)
-            staged.append((temporary, target))
-            write(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~umask())
-        for temporary, target in staged:
-            os.replace(temporary, target)
-        for folder in {target.parent for _, target in staged}:
-            _sync_folder(folder)
+            staged.append((_staged(target, write), target))
+        _rename(staged)
     except OSError as error:
-        raise cannot_write(target, error) from error
+        raise cannot_write(error.filename2 or target, error) from error
     except Exception as error:
         # safetensors reports a full disk with an exception of its own.
         if type(error).__module__.startswith("safetensors"):
@@ -62,6 +58,57 @@ def write_together(writes: Mapping[str | os.PathLike[str], Callable[[Path], None
     finally:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
+
+
+def _rename(staged: Sequence[tuple[Path, Path]]) -> None:
+    """Give staged files their names, the last one at the end; or none of them."""
+    others = staged[:-1]
+    undo: list[Callable[[], None]] = []
+    try:
+        for _, target in others:
+            before = earlier(target)
+            if before.exists():
+                continue
+            if target.is_symlink() or target.is_file():
+                os.replace(target, before)
+                undo.append(functools.partial(os.replace, before, target))
+            elif not target.exists():
+                undo.append(functools.partial(target.unlink, missing_ok=True))
+        for temporary, target in others:
+            os.replace(temporary, target)
+        if others:
+            _sync_folders(staged)
+        os.replace(*staged[-1])
+    except BaseException:
+        for action in undo:
+            with contextlib.suppress(OSError):
+                action()
+        raise
+    _sync_folders(staged)
+    # In reverse, so that what the first one was is known as long as anything is kept.
+    for _, target in reversed(others):
+        earlier(target).unlink(missing_ok=True)
+
+
+def earlier(path: Path) -> Path:
+    """Return where the earlier version of a file is while `write_together` is at work."""
+    return path.with_name(f".{path.name}.earlier")
+
+
+def _staged(target: Path, write: Callable[[Path], None]) -> Path:
+    """The content of `target` on disk, under a temporary name beside it."""
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~umask())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -132,6 +179,11 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _sync_folders(staged: Sequence[tuple[Path, Path]]) -> None:
+    for folder in {target.parent for _, target in staged}:
+        _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -56,6 +56,89 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
         StateError: the model is adapted already, or wrapped by DistributedDataParallel.
     """
     config = SelectiveLoRAConfig() if config is None else config
+    _require_plain(model)
+    saved = saved_parts(model, config)
+    found = {name: kind for name, kind in targets(model, config).items() if not inside(name, saved.modules)}
+    if not found:
+        raise TargetError(
+            "exclude_modules and modules_to_save leave no layer to adapt; remove entries, or name more target_modules"
+        )
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field) or ():
+            if not any(matches_pattern(pattern, name) for name in found):
+                raise no_match(field, pattern, list(found), "layer that is adapted")
+    return adapt(model, _checked(model, Plan(config, saved, found, dict.fromkeys(found, config))))
+
+
+class Plan(NamedTuple):
+    """What `adapt` is to do, checked.
+
+    Attributes:
+        config: what the model notes.
+        saved: what is trained in full.
+        found: the layers, and what they become.
+        configs: their settings, by name.
+    """
+
+    config: SelectiveLoRAConfig
+    saved: Saved
+    found: dict[str, type[LoRABlocks]]
+    configs: Mapping[str, SelectiveLoRAConfig]
+
+
+def plan_listed(model: nn.Module, config: SelectiveLoRAConfig, configs: Mapping[str, SelectiveLoRAConfig]) -> Plan:
+    """Return the plan that adapts the layers that `configs` names, each by its own; no pattern of `config` is run.
+
+    Raises:
+        TargetError: a layer does not exist or cannot be adapted.
+        ConfigError: the rank or the number of blocks does not fit a layer, which is named.
+        StateError: the model is adapted already, or wrapped by DistributedDataParallel.
+    """
+    _require_plain(model)
+    saved = saved_parts(model, config)
+    kinds = _candidates(model)
+    for name in configs:
+        if name not in kinds or inside(name, saved.modules):
+            why = "is trained in full" if name in kinds else "is no layer that can be adapted"
+            raise TargetError(f"{name!r} {why} in this {type(unwrapped(model)).__name__}")
+    found = {name: kind for name, kind in kinds.items() if name in configs}
+    _refuse_uncalled(model, set(found))
+    return _checked(model, Plan(config, saved, found, configs))
+
+
+def targets_by_name(model: nn.Module, config: SelectiveLoRAConfig) -> set[str]:
+    """Return the names of the layers that `config` targets, without those that only a regular expression tells.
+
+    Raises:
+        TargetError: an entry matches no layer that can be adapted.
+    """
+    patterns = [config.target_modules, config.exclude_modules]
+    if any(isinstance(pattern, str) and pattern != "all-linear" for pattern in patterns):
+        return set()
+    saved = saved_parts(model, config)
+    return {name for name in targets(model, config) if not inside(name, saved.modules)}
+
+
+def adapt(model: Model, plan: Plan) -> Model:
+    """Do what `plan`, made for this very model, says, in place, and return `model`."""
+    mirror = GateMirror()
+    with unchanged_on_error(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        new = {}
+        for name, kind in plan.found.items():
+            module = module_at(model, name)
+            new[module] = _adapted(kind, module, plan.configs[name], name, mirror)
+        for parameter in plan.saved.of(model):
+            parameter.requires_grad_(True)
+        wide = widen(model, plan.saved)
+    swap(model, new)
+    _set_fused_encoders(model)
+    unwrapped(model)._slora = Injection(plan.config, *plan.saved, wide)  # type: ignore[assignment]
+    return model
+
+
+def _require_plain(model: nn.Module) -> None:
     adapted = [name for name, _ in adapted_layers(model)]
     if adapted:
         raise StateError(
@@ -70,34 +153,13 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
     lazy = [name for name, p in named_parameters(model) if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise TargetError(f"{lazy[0]!r} of a lazy module has no shape yet; run the model once, then inject")
-    saved = saved_parts(model, config)
-    found = {name: kind for name, kind in targets(model, config).items() if not inside(name, saved.modules)}
-    if not found:
-        raise TargetError(
-            "exclude_modules and modules_to_save leave no layer to adapt; remove entries, or name more target_modules"
-        )
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field) or ():
-            if not any(matches_pattern(pattern, name) for name in found):
-                raise no_match(field, pattern, list(found), "layer that is adapted")
-    _refuse_bases(model, found, saved)
-    for name, kind in found.items():
-        kind.choose_blocks(config, module_at(model, name), name)
-    mirror = GateMirror()
-    with unchanged_on_error(model):
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        new = {}
-        for name, kind in found.items():
-            module = module_at(model, name)
-            new[module] = _adapted(kind, module, config, name, mirror)
-        for parameter in saved.of(model):
-            parameter.requires_grad_(True)
-        wide = widen(model, saved)
-    swap(model, new)
-    _set_fused_encoders(model)
-    unwrapped(model)._slora = Injection(config, *saved, wide)  # type: ignore[assignment]
-    return model
+
+
+def _checked(model: nn.Module, plan: Plan) -> Plan:
+    _refuse_bases(model, plan.found, plan.saved)
+    for name, kind in plan.found.items():
+        kind.choose_blocks(plan.configs[name], module_at(model, name), name)
+    return plan
 
 
 @contextlib.contextmanager
@@ -167,9 +229,7 @@ def targets(model: nn.Module, config: SelectiveLoRAConfig) -> dict[str, type[LoR
     Raises:
         TargetError: a pattern matches no layer that can be adapted.
     """
-    kinds = {name: kind for name, module in named_modules(model) if name and (kind := _kind(module))}
-    # Attention that cannot be adapted reads the weight of its output projection past any blocks.
-    candidates = {n: kind for n, kind in kinds.items() if not _is_out_proj(model, n) or n.rpartition(".")[0] in kinds}
+    candidates = _candidates(model)
     if not candidates:
         raise _no_linear(model)
     excluded = _matching(config.exclude_modules, candidates, model, "exclude_modules")
@@ -180,15 +240,27 @@ def targets(model: nn.Module, config: SelectiveLoRAConfig) -> dict[str, type[LoR
             raise _no_linear(model, list(candidates))
     else:
         chosen = _matching(config.target_modules, candidates, model, "target_modules")
-    for name in chosen - excluded:
+    chosen -= excluded
+    _refuse_uncalled(model, chosen)
+    return {name: kind for name, kind in candidates.items() if name in chosen}
+
+
+def _candidates(model: nn.Module) -> dict[str, type[LoRABlocks]]:
+    """`{module name: adapted class}` for all layers that can be adapted, in the order of the model."""
+    kinds = {name: kind for name, module in named_modules(model) if name and (kind := _kind(module))}
+    # Attention that cannot be adapted reads the weight of its output projection past any blocks.
+    return {n: kind for n, kind in kinds.items() if not _is_out_proj(model, n) or n.rpartition(".")[0] in kinds}
+
+
+def _refuse_uncalled(model: nn.Module, chosen: Set[str]) -> None:
+    """Refuse to adapt an output projection whose attention is not adapted and reads the weight."""
+    for name in chosen:
         parent = name.rpartition(".")[0]
-        skipped = parent not in chosen or parent in excluded
-        if skipped and _is_out_proj(model, name):
+        if parent not in chosen and _is_out_proj(model, name):
             raise TargetError(
                 f"{name!r} belongs to an nn.MultiheadAttention, which reads its weight and never calls it; "
                 f"adapt {parent!r} as well, or exclude {name!r}"
             )
-    return {name: kind for name, kind in candidates.items() if name in chosen - excluded}
 
 
 def _refuse_bases(model: nn.Module, found: Mapping[str, type[LoRABlocks]], saved: Saved) -> None:
@@ -279,7 +351,7 @@ def _matching(
 ) -> set[str]:
     if patterns is None:
         return set()
-    entries = [patterns] if isinstance(patterns, str) else list(patterns)
+    entries = [patterns] if isinstance(patterns, str) else list(dict.fromkeys(patterns))
     chosen: set[str] = set()
     for entry in entries:
         whole = isinstance(patterns, str)

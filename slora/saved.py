@@ -38,7 +38,7 @@ def saved_parts(model: nn.Module, config: SelectiveLoRAConfig) -> Saved:
     parameters = [name for name, _ in named_parameters(model, remove_duplicate=False)]
     chosen: list[str] = []
     single: list[str] = []
-    for entry in config.modules_to_save or ():
+    for entry in dict.fromkeys(config.modules_to_save or ()):
         hits = [name for name in modules if ends_with(name, entry)]
         own = [name for name in parameters if ends_with(name, entry)]
         if not hits and not own:

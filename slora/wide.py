@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from slora.saved import Saved
 from slora.wrappers import module_at, named_modules, parameter_at
 
-_NARROW = (torch.float16, torch.bfloat16)
+NARROW = (torch.float16, torch.bfloat16)
 
 
 Kept = tuple[tuple[str, Tensor], ...]
@@ -50,7 +50,7 @@ class Wide:
     def _differs(self, module: nn.Module) -> bool:
         """Whether the module is in fp32 and the model is not, since either may have been cast."""
         own = next(module.parameters(), None)
-        return own is not None and own.dtype == torch.float32 and self.like.dtype in _NARROW
+        return own is not None and own.dtype == torch.float32 and self.like.dtype in NARROW
 
 
 def widen(model: nn.Module, saved: Saved) -> Kept:
@@ -64,7 +64,7 @@ def widen(model: nn.Module, saved: Saved) -> Kept:
             found[name] = parameter
     for module_name in saved.modules:
         found |= {f"{module_name}.{key}": tensor for key, tensor in _tensors(module_at(model, module_name)).items()}
-    found = {name: tensor for name, tensor in found.items() if tensor.dtype in _NARROW}
+    found = {name: tensor for name, tensor in found.items() if tensor.dtype in NARROW}
     kept = tuple((name, around.get(t.dtype, torch.empty(0, dtype=t.dtype))) for name, t in found.items())
     likes = {tensor: like for (_, like), tensor in zip(kept, found.values(), strict=True)}
     for tensor in found.values():
@@ -110,4 +110,4 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _wider(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.dtype in _NARROW else value
+    return value.float() if isinstance(value, Tensor) and value.dtype in NARROW else value

@@ -373,6 +373,8 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> No
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
+    # As a directory that was written before there was a digest.
+    edit(folder, lambda fields: fields.pop("tensors_digest", None))
 
 
 QKV = "blocks.0.attn.qkv"
@@ -403,10 +405,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a block too many": (lambda f: edit(f, lambda s: s["layers"][QKV].update(active=[0, 7])), [QKV, "damaged"]),
     "a layer that is null": (lambda f: edit(f, lambda s: s["layers"].update({QKV: None})), [QKV, "damaged"]),
     "another number of active blocks": (
-        lambda f: edit(f, lambda s: s["layers"][QKV].update(active=[0])),
+        lambda f: edit(f, lambda s: s["layers"][QKV].update(active=[0], gate=[0.2, 0.0, 0.0])),
         ["A and B of 'blocks.0.attn.qkv' have shapes [6, 24] and [72, 6]; expected [3, 24] and [72, 3]"],
     ),
-    "a layer too few": (lambda f: edit(f, lambda s: s["layers"].pop(QKV)), [f"'{QKV}' is only in the model"]),
+    "a layer too few": (
+        lambda f: edit(f, lambda s: (s["layers"].pop(QKV), s["base"]["shapes"].pop(QKV))),
+        [f"'{QKV}' is only in the model"],
+    ),
     "a missing tensor": (
         lambda f: edit_tensors(f, lambda t: t.pop(f"base_model.model.{QKV}.lora_B.weight")),
         [f"lacks 'base_model.model.{QKV}.lora_B.weight'; the file is incomplete"],

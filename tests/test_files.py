@@ -65,7 +65,7 @@ def test_the_content_is_on_disk_before_the_name_changes(tmp_path: Path, monkeypa
     assert events == ["file", "rename", "folder"]
     events.clear()
     write_together({tmp_path / name: lambda p: p.write_text("x") for name in ("b", "c")})
-    assert events == ["file", "file", "rename", "rename", "folder"]
+    assert events == ["file", "file", "rename", "folder", "rename", "folder"]
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from slora.merging import fallback
-from slora.merging.signals import signals_held
 from slora.merging.terms import Term, check, grouped, is_plain
 from slora.ops.dispatch import setting
+from slora.signals import signals_held
 
 Matrices = Tensor | Sequence[Tensor]
 Scales = float | Sequence[float]

@@ -15,9 +15,9 @@ from slora.gate import reread, version
 from slora.inject import refuse_layer, unload
 from slora.layers import LoRABlocks, adapted_layers
 from slora.merging import batched
-from slora.merging.signals import signals_held
 from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
 from slora.selection.strategy import unfinished_selection
+from slora.signals import signals_held
 from slora.wrappers import named_modules
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from slora.adapter_files import SELECTIVE
+from slora.adapter_files import SELECTIVE, read_selective
 from slora.errors import CheckpointError
 from slora.reading import read_json
 from slora.report.gates import gate_curves
@@ -215,11 +215,8 @@ def _blocks(path: Path) -> dict[str, list[bool]]:
     """`{layer: active or not, one per block}` of an adapter; empty where there is none."""
     if not path.exists():
         return {}
-    try:
-        layers = read_json(path)["layers"]
-        return {name: [i in entry["active"] for i in range(entry["blocks"])] for name, entry in layers.items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is incomplete or damaged ({error!r})") from error
+    layers = read_selective(path.parent).layers
+    return {name: [i in entry.active for i in range(entry.blocks)] for name, entry in layers.items()}
 
 
 def _block_map(blocks: Mapping[str, Sequence[bool]]) -> Picture:

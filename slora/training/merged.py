@@ -6,18 +6,17 @@ import json
 import warnings
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_model
 from torch import nn
 
 from slora import __version__
 from slora.adapter import fingerprint, load_adapter
-from slora.adapter_files import PREFIX, SELECTIVE, WEIGHTS
+from slora.adapter_files import PREFIX, read_selective
+from slora.adapter_tensors import read_tensors
 from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.files import write_atomically
 from slora.layers import adapted_layers
 from slora.merging import merge_and_unload
-from slora.reading import read_json
 from slora.training import checkpoint, models, rundir
 from slora.training.run import load_result, rebuild, rebuild_for
 from slora.training.settings import TrainSettings
@@ -132,14 +131,10 @@ def _with_adapter(adapter: Path, settings: TrainSettings, classes: int | None) -
 
 def _classes_in(adapter: Path) -> int:
     """The outputs of the head that an adapter holds."""
-    content = read_json(adapter / SELECTIVE)
-    try:
-        saved = content["config"]["modules_to_save"] or []
-        with safe_open(adapter / WEIGHTS, framework="pt") as file:
-            weights = [f"{PREFIX}{name}.weight" for name in saved]
-            shapes = [file.get_slice(key).get_shape() for key in weights if key in file.keys()]  # noqa: SIM118
-    except (KeyError, TypeError, SafetensorError, OSError) as error:
-        raise CheckpointError(f"{adapter} is incomplete or damaged ({error})") from error
+    content = read_selective(adapter)
+    tensors = read_tensors(adapter, content.tensors_digest)
+    weights = [f"{PREFIX}{name}.weight" for name in content.config.modules_to_save or ()]
+    shapes = [tensors[key].shape for key in weights if key in tensors and tensors[key].dim() > 0]
     if not shapes:
         raise ConfigError(f"{adapter} holds no classifier head; say how many outputs the model has with --classes")
     return int(shapes[-1][0])

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from slora import report
+from slora.config import SelectiveLoRAConfig
 from slora.errors import CheckpointError, ConfigError
 from slora.report import write_report
 from slora.report.gates import gate_curves
@@ -48,9 +49,17 @@ def run_dir(tmp_path: Path) -> Path:
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 6')
     (folder / "config.yaml").write_text("model: timm/some_vit\nmethod: selective\nexclude_modules: [a, b]\nlr: 0.001\n")
     layers = {
-        name: {"r": 8, "blocks": len(on), "active": [i for i, a in enumerate(on) if a]} for name, on in TIMM.items()
+        name: {
+            "r": 8,
+            "blocks": len(on),
+            "active": [i for i, a in enumerate(on) if a],
+            "gate": [0.2 if a else 0.0 for a in on],
+        }
+        for name, on in TIMM.items()
     }
-    (folder / "adapter" / "selective.json").write_text(json.dumps({"format": 1, "layers": layers}))
+    base = {"class": "VisionTransformer", "shapes": {name: [24, 24] for name in TIMM}, "digest": ""}
+    content = {"format": 1, "config": SelectiveLoRAConfig().to_dict(), "layers": layers, "base": base}
+    (folder / "adapter" / "selective.json").write_text(json.dumps(content))
     return folder
 
 
