@@ -338,3 +338,18 @@ def test_a_new_head_of_a_wrapped_model_is_trained_first(name: str, model: nn.Mod
     ours = dict(named_parameters(wrapped))
     for key, theirs in model.named_parameters():
         torch.testing.assert_close(ours[key], theirs, msg=key)
+
+
+@pytest.mark.parametrize("name", ["a compiled block", "checkpointed", "DataParallel"])
+def test_a_run_of_a_wrapped_model_is_resumed_by_the_plain_one(name: str, model: nn.Module, tmp_path: Path) -> None:
+    training = pytest.importorskip("slora.training")
+    settings = training.TrainSettings(max_steps=4, batch_size=2, save_every=2, keep_last=2, budget=2)
+    data = torch.randn(6, 8), torch.arange(6) % 5
+    twin = copy.deepcopy(model)
+    wrapped = WRAPPERS[name](copy.deepcopy(model))
+    training.train(wrapped, data, settings=settings, run_dir=tmp_path)
+    (first, _) = sorted(path for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith("step-"))
+    training.train(twin, data, settings=settings, resume=first)
+    ours = dict(named_parameters(twin))
+    for key, theirs in named_parameters(wrapped):
+        torch.testing.assert_close(ours[key], theirs, msg=key)

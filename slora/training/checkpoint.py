@@ -50,6 +50,7 @@ from slora.training.checkpoint_state import (
 )
 from slora.training.optimizers import Optimizers
 from slora.training.settings import TrainSettings
+from slora.wrappers import named_parameters, state_of, unwrapped
 
 __all__ = [
     "FIXED",
@@ -82,10 +83,10 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     if samples:
         digest.update(torch.cat(samples).cpu().numpy().tobytes())
     return {
-        "class": type(model).__name__,
-        "shapes": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+        "class": type(unwrapped(model)).__name__,
+        "shapes": {name: list(parameter.shape) for name, parameter in named_parameters(model)},
         # Strategies take the gates in and out of training.
-        "trainable": [name for name, p in model.named_parameters() if p.requires_grad and p not in own],
+        "trainable": [name for name, p in named_parameters(model) if p.requires_grad and p not in own],
         "frozen": digest.hexdigest(),
     }
 
@@ -110,7 +111,7 @@ def save(
     target = folder / f"step-{progress['step']:08d}"
     if target.exists():
         return target
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in named_parameters(model)}
     tensors = {f"model.{name}": p.detach() for p, name in names.items() if p.requires_grad}
     # Gates that were freed by the policy "frozen" are not trainable any more, but they differ from the start.
     tensors |= {f"model.{name}.gate": layer.gate.detach() for name, layer in adapted_layers(model)}
@@ -160,13 +161,13 @@ class Checkpoint:
         check_settings(folder, settings, state)
         self._model, self._optimizers = model, optimizers
         self._layers = dict(adapted_layers(model))
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in named_parameters(model)}
         parts = _read_tensors(folder / TENSORS)
         self._values, self._kept = parts["model"], parts["optimizer"]
         try:
             self._random = random_states.parsed(state.random, parts["random"])
             freed = {f"{name}.{part}" for name in state.freed for part in ("lora_A", "lora_B", "gate")}
-            self._expected = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in freed}
+            self._expected = {n: p for n, p in named_parameters(model) if p.requires_grad and n not in freed}
             gates = {f"{name}.gate": layer.gate for name, layer in self._layers.items()}
             _check_values("model", self._values, self._expected | gates)
             self._check_blocks()
@@ -331,9 +332,7 @@ def _check_model(folder: Path, saved: dict[str, Any], present: dict[str, Any]) -
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = {name for name, _ in named_parameters(model, remove_duplicate=False)}
     return {
-        name: value
-        for name, value in model.state_dict(keep_vars=True).items()
-        if name not in parameters and isinstance(value, Tensor)
+        name: value for name, value in state_of(model).items() if name not in parameters and isinstance(value, Tensor)
     }

@@ -33,6 +33,7 @@ from slora.training.recorder import Recorder
 from slora.training.rundir import CHECKPOINTS, claimed
 from slora.training.settings import TrainSettings
 from slora.training.strategies import first_images, strategy
+from slora.wrappers import named_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -479,7 +480,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._log()
-        broken = finite({name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad})
+        broken = finite({name: p.detach() for name, p in named_parameters(self.model) if p.requires_grad})
         if broken is not None:
             self._refuse(f"{broken!r} is not finite after step {self.step}", self.step)
         with self.clock.paused(self.device):
