@@ -48,5 +48,10 @@ def plain_names(field: str, value: Any, expected: str) -> Any:
         return value
     if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
         raise ConfigError(f"{field}={value!r} is {expected}")
-    entries = [plain(entry) for entry in value]
-    return sorted(entries, key=str) if isinstance(value, (set, frozenset)) else entries
+    return plain_list(value)
+
+
+def plain_list(values: Iterable[Any]) -> list[Any]:
+    """Return `values`, `plain`, as a list, those of a set in the order of the alphabet."""
+    entries = [plain(value) for value in values]
+    return sorted(entries, key=str) if isinstance(values, (set, frozenset)) else entries

@@ -9,7 +9,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -24,6 +24,7 @@ from slora.config import (
     check_budget,
 )
 from slora.errors import ConfigError
+from slora.plain import plain, plain_list, plain_mapping
 from slora.training.model_args import Scalar, arguments, check_keys
 from slora.training.yaml_files import read_yaml
 
@@ -186,8 +187,11 @@ class TrainSettings:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in dataclasses.fields(self):
-            object.__setattr__(self, f.name, _typed(f.name, getattr(self, f.name), hints[f.name]))
-            value = getattr(self, f.name)
+            value = plain_mapping(plain(getattr(self, f.name)))
+            if isinstance(value, (set, frozenset, KeysView, Iterator)):
+                value = plain_list(value)
+            value = _typed(f.name, value, hints[f.name])
+            object.__setattr__(self, f.name, value)
             _require(f.name, value, not isinstance(value, int) or abs(value) < 1 << 63, "use a smaller number")
         for name in (
             "epochs", "batch_size", "gradient_accumulation", "eval_batch_size", "log_every", "keep_last",

@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 from slora import ConfigError
 from slora.training import TrainSettings
@@ -187,3 +189,26 @@ def test_arguments_of_the_model_that_have_a_setting_of_their_own_are_refused() -
             TrainSettings(model_args={"depth": 3, key: 1})
     with pytest.raises(ConfigError, match=r"img_size=0 is out of range; use 1 or more"):
         TrainSettings(img_size=0)
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "kept"),
+    [
+        ("target_modules", {"qkv", "fc1"}, ["fc1", "qkv"]),
+        ("target_modules", {"qkv": 1}.keys(), ["qkv"]),
+        ("modules_to_save", (name for name in ("norm", "head")), ["norm", "head"]),
+        ("rank_pattern", {"qkv": np.int64(4)}, {"qkv": 4}),
+        ("r", np.int64(4), 4),
+        ("lr", np.float32(0.5), 0.5),
+        ("lr", torch.tensor(0.5), 0.5),
+        ("budget", np.float64(0.5), 0.5),
+        ("seed", torch.tensor(3), 3),
+        ("use_rslora", np.True_, True),
+    ],
+    ids=str,
+)
+def test_collections_and_numbers_of_any_library_become_plain_ones(field: str, given: Any, kept: Any) -> None:
+    settings = TrainSettings(**{field: given})
+    assert settings == TrainSettings(**{field: kept})
+    assert type(getattr(settings, field)) is type(kept)
+    assert TrainSettings.from_dict(yaml.safe_load(yaml.safe_dump(settings.to_dict()))) == settings
