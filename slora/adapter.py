@@ -37,6 +37,7 @@ from slora.files import json_text, text_writer, write_together
 from slora.gate import reread
 from slora.inject import adapt, injection
 from slora.layers import LoRABlocks, adapted_layers
+from slora.locks import changing
 from slora.peft_format import peft_config, stacked_pair
 from slora.saved import unsaved
 from slora.selection.strategy import freeze_gates, unfinished_selection
@@ -57,34 +58,38 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         StateError: the model is not adapted, is merged, or holds NaN or infinity where it would be saved; names it.
         WriteError: the folder cannot be written, or the disk is full; an earlier adapter is left as it was.
     """
-    record = injection(model)
-    layers = dict(adapted_layers(model))
-    content = selective(model)
-    folder = Path(directory)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        if layer.activity().active:
-            A, B = stacked_pair(layer)
-            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
-    blocks = set(tensors)
-    for name in record.saved.modules:
-        for key, value in state_of(module_at(model, name)).items():
-            tensors[f"{PREFIX}{name}.{key}"] = _copy(value)
-    for name in record.saved.parameters:
-        tensors[f"{PREFIX}{name}"] = _copy(parameter_at(model, name))
-    masks = tensors.keys() - blocks - {f"{PREFIX}{name}" for name, _ in named_parameters(model, remove_duplicate=False)}
-    bad = next((key for key, value in tensors.items() if not is_finite(value, key in masks)), None)
-    if bad is not None:
-        raise StateError(
-            f"{bad.removeprefix(PREFIX)!r} holds NaN or infinity: training diverged; go back to an earlier checkpoint"
-        )
+    with changing:
+        record = injection(model)
+        layers = dict(adapted_layers(model))
+        content = selective(model)
+        folder = Path(directory)
+        tensors: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            if layer.activity().active:
+                A, B = stacked_pair(layer)
+                tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
+        blocks = set(tensors)
+        for name in record.saved.modules:
+            for key, value in state_of(module_at(model, name)).items():
+                tensors[f"{PREFIX}{name}.{key}"] = _copy(value)
+        for name in record.saved.parameters:
+            tensors[f"{PREFIX}{name}"] = _copy(parameter_at(model, name))
+        trained = {f"{PREFIX}{name}" for name, _ in named_parameters(model, remove_duplicate=False)}
+        masks = tensors.keys() - blocks - trained
+        bad = next((key for key, value in tensors.items() if not is_finite(value, key in masks)), None)
+        if bad is not None:
+            raise StateError(
+                f"{bad.removeprefix(PREFIX)!r} holds NaN or infinity: training diverged; go back to an earlier "
+                f"checkpoint"
+            )
+        for_peft = peft_config(record.config, layers, record.saved.modules)
     content["tensors_digest"] = digest_of(tensors)
     forget_earlier(folder)
     # The file with the digest last: until then a reader finds the earlier tensors.
     write_together(
         {
             folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            folder / CONFIG: text_writer(json_text(peft_config(record.config, layers, record.saved.modules))),
+            folder / CONFIG: text_writer(json_text(for_peft)),
             folder / SELECTIVE: text_writer(json_text(content)),
         }
     )
@@ -124,45 +129,46 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     folder = Path(directory)
     content = read_selective(folder)
     tensors = read_tensors(folder, content.tensors_digest)
-    layers = dict(adapted_layers(model))
-    weights = base_weights(model, content, folder)
-    plan = None if layers else injection_plan(model, content, folder)
-    if plan is None:
-        check_layers(layers, content, folder)
-    states = {}
-    for name, entry in content.layers.items():
-        like = _parameters(layers.get(name), weights[name])
-        states[name] = block_state(name, entry, content.shapes[name], like, tensors, folder)
-    saved = injection(model).saved if plan is None else plan.saved
-    values = saved_state(model, saved, tensors, folder, injected=plan is None)
-    if tensors:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} holds {min(tensors)!r}, which has no place in this model; load it into the plain "
-            f"model, or inject with the same modules_to_save"
-        )
-    kept_in = content.config.base_dtype if plan else None
-    # In the order of the model, which JSON does not keep.
-    ordered = [weights[name] for name in (plan.found if plan else layers)]
-    if _sampled(ordered, kept_in) != content.base_digest:
-        warnings.warn(
-            f"{folder} was trained on other base weights than this {type(unwrapped(model)).__name__} has: shapes "
-            f"agree, values do not. Load the same pretrained weights first.",
-            BaseModelWarning,
-            stacklevel=2,
-        )
-    with torch.no_grad(), signals_held():
-        if plan is not None:
-            adapt(model, plan)
-        for name, layer in adapted_layers(model):
-            layer._mirror.asked = content.asked
-            for part, value in states[name].items():
-                getattr(layer, part).copy_(value)
-        present = state_of(model) if values else {}
-        for name, value in values.items():
-            present[name].copy_(value)
-        if content.asked:
-            freeze_gates(model)
-    return model
+    with changing:
+        layers = dict(adapted_layers(model))
+        weights = base_weights(model, content, folder)
+        plan = None if layers else injection_plan(model, content, folder)
+        if plan is None:
+            check_layers(layers, content, folder)
+        states = {}
+        for name, entry in content.layers.items():
+            like = _parameters(layers.get(name), weights[name])
+            states[name] = block_state(name, entry, content.shapes[name], like, tensors, folder)
+        saved = injection(model).saved if plan is None else plan.saved
+        values = saved_state(model, saved, tensors, folder, injected=plan is None)
+        if tensors:
+            raise CheckpointError(
+                f"{folder / WEIGHTS} holds {min(tensors)!r}, which has no place in this model; load it into the plain "
+                f"model, or inject with the same modules_to_save"
+            )
+        kept_in = content.config.base_dtype if plan else None
+        # In the order of the model, which JSON does not keep.
+        ordered = [weights[name] for name in (plan.found if plan else layers)]
+        if _sampled(ordered, kept_in) != content.base_digest:
+            warnings.warn(
+                f"{folder} was trained on other base weights than this {type(unwrapped(model)).__name__} has: shapes "
+                f"agree, values do not. Load the same pretrained weights first.",
+                BaseModelWarning,
+                stacklevel=2,
+            )
+        with torch.no_grad(), signals_held():
+            if plan is not None:
+                adapt(model, plan)
+            for name, layer in adapted_layers(model):
+                layer._mirror.asked = content.asked
+                for part, value in states[name].items():
+                    getattr(layer, part).copy_(value)
+            present = state_of(model) if values else {}
+            for name, value in values.items():
+                present[name].copy_(value)
+            if content.asked:
+                freeze_gates(model)
+        return model
 
 
 def _parameters(layer: LoRABlocks | None, weight: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from slora.config import SelectiveLoRAConfig, matches_pattern
 from slora.errors import StateError, TargetError
 from slora.gate import GateMirror
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
+from slora.locks import changing
 from slora.names import ends_with, inside, near, no_match
 from slora.saved import Saved, saved_parts
 from slora.wide import Kept, unwiden, widen
@@ -55,19 +56,21 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
         ConfigError: the rank or the number of blocks does not fit a layer, which is named.
         StateError: the model is adapted already, or wrapped by DistributedDataParallel.
     """
-    config = SelectiveLoRAConfig() if config is None else config
-    _require_plain(model)
-    saved = saved_parts(model, config)
-    found = {name: kind for name, kind in targets(model, config).items() if not inside(name, saved.modules)}
-    if not found:
-        raise TargetError(
-            "exclude_modules and modules_to_save leave no layer to adapt; remove entries, or name more target_modules"
-        )
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field) or ():
-            if not any(matches_pattern(pattern, name) for name in found):
-                raise no_match(field, pattern, list(found), "layer that is adapted")
-    return adapt(model, _checked(model, Plan(config, saved, found, dict.fromkeys(found, config))))
+    with changing:
+        config = SelectiveLoRAConfig() if config is None else config
+        _require_plain(model)
+        saved = saved_parts(model, config)
+        found = {name: kind for name, kind in targets(model, config).items() if not inside(name, saved.modules)}
+        if not found:
+            raise TargetError(
+                "exclude_modules and modules_to_save leave no layer to adapt; remove entries, or name more "
+                "target_modules"
+            )
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(config, field) or ():
+                if not any(matches_pattern(pattern, name) for name in found):
+                    raise no_match(field, pattern, list(found), "layer that is adapted")
+        return adapt(model, _checked(model, Plan(config, saved, found, dict.fromkeys(found, config))))
 
 
 class Plan(NamedTuple):
@@ -184,18 +187,21 @@ def unload(model: Model) -> Model:
         StateError: the blocks are merged into the weights; unmerge first, or call `slora.merge_and_unload`. Or the
             model is itself an adapted layer.
     """
-    refuse_layer(model)
-    layers = [layer for _, layer in adapted_layers(model)]
-    merged = [name for name, layer in adapted_layers(model) if layer.merged]
-    if merged:
-        raise StateError(f"{merged[0]!r} is merged; call slora.unmerge(model) first, or slora.merge_and_unload(model)")
-    swap(model, {layer: layer.plain() for layer in layers})
-    _set_fused_encoders(model)
-    plain: Any = unwrapped(model)
-    record = plain.__dict__.pop("_slora", None)
-    if isinstance(record, Injection):
-        unwiden(model, record.wide)
-    return plain  # type: ignore[no-any-return]
+    with changing:
+        refuse_layer(model)
+        layers = [layer for _, layer in adapted_layers(model)]
+        merged = [name for name, layer in adapted_layers(model) if layer.merged]
+        if merged:
+            raise StateError(
+                f"{merged[0]!r} is merged; call slora.unmerge(model) first, or slora.merge_and_unload(model)"
+            )
+        swap(model, {layer: layer.plain() for layer in layers})
+        _set_fused_encoders(model)
+        plain: Any = unwrapped(model)
+        record = plain.__dict__.pop("_slora", None)
+        if isinstance(record, Injection):
+            unwiden(model, record.wide)
+        return plain  # type: ignore[no-any-return]
 
 
 def refuse_layer(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from slora.config import SelectiveLoRAConfig
+from slora.errors import StateError
 from slora.gate import GateMirror
 from slora.layers.blocks import LoRABlocks
 
@@ -96,7 +97,13 @@ class SelectiveLoRALinear(LoRABlocks, nn.Linear):
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
         )
-        linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        weight = self.merged_weight()
+        if not weight.isfinite().all():
+            raise StateError(
+                f"the merged weight of {self} holds values that are not finite in {weight.dtype}: a matrix does, or it "
+                f"overflows"
+            )
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
         return linear.train(self.training)

@@ -14,7 +14,9 @@ from slora.errors import ConfigError, StateError, UnfinishedSelectionWarning
 from slora.gate import reread, version
 from slora.inject import refuse_layer, unload
 from slora.layers import LoRABlocks, adapted_layers
+from slora.locks import changing
 from slora.merging import batched
+from slora.merging.overflow import Update, refuse_overflow
 from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
 from slora.selection.strategy import unfinished_selection
 from slora.signals import signals_held
@@ -31,7 +33,7 @@ def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> 
     All weights of a device are merged in one call (`slora.merging.batched_merge_`): the sum is formed in fp32 and
     rounded once to the dtype of the weight. Parameters keep their addresses, layers without an active block are left
     untouched, and so is the whole model when anything fails; Ctrl-C waits until the model is merged. While merged,
-    gates and LoRA parameters have no effect on the output.
+    gates and LoRA parameters have no effect on the output. One thread at a time merges.
 
     A merged model is for inference. `load_state_dict` refuses it, since `unmerge` would put the old weights back over
     the loaded ones. Its own `state_dict()` holds the merged weights beside the matrices and is marked, so that no
@@ -45,32 +47,34 @@ def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> 
             ("cpu"), or None: no copy, only the update, which unmerging then subtracts, see there.
 
     Raises:
-        StateError: the model has no adapted layer, is merged already, or shares a weight that would change.
+        StateError: the model has no adapted layer, is merged already, shares a weight that would change, or would hold
+            NaN or infinity where it did not, as after an overflow of fp16; names the layer.
         ShapeError: two weights that would change share memory.
         ConfigError: `scale` is not finite, or `keep` is unknown.
     """
-    layers = _adapted(model)
-    if keep not in ("device", "cpu", None):
-        raise ConfigError(f'keep={keep!r} is unknown; use "device", "cpu" or None')
-    updates = _checked_updates(model, layers, scale)
-    # Everything that needs memory comes before the first weight changes.
-    kept: dict[str, Tensor] = {}
-    taken_off: dict[str, list[Update]] = {}
-    for name, update in updates.items():
-        if keep is None:
-            # Copies: the parameters may be trained or loaded over before the model is unmerged.
-            taken_off[name] = [(A.clone(), B.clone(), -c, row) for A, B, c, row in update]
-        else:
-            kept[name] = _room(layers[name].base_weight, keep)
-    with signals_held():
-        _run(_calls(layers, updates), kept)
-        for name in updates:
-            layers[name]._cast.clear()
-            layers[name]._kept_weight = kept.get(name)
-            layers[name]._kept_update = taken_off.get(name, [])
-        for layer in layers.values():
-            layer.merged = True
-    return model
+    with changing:
+        layers = _adapted(model)
+        if keep not in ("device", "cpu", None):
+            raise ConfigError(f'keep={keep!r} is unknown; use "device", "cpu" or None')
+        updates = _checked_updates(model, layers, scale)
+        # Everything that needs memory comes before the first weight changes.
+        kept: dict[str, Tensor] = {}
+        taken_off: dict[str, list[Update]] = {}
+        for name, update in updates.items():
+            if keep is None:
+                # Copies: the parameters may be trained or loaded over before the model is unmerged.
+                taken_off[name] = [(A.clone(), B.clone(), -c, row) for A, B, c, row in update]
+            else:
+                kept[name] = _room(layers[name].base_weight, keep)
+        with signals_held():
+            _run(_calls(layers, updates), kept)
+            for name in updates:
+                layers[name]._cast.clear()
+                layers[name]._kept_weight = kept.get(name)
+                layers[name]._kept_update = taken_off.get(name, [])
+            for layer in layers.values():
+                layer.merged = True
+        return model
 
 
 @torch.no_grad()
@@ -85,24 +89,25 @@ def unmerge(model: Model) -> Model:
     Raises:
         StateError: the model has no adapted layer, or is not merged.
     """
-    layers = _adapted(model)
-    if not any(layer.merged for layer in layers.values()):
-        raise StateError("the model is not merged; there is nothing to undo")
-    taken_off: dict[str, list[Update]] = {}
-    for name, layer in layers.items():
-        device = layer.base_weight.device
-        if layer._kept_update:
-            taken_off[name] = [(A.to(device), B.to(device), c, row) for A, B, c, row in layer._kept_update]
-    with signals_held():
-        _run(_calls(layers, taken_off))
-        # Each layer by itself, so that after a failure the next call goes on where this one stopped.
-        for name in taken_off:
-            _forget(layers[name])
-        for layer in layers.values():
-            if layer._kept_weight is not None:
-                layer.base_weight.copy_(layer._kept_weight)
-            _forget(layer)
-    return model
+    with changing:
+        layers = _adapted(model)
+        if not any(layer.merged for layer in layers.values()):
+            raise StateError("the model is not merged; there is nothing to undo")
+        taken_off: dict[str, list[Update]] = {}
+        for name, layer in layers.items():
+            device = layer.base_weight.device
+            if layer._kept_update:
+                taken_off[name] = [(A.to(device), B.to(device), c, row) for A, B, c, row in layer._kept_update]
+        with signals_held():
+            _run(_calls(layers, taken_off))
+            # Each layer by itself, so that after a failure the next call goes on where this one stopped.
+            for name in taken_off:
+                _forget(layers[name])
+            for layer in layers.values():
+                if layer._kept_weight is not None:
+                    layer.base_weight.copy_(layer._kept_weight)
+                _forget(layer)
+        return model
 
 
 def _forget(layer: LoRABlocks) -> None:
@@ -122,32 +127,31 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
 
     Raises:
         StateError: the model has no adapted layer, is itself one, is merged in part, shares a weight that would change,
-            or is merged already and `scale` is given.
+            is merged already and `scale` is given, or would overflow.
         ShapeError: two weights that would change share memory.
         ConfigError: `scale` is not finite.
     """
-    layers = _adapted(model)
-    refuse_layer(model)
-    selecting = unfinished_selection(model)
-    if selecting:
-        warnings.warn(
-            f"the blocks that are active now are merged, but {selecting}", UnfinishedSelectionWarning, stacklevel=3
-        )
-    if all(layer.merged for layer in layers.values()):
-        if scale != 1.0:
-            raise StateError(f"the model is merged already, so scale={scale!r} has no effect; call slora.unmerge first")
-        calls = []
-    else:
-        calls = _calls(layers, _checked_updates(model, layers, scale))
-    with signals_held():
-        _run(calls)
-        for layer in layers.values():
-            _forget(layer)
-        return unload(model)
-
-
-Update = tuple[Tensor, Tensor, float, int]
-"""`A [r, K]`, `B [n, r]`, the factor, and the first row."""
+    with changing:
+        layers = _adapted(model)
+        refuse_layer(model)
+        selecting = unfinished_selection(model)
+        if selecting:
+            warnings.warn(
+                f"the blocks that are active now are merged, but {selecting}", UnfinishedSelectionWarning, stacklevel=3
+            )
+        if all(layer.merged for layer in layers.values()):
+            if scale != 1.0:
+                raise StateError(
+                    f"the model is merged already, so scale={scale!r} has no effect; call slora.unmerge first"
+                )
+            calls = []
+        else:
+            calls = _calls(layers, _checked_updates(model, layers, scale))
+        with signals_held():
+            _run(calls)
+            for layer in layers.values():
+                _forget(layer)
+            return unload(model)
 
 
 class _Call(NamedTuple):
@@ -175,6 +179,7 @@ def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: 
     # A call checks its own weights; where there are several devices, the last is checked before the first is merged.
     for weights, terms, names in calls if len(calls) > 1 else []:
         check(weights, terms, names, in_place=True, whole=False)
+    refuse_overflow({name: layers[name].base_weight.detach() for name in updates}, updates)
     return updates
 
 
