@@ -27,6 +27,7 @@ from slora.training import checkpoint, random_states
 from slora.training.batches import Batches, Data, make_batches
 from slora.training.head_first import train_head
 from slora.training.measure import Clock, Window
+from slora.training.nonfinite import origin
 from slora.training.optimizers import Optimizers, finite, lr_scale
 from slora.training.process import interruptible, make_accelerator, prepared, train_mode
 from slora.training.recorder import Recorder
@@ -246,6 +247,8 @@ class Trainer:
         self.flops_of: dict[Any, int] = {}
         self.clock = Clock(self.result.seconds, self.step)
         self.stop_requested = False
+        # On a GPU a loss is looked at when a record is due, and where processes wait for each other, too.
+        self.checks_each_loss = device.type == "cpu" and world == 1
 
     def run(self) -> TrainResult:
         """Run to the end and return the result."""
@@ -337,6 +340,8 @@ class Trainer:
                 logits = logits_of(self.wrapped(images))
                 loss = self.criterion(logits, labels)
                 self.window.add(loss, logits, labels)
+                if self.checks_each_loss and not math.isfinite(loss.item()):
+                    self._refuse(f"the loss is {loss.item()} at step {self.step + 1}{_origin(self.model, images)}")
                 if self.optimizers.penalty_in_loss and self.penalty:
                     loss = loss + self.penalty * gate_penalty(self.model)
                 if part == 0 and self._keeps():
@@ -356,7 +361,11 @@ class Trainer:
             # The gates follow a rule of their own, so their gradients neither shrink the others nor are shrunk.
             # torch's own function: without loss scaling accelerate adds nothing to it but 0.2 ms a step.
             weights, gates = self.optimizers.parameters()
-            self.window.add_norm(nn.utils.clip_grad_norm_(weights, self.settings.clip_norm))
+            norm = nn.utils.clip_grad_norm_(weights, self.settings.clip_norm)
+            self.window.add_norm(norm)
+            if self.settings.optimizer == "adamw":
+                # Its kernel leaves such a step out, without a wait: the weights stay what they were when it broke.
+                self.optimizers.weights.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
             nn.utils.clip_grad_norm_(gates, self.settings.clip_norm)
 
     def _activity(self) -> Any:
@@ -401,8 +410,11 @@ class Trainer:
         lr = self.optimizers.weights.param_groups[0]["lr"]
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
-            step = self.step - (len(losses) - 1 - bad[0]) // self.accumulation
-            self._refuse(f"the loss is {losses[bad[0]]} at step {step}", step)
+            part = self.step * self.accumulation - len(losses) + bad[0]
+            step = part // self.accumulation + 1
+            epoch, number = divmod(part, self.steps_per_epoch * self.accumulation)
+            images, _ = next(iter(self.train_batches.epoch(epoch, number)))
+            self._refuse(f"the loss is {losses[bad[0]]} at step {step}{_origin(self.model, images)}", step)
         if norm is not None and not math.isfinite(norm):
             self._refuse(f"the gradient is not finite at or shortly before step {self.step}", self.step)
         self.clock.read()
@@ -441,7 +453,8 @@ class Trainer:
             record["active_blocks"] = {name: list(active) for name, active in blocks.items()}
         return record
 
-    def _refuse(self, what: str, step: int) -> None:
+    def _refuse(self, what: str, step: int | None = None) -> None:
+        step = self.step + 1 if step is None else step
         self.recorder.add({"step": step, "error": what})
         lr = lr_scale(step - 1, self.steps, self.warmup, self.settings.min_lr_ratio) * self.settings.lr
         last = self.last_checkpoint
@@ -537,6 +550,11 @@ class Trainer:
             (step, dict(zip(self.layers, map(tuple, blocks), strict=True)))
             for step, blocks in state.result["active_blocks"]
         ]
+
+
+def _origin(model: nn.Module, images: Tensor) -> str:
+    found = origin(model, images)
+    return f": {found}" if found else ", though every layer is finite on its batch"
 
 
 def _cross_entropy(label_smoothing: float) -> Criterion:
