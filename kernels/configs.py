@@ -1,8 +1,8 @@
 """Tile sizes: for every kernel and arch a few candidates, of which a measurement picks one per shape.
 
-`python -m benchmarks.audit` compiles each of them with the widest S and T that it serves, where it needs the most:
-benchmarks/results/audit/kernels.csv is what it found. None spills, all fit into shared memory and use the arch's own
-tensor-core instructions.
+`python -m benchmarks.audit` compiles each of them with the widest S and T that it serves; what it found is in
+benchmarks/results/audit/kernels.csv. None spills, all fit into shared memory and use the arch's own tensor-core
+instructions.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ GEMMS: dict[tuple[int, Form], tuple[tuple[Gemm, int], ...]] = {
     (90, "fused"): ((_WIDE, 32), (_PAIR, 32), (_SQUARE, 64), (_TALL, 16), (_LOW, 64)),
     (90, "looped"): ((_WIDE, 32), (_SQUARE, 64)),
     (90, "precomputed"): ((_WIDE, 64), (_TALL, 256), (_PAIR, 64), (_SQUARE, 256), (_SQUARE, ANY_WIDTH)),
-    (90, "masked"): ((_TALL, 256), (_SQUARE, 256), (_SQUARE, ANY_WIDTH)),
+    (90, "masked"): ((_SQUARE, 256), (_LOW, 256), (_SQUARE, ANY_WIDTH)),
     (100, "fused"): ((_SQUARE_100, 64),),
     (100, "looped"): ((_SQUARE_100, 64),),
     (100, "precomputed"): ((_WIDE_100, ANY_WIDTH), (_SQUARE_100, ANY_WIDTH)),

@@ -15,7 +15,7 @@ class LoRAOperands(NamedTuple):
     """The blocks of a layer in one call. Field by field the end of the torch.library operator's schema."""
 
     lora_A: Tensor
-    """`[blocks, r, K]`, in the dtype of x or fp32."""
+    """`[blocks, r, K]`, in the dtype of x or fp32; r from 1 to 256."""
     lora_B: Tensor
     """`[blocks, n, r]` with n = N / blocks, in the dtype of `lora_A`."""
     gate: Tensor
@@ -25,11 +25,15 @@ class LoRAOperands(NamedTuple):
     scaling: float
     """The factor in front of every update."""
     active: Sequence[int] | None = None
-    """The active blocks in rising order where the host knows them; None lets the device read the gates."""
+    """The active blocks in rising order where the host knows them, so that nothing has to be read from the device; must
+    agree with `gate`, which is checked on the CPU only. None means "read the gates" and is what `torch.compile` sees,
+    so that a moving gate never changes the graph."""
     dropout: float = 0.0
     """Probability of dropping an element of x on the LoRA path."""
     seed: Tensor | None = None
-    """Int64 scalar on the device of x that the mask is drawn from; None without dropout."""
+    """Int64 scalar on the device of x, None without dropout. Forward and backward draw the same mask from it, so none
+    is stored, and every backend draws the same one (`slora.ops.dropout`); a CUDA graph can draw a new seed per replay.
+    """
 
     @property
     def blocks(self) -> int:

@@ -62,17 +62,7 @@ def selective_linear(
         x: `[..., K]`, any strides, zero rows included.
         weight: `[N, K]`, dtype and device of `x`; usually frozen.
         bias: `[N]`, dtype of `x`, or None.
-        lora_A: `[blocks, r, K]`, dtype of `x` or fp32; r from 1 to 256.
-        lora_B: `[blocks, N / blocks, r]`, dtype of `lora_A`.
-        gate: `[blocks]`, floating.
-        threshold: block i is active while `gate[i] >= threshold`.
-        scaling: factor in front of every update.
-        active: the active blocks in rising order if the host knows them, so that nothing has to be read from the
-            device; must agree with `gate`, which is checked on the CPU only. None means "read the gates" and is what
-            `torch.compile` sees, so that a moving gate never changes the graph.
-        dropout: probability of dropping an element of `x` on the LoRA path; needs `seed`.
-        seed: int64 scalar on the device of `x`, where a CUDA graph can draw a new one per replay. The backward draws
-            the same mask from it, so none is stored; every backend draws the same one (`slora.ops.dropout`).
+        lora_A, lora_B, gate, threshold, scaling, active, dropout, seed: see `LoRAOperands`.
 
     The gate gradient of active blocks is straight-through; that of inactive ones is 0 here (`slora.ops.gate_probe`
     supplies it). In the backward only what `requires_grad` asks for is computed.

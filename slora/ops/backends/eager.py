@@ -49,11 +49,9 @@ class Eager:
         self, dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, operands: LoRAOperands, needs: Needs
     ) -> Gradients:
         """Return the gradients; `dgate_i = <dB_i, B_i>`, exact for active blocks."""
-        if operands.active is not None and len(operands.active) == operands.blocks and not operands.dropout:
-            if operands.blocks == 1:
-                return _of_one_block(dy, x, S, weight, operands, needs)
-            if _batched(dy):
-                return _of_all_blocks(dy, x, S, weight, operands, needs)
+        every = operands.active is not None and len(operands.active) == operands.blocks
+        if every and not operands.dropout and (operands.blocks == 1 or _batched(dy)):
+            return _of_all_blocks(dy, x, S, weight, operands, needs)
         known, active, on = _known(operands)
         A, B, c = known.lora_A, known.lora_B, known.factor
         keep = _mask(operands, dy) if operands.dropout else None
@@ -104,42 +102,28 @@ class Eager:
 EAGER = Eager()
 
 
-def _of_one_block(
-    dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, operands: LoRAOperands, needs: Needs
-) -> Gradients:
-    """What most calls are: all of the backward for one active block, in as few calls as it takes."""
-    A, B, c = operands.lora_A[0], operands.lora_B[0], operands.scaling
-    dx = dA = dB = dgate = None
-    if needs.x or needs.lora_A:
-        T = dy @ B
-        if needs.x:
-            dx = (dy @ weight).addmm_(T, A, alpha=c)
-        if needs.lora_A:
-            assert x is not None
-            dA = _scaled_product(T.t(), x, A, c)[None]
-    if needs.lora_B or needs.gate:
-        dB = _outer(dy, S, B, c)[None]
-        if needs.gate:
-            dgate = _inner_products(dB, operands.lora_B)
-    return Gradients(dx, dA, dB if needs.lora_B else None, dgate)
-
-
 def _of_all_blocks(
     dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, operands: LoRAOperands, needs: Needs
 ) -> Gradients:
-    """The same for several blocks, all of them active, in batched products."""
-    B, c = operands.lora_B, operands.scaling
-    A, dy_blocks = operands.lora_A.flatten(0, 1), _by_block(dy, operands.blocks)
+    """What most calls are: the backward where every block is active, in as few calls as it takes."""
+    A, B, c, blocks = operands.lora_A, operands.lora_B, operands.scaling, operands.blocks
     dx = dA = dB = dgate = None
     if needs.x or needs.lora_A:
-        T = torch.bmm(dy_blocks, B).transpose(0, 1).reshape(dy.shape[0], A.shape[0])
+        if blocks == 1:
+            A, T = A[0], dy @ B[0]
+        else:
+            A = A.flatten(0, 1)
+            T = torch.bmm(_by_block(dy, blocks), B).transpose(0, 1).reshape(dy.shape[0], A.shape[0])
         if needs.x:
             dx = (dy @ weight).addmm_(T, A, alpha=c)
         if needs.lora_A:
             assert x is not None
             dA = _scaled_product(T.t(), x, A, c).view_as(operands.lora_A)
     if needs.lora_B or needs.gate:
-        dB = torch.baddbmm(B, dy_blocks.mT, _by_block(S, operands.blocks), beta=0, alpha=c)
+        if blocks == 1:
+            dB = _outer(dy, S, B[0], c)[None]
+        else:
+            dB = torch.baddbmm(B, _by_block(dy, blocks).mT, _by_block(S, blocks), beta=0, alpha=c)
         if needs.gate:
             dgate = _inner_products(dB, B)
     return Gradients(dx, dA, dB if needs.lora_B else None, dgate)
