@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run, list, report, compare, bars, gpu.
+"""`python -m benchmarks`: run, list, report, compare, bars, compatibility, gpu.
 
 Nothing above `main` imports torch, so that an interrupt in the second that this takes is answered like any other.
 """
@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser("list", help="name the cases")
 
-    report = commands.add_parser("report", help="write benchmarks/README.md, the figures, and README's tables")
+    report = commands.add_parser(
+        "report", help="write benchmarks/README.md, the figures, docs/compatibility.md, README's tables"
+    )
     report.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a text is out of date")
 
     compare = commands.add_parser("compare", help="what moved beyond noise between two result files")
@@ -51,6 +53,15 @@ def parser() -> argparse.ArgumentParser:
 
     bars = commands.add_parser("bars", help="the bars of bars.toml, met, missed or not measured")
     bars.add_argument("--results", type=Path, help="a folder of result files of one device (default: results/*)")
+
+    census = commands.add_parser(
+        "compatibility", help="which architectures slora adapts rightly: docs/compatibility.md"
+    )
+    census.add_argument("names", nargs="*", metavar="NAME", help="a library, a family, library/family or a part of it")
+    census.add_argument("--quick", action="store_true", help="a few of every kind")
+    census.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each (default 1)")
+    census.add_argument("--seconds", type=float, default=600, help="after which one is ended (default 600)")
+    census.add_argument("--out", type=Path, help="folder to write into (default of the whole: benchmarks/results)")
 
     gpu = commands.add_parser("gpu", help="the proof on a GPU: build, kernels, cases, tests, sanitizer, profile")
     gpu.add_argument(
@@ -206,13 +217,36 @@ def _bars(args: argparse.Namespace) -> int:
     return 0
 
 
+def _compatibility(args: argparse.Namespace) -> int:
+    from benchmarks.compatibility import census
+    from benchmarks.record import RESULTS, BenchmarkError, require_writable
+
+    for option, value in (("--jobs", args.jobs), ("--seconds", args.seconds)):
+        if not value > 0:
+            raise BenchmarkError(f"{option} {value} is not a positive number")
+    names = census.chosen(args.names, args.quick)
+    out = args.out or (None if args.names or args.quick else RESULTS)
+    if out is not None:
+        require_writable(out)
+    rows = census.run(names, args.jobs, args.seconds, out)
+    return 1 if any(row["verdict"] in ("wrong", "failed") for row in rows) else 0
+
+
 def _gpu(args: argparse.Namespace) -> int:
     from benchmarks import gpu
 
     return gpu.prove(args)
 
 
-COMMANDS = {"run": _run, "list": _list, "report": _report, "compare": _compare, "bars": _bars, "gpu": _gpu}
+COMMANDS = {
+    "run": _run,
+    "list": _list,
+    "report": _report,
+    "compare": _compare,
+    "bars": _bars,
+    "compatibility": _compatibility,
+    "gpu": _gpu,
+}
 
 
 def _end(*_: object) -> None:

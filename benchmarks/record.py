@@ -23,10 +23,10 @@ from slora.files import write_json
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 # What `run` and `report` write; everything else under these folders is source, a new file too.
-OUTPUTS = ("README.md", "benchmarks/README.md", "benchmarks/figures", "benchmarks/results")
+OUTPUTS = ("README.md", "docs/compatibility.md", "benchmarks/README.md", "benchmarks/figures", "benchmarks/results")
 SOURCES = ("slora", "kernels", "csrc", "benchmarks")
 NOT_MEASURED = "not measured"
-PACKAGES = ("torch", "triton", "timm", "peft", "transformers", "open_clip_torch")
+PACKAGES = ("torch", "torchvision", "triton", "timm", "peft", "transformers", "open_clip_torch")
 
 
 class BenchmarkError(Exception):

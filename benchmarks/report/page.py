@@ -1,7 +1,8 @@
-"""`benchmarks/README.md`, and the marked tables of the project's README, from result files alone.
+"""`benchmarks/README.md`, `docs/compatibility.md`, and the marked tables of README, from result files alone.
 
     <!-- demo-table -->        docs/demo.json, written by `slora demo`
     <!-- train-step-table -->  results/cpu/train_step.json and train_memory.json, results/<GPU>/train_step.json
+    <!-- works-with -->        results/compatibility.json, of which docs/compatibility.md is the whole
 
 What has no result file says "not measured".
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from benchmarks.record import NOT_MEASURED, BenchmarkError, read_result, results_in
 from benchmarks.registry import CASES
-from benchmarks.report import summary, tables
+from benchmarks.report import compatibility, summary, tables
 from benchmarks.report.packages import need
 from slora.files import write_text
 
@@ -66,8 +67,10 @@ def filled(readme: str, root: Path = ROOT) -> str:
     results = all_results(root)
     cpu = results["cpu"]
     demo_file = root / "docs" / "demo.json"
+    census = compatibility.read(root)
     texts = {
         "demo-table": demo_table(demo_file) if demo_file.exists() else NONE,
+        "works-with": NONE if census is None else compatibility.summary(census),
         "train-step-table": "\n\n".join(
             [
                 NONE
@@ -154,6 +157,7 @@ python -m benchmarks run --case all --device cuda
 python -m benchmarks report                                    # this page, the figures, README's tables
 python -m benchmarks compare BEFORE.json AFTER.json            # what moved beyond noise
 python -m benchmarks bars                                      # the bars of bars.toml, met or missed
+python -m benchmarks compatibility                             # which architectures slora adapts rightly; an hour
 python -m benchmarks gpu first                                 # on a GPU: build, kernels, one layer, merge; 4 minutes
 python -m benchmarks gpu second                                # on a GPU: train steps, tests, profile; 7 minutes
 python -m benchmarks gpu                                       # on a GPU: everything, in 9 minutes
@@ -173,6 +177,7 @@ CPU.
 | the result files | `record.py`, `schema.py` (their form), `results/<device>/<case>.json` |
 | this page and the figures | `report/` |
 | the bars | `bars.toml` |
+| what slora works with | `compatibility/`; its page is [docs/compatibility.md](../docs/compatibility.md) |
 | the proof on a GPU | `gpu.py` (its order, stages and table), `proof/` (its parts) |
 | whether each kernel is right | `candidates.py` |
 
@@ -191,9 +196,11 @@ computation moves (`counting.py`)."""
 def texts(root: Path = ROOT) -> dict[Path, str]:
     """The files that `report` writes, figures left out."""
     readme = root / "README.md"
+    census = compatibility.read(root)
     return {
         root / "benchmarks" / "README.md": page(root),
         readme: filled(readme.read_text(encoding="utf-8"), root),
+        **({} if census is None else {root / "docs" / "compatibility.md": compatibility.page(census)}),
     }
 
 

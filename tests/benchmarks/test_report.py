@@ -13,7 +13,8 @@ from benchmarks.report import figures, layer_figures, page, step_figure, style, 
 from benchmarks.schema import SCHEMA, TIMES
 
 TEXT = (
-    "a\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nb\n<!-- train-step-table -->\n<!-- /train-step-table -->\nc\n"
+    "a\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nb\n<!-- train-step-table -->\n<!-- /train-step-table -->\n"
+    "<!-- works-with -->\nold\n<!-- /works-with -->\nc\n"
 )
 
 
@@ -68,7 +69,7 @@ def test_the_texts_in_the_tree_are_what_the_result_files_give() -> None:
 
 def test_a_missing_result_says_not_measured(tmp_path: Path) -> None:
     text = page.filled(TEXT, tmp_path)
-    assert text.count(page.NONE) == 2
+    assert text.count(page.NONE) == 3
     assert "\nGPU: not measured.\n" in text
     assert "old" not in text
     assert text.startswith("a\n")
