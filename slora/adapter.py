@@ -41,6 +41,7 @@ from slora.locks import changing
 from slora.peft_format import peft_config, stacked_pair
 from slora.saved import unsaved
 from slora.selection.strategy import freeze_gates, unfinished_selection
+from slora.sharded import by_first, full, is_sharded, put, reshard
 from slora.signals import signals_held
 from slora.wrappers import module_at, named_parameters, parameter_at, state_of, unwrapped
 
@@ -49,6 +50,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapter of `model` into `directory`: all files, or none where one of them cannot be written.
+
+    Of a model whose parameters `fully_shard` has sharded, all processes call this, and the first one writes.
 
     Parameters that require gradients but belong neither to a block nor to `modules_to_save` are not saved: an
     `UnsavedParameterWarning` names them. A strategy (`slora.selection`) that has not made its choice yet gives an
@@ -60,6 +63,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     with changing:
         record = injection(model)
+        reshard(model)
         layers = dict(adapted_layers(model))
         content = selective(model)
         folder = Path(directory)
@@ -84,15 +88,17 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             )
         for_peft = peft_config(record.config, layers, record.saved.modules)
     content["tensors_digest"] = digest_of(tensors)
-    forget_earlier(folder)
-    # The file with the digest last: until then a reader finds the earlier tensors.
-    write_together(
-        {
-            folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-            folder / CONFIG: text_writer(json_text(for_peft)),
-            folder / SELECTIVE: text_writer(json_text(content)),
-        }
-    )
+    with by_first(any(map(is_sharded, model.parameters()))) as first:
+        if first:
+            forget_earlier(folder)
+            # The file with the digest last: until then a reader finds the earlier tensors.
+            write_together(
+                {
+                    folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+                    folder / CONFIG: text_writer(json_text(for_peft)),
+                    folder / SELECTIVE: text_writer(json_text(content)),
+                }
+            )
     selecting = unfinished_selection(model)
     if selecting:
         active = sum(len(layer.activity().active) for layer in layers.values())
@@ -130,6 +136,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     content = read_selective(folder)
     tensors = read_tensors(folder, content.tensors_digest)
     with changing:
+        reshard(model)
         layers = dict(adapted_layers(model))
         weights = base_weights(model, content, folder)
         plan = None if layers else injection_plan(model, content, folder)
@@ -162,10 +169,10 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
             for name, layer in adapted_layers(model):
                 layer._mirror.asked = content.asked
                 for part, value in states[name].items():
-                    getattr(layer, part).copy_(value)
+                    put(getattr(layer, part), value)
             present = state_of(model) if values else {}
             for name, value in values.items():
-                present[name].copy_(value)
+                put(present[name], value)
             if content.asked:
                 freeze_gates(model)
         return model
@@ -180,7 +187,7 @@ def _parameters(layer: LoRABlocks | None, weight: Tensor) -> dict[str, Tensor]:
 
 def _copy(value: Tensor) -> Tensor:
     # safetensors refuses tensors that share memory, as tied weights do.
-    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return full(value.detach()).cpu().clone(memory_format=torch.contiguous_format)
 
 
 def selective(model: nn.Module) -> dict[str, Any]:
@@ -219,7 +226,7 @@ def _sampled(weights: Iterable[Tensor], kept_in: torch.dtype | None = None) -> s
     """The digest of `weights` that are kept in their own dtype, or will be kept in another."""
     digest = hashlib.sha256()
     for weight in weights:
-        flat = weight.reshape(-1)
+        flat = full(weight).reshape(-1)
         sample = flat[:: max(1, flat.numel() // 256)][:256]
         sample = (sample if kept_in is None else sample.to(kept_in)).to(torch.bfloat16).float().cpu()
         digest.update(sample.numpy().tobytes())
@@ -227,7 +234,7 @@ def _sampled(weights: Iterable[Tensor], kept_in: torch.dtype | None = None) -> s
 
 
 def _layer_entry(name: str, layer: LoRABlocks) -> dict[str, Any]:
-    gate = [float(value) for value in layer.gate.detach().tolist()]
+    gate = [float(value) for value in full(layer.gate.detach()).tolist()]
     if not all(map(math.isfinite, gate)):
         raise StateError(f"the gates of {name!r} are {gate}: training diverged; go back to an earlier checkpoint")
     return {

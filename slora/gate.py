@@ -24,8 +24,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from slora import gate_rule
 from slora.config import Inactive
-from slora.errors import ConfigError, GateRuleWarning
+from slora.errors import ConfigError, GateRuleWarning, StateError
 from slora.plain import plain
+from slora.sharded import full, is_sharded, local, put
 from slora.wrappers import named_modules
 
 
@@ -56,6 +57,12 @@ class Gated(nn.Module):
     _mirror: GateMirror
     _activity: Activity | None
     _gate_key: tuple[Tensor, int, float] | None
+    _sharded_gate: nn.Parameter | None = None
+
+    @property
+    def moving_gate(self) -> nn.Parameter:
+        """The parameter that optimizers move: FSDP puts a gathered copy in its place while the layer runs."""
+        return self.gate if self._sharded_gate is None else self._sharded_gate
 
     def activity(self) -> Activity:
         """Return which blocks are active, without a device-to-host copy unless a gate has moved."""
@@ -155,15 +162,15 @@ class GateMirror:
                 probe_scale=1.0 if none_active or layer.inactive == "exact" else float(layer.probe_every),
                 step=self.step,
             )
-            layer._gate_key = layer.gate, version(layer.gate), layer.threshold
+            layer._gate_key = layer.moving_gate, version(layer.moving_gate), layer.threshold
 
     def _read(self, layers: list[Gated]) -> dict[Gated, list[bool]]:
         groups: dict[tuple[torch.device, torch.dtype], list[Gated]] = {}
         for layer in layers:
-            groups.setdefault((layer.gate.device, layer.gate.dtype), []).append(layer)
+            groups.setdefault((layer.moving_gate.device, layer.moving_gate.dtype), []).append(layer)
         result: dict[Gated, list[bool]] = {}
         for members in groups.values():
-            gates = torch.cat([layer.gate.detach() for layer in members])
+            gates = torch.cat([full(layer.moving_gate.detach()) for layer in members])
             thresholds = [layer.threshold for layer in members for _ in range(layer.gate.shape[0])]
             if len(set(thresholds)) == 1:
                 flags = gates >= thresholds[0]
@@ -177,7 +184,7 @@ class GateMirror:
 
     def _forget(self, moved: set[int]) -> None:
         layers = self.layers()
-        if any(id(layer.gate) in moved for layer in layers):
+        if any(id(layer.moving_gate) in moved for layer in layers):
             for layer in layers:
                 layer._gate_key = None
 
@@ -245,7 +252,7 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _find_gates(groups: list[dict[str, Any]]) -> dict[int, _Gates]:
-    owner = {id(layer.gate): mirror for mirror in _mirrors for layer in mirror.layers()}
+    owner = {id(layer.moving_gate): mirror for mirror in _mirrors for layer in mirror.layers()}
     found = {i: [(p, owner[id(p)]) for p in group["params"] if id(p) in owner] for i, group in enumerate(groups)}
     return {i: members for i, members in found.items() if members}
 
@@ -290,7 +297,9 @@ def unmoved(layer: Gated) -> bool:
     # Not as an attribute, which nn.Module takes its time for, unless it is a parametrization or a replica's.
     gate = layer._parameters.get("gate")
     gate = layer.gate if gate is None else gate
-    return key[0] is gate and key[1] == version(gate) and key[2] == layer.threshold
+    if key[0] is not gate:
+        gate = layer._sharded_gate
+    return key[0] is gate and gate is not None and key[1] == version(gate) and key[2] == layer.threshold
 
 
 def version(tensor: Any) -> int:
@@ -306,7 +315,7 @@ def _gated(model: nn.Module) -> Iterator[tuple[str, Gated]]:
 
 def gates(model: nn.Module) -> list[nn.Parameter]:
     """Return the gate parameters of `model`, one `[blocks]` tensor per adapted layer."""
-    return [layer.gate for _, layer in _gated(model)]
+    return [layer.moving_gate for _, layer in _gated(model)]
 
 
 @torch.no_grad()
@@ -318,15 +327,17 @@ def set_gates(values: Mapping[AnyGated, Sequence[float]]) -> None:
     by_device: dict[torch.device, list[AnyGated]] = {}
     by_mirror: dict[GateMirror, dict[Gated, list[bool]]] = {}
     for layer, numbers in values.items():
-        by_device.setdefault(layer.gate.device, []).append(layer)
+        by_device.setdefault(layer.moving_gate.device, []).append(layer)
         # As the kernels compare: in the dtype of the gate.
-        on = torch.tensor(numbers, dtype=layer.gate.dtype) >= layer.threshold
+        on = torch.tensor(numbers, dtype=layer.moving_gate.dtype) >= layer.threshold
         by_mirror.setdefault(layer._mirror, {})[layer] = on.tolist()
     for device, layers in by_device.items():
         flat = [number for layer in layers for number in values[layer]]
         new = torch.tensor(flat, dtype=torch.float32).to(device, non_blocking=True)
         for layer, part in zip(layers, new.split([layer.blocks for layer in layers]), strict=True):
-            layer.gate.copy_(part)
+            put(layer.moving_gate, part)
+            if layer.gate is not layer.moving_gate:
+                layer.gate.copy_(part)
     for mirror, active in by_mirror.items():
         mirror._wrote(active)
 
@@ -335,7 +346,7 @@ def gate_values(model: nn.Module) -> dict[str, list[float]]:
     """Return `{layer name: the scores of its blocks}` of `model`, read by one device-to-host copy per device."""
     layers = list(_gated(model))
     values = {
-        device: iter(torch.cat([layer.gate.detach() for _, layer in layers if layer.gate.device == device]).tolist())
+        device: iter(torch.cat([full(gate.detach()) for gate in gates(model) if gate.device == device]).tolist())
         for device in {layer.gate.device for _, layer in layers}
     }
     return {name: [next(values[layer.gate.device]) for _ in range(len(layer.gate))] for name, layer in layers}
@@ -355,7 +366,7 @@ def gate_penalty(model: nn.Module) -> Tensor:
     """
     scores = []
     for _, layer in _gated(model):
-        gate: Tensor = layer.gate
+        gate = full(layer.gate)
         if torch.is_grad_enabled():
             layer._mirror.penalised = True
         if layer.inactive == "frozen":
@@ -419,17 +430,18 @@ class ProximalGates(torch.optim.Optimizer):
                 loss = closure()
         blocks = sum(int(group["blocks"]) for group in self.param_groups)
         layers = (layer for mirror in list(_mirrors) for layer in mirror.layers())
-        frozen = {layer.gate: layer.threshold for layer in layers if layer.inactive == "frozen"}
+        frozen = {layer.moving_gate: layer.threshold for layer in layers if layer.inactive == "frozen"}
         for group in self.param_groups:
             shrink = float(group["lr"]) * float(group["penalty"]) / blocks
             for gate in group["params"]:
                 if not gate.requires_grad:
                     continue
-                moved = gate if gate.grad is None else gate.add(gate.grad, alpha=-float(group["lr"]))
+                own = local(gate)
+                moved = own if gate.grad is None else own.add(local(gate.grad), alpha=-float(group["lr"]))
                 moved = nn.functional.softshrink(moved, shrink) if shrink else moved
                 if gate in frozen:
-                    moved = torch.where(gate >= frozen[gate], moved, gate)
-                gate.copy_(moved)
+                    moved = torch.where(own >= frozen[gate], moved, own)
+                own.copy_(moved)
         return loss
 
 
@@ -439,6 +451,8 @@ def release_frozen(model: nn.Module, *optimizers: torch.optim.Optimizer) -> int:
     Their parameters shrink to rank 0, stop requiring gradients, and leave `optimizers` with their state.
     Gates keep their values. Call it between two optimizer steps; a model with nothing to free is left alone.
     """
+    if any(is_sharded(gate) for gate in gates(model)):
+        raise StateError("parameters that fully_shard has sharded cannot be freed; free them before, or leave it out")
     reread(model)
     freed = 0
     gone: set[nn.Parameter] = set()

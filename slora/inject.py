@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
+from slora import sharded
 from slora.config import SelectiveLoRAConfig, matches_pattern
 from slora.errors import StateError, TargetError
 from slora.gate import GateMirror
@@ -153,6 +154,7 @@ def _require_plain(model: nn.Module) -> None:
             "DistributedDataParallel synchronises the gradients of the parameters that it found when it was made; call "
             "slora.inject or slora.load_adapter before the model is wrapped"
         )
+    sharded.refuse(model, "call slora.inject or slora.load_adapter before fully_shard")
     lazy = [name for name, p in named_parameters(model) if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise TargetError(f"{lazy[0]!r} of a lazy module has no shape yet; run the model once, then inject")
@@ -189,6 +191,7 @@ def unload(model: Model) -> Model:
     """
     with changing:
         refuse_layer(model)
+        sharded.refuse(model, "save the adapter, and go on with a model that is not")
         layers = [layer for _, layer in adapted_layers(model)]
         merged = [name for name, layer in adapted_layers(model) if layer.merged]
         if merged:

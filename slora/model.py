@@ -18,6 +18,7 @@ from slora.layers import adapted_layers
 from slora.ops.flops import forward_flops, linear_flops
 from slora.plain import plain
 from slora.selection.strategy import unfinished_selection
+from slora.sharded import reshard
 
 
 def active_blocks(model: nn.Module) -> dict[str, Tensor]:
@@ -86,6 +87,7 @@ def parameter_groups(
     for name, value in (("lr", lr), ("gate_lr", gate_lr), ("weight_decay", weight_decay)):
         if value is not None and not value >= 0:
             raise ConfigError(f"{name}={value} is negative or not a number; use 0 or more")
+    reshard(model)
     lora: list[nn.Parameter] = []
     gate: list[nn.Parameter] = []
     for _, layer in adapted_layers(model):
@@ -135,7 +137,7 @@ def trainable_parameters(model: nn.Module) -> int:
     for _, layer in adapted_layers(model):
         if layer.inactive == "frozen" or not layer.gate.requires_grad:
             parts = [part for part in (layer.lora_A, layer.lora_B, layer.gate) if part.requires_grad]
-            count -= len(layer.activity().inactive) * sum(part[0].numel() for part in parts)
+            count -= len(layer.activity().inactive) * sum(part.numel() // layer.blocks for part in parts)
     return count
 
 

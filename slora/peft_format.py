@@ -10,17 +10,19 @@ from torch import Tensor
 
 from slora.config import SelectiveLoRAConfig
 from slora.layers import LoRABlocks
+from slora.sharded import full
 
 
 @torch.no_grad()
 def stacked_pair(layer: LoRABlocks) -> tuple[Tensor, Tensor]:
     """Return the active blocks of `layer` as one pair on the CPU: `A [n * r, in]`, block-diagonal `B [out, n * r]`."""
     active = list(layer.activity().active)
-    A = layer.lora_A[active].reshape(-1, layer.lora_A.shape[-1])
-    n, r = layer.lora_B.shape[1:]
-    B = layer.lora_B.new_zeros(layer.blocks * n, len(active) * r)
+    lora_A, lora_B = full(layer.lora_A), full(layer.lora_B)
+    A = lora_A[active].reshape(-1, lora_A.shape[-1])
+    n, r = lora_B.shape[1:]
+    B = lora_B.new_zeros(layer.blocks * n, len(active) * r)
     for j, i in enumerate(active):
-        B[i * n : (i + 1) * n, j * r : (j + 1) * r] = layer.lora_B[i]
+        B[i * n : (i + 1) * n, j * r : (j + 1) * r] = lora_B[i]
     return A.cpu().contiguous(), B.cpu().contiguous()
 
 

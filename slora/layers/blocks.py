@@ -25,6 +25,7 @@ from slora.ops.backends.eager import base
 from slora.ops.checks import check_operands, fits
 from slora.ops.gate_probe import ProbeGates
 from slora.ops.operands import LoRAOperands
+from slora.sharded import full, is_sharded
 from slora.wrappers import named_modules
 
 _on_device: ContextVar[bool] = ContextVar("slora_gates_on_device", default=False)
@@ -32,7 +33,7 @@ _OWN = ("lora_A", "lora_B", "gate")
 _SETTINGS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
     "gate_init", "enabled", "merged", "released", "_kept_weight", "_kept_update", "_mirror", "_activity", "_gate_key",
-    "_seed", "_cast", "_ready", "_base_class",
+    "_sharded_gate", "_seed", "_cast", "_ready", "_base_class",
 )  # fmt: skip
 
 
@@ -204,16 +205,17 @@ class LoRABlocks(Gated):
         The sum is formed in fp32 (fp64 for fp64 weights) and rounded once. Rounding `W + delta` to 16 bits
         loses part of a small update: merge for inference, never to go on training.
         """
-        weight = self.base_weight.detach()
+        weight = full(self.base_weight.detach())
         if self.merged:
             return weight.clone()
         self._mirror.reread()
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         result = weight.to(wide, copy=True)
         n = weight.shape[0] // self.blocks
+        lora_A, lora_B = full(self.lora_A), full(self.lora_B)
         for i in self.activity().active:
             block = result[i * n : (i + 1) * n]
-            block.addmm_(self.lora_B[i].to(wide), self.lora_A[i].to(wide), alpha=scale * self.scaling)
+            block.addmm_(lora_B[i].to(wide), lora_A[i].to(wide), alpha=scale * self.scaling)
         return result.to(weight.dtype)
 
     def project(self, x: Tensor, first: int = 0, count: int | None = None) -> Tensor:
@@ -279,7 +281,9 @@ class LoRABlocks(Gated):
         operands = self._blocks(part, active)
         if active:
             operands = self._with_seed(operands, x)
-            check_operands(x, weight, bias, operands)
+            # Where FSDP has rounded the gate to 16 bits for the forward, it may be on the other side of the threshold.
+            rounded = self._sharded_gate is not None and operands.gate.dtype != self._sharded_gate.dtype
+            check_operands(x, weight, bias, operands._replace(active=None) if rounded else operands)
             if part is None and weight.grad_fn is None:
                 self._ready = activity, self._described(weight, bias), operands
         return operands
@@ -370,6 +374,8 @@ class LoRABlocks(Gated):
         if parameter.dtype == dtype:
             return parameter
         fleeting = parameter.requires_grad or torch.compiler.is_compiling() or ops.wants_plain()
+        # FSDP frees the weight after the layer has run; a cast that is kept would be what sharding saves.
+        fleeting = fleeting or self._sharded_gate is not None
         if fleeting or not torch.is_autocast_cache_enabled():
             return parameter.to(dtype)
         key = (id(parameter), parameter.data_ptr(), version(parameter), dtype)
@@ -417,6 +423,9 @@ class LoRABlocks(Gated):
         if not name.startswith("_"):
             # A parameter, the scaling, the threshold or the mode: what a call takes may be another.
             self.__dict__["_ready"] = None
+            if name == "gate" and is_sharded(value):
+                # Not as an attribute, which would be one more parameter.
+                self.__dict__["_sharded_gate"] = value
             if name in ("inactive", "probe_every") and self.__dict__.get("_activity") is not None:
                 doubt(self)
         super().__setattr__(name, value)

@@ -11,6 +11,7 @@ from slora.config import SelectiveLoRAConfig
 from slora.errors import StateError
 from slora.gate import GateMirror
 from slora.layers.blocks import LoRABlocks
+from slora.sharded import full
 
 
 class SelectiveLoRALinear(LoRABlocks, nn.Linear):
@@ -105,7 +106,7 @@ class SelectiveLoRALinear(LoRABlocks, nn.Linear):
             )
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=False)
+            linear.bias = nn.Parameter(full(self.bias.detach()).clone(), requires_grad=False)
         return linear.train(self.training)
 
     def extra_repr(self) -> str:

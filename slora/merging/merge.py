@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from slora import sharded
 from slora.errors import ConfigError, StateError, UnfinishedSelectionWarning
 from slora.gate import reread, version
 from slora.inject import refuse_layer, unload
@@ -172,6 +173,7 @@ def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: 
         raise ConfigError(f"scale={scale!r} is not a number; 1.0 merges the full update")
     if not math.isfinite(number):
         raise ConfigError(f"scale={scale} is not finite; 1.0 merges the full update")
+    sharded.refuse(model, "save the adapter, load it into a model that is not, and merge there")
     reread(model)
     _refuse_shared(model, layers)
     updates = {name: _updates(layer, number) for name, layer in layers.items() if layer.activity().active}

@@ -15,6 +15,7 @@ from slora.gate import set_gates
 from slora.layers import LoRABlocks, adapted_layers
 from slora.modes import evaluating
 from slora.plain import plain
+from slora.sharded import full
 
 
 class Ranking(Protocol):
@@ -38,7 +39,7 @@ def update_norm(model: nn.Module) -> Tensor:
     norms = []
     device = None
     for _, layer in adapted_layers(model):
-        A, B = layer.lora_A.detach(), layer.lora_B.detach()
+        A, B = full(layer.lora_A.detach()), full(layer.lora_B.detach())
         squared = ((B.mT @ B) * (A @ A.mT)).sum((1, 2))
         # Rounding can leave a minus before a zero.
         norm = layer.scaling * squared.clamp(min=0).sqrt().float()
@@ -161,7 +162,7 @@ def _stack(name: str) -> str:
 @contextlib.contextmanager
 def _only(layers: list[LoRABlocks]) -> Iterator[Callable[[tuple[LoRABlocks, int] | None], None]]:
     """Yield a function that switches on one block and all others off; afterwards the gates are what they were."""
-    values = iter(torch.cat([layer.gate.detach().cpu() for layer in layers]).tolist())
+    values = iter(torch.cat([full(layer.moving_gate.detach()).cpu() for layer in layers]).tolist())
     before = {layer: [next(values) for _ in range(layer.blocks)] for layer in layers}
     off = {layer: [layer.threshold - abs(layer.threshold) - 1.0] * layer.blocks for layer in layers}
 
