@@ -6,7 +6,7 @@
 #   PYTEST_ARGS    more arguments for pytest, such as PYTEST_ARGS="-k merge"
 #   WORKERS        processes that pytest uses (default 2); 0 runs the tests in one
 #   DEMO_ARGS      arguments for `slora demo`
-#   CASES          random calls that `make sanitize` tries (default 1000)
+#   CASES          random calls that `make sanitize` tries (default 1000), damaged files that `make mutations` reads
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -103,6 +103,10 @@ sanitize: say-sanitize ## the native checks with AddressSanitizer and UndefinedB
 		-fno-sanitize-recover=all tests/csrc/check_$$check.cpp $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp)) \
 		-o build/check_$$check && echo "slora: check_$$check $(CASES)" && build/check_$$check $(CASES) || exit 1; done
 
+.PHONY: mutations
+mutations: say-mutations $(TEST_STAMP) $(BUILT) ## read CASES=1000 damaged files of every kind: a correct load, or an error and nothing changed
+	@OMP_NUM_THREADS=1 $(RUN)python -m tests.mutations --cases $(CASES)
+
 .PHONY: bench
 bench: say-bench $(TEST_STAMP) $(BUILT) ## time one layer and the operators by themselves with pytest-benchmark
 	@$(RUN)pytest tests/benchmarks/bench_micro.py -q --benchmark-only --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
@@ -123,7 +127,7 @@ clean: ## remove build outputs and caches; environments stay
 
 # The first line of every target that does something: what it is about to do.
 INSTALL := install $(TORCH) and slora into $(VENV) where that is not done yet
-.PHONY: say-demo say-test say-test-only say-lint say-format say-bench say-measure say-sanitize say-environment
+.PHONY: say-demo say-test say-test-only say-lint say-format say-bench say-measure say-sanitize say-mutations say-environment
 say-demo:
 	@echo "demo: $(INSTALL) (2 to 3 GB to fetch), build what can be built, then run 'slora demo'"
 say-test:
@@ -140,6 +144,8 @@ say-measure:
 	@echo "measure: $(INSTALL), then run all benchmark cases on the CPU (half an hour or more on 2 cores) and write their tables"
 say-sanitize:
 	@echo "sanitize: build the checks in tests/csrc with sanitizers and run them; needs only a C++ compiler"
+say-mutations:
+	@echo "mutations: $(INSTALL), then read damaged adapters and checkpoints (CASES=100000 takes about half an hour)"
 say-environment:
 	@echo "environment: $(INSTALL), with what the tests need"
 

@@ -91,8 +91,8 @@ _HOMES = {name: f"slora.{module}" for module, names in _LAZY.items() for name in
 
 # Modules of the core, which `import slora` alone gives as attributes, too.
 _MODULES = (
-    "adapter features files gate gate_rule layers merging model modes names ops peft_format plain reading reference "
-    "retention saved selection wide wrappers"
+    "adapter adapter_fit adapter_tensors features files gate gate_rule layers locks merging model modes names ops "
+    "peft_format plain reading reference retention saved selection sharded signals wide wrappers"
 ).split()
 
 if not TYPE_CHECKING:

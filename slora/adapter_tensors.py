@@ -16,6 +16,7 @@ from slora.errors import CheckpointError
 from slora.files import earlier
 from slora.reading import require_file
 from slora.saved import Saved
+from slora.sharded import is_sharded
 from slora.wide import NARROW
 from slora.wrappers import module_at, named_parameters, parameter_at, state_of, unwrapped
 
@@ -146,7 +147,7 @@ def saved_state(
         widened = not injected and own.dtype in NARROW and (name not in single or not own.dim())
         dtype = torch.float32 if widened else own.dtype
         values[name] = _converted(value, name, dtype, folder, mask=name not in trained).to(own.device)
-        if not own.numel():
+        if is_sharded(own) or not own.numel():
             continue
         other = first.setdefault((own.data_ptr(), *own.shape, *own.stride()), name)
         if not torch.equal(values[name], values[other]):
