@@ -20,6 +20,7 @@ from torch import Tensor
 
 from slora.kernels import configs, launch, tiles
 from slora.kernels import dropout as counter
+from slora.kernels.skinny import product
 from slora.ops.operands import LoRAOperands
 
 # The widest group of columns of S and T that a program holds; larger ranks take several turns.
@@ -34,19 +35,9 @@ def seed_word(seed: int) -> int:
     return (seed * 0x9E3779B1 + 0x80000000 & 0xFFFFFFFF) - 0x80000000
 
 
-def check_rows(M: int, m: int) -> None:
-    """Raise where `sampled_row` would overflow.
-
-    Raises:
-        ValueError: `m * M` is 2**39 or more.
-    """
-    if m < M and m * M >= 2**39:
-        raise ValueError(f"m={m} of M={M} rows cannot be drawn in 64 bits; m * M must be below 2**39, so take fewer")
-
-
 @triton.jit
 def sampled_row(k, M, m, word, seed_offset):
-    """Return the row drawn from stratum `k [...]`, int64, of M and m that passed `check_rows`.
+    """Return the row drawn from stratum `k [...]`, int64, of M and m whose product is below 2**39.
 
     `word` is `seed_word(seed)`, and the number at `seed_offset`, if there is one, is added to that seed.
     """
@@ -88,18 +79,10 @@ def probe(
         dy_rows = dy + row[:, None] * stride_dy + block.to(tl.int64) * n
         for group in range(0, r, R):
             j = group + tl.arange(0, R)
-            S = tl.zeros((BM, R), tl.float32)
-            for first in range(0, K, BK):
-                c = first + tl.arange(0, BK)
-                tile = tl.load(x_rows + c[None, :], mask=inside[:, None] & (c < K)[None, :], other=0.0)
-                at = (block.to(tl.int64) * r + j)[None, :] * K + c[:, None]
-                S = tl.dot(tile, tl.load(A + at, mask=(j < r)[None, :] & (c < K)[:, None], other=0.0), S)
-            T = tl.zeros((BM, R), tl.float32)
-            for first in range(0, n, BK):
-                c = first + tl.arange(0, BK)
-                tile = tl.load(dy_rows + c[None, :], mask=inside[:, None] & (c < n)[None, :], other=0.0)
-                at = (block.to(tl.int64) * n + c)[:, None] * r + j[None, :]
-                T = tl.dot(tile, tl.load(B + at, mask=(j < r)[None, :] & (c < n)[:, None], other=0.0), T)
+            of_A = A + (block.to(tl.int64) * r + j)[None, :] * K
+            of_B = B + block.to(tl.int64) * n * r + j[None, :]
+            S = product(x_rows, inside, of_A, j < r, K, 1, 0, 0, 0, 0, False, BM, BK, R)
+            T = product(dy_rows, inside, of_B, j < r, n, r, 0, 0, 0, 0, False, BM, BK, R)
             total += tl.sum(tl.sum(S * T, 1), 0)
     tl.store(out + tl.program_id(0), scaling * total)
 
@@ -109,12 +92,8 @@ def sample_rows(x: Tensor, m: int, seed: int, seed_offset: Tensor | None = None)
 
     `x` has unit column stride. `seed_offset` is an int64 scalar that is added to the seed on the device, so that a
     graph draws other rows at each replay.
-
-    Raises:
-        ValueError: see `check_rows`.
     """
     M, K = x.shape
-    check_rows(M, m)
     out = torch.empty(m, K, dtype=x.dtype, device=x.device)
     tile = configs.COPY
     with launch.on(x.device):
@@ -133,12 +112,8 @@ def gate_probe(dy: Tensor, x: Tensor, operands: LoRAOperands, seed: int, seed_of
         operands: A, B contiguous in the dtype of dy, gates in fp32; the scaling with the factor M / m that makes the
             estimate unbiased.
         seed, seed_offset: those of `sample_rows`.
-
-    Raises:
-        ValueError: see `check_rows`.
     """
     (M, m), (blocks, r, K), n = (dy.shape[0], x.shape[0]), operands.lora_A.shape, operands.n
-    check_rows(M, m)
     if m == 0:
         return torch.zeros(blocks, device=dy.device)
     R = min(WIDEST, configs.padded(r))

@@ -21,6 +21,26 @@ from slora.ops.dropout import drop_units
 from slora.ops.operands import LoRAOperands
 
 
+@triton.jit
+def product(
+    rows, inside, factor, valid, depth, stride_k, a, b, key2, drop,
+    DROPOUT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Return `depth` columns of the rows at `rows [BM, 1]` times a matrix of R columns, those at `factor [1, R]`.
+
+    Its rows are `stride_k` apart. Rows that are not `inside [BM]` and columns that are not `valid [R]` are not read.
+    """
+    acc = tl.zeros((BM, R), tl.float32)
+    for first in range(0, depth, BK):
+        k = first + tl.arange(0, BK)
+        tile = tl.load(rows + k[None, :], mask=inside[:, None] & (k < depth)[None, :], other=0.0)
+        if DROPOUT:
+            tile = tl.where(counter.keep(a, b, key2, first, drop, BK), tile, 0.0)
+        right = tl.load(factor + k[:, None] * stride_k, mask=(k < depth)[:, None] & valid[None, :], other=0.0)
+        acc = tl.dot(tile, right, acc)
+    return acc
+
+
 @triton.jit(do_not_specialize=["drop", "M", "blocks", "packed"])
 def skinny(
     x, low, out, gate, seed, threshold, drop, M, depth, step, r, blocks, packed, stride_x, stride_k, stride_j,
@@ -38,18 +58,13 @@ def skinny(
     block, active = blocks_of.block_of(index, gate, threshold, blocks, packed)
     acc = tl.zeros((BM, R), tl.float32)
     if active:
-        x_rows = x + rows[:, None].to(tl.int64) * stride_x + block * step
-        factor = low + tl.cast(block, tl.int64) * depth * r + j[None, :] * stride_j
+        a, b, key2 = 0, 0, 0
         if DROPOUT:
             key0, key1, key2 = counter.keys(tl.load(seed))
             a, b = counter.row_keys(key0, key1, rows)
-        for first in range(0, depth, BK):
-            k = first + tl.arange(0, BK)
-            tile = tl.load(x_rows + k[None, :], mask=(rows < M)[:, None] & (k < depth)[None, :], other=0.0)
-            if DROPOUT:
-                tile = tl.where(counter.keep(a, b, key2, first, drop, BK), tile, 0.0)
-            right = tl.load(factor + k[:, None] * stride_k, mask=(k < depth)[:, None] & (j < r)[None, :], other=0.0)
-            acc = tl.dot(tile, right, acc)
+        x_rows = x + rows[:, None].to(tl.int64) * stride_x + block * step
+        factor = low + tl.cast(block, tl.int64) * depth * r + j[None, :] * stride_j
+        acc = product(x_rows, rows < M, factor, j < r, depth, stride_k, a, b, key2, drop, DROPOUT, BM, BK, R)
     tiles.store_low(
         out + index * r, acc.to(out.dtype.element_ty), tl.program_id(0) // packed * BM, M, r, packed * r, BM, R
     )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slora.errors import ShapeError
 from slora.ops.backends.eager import EAGER
 from slora.ops.dispatch import backend_for
 from slora.ops.dropout import mix
@@ -36,13 +37,22 @@ def sampled_rows(M: int, m: int, seed: int | Tensor, device: torch.device | str 
     Row j is expected exactly `m / M` times, so a sum over the sampled rows times `M / m` is an unbiased
     estimate of the sum over all. The numbers come from an integer hash of `(seed, k)`: the same on any device
     and without any generator's state. `seed` is a number or an int64 scalar on `device`.
+
+    Raises:
+        ShapeError: see `check_rows`.
     """
     if m >= M:
         return torch.arange(M, device=device)
+    check_rows(M, m)
     k = torch.arange(m, dtype=torch.int64, device=device)
-    # 24 bits of position within a stratum: exact in int64 while m * M < 2^39 (a billion rows at m = 512).
     u = mix(k + (seed * 0x9E3779B1 & 0xFFFFFFFF)) >> 8
     return (((k << 24) + u) * M // m) >> 24
+
+
+def check_rows(M: int, m: int) -> None:
+    """Raise `ShapeError` where 24 bits of position in a stratum are not exact in int64: from `m * M` = 2**39 on."""
+    if m < M and m * M >= 2**39:
+        raise ShapeError(f"m={m} of M={M} rows cannot be drawn in 64 bits; m * M must be below 2**39, so take fewer")
 
 
 class ProbeGates(torch.autograd.Function):
@@ -74,6 +84,7 @@ class ProbeGates(torch.autograd.Function):
 
 
 def _sample_rows(x: Tensor, m: int, seed: int, shift: Tensor | None = None) -> Tensor:
+    check_rows(x.shape[0], m)
     return (backend_for(x) or EAGER).sample_rows(x, m, seed, shift)
 
 
