@@ -300,7 +300,7 @@ def merge(
     ] = False,
     classes: Annotated[
         int | None,
-        typer.Option(help="Outputs of the classifier head. [default: those of the head in the adapter]"),
+        typer.Option(min=1, help="Outputs of the classifier head. [default: those of the head in the adapter]"),
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor on the update; between 0 and 1 it interpolates.")] = 1.0,
     checkpoint: Annotated[str | None, typer.Option(help=CHECKPOINT)] = None,
@@ -336,7 +336,7 @@ def inspect(
     from slora.adapter_files import SELECTIVE, read_selective
     from slora.reading import read_json
     from slora.training.recorder import METRICS, read_metrics
-    from slora.training.rundir import CONFIG, adapter_of, read_settings
+    from slora.training.rundir import CONFIG, RESULT, adapter_of, read_result, read_settings
 
     if checkpoint is not None:
         _check_early(folder, checkpoint)
@@ -351,9 +351,9 @@ def inspect(
     read_selective(home)  # Checks it; what is shown are the values as they stand there.
     content = read_json(home / SELECTIVE)
     active, blocks = _show_blocks(content)
-    if (folder / "result.json").exists():
-        result = read_json(folder / "result.json")
-        if result.get("accuracy") is not None:
+    if (folder / RESULT).exists():
+        result = read_result(folder)
+        if result["accuracy"] is not None:
             print(f"accuracy {result['accuracy']:.2%} after {result['steps']} steps, {_seconds(result['seconds'])}")
     from slora.training.outcome import explained
 

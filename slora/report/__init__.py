@@ -9,19 +9,21 @@ This file holds the page of a `slora finetune` run; the page of `slora demo` is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from slora.adapter_files import SELECTIVE, read_selective
-from slora.errors import CheckpointError
+from slora.errors import CheckpointError, ConfigError
 from slora.reading import read_json
 from slora.report.gates import gate_curves
 from slora.report.page import Picture, Section, Table, scaled, write_page
 from slora.report.plots import Line, block_map, curves
 from slora.training.outcome import explained, not_finite
 from slora.training.recorder import METRICS, read_metrics
+from slora.training.settings import TrainSettings
 from slora.training.yaml_files import read_yaml
 
 __all__ = ["write_report"]
@@ -53,7 +55,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     records = read_metrics(run_dir / METRICS)
     if not _steps(records) and not not_finite(records):
         raise CheckpointError(f"{run_dir / METRICS} holds no training step yet; let the run reach its first log line")
-    settings = read_yaml(run_dir / CONFIG) if (run_dir / CONFIG).exists() else {}
+    settings = _settings(run_dir / CONFIG) if (run_dir / CONFIG).exists() else {}
     blocks = _blocks(run_dir / ADAPTER / SELECTIVE)
     evaluation = _evaluation(run_dir / EVALUATION)
     sections = [Section("Over the run", pictures=_curves(_from_start(records, settings)))] if _steps(records) else []
@@ -68,6 +70,17 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     title = f"Fine-tuning run {run_dir.resolve().name}"
     out = run_dir / REPORT if out is None else Path(out)
     return write_page(out, title, _lead(records, settings), sections, alert=_alert(records, settings))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings in `config.yaml`, those of this version of slora checked; of another version's the text."""
+    values = {str(name).replace("-", "_"): value for name, value in read_yaml(path).items()}
+    known = {field.name for field in dataclasses.fields(TrainSettings)}
+    try:
+        checked = TrainSettings.from_dict({name: value for name, value in values.items() if name in known}).to_dict()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return {name: checked.get(name, str(value)[:200]) for name, value in values.items()}
 
 
 def _steps(records: Records) -> Records:

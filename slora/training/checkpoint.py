@@ -57,10 +57,12 @@ __all__ = [
     "Checkpoint",
     "before",
     "check_settings",
+    "check_values",
     "checkpoints",
     "chosen",
     "fingerprint",
     "newest",
+    "read_tensors",
     "refuse_newer",
     "save",
     "step_of",
@@ -162,17 +164,17 @@ class Checkpoint:
         self._model, self._optimizers = model, optimizers
         self._layers = dict(adapted_layers(model))
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named_parameters(model)}
-        parts = _read_tensors(folder / TENSORS)
+        parts = _by_kind(folder / TENSORS)
         self._values, self._kept = parts["model"], parts["optimizer"]
         try:
             self._random = random_states.parsed(state.random, parts["random"])
             freed = {f"{name}.{part}" for name in state.freed for part in ("lora_A", "lora_B", "gate")}
             self._expected = {n: p for n, p in named_parameters(model) if p.requires_grad and n not in freed}
             gates = {f"{name}.gate": layer.gate for name, layer in self._layers.items()}
-            _check_values("model", self._values, self._expected | gates)
+            check_values("model", self._values, self._expected | gates)
             self._check_blocks()
             self._buffers, self._saved_buffers = _buffers(model), parts["buffer"]
-            _check_values("buffer", self._saved_buffers, self._buffers)
+            check_values("buffer", self._saved_buffers, self._buffers)
             if optimizers is not None:
                 optimizers.check_state(self._names, self._kept, {*freed, *state.stateless}, state.step)
         except (ValueError, KeyError, TypeError) as error:
@@ -218,8 +220,12 @@ class Checkpoint:
             self._random.put()
 
 
-def _check_values(kind: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Check that tensors fit those that they are to be copied into, and are finite where those are."""
+def check_values(kind: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check that tensors fit those that they are to be copied into, and are finite where those are.
+
+    Raises:
+        ValueError: names the first that does not.
+    """
     for name in dict.fromkeys([*expected, *found]):
         if name not in expected:
             raise ValueError(f"{kind} {name[:60]!r} has no place in this model")
@@ -236,18 +242,26 @@ def _check_values(kind: str, found: Mapping[str, Tensor], expected: Mapping[str,
             raise ValueError(f"{kind} {name!r} is not finite")
 
 
-def _read_tensors(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint by their kinds."""
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file of a run.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or no regular file.
+    """
     require_file(path)
-    check_digest(path)
     try:
-        tensors = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({str(error)[:200]}); use another checkpoint"
         ) from error
+
+
+def _by_kind(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint by their kinds."""
+    check_digest(path)
     parts: dict[str, dict[str, Tensor]] = {"model": {}, "buffer": {}, "optimizer": {}, "random": {}}
-    for key, value in tensors.items():
+    for key, value in read_tensors(path).items():
         kind, _, name = key.partition(".")
         if kind not in parts:
             raise CheckpointError(f"{path} holds {key[:60]!r}, which is no part of a checkpoint; use another one")

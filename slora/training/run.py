@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import save_model
 from torch import nn
 
 from slora.adapter import load_adapter, save_adapter, selective
@@ -19,6 +18,7 @@ from slora.files import write_atomically, write_json, write_text
 from slora.layers import adapted_layers
 from slora.model import trainable_parameters
 from slora.training import checkpoint, models, rundir
+from slora.training.checkpoint import read_tensors
 from slora.training.data import InputSpec, Source, open_data
 from slora.training.data_names import check_name
 from slora.training.head_first import STEPS, trained_heads
@@ -201,13 +201,23 @@ def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path, folder
     path = run_dir / MODEL / rundir.WEIGHTS
     if not path.exists():
         raise rundir.unfinished(path, run_dir)
+    found = read_tensors(path)
+    state = model.state_dict()
+    # Of tensors that are one, the file has the first.
+    there = {_place(state[name]) for name in found if name in state}
+    expected = {name: value for name, value in state.items() if name in found or _place(value) not in there}
     try:
-        load_model(model, str(path))
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{path} does not fit this {type(model).__name__} or is damaged ({str(error).splitlines()[0]})"
-        ) from error
+        checkpoint.check_values("tensor", found, expected)
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit this {type(model).__name__} or is damaged: {error}") from error
+    with torch.no_grad():
+        for name, value in found.items():
+            state[name].copy_(value)
     return model
+
+
+def _place(value: torch.Tensor) -> tuple[object, ...]:
+    return value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
 def blocks_of(run_dir: Path, which: str) -> tuple[str, dict[str, Any]]:

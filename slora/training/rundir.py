@@ -22,6 +22,7 @@ import shlex
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from slora.adapter_files import SELECTIVE
 from slora.errors import CheckpointError, ConfigError
@@ -29,7 +30,6 @@ from slora.files import cannot_write
 from slora.reading import read_json
 from slora.training import checkpoint_folders
 from slora.training.settings import TrainSettings
-from slora.training.yaml_files import read_yaml
 
 CONFIG, CLASSES, RESULT, EVALUATION = "config.yaml", "classes.json", "result.json", "evaluation.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
@@ -49,7 +49,7 @@ def read_settings(run_dir: Path) -> TrainSettings:
     """
     if not (run_dir / CONFIG).exists():
         raise ConfigError(f"{run_dir} holds no {CONFIG}; give the folder of a run made by slora finetune")
-    return TrainSettings.from_dict(read_yaml(run_dir / CONFIG))
+    return TrainSettings.from_yaml(run_dir / CONFIG)
 
 
 def labels(run_dir: Path) -> tuple[str, ...] | None:
@@ -62,10 +62,25 @@ def labels(run_dir: Path) -> tuple[str, ...] | None:
         if path.exists():
             content = read_json(path)
             names = content.get("classes") if isinstance(content, dict) else content
-            if not isinstance(names, list):
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise CheckpointError(f"{path} holds no list of classes; it may be damaged")
-            return tuple(map(str, names))
+            return tuple(names)
     return None
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """Return `accuracy` (None without evaluation), `steps` and `seconds` of a finished run.
+
+    Raises:
+        CheckpointError: `result.json` is damaged.
+    """
+    content = read_json(run_dir / RESULT)
+    names = ("accuracy", "steps", "seconds")
+    values = {name: content.get(name) for name in names} if isinstance(content, dict) else {}
+    numbers = [value for name, value in values.items() if name != "accuracy" or value is not None]
+    if not values or not all(type(value) in (int, float) for value in numbers):
+        raise CheckpointError(f"{run_dir / RESULT} is damaged: it says no accuracy, steps and seconds")
+    return values
 
 
 def start_of(resume: Path) -> Path:

@@ -169,6 +169,27 @@ def test_damaged_settings_are_named(run_dir: Path) -> None:
         write_report(run_dir)
 
 
+@pytest.mark.parametrize("line", ["threshold: abc", "gate_init: [0.1]", "lr: {a: 1}", "budget: 7.5", "lr: 1e400"])
+def test_a_setting_that_is_none_is_named(run_dir: Path, line: str) -> None:
+    with_gates(run_dir)
+    (run_dir / "config.yaml").write_text(f"method: selective\n{line}\n")
+    with pytest.raises(ConfigError, match=rf"config\.yaml: .*{line.partition(':')[0]}"):
+        write_report(run_dir)
+
+
+def test_a_setting_of_another_version_is_shown_as_it_stands(run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text("method: selective\nof-another: [1, 2]\n")
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    assert "of_another" in html
+    assert "[1, 2]" in html
+
+
+def test_values_that_no_axis_holds_are_left_out(run_dir: Path) -> None:
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('\n{"step": 51, "loss": 1e308}\n{"step": 52, "loss": -1e308}\n')
+    assert_self_contained(write_report(run_dir).read_text(encoding="utf-8"))
+
+
 def test_a_page_that_cannot_be_written_is_named(run_dir: Path) -> None:
     (run_dir / "taken").write_text("a file")
     with pytest.raises(CheckpointError, match=r"taken/report\.html"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import slora
 import slora.adapter
@@ -309,6 +309,31 @@ def test_two_processes_do_not_write_into_one_folder() -> None:
     assert list(Path("shared").iterdir()) == []
     with rundir.claimed(Path("shared")):
         pass
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensors: tensors.pop("head.bias"),
+        lambda tensors: tensors.update(extra=torch.zeros(1)),
+        lambda tensors: tensors.update({"head.bias": tensors["head.bias"][:-1].clone()}),
+        lambda tensors: tensors.update({"head.bias": tensors["head.bias"].half()}),
+        lambda tensors: tensors["head.bias"].fill_(float("nan")),
+    ],
+    ids=["missing", "too many", "shape", "dtype", "NaN"],
+)
+def test_a_damaged_result_of_a_run_without_blocks_changes_nothing(damage: Any) -> None:
+    folder, _ = run.finetune({**QUICK, "method": "linear"})
+    path = folder / "model/model.safetensors"
+    tensors = load_file(path)
+    damage(tensors)
+    save_file(tensors, path)
+    settings = run.read_settings(folder)
+    model = run.build(settings)[0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not fit this .*(head\.bias|extra)"):
+        run.load_result(model, settings, folder)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_folder_that_cannot_be_made_is_named() -> None:
