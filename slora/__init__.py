@@ -22,6 +22,7 @@ from slora.errors import (
     MissingDependencyError,
     NonFiniteLossError,
     ShapeError,
+    SkippedLayerWarning,
     SLoRAError,
     StateError,
     TargetError,
@@ -54,6 +55,7 @@ __all__ = [
     "SelectiveLoRAConfig",
     "SelectiveLoRALinear",
     "ShapeError",
+    "SkippedLayerWarning",
     "StateError",
     "TargetError",
     "UnfinishedSelectionWarning",
@@ -91,8 +93,9 @@ _HOMES = {name: f"slora.{module}" for module, names in _LAZY.items() for name in
 
 # Modules of the core, which `import slora` alone gives as attributes, too.
 _MODULES = (
-    "adapter adapter_fit adapter_tensors features files gate gate_rule layers locks merging model modes names ops "
-    "peft_format plain reading reference retention saved selection sharded signals wide wrappers"
+    "adapter adapter_fit adapter_tensors features files fitting gate gate_rule layers locks merging model modes names "
+    "ops peft_format places plain reading reads reference retention saved selection sharded signals targets wide "
+    "wrappers"
 ).split()
 
 if not TYPE_CHECKING:

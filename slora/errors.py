@@ -43,6 +43,10 @@ class GateRuleWarning(UserWarning):
     """An optimizer moves gates by a rule that cannot tell useful blocks from others."""
 
 
+class SkippedLayerWarning(UserWarning):
+    """Linear layers that "all-linear" means could not be adapted."""
+
+
 class UnsavedParameterWarning(UserWarning):
     """Parameters that are trained were not saved with the adapter, because nothing names them."""
 

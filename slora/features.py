@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from slora.errors import ConfigError
-from slora.inject import head_names
+from slora.targets import head_names
 from slora.wrappers import module_at, unwrapped
 
 

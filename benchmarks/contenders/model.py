@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import slora
 from benchmarks.contenders.peers import Missing, need
 from benchmarks.models import Model
-from slora.inject import targets
+from slora.targets import targets
 
 RANK = 16
 

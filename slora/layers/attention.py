@@ -1,7 +1,7 @@
 """Attention whose query, key and value share one `in_proj_weight [3E, E]`: three LoRA blocks on it.
 
 `SelectiveLoRAAttention` stands in for `nn.MultiheadAttention`; `ProjectionAttention` adapts any other class
-that projects with `F.linear(x, self.in_proj_weight, self.in_proj_bias)`, such as open_clip's own. Both keep
+that reads an `in_proj_weight`, such as open_clip's own. Both keep
 the base's parameter names and add the update to activations, never to the weights. The output projection is a
 `SelectiveLoRALinear` of its own.
 """
@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.overrides import TorchFunctionMode
 
 from slora.config import SelectiveLoRAConfig
 from slora.errors import ConfigError, ShapeError, TargetError
 from slora.gate import GateMirror
-from slora.layers.blocks import LoRABlocks, of_layer
+from slora.layers.blocks import LoRABlocks, of_layer, recorded
+from slora.layers.reading import Reading, layers_read_by
 
 
 class _InProjection(LoRABlocks):
@@ -85,8 +85,16 @@ class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Return `(output, weights or None)` as `nn.MultiheadAttention.forward` does; shapes are its own."""
         if isinstance(query, Proxy):
-            return self._recorded(  # type: ignore[no-any-return]
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            return recorded(
+                self,  # type: ignore[no-any-return]
+                query,
+                key,
+                value,
+                key_padding_mask,
+                need_weights,
+                attn_mask,
+                average_attn_weights,
+                is_causal,
             )
         if is_causal and attn_mask is None:
             raise ShapeError("is_causal=True is a hint about attn_mask, which is None; pass the causal mask as well")
@@ -166,8 +174,9 @@ class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
 class ProjectionAttention(_InProjection):
     """Any attention class with an `in_proj_weight [3E, E]`, running its own forward.
 
-    While that forward runs, `F.linear` on `in_proj_weight` becomes `LoRABlocks.project`; everything else is the
-    class's own code. A forward that never makes that call is refused, rather than skipping the blocks silently.
+    While that forward runs, what it does with `in_proj_weight` sees the blocks (`slora.layers.reading`); everything
+    else is the class's own code. A forward that never reads the weight is refused, rather than skipping the blocks
+    silently.
     """
 
     @classmethod
@@ -192,28 +201,16 @@ class ProjectionAttention(_InProjection):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the class that was adapted."""
         if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
-            return self._recorded(*args, **kwargs)
-        mode = _ProjectInstead(self)
+            return recorded(self, *args, **kwargs)
+        mode = Reading({self._base_class.__name__: self, **layers_read_by(self)})
         with mode:
             result = self._base_class.forward(self, *args, **kwargs)
         if not mode.reached:
             raise TargetError(
-                f"{self._base_class.__name__} does not project with F.linear(x, self.in_proj_weight, "
-                f"self.in_proj_bias), so its LoRA blocks would be skipped; list it in exclude_modules"
+                f"{self._base_class.__name__} does not read self.in_proj_weight, so its LoRA blocks would be skipped; "
+                f"list it in exclude_modules"
             )
         return result
-
-
-class _ProjectInstead(TorchFunctionMode):
-    def __init__(self, layer: ProjectionAttention) -> None:
-        self.layer = layer
-        self.reached = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and len(args) > 1 and args[1] is self.layer.in_proj_weight:
-            self.reached = True
-            return self.layer.project(args[0])
-        return func(*args, **(kwargs or {}))
 
 
 def _blank(base: type[nn.Module]) -> ProjectionAttention:

@@ -28,12 +28,14 @@ from slora.ops.operands import LoRAOperands
 from slora.sharded import full, is_sharded
 from slora.wrappers import named_modules
 
+OWN: Any = object()
+"""Stands for the layer's own bias where a call may give another."""
 _on_device: ContextVar[bool] = ContextVar("slora_gates_on_device", default=False)
 _OWN = ("lora_A", "lora_B", "gate")
 _SETTINGS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
     "gate_init", "enabled", "merged", "released", "_kept_weight", "_kept_update", "_mirror", "_activity", "_gate_key",
-    "_sharded_gate", "_seed", "_cast", "_ready", "_base_class",
+    "_sharded_gate", "_seed", "_cast", "_ready", "_base_class", "_slora_reads", "_slora_unseen",
 )  # fmt: skip
 
 
@@ -80,11 +82,6 @@ class LoRABlocks(Gated):
             entries = self.__dict__[registry]
             module.__dict__[registry] = {key: value for key, value in entries.items() if key not in own}
         return module
-
-    def _recorded(self, *args: Any, **kwargs: Any) -> Any:
-        """What `torch.fx.symbolic_trace` gets of the layer: one call, as of a layer of torch.nn."""
-        tracer: Any = next(value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)).tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
 
     def __prepare_scriptable__(self) -> Any:
         raise StateError(
@@ -218,13 +215,17 @@ class LoRABlocks(Gated):
             block.addmm_(lora_B[i].to(wide), lora_A[i].to(wide), alpha=scale * self.scaling)
         return result.to(weight.dtype)
 
-    def project(self, x: Tensor, first: int = 0, count: int | None = None) -> Tensor:
+    def project(self, x: Tensor, first: int = 0, count: int | None = None, given: Any = OWN) -> Tensor:
         """Return `x @ W.T + b` with the update of the active blocks; `x [..., K]`, result `[..., N]`.
 
         With `first` and `count` only the outputs of blocks `first, ..., first + count - 1` are computed, which
-        is what attention needs where query, key and value come from different inputs.
+        is what attention needs where query, key and value come from different inputs. A bias `[N]`, or None, may be
+        given in place of the layer's own.
         """
         x, weight, bias = self._in_dtype_of(x)
+        if given is not OWN:
+            cast = given is not None and torch.is_autocast_enabled(x.device.type)
+            bias = given.to(weight.dtype) if cast else given
         part = None if count is None or (first, count) == (0, self.blocks) else slice(first, first + count)
         if part is not None:
             rows = slice(*(i * weight.shape[0] // self.blocks for i in (part.start, part.stop)))
@@ -495,6 +496,12 @@ def gates_on_device() -> Iterator[None]:
         yield
     finally:
         _on_device.reset(token)
+
+
+def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Return what `torch.fx.symbolic_trace` gets of `module`: one call, as of a layer of torch.nn."""
+    tracer: Any = next(value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)).tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 
 def _capturing(x: Tensor) -> bool:

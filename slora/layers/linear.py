@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from slora.config import SelectiveLoRAConfig
 from slora.errors import StateError
 from slora.gate import GateMirror
-from slora.layers.blocks import LoRABlocks
+from slora.layers.blocks import LoRABlocks, recorded
 from slora.sharded import full
 
 
@@ -90,7 +90,7 @@ class SelectiveLoRALinear(LoRABlocks, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return `[..., out]` for `input [..., in]`."""
         if isinstance(input, Proxy):
-            return self._recorded(input)  # type: ignore[no-any-return]
+            return recorded(self, input)  # type: ignore[no-any-return]
         return self.project(input)
 
     def fuse(self) -> nn.Linear:

@@ -16,9 +16,9 @@ from torch.optim import AdamW
 from slora.errors import ConfigError
 from slora.evaluation.accuracy import logits_of
 from slora.features import input_of
-from slora.inject import head_names
 from slora.model import disabled
 from slora.modes import evaluating
+from slora.targets import head_names
 from slora.wrappers import module_at
 
 HEAD_LR = 1e-2

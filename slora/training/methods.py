@@ -8,9 +8,10 @@ from typing import TypeVar, get_args
 from torch import nn
 
 from slora.errors import ConfigError
-from slora.inject import head_names, inject
+from slora.inject import inject
 from slora.layers import adapted_layers
 from slora.saved import saved_parts
+from slora.targets import head_names
 from slora.training.settings import Method, TrainSettings
 from slora.wrappers import module_at
 

@@ -370,15 +370,22 @@ def test_a_subclass_without_a_forward_of_its_own_is_adapted_like_the_base() -> N
     assert type(ours.plain()) is Named
 
 
-def test_a_subclass_that_hides_its_projection_is_refused_at_the_first_call() -> None:
-    class Hidden(nn.MultiheadAttention):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return super().forward(*args, **kwargs)
+class Hidden(nn.MultiheadAttention):
+    """Has a forward of its own, in which PyTorch's reads both weights."""
 
-    ours = adapt(Hidden(E, H, batch_first=True))
-    x = torch.randn(B, L, E)
-    with pytest.raises(TargetError, match=r"Hidden does not project with F.linear.*list it in exclude_modules"):
-        ours(x, x, x)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_subclass_that_hides_its_projections_sees_the_blocks_of_both(training: bool) -> None:
+    ours, x = adapt(Hidden(E, H, batch_first=True), trained=True).train(training), torch.randn(B, L, E)
+    (plain,) = slora.merge_and_unload(nn.Sequential(copy.deepcopy(ours)))
+    y = ours(x, x, x)[0]
+    torch.testing.assert_close(y, plain(x, x, x)[0], rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+    assert ours.lora_B.grad.any()
+    assert ours.out_proj.lora_B.grad.any()
 
 
 # open_clip's own class
@@ -470,7 +477,7 @@ def test_a_copy_of_open_clips_attention_computes_the_same(copied: Callable[[nn.M
 
 
 class NoProjection(nn.Module):
-    """Has the parameters but multiplies by itself."""
+    """Has the parameters, of which it reads the bias alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -478,13 +485,27 @@ class NoProjection(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.randn(3 * E))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.in_proj_weight.T + self.in_proj_bias
+        return x + self.in_proj_bias[:E]
 
 
-def test_a_class_that_never_calls_linear_is_refused_rather_than_skipped() -> None:
+def test_a_class_that_never_reads_its_projection_is_refused_rather_than_skipped() -> None:
     ours = adapt(NoProjection(), out_proj=False)
-    with pytest.raises(TargetError, match=r"NoProjection does not project with F.linear"):
+    with pytest.raises(TargetError, match=r"NoProjection does not read self.in_proj_weight"):
         ours(torch.randn(2, E))
+
+
+class OwnProjection(NoProjection):
+    """Multiplies by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (x @ part.t() for part in self.in_proj_weight.chunk(3))
+        return q + k * v + self.in_proj_bias[:E]
+
+
+def test_a_class_that_multiplies_by_itself_sees_the_blocks() -> None:
+    ours, x = adapt(OwnProjection(), trained=True, out_proj=False), torch.randn(2, E)
+    (plain,) = slora.merge_and_unload(nn.Sequential(copy.deepcopy(ours)))
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
 # torch.compile

@@ -494,17 +494,20 @@ def test_a_scale_that_is_not_finite_is_refused(scale: float, vit: nn.Module, ran
 
 
 class Tied(nn.Module):
-    """An embedding whose matrix is also a linear layer's, or two linear layers that share one, or its memory."""
+    """An embedding whose matrix may also be a linear layer's, or two linear layers that share one, or its memory."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.embed, self.one, self.two = nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def tie(self, what: str) -> Tied:
         if what == "embedding":
             self.one.weight = self.embed.weight
         elif what == "linear":
             self.two.weight = self.one.weight
         else:
             self.two.weight = nn.Parameter(self.one.weight.data)
+        return self
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.two(torch.tanh(self.one(self.embed(ids))))
@@ -513,7 +516,7 @@ class Tied(nn.Module):
 @pytest.mark.parametrize("what", ["embedding", "linear", "memory"])
 def test_a_weight_that_another_module_shares_is_not_merged(what: str, randomise: Any) -> None:
     # Merging would change the other module, too, and unmerging in turn would keep the wrong weight.
-    model = randomise(slora.inject(Tied(what), slora.SelectiveLoRAConfig(r=2)))
+    model = randomise(slora.inject(Tied(), slora.SelectiveLoRAConfig(r=2))).tie(what)
     ids = torch.arange(8)
     expected, before = model(ids), snapshot(model)
     for call in (slora.merge, slora.merge_and_unload):
@@ -524,7 +527,7 @@ def test_a_weight_that_another_module_shares_is_not_merged(what: str, randomise:
 
 
 def test_a_shared_weight_without_an_active_block_does_not_stand_in_the_way(randomise: Any) -> None:
-    model = randomise(slora.inject(Tied("embedding"), slora.SelectiveLoRAConfig(r=2)))
+    model = randomise(slora.inject(Tied(), slora.SelectiveLoRAConfig(r=2))).tie("embedding")
     with torch.no_grad():
         model.one.gate.fill_(0.0)
     before = snapshot(model)
