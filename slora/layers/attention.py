@@ -85,17 +85,8 @@ class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """Return `(output, weights or None)` as `nn.MultiheadAttention.forward` does; shapes are its own."""
         if isinstance(query, Proxy):
-            return recorded(
-                self,  # type: ignore[no-any-return]
-                query,
-                key,
-                value,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                average_attn_weights,
-                is_causal,
-            )
+            options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+            return recorded(self, query, key, value, *options)  # type: ignore[no-any-return]
         if is_causal and attn_mask is None:
             raise ShapeError("is_causal=True is a hint about attn_mask, which is None; pass the causal mask as well")
         key_padding_mask = _additive("key_padding_mask", key_padding_mask, query.dtype)
