@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slora.inject import head_names
 from slora.layers import LoRABlocks
+from slora.targets import head_names
 
 BATCH, LARGEST = 2, 150_000_000
 
