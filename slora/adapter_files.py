@@ -117,8 +117,8 @@ def _alpha_by_pattern(config: SelectiveLoRAConfig, name: str) -> float:
         # Without repetition, and with eight alternatives at most, there is little that can be tried.
         if re.search(r"[*+?{]", pattern) or pattern.count("|") > 8:
             raise ValueError(
-                f"lora_alpha is missing, and alpha_pattern holds {pattern[:80]!r}, which is not run from a file; call "
-                f"slora.inject with that config first, then load into the adapted model"
+                f"lora_alpha is missing, and alpha_pattern holds {pattern[:80]!r}, which is not run from a file; add "
+                f'"lora_alpha" to each entry of "layers"'
             )
     return config.alpha_of(name)
 
