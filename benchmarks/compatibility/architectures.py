@@ -18,8 +18,9 @@ from torch import nn
 from benchmarks.compatibility import clip_models, transformers_models
 from benchmarks.compatibility.subject import BATCH, Skip, Subject, linear_layers, parameter_count, require_small
 
-# What no smallest model of a family is called, as long as there are others.
+# What the smallest model of a large family is not called.
 LARGE = re.compile("base|large|huge|giant|gigantic|enormous|so[0-9]*m")
+MANY = 10
 SIZES = (64, 112, 128, 224, None)  # None: what the model is made for
 TORCHVISION = ("vit_b_16", "swin_t", "swin_v2_t", "maxvit_t")
 
@@ -61,8 +62,9 @@ def _timm(family: str) -> Subject:
     import timm
 
     names = timm.list_models(module=family)
+    few = [name for name in names if not LARGE.search(name)] if len(names) > MANY else names
     found: dict[str, nn.Module] = {}
-    for name in [name for name in names if not LARGE.search(name)] or names:
+    for name in few or names:
         with torch.device("meta"), contextlib.suppress(Exception):
             found[name] = timm.create_model(name)
     name = min(found, key=lambda name: (not linear_layers(found[name]), parameter_count(found[name])))
