@@ -300,7 +300,9 @@ def merge(
     ] = False,
     classes: Annotated[
         int | None,
-        typer.Option(min=1, help="Outputs of the classifier head. [default: those of the head in the adapter]"),
+        typer.Option(
+            min=1, max=10_000_000, help="Outputs of the classifier head. [default: those of the head in the adapter]"
+        ),
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor on the update; between 0 and 1 it interpolates.")] = 1.0,
     checkpoint: Annotated[str | None, typer.Option(help=CHECKPOINT)] = None,

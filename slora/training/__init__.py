@@ -1,14 +1,16 @@
 """Training: from a model and a data set to an adapter, or to fully trained weights for comparison.
 
-    settings.py     every knob of a run; model_args.py: that of more arguments for a model
+    settings.py     every knob of a run; model_args.py: that of more arguments for a model; yaml_files.py: YAML itself
     data.py         data sets by name (data_names.py: which); folders.py: image folders, damaged files skipped
     models.py       models by name (model_names.py: their form)
     methods.py      what is trainable: selective, lora, full, linear
     optimizers.py   learning rates over the run, and the gates' own rule
     batches.py      which images form which step
-    trainer.py      the run itself: `train`; process.py: accelerate and signals around it, measure.py: losses and time
+    trainer.py      the run itself: `train`; process.py: accelerate and signals around it, measure.py: losses and time,
+                    nonfinite.py: which layer is not finite first
     recorder.py     metrics.jsonl, TensorBoard, the progress bar
-    checkpoint.py   what a run needs to go on; checkpoint_folders.py: which checkpoints there are
+    checkpoint.py   what a run needs to go on; checkpoint_state.py: its JSON, random_states.py: its random generators,
+                    checkpoint_folders.py: which checkpoints there are
     rundir.py       the run directory: its files, who writes into it, how to go on with an unfinished run
     strategies.py   which blocks stay: the strategy that settings ask for; head_first.py: the head alone, before
     retained.py     samples of what the model is to keep

@@ -198,6 +198,9 @@ class TrainSettings:
             "retain_samples",
         ):  # fmt: skip
             _require(name, getattr(self, name), getattr(self, name) >= 1, "use 1 or more")
+        for name in ("log_every", "retain_samples"):
+            # So many losses, or images, are kept in memory.
+            _require(name, getattr(self, name), getattr(self, name) <= 1_000_000, "use at most 1000000")
         _require("max_steps", self.max_steps, self.max_steps is None or self.max_steps >= 1, "use 1 or more")
         _require("img_size", self.img_size, self.img_size is None or self.img_size >= 1, "use 1 or more")
         check_keys(self.model_args or ())

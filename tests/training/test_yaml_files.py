@@ -78,6 +78,8 @@ def test_what_settings_are_written_as_is_read(tmp_path: Path) -> None:
         ("rank_pattern", {"a": 10**400}),
         ("model_args", "a=" + "[" * 3000),
         ("target_modules", ["a", ["b"]]),
+        ("log_every", 2**40),
+        ("retain_samples", 2**40),
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 20 else type(value).__name__,
 )
