@@ -43,18 +43,7 @@ def _subject() -> Subject:
     return Subject("branches", Branches(), (torch.randn(2, 3, 5),))
 
 
-NOT_YET = {
-    ("timm", "beit"): "reads a weight past its layer", ("open_clip", "RN101"): "reads weights past their layers",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("library", "family"),
-    [
-        pytest.param(*name, marks=pytest.mark.xfail(reason=NOT_YET[name], strict=False) if name in NOT_YET else ())
-        for name in census.QUICK
-    ],
-)
+@pytest.mark.parametrize(("library", "family"), census.QUICK)
 def test_an_architecture_of_every_kind_is_right(library: str, family: str, tmp_path: Path) -> None:
     row = examine(partial(architectures.build, library, family), tmp_path)
     assert (row["verdict"], row["reason"]) == ("right", "")
