@@ -21,6 +21,7 @@ from slora.errors import (
     GateRuleWarning,
     MissingDependencyError,
     NonFiniteLossError,
+    ReplacedLayerWarning,
     ShapeError,
     SkippedLayerWarning,
     SLoRAError,
@@ -28,6 +29,7 @@ from slora.errors import (
     TargetError,
     UnfinishedSelectionWarning,
     UnsavedParameterWarning,
+    UntrainedLayerWarning,
     WriteError,
 )
 
@@ -51,6 +53,7 @@ __all__ = [
     "MissingDependencyError",
     "NonFiniteLossError",
     "ProximalGates",
+    "ReplacedLayerWarning",
     "SLoRAError",
     "SelectiveLoRAConfig",
     "SelectiveLoRALinear",
@@ -60,6 +63,7 @@ __all__ = [
     "TargetError",
     "UnfinishedSelectionWarning",
     "UnsavedParameterWarning",
+    "UntrainedLayerWarning",
     "WriteError",
     "active_blocks",
     "disabled",
@@ -93,9 +97,9 @@ _HOMES = {name: f"slora.{module}" for module, names in _LAZY.items() for name in
 
 # Modules of the core, which `import slora` alone gives as attributes, too.
 _MODULES = (
-    "adapter adapter_fit adapter_tensors features files fitting gate gate_rule layers locks merging model modes names "
-    "ops peft_format places plain reading reads reference retention saved selection sharded signals targets wide "
-    "wrappers"
+    "adapter adapter_fit adapter_tensors features files fitting gate gate_rule layers locks lost merging model modes "
+    "names ops peft_format places plain reading reads reference retention saved selection sharded signals targets "
+    "wide wrappers"
 ).split()
 
 if not TYPE_CHECKING:

@@ -38,6 +38,7 @@ from slora.gate import reread
 from slora.inject import adapt, injection
 from slora.layers import LoRABlocks, adapted_layers
 from slora.locks import changing
+from slora.lost import config_of, refuse_computed, warn_of_lost
 from slora.peft_format import peft_config, stacked_pair
 from slora.saved import unsaved
 from slora.selection.strategy import freeze_gates, unfinished_selection
@@ -55,16 +56,19 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Parameters that require gradients but belong neither to a block nor to `modules_to_save` are not saved: an
     `UnsavedParameterWarning` names them. A strategy (`slora.selection`) that has not made its choice yet gives an
-    `UnfinishedSelectionWarning`.
+    `UnfinishedSelectionWarning`. Layers that were adapted and have been replaced since, or that training left as they
+    were, are named by a `ReplacedLayerWarning` and an `UntrainedLayerWarning`.
 
     Raises:
-        StateError: the model is not adapted, is merged, or holds NaN or infinity where it would be saved; names it.
+        StateError: the model is not adapted, is merged, has pruned matrices, or holds NaN or infinity where it would be
+            saved; names it.
         WriteError: the folder cannot be written, or the disk is full; an earlier adapter is left as it was.
     """
     with changing:
         record = injection(model)
         reshard(model)
         layers = dict(adapted_layers(model))
+        refuse_computed(layers, "the last step would be lost", weight=False)
         content = selective(model)
         folder = Path(directory)
         tensors: dict[str, Tensor] = {}
@@ -99,6 +103,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
                     folder / SELECTIVE: text_writer(json_text(content)),
                 }
             )
+    warn_of_lost(model, layers, stacklevel=2)
     selecting = unfinished_selection(model)
     if selecting:
         active = sum(len(layer.activity().active) for layer in layers.values())
@@ -205,7 +210,7 @@ def selective(model: nn.Module) -> dict[str, Any]:
         "format": FORMAT,
         # Only where a budget chose the blocks.
         **({"asked": asked} if asked else {}),
-        "config": injection(model).config.to_dict(),
+        "config": config_of(model, layers).to_dict(),
         "layers": {name: _layer_entry(name, layer) for name, layer in layers.items()},
         "base": fingerprint(model),
     }

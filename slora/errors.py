@@ -43,6 +43,14 @@ class GateRuleWarning(UserWarning):
     """An optimizer moves gates by a rule that cannot tell useful blocks from others."""
 
 
+class ReplacedLayerWarning(UserWarning):
+    """Layers that were adapted have been replaced since, so that what was trained there is lost."""
+
+
+class UntrainedLayerWarning(UserWarning):
+    """Training has left adapted layers as they were, as where no forward reaches them."""
+
+
 class SkippedLayerWarning(UserWarning):
     """Linear layers that "all-linear" means could not be adapted."""
 

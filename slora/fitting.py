@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrize, prune
 
+from slora.errors import StateError
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear
 from slora.wrappers import module_at, named_modules
 
@@ -101,7 +102,15 @@ def computed(module: nn.Module, name: str) -> str:
             return (
                 f"is computed at each call; torch.nn.utils.remove_{kind}(module, {name!r}) makes it a parameter again"
             )
-    return "is no parameter, but computed elsewhere"
+    return f"is no parameter; set module.{name} = torch.nn.Parameter(module.{name}, requires_grad=False)"
+
+
+def refuse_parametrized(layers: Mapping[str, LoRABlocks]) -> None:
+    """Raise `StateError` where taking the blocks out of a layer would lose a parametrization of its base."""
+    for name, layer in layers.items():
+        for part in (layer.weight_name, layer.bias_name):
+            if parametrize.is_parametrized(layer, part):
+                raise StateError(f"{name!r} cannot be made plain: its {part} {computed(layer, part)}")
 
 
 def _odd(value: Tensor) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from slora import sharded
 from slora.config import SelectiveLoRAConfig, matches_pattern
 from slora.errors import SkippedLayerWarning, StateError, TargetError
+from slora.fitting import refuse_parametrized
 from slora.gate import GateMirror
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
 from slora.layers.reading import ReadLinear, unwatch, watch
@@ -234,7 +235,7 @@ def unload(model: Model) -> Model:
 
     Raises:
         StateError: the blocks are merged into the weights; unmerge first, or call `slora.merge_and_unload`. Or the
-            model is itself an adapted layer.
+            model is itself an adapted layer, or a base weight was parametrized since.
     """
     with changing:
         refuse_layer(model)
@@ -245,6 +246,7 @@ def unload(model: Model) -> Model:
             raise StateError(
                 f"{merged[0]!r} is merged; call slora.unmerge(model) first, or slora.merge_and_unload(model)"
             )
+        refuse_parametrized(dict(adapted_layers(model)))
         for module in model.modules():
             unwatch(module)
         swap(model, {layer: layer.plain() for layer in layers})

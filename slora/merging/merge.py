@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from slora import sharded
 from slora.errors import ConfigError, StateError, UnfinishedSelectionWarning
+from slora.fitting import refuse_parametrized
 from slora.gate import reread, version
 from slora.inject import refuse_layer, unload
 from slora.layers import LoRABlocks, adapted_layers
 from slora.locks import changing
+from slora.lost import refuse_computed, refuse_fused, warn_of_lost
 from slora.merging import batched
 from slora.merging.overflow import Update, refuse_overflow
 from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
@@ -49,7 +51,8 @@ def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> 
 
     Raises:
         StateError: the model has no adapted layer, is merged already, shares a weight that would change, or would hold
-            NaN or infinity where it did not, as after an overflow of fp16; names the layer.
+            NaN or infinity where it did not, as after an overflow of fp16; or a weight is pruned or parametrized, or
+            was fused with others. Names the layer.
         ShapeError: two weights that would change share memory.
         ConfigError: `scale` is not finite, or `keep` is unknown.
     """
@@ -58,6 +61,7 @@ def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> 
         if keep not in ("device", "cpu", None):
             raise ConfigError(f'keep={keep!r} is unknown; use "device", "cpu" or None')
         updates = _checked_updates(model, layers, scale)
+        warn_of_lost(model, layers, stacklevel=3)
         # Everything that needs memory comes before the first weight changes.
         kept: dict[str, Tensor] = {}
         taken_off: dict[str, list[Update]] = {}
@@ -128,13 +132,15 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
 
     Raises:
         StateError: the model has no adapted layer, is itself one, is merged in part, shares a weight that would change,
-            is merged already and `scale` is given, or would overflow.
+            is merged already and `scale` is given, or would overflow; or a weight is pruned or parametrized, or was
+            fused with others.
         ShapeError: two weights that would change share memory.
         ConfigError: `scale` is not finite.
     """
     with changing:
         layers = _adapted(model)
         refuse_layer(model)
+        refuse_parametrized(layers)
         selecting = unfinished_selection(model)
         if selecting:
             warnings.warn(
@@ -148,6 +154,7 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
             calls = []
         else:
             calls = _calls(layers, _checked_updates(model, layers, scale))
+            warn_of_lost(model, layers, stacklevel=3)
         with signals_held():
             _run(calls)
             for layer in layers.values():
@@ -176,6 +183,9 @@ def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: 
     sharded.refuse(model, "save the adapter, load it into a model that is not, and merge there")
     reread(model)
     _refuse_shared(model, layers)
+    merging = {name: layer for name, layer in layers.items() if layer.activity().active}
+    refuse_computed(merging, "the update would be lost", weight=True)
+    refuse_fused(model, layers)
     updates = {name: _updates(layer, number) for name, layer in layers.items() if layer.activity().active}
     calls = _calls(layers, updates)
     # A call checks its own weights; where there are several devices, the last is checked before the first is merged.
