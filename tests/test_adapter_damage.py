@@ -260,7 +260,7 @@ def test_a_pattern_that_never_ends_is_not_run_on_a_long_name(tmp_path: Path) -> 
             loaded = slora.load_adapter(target, tmp_path)
         assert next(adapted_layers(loaded))[1].lora_alpha == 5.0
     edit(tmp_path, lambda fields: fields["layers"]["a" * 60].pop("lora_alpha"))
-    refused(tmp_path, "lora_alpha is missing", "not run from a file; call slora.inject", model=Long())
+    refused(tmp_path, "lora_alpha is missing", 'add "lora_alpha" to each entry', model=Long())
 
 
 def test_a_directory_without_listed_alphas_and_digest_is_loaded(saved: Path) -> None:
