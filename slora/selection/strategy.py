@@ -177,6 +177,9 @@ class Strategy(ABC):
                 )
         for key in ("steps", "taken", "last"):
             _require_count(state, key)
+        require_value(state, "steps", state["steps"] > 0)
+        # Of the run that was, which may have been longer or shorter.
+        require_value(state, "last", state["last"] == phase_ends(state["steps"], self.warmup, self.settling)[1])
 
     @abstractmethod
     def _restore(self, state: dict[str, Any]) -> None:

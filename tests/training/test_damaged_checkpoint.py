@@ -149,6 +149,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "another step than the strategy": (put("selection/taken", 3), "'taken' of 'selection' is 3 at step 12 of 12"),
     "another end of the strategy": (put("selection/steps", True), "'steps' of 'selection' is True"),
     "no strategy": (put("selection", None), "no strategy"),
+    "another end of the selection": (put("selection/last", 3), "'last' is 3"),
     "a strategy of text": (put("selection/last", "soon"), "'last' is soon"),
     "a result that is none": (put("result/seconds", None), "'result' is"),
     "a best step to come": (lambda s, t: s["result"].update(best_step=99, best_accuracy=0.5), "'best_step' is 99"),
