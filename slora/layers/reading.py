@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
@@ -140,7 +141,7 @@ def effective_weight(layer: LoRABlocks, name: str) -> Tensor:
     """
     weight = layer.base_weight
     if layer.merged or not layer.enabled or layer.released:
-        return weight
+        return _as_trainable(weight)
     A, B, gate = layer.lora_A, layer.lora_B, layer.gate
     device = weight.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -161,7 +162,17 @@ def effective_weight(layer: LoRABlocks, name: str) -> Tensor:
     if layer.inactive == "frozen":
         active = torch.where(on, active, active.detach())
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return (weight.to(wide) + (layer.scaling * active * update).flatten(0, 1)).to(weight.dtype)
+    return _as_trainable((weight.to(wide) + (layer.scaling * active * update).flatten(0, 1)).to(weight.dtype))
+
+
+def _as_trainable(weight: Tensor) -> Tensor:
+    """`weight` with the bits of its products where it is trainable, as the base model's is (`backends.eager.base`).
+
+    With gradients, that of a layer without blocks would be computed for nothing; a graph or a transform takes none.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _are_functorch_transforms_active() or _is_tracing():
+        return weight
+    return weight.detach().requires_grad_()
 
 
 def _within_compiled() -> bool:

@@ -157,6 +157,28 @@ def test_the_output_is_the_base_bit_for_bit_until_the_first_step(how: str) -> No
     assert torch.equal(model_of(how)(x), plain(how)(x))
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("how", [*WAYS, "transposed_attribute"])
+def test_without_gradients_a_read_weight_multiplies_as_the_trainable_one_that_it_was(how: str, merged: bool) -> None:
+    # PyTorch multiplies rows that are not contiguous batch by batch where the weight is frozen, which rounds otherwise.
+    x = inputs().detach().transpose(0, 1)
+    base = nn.Sequential(plain(how)[1])
+    model = slora.inject(copy.deepcopy(base), slora.SelectiveLoRAConfig(r=2))
+    if merged:
+        slora.merge(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), base(x))
+
+
+def test_transforms_and_traces_take_a_read_weight_as_it_is() -> None:
+    x = inputs().detach()
+    model = slora.inject(nn.Sequential(plain("transposed")[1]), slora.SelectiveLoRAConfig(r=2))
+    traced = torch.jit.trace(model, x)  # runs again without gradients, and compares the graphs
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+        torch.testing.assert_close(traced(x), model(x))
+
+
 @pytest.mark.parametrize("how", [*WAYS, "transposed_attribute"])
 def test_output_and_gradients_are_those_of_the_weights_built_by_hand(how: str) -> None:
     model, x = randomised(model_of(how)), inputs()
