@@ -18,7 +18,7 @@ from benchmarks import __main__ as command_line
 from benchmarks.compatibility import architectures, census
 from benchmarks.compatibility.examination import Row, examine
 from benchmarks.compatibility.subject import Subject
-from benchmarks.record import RESULTS, BenchmarkError
+from benchmarks.record import RESULTS, BenchmarkError, read_result
 from benchmarks.report import compatibility
 from benchmarks.schema import SCHEMA
 from slora.layers import SelectiveLoRALinear
@@ -225,3 +225,11 @@ def test_a_part_of_the_census_is_not_written_over_the_whole(monkeypatch: pytest.
     monkeypatch.setattr(census, "run", run)
     assert [command_line.main(["compatibility", *words]) for words in (["--quick"], [], ["t5"])] == [0, 0, 1]
     assert written == [None, RESULTS, None]
+
+
+def test_the_committed_census_has_no_wrong_result_and_no_crash() -> None:
+    result = RESULTS / "compatibility.json"
+    if not result.exists():
+        pytest.skip("no whole census has been written yet; python -m benchmarks compatibility does")
+    rows = read_result(result)["architectures"]
+    assert [(row["family"], row["reason"]) for row in rows if row["verdict"] in ("wrong", "failed")] == []
