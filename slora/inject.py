@@ -21,7 +21,7 @@ from slora.names import inside, no_match
 from slora.places import swap
 from slora.reads import Read, readers
 from slora.saved import Saved, saved_parts
-from slora.targets import candidates, chosen, is_out_proj, refuse_bases, refuse_shared, refuse_uncalled, targets
+from slora.targets import candidates, chosen, is_out_proj, refuse_bases, refuse_uncalled
 from slora.wide import Kept, unwiden, widen
 from slora.wrappers import module_at, named_parameters, unwrapped
 
@@ -125,7 +125,6 @@ def plan_listed(model: nn.Module, config: SelectiveLoRAConfig, configs: Mapping[
             why = f"cannot be adapted ({reasons[name]})" if name in reasons else why
             raise TargetError(f"{name!r} {why} in this {type(unwrapped(model)).__name__}")
     found = {name: kind for name, kind in kinds.items() if name in configs}
-    refuse_shared(model, found)
     refuse_uncalled(model, set(found))
     return _checked(model, config, saved, found, configs)
 
@@ -140,7 +139,7 @@ def targets_by_name(model: nn.Module, config: SelectiveLoRAConfig) -> set[str]:
     if any(isinstance(pattern, str) and pattern != "all-linear" for pattern in patterns):
         return set()
     saved = saved_parts(model, config)
-    return {name for name in targets(model, config) if not inside(name, saved.modules)}
+    return {name for name in chosen(model, config, tied=True).kinds if not inside(name, saved.modules)}
 
 
 def adapt(model: Model, plan: Plan) -> Model:

@@ -38,8 +38,11 @@ def targets(model: nn.Module, config: SelectiveLoRAConfig) -> Kinds:
     return chosen(model, config).kinds
 
 
-def chosen(model: nn.Module, config: SelectiveLoRAConfig) -> Candidates:
-    """Return the targets, and why linear layers that "all-linear" would mean are none."""
+def chosen(model: nn.Module, config: SelectiveLoRAConfig, tied: bool = False) -> Candidates:
+    """Return the targets, and why linear layers that "all-linear" would mean are none.
+
+    With `tied` a layer that is named may share its weight with another module.
+    """
     kinds, reasons = candidates(model)
     if not kinds:
         raise _no_linear(model, reasons=reasons)
@@ -56,7 +59,8 @@ def chosen(model: nn.Module, config: SelectiveLoRAConfig) -> Candidates:
         skipped = {name: reason for name, reason in reasons.items() if not inside(name, [*heads, *excluded])}
     else:
         names = _matching(config.target_modules, kinds, model, "target_modules", reasons) - excluded
-        refuse_shared(model, {name: kind for name, kind in kinds.items() if name in names})
+        if not tied:
+            _refuse_shared(model, {name: kind for name, kind in kinds.items() if name in names})
         skipped = {}
     refuse_uncalled(model, names)
     return Candidates({name: kind for name, kind in kinds.items() if name in names}, skipped)
@@ -73,7 +77,7 @@ def candidates(model: nn.Module) -> Candidates:
     return Candidates(kinds, reasons)
 
 
-def refuse_shared(model: nn.Module, kinds: Mapping[str, type[LoRABlocks]]) -> None:
+def _refuse_shared(model: nn.Module, kinds: Mapping[str, type[LoRABlocks]]) -> None:
     """Refuse to adapt a layer whose weight is the parameter of another module, too."""
     shared = shared_weights(model, {name: kind.weight_name for name, kind in kinds.items()})
     for name, other in shared.items():

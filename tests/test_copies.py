@@ -173,7 +173,7 @@ def test_tied_and_shared_parts_stand_once_in_the_groups_and_make_the_round_trip(
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b, self.saved, self.again = (nn.Linear(6, 6) for _ in range(4))
-            self.b.weight, self.again.weight = self.a.weight, self.saved.weight
+            self.again.weight = self.saved.weight
             self.shared = self.twice = nn.Linear(6, 6)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -181,10 +181,14 @@ def test_tied_and_shared_parts_stand_once_in_the_groups_and_make_the_round_trip(
                 x = part(x)
             return x
 
+        def tie(self) -> Tied:
+            self.b.weight = self.a.weight
+            return self
+
     base = Tied()
     model: Any = slora.inject(
         copy.deepcopy(base), slora.SelectiveLoRAConfig(r=2, target_modules=["a", "shared"], modules_to_save=["saved"])
-    )
+    ).tie()
     assert model.shared is model.twice
     held = [p for group in slora.parameter_groups(model) for p in group["params"]]
     assert len(held) == len({id(p) for p in held})
@@ -193,4 +197,5 @@ def test_tied_and_shared_parts_stand_once_in_the_groups_and_make_the_round_trip(
         for p in held:
             p.add_(torch.randn_like(p) * 0.1).abs_()
     slora.save_adapter(model, tmp_path)
-    torch.testing.assert_close(slora.load_adapter(base, tmp_path)(x), model(x))
+    # Only inject refuses a layer that is tied: an adapter of one is loaded.
+    torch.testing.assert_close(slora.load_adapter(base.tie(), tmp_path)(x), model(x))
