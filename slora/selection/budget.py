@@ -213,10 +213,14 @@ class Budget(Strategy):
         require_value(state, "left", type(left) is int and 0 <= left <= self.n)
         numbers = isinstance(scores, list) and len(scores) == self.n
         numbers = numbers and all(type(score) in (int, float) and math.isfinite(score) for score in scores)
-        require_value(state, "scores", scores is None or numbers)
+        require_value(state, "scores", "scores" in state and (scores is None or numbers))
         if self.unit == "flops" and state["taken"]:
             require_value(state, "rows", any(rows))
             _target(self.budget, _costs(self.layers, self.unit, rows), self.unit)
+        if state["taken"] >= state["last"]:
+            costs = _costs(self.layers, self.unit, rows)
+            spent = sum(costs[i] for i in ranks[:left])
+            require_value(state, "left", spent <= _target(self.budget, costs, self.unit) * (1 + 1e-12))
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.rows, self.ranks, self.scores = list(state["rows"]), list(state["ranks"]), state["scores"]

@@ -120,7 +120,7 @@ def _of_a_gpu(name: str, state: Tensor) -> Tensor:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _require(name: str, holds: bool) -> None:

@@ -193,6 +193,7 @@ def test_what_cannot_be_of_this_run_is_refused_by_name_and_nothing_changes(
         ("ranks", None),
         ("left", 9),
         ("left", "1"),
+        ("left", 3),
         ("scores", [1.0]),
         ("scores", [None] * 3),
         ("rows", [8, 8]),
