@@ -205,7 +205,8 @@ def test_arguments_of_the_model_that_have_a_setting_of_their_own_are_refused() -
         ("seed", torch.tensor(3), 3),
         ("use_rslora", np.True_, True),
     ],
-    ids=str,
+    # Not of the values: a set has no order, a generator an address, and pytest-xdist compares.
+    ids=["set", "keys", "generator", "pattern", "r", "lr of numpy", "lr of torch", "budget", "seed", "bool"],
 )
 def test_collections_and_numbers_of_any_library_become_plain_ones(field: str, given: Any, kept: Any) -> None:
     settings = TrainSettings(**{field: given})
