@@ -95,11 +95,11 @@ _LAZY = {
 }
 _HOMES = {name: f"slora.{module}" for module, names in _LAZY.items() for name in names.split()}
 
-# Modules of the core, which `import slora` alone gives as attributes, too.
+# Modules that `import slora` alone gives as attributes, too: those of the core, and what users of the library call.
 _MODULES = (
-    "adapter adapter_fit adapter_tensors features files fitting gate gate_rule layers locks lost merging model modes "
-    "names ops peft_format places plain reading reads reference retention saved selection sharded signals targets "
-    "wide wrappers"
+    "adapter adapter_fit adapter_tensors evaluation features files fitting gate gate_rule layers locks lost merging "
+    "model modes names ops peft_format places plain reading reads reference retention saved selection sharded signals "
+    "targets training wide wrappers"
 ).split()
 
 if not TYPE_CHECKING:

@@ -93,6 +93,13 @@ def test_the_function_inject_is_found_before_its_module_is_imported() -> None:
     assert run("from slora import inject; import slora.inject; print(slora.inject is inject)") == "True\n"
 
 
+def test_training_and_evaluation_are_attributes_of_the_package_that_nothing_imports_before() -> None:
+    out = run("import slora; print(slora.training.train_head.__name__, slora.evaluation.accuracy.__name__)")
+    assert out == "train_head accuracy\n"
+    out = run("import slora, sys; print(*(name for name in sys.modules if name.startswith('slora.')))")
+    assert not {"slora.training", "slora.evaluation"} & set(out.split())
+
+
 def test_an_adapted_layer_registers_the_operators() -> None:
     code = "import torch, slora; slora.SelectiveLoRALinear(4, 4, r=2, lora_alpha=2); print(torch.ops.slora.{})"
     for name in ("selective_linear", "selective_linear_backward"):
