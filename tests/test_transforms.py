@@ -210,6 +210,26 @@ def test_an_exported_program_computes_the_same(net: Callable[[], nn.Module]) -> 
         torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("net", [Net, Attends], ids=["linear", "attention"])
+def test_an_exported_program_takes_more_rows_than_a_probe_reads(
+    net: Callable[[], nn.Module], policy: str, strict: bool
+) -> None:
+    # More rows than the probe's in one input, fewer in the example.
+    model = make("some", net, inactive=policy).eval()
+    for _, layer in adapted_layers(model):
+        layer.probe_rows = 16
+    shapes = [((5, 3, 4), (70, 7, 4), 2)] + ([((5, 4), (70, 4), 1)] if net is Net else [])
+    for example, larger, dynamic in shapes:
+        x = torch.randn(example, dtype=torch.float64)
+        sizes = (dict.fromkeys(range(dynamic), torch.export.Dim.DYNAMIC),)
+        program = torch.export.export(model, (x,), dynamic_shapes=sizes, strict=strict).module()
+        for rows in (larger, example):
+            x = torch.randn(rows, dtype=torch.float64)
+            torch.testing.assert_close(program(x), model(x))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("net", [Net, Attends], ids=["linear", "attention"])
 @pytest.mark.parametrize("dynamo", [False, True])

@@ -261,7 +261,9 @@ class LoRABlocks(Gated):
         if not torch.compiler.is_compiling():
             x = expected(self, x, active is None)
         y = base(x, weight, bias) if active == () else ops.apply(x, weight, bias, self._with_seed(operands, x))
-        if self.inactive != "frozen" and torch.is_grad_enabled() and self.gate.requires_grad:
+        # An exported program is for inference, and how many rows a probe reads would fix how many its inputs may have.
+        learns = torch.is_grad_enabled() and self.gate.requires_grad and not _exporting()
+        if self.inactive != "frozen" and learns:
             y = self._probed(y, x, operands, None, None, 0 if part is None else part.start)
         return y
 
@@ -507,6 +509,11 @@ def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _capturing(x: Tensor) -> bool:
     """Whether a CUDA graph records what happens to `x`, or should be prepared."""
     return _on_device.get() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _exporting() -> bool:
+    """Whether torch.export records; torch.compile takes `is_exporting()` to be true whenever it records."""
+    return torch.compiler._is_exporting_flag
 
 
 def _within(blocks: tuple[int, ...], part: slice) -> tuple[int, ...]:
