@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from slora.adapter_files import CONFIG, FORMAT, PREFIX, SELECTIVE, WEIGHTS, read_selective
 from slora.adapter_fit import base_weights, check_layers, injection_plan
-from slora.adapter_tensors import block_state, digest_of, forget_earlier, is_finite, read_tensors, saved_state
+from slora.adapter_tensors import block_state, digest_of, forget_earlier, read_tensors, refuse_not_finite, saved_state
 from slora.errors import (
     BaseModelWarning,
     CheckpointError,
@@ -44,7 +44,7 @@ from slora.saved import unsaved
 from slora.selection.strategy import freeze_gates, unfinished_selection
 from slora.sharded import by_first, full, is_sharded, put, reshard
 from slora.signals import signals_held
-from slora.wrappers import module_at, named_parameters, parameter_at, state_of, unwrapped
+from slora.wrappers import state_of, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,20 +76,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             if layer.activity().active:
                 A, B = stacked_pair(layer)
                 tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
-        blocks = set(tensors)
-        for name in record.saved.modules:
-            for key, value in state_of(module_at(model, name)).items():
-                tensors[f"{PREFIX}{name}.{key}"] = _copy(value)
-        for name in record.saved.parameters:
-            tensors[f"{PREFIX}{name}"] = _copy(parameter_at(model, name))
-        trained = {f"{PREFIX}{name}" for name, _ in named_parameters(model, remove_duplicate=False)}
-        masks = tensors.keys() - blocks - trained
-        bad = next((key for key, value in tensors.items() if not is_finite(value, key in masks)), None)
-        if bad is not None:
-            raise StateError(
-                f"{bad.removeprefix(PREFIX)!r} holds NaN or infinity: training diverged; go back to an earlier "
-                f"checkpoint"
-            )
+        for name, value in record.saved.tensors(model).items():
+            tensors[f"{PREFIX}{name}"] = _copy(value)
+        named = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+        refuse_not_finite(named, record.saved.buffers(model))
         for_peft = peft_config(record.config, layers, record.saved.modules)
     content["tensors_digest"] = digest_of(tensors)
     with by_first(any(map(is_sharded, model.parameters()))) as first:

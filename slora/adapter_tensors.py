@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -12,13 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from slora.adapter_files import CONFIG, PREFIX, SELECTIVE, WEIGHTS, Entry, read_selective
-from slora.errors import CheckpointError
+from slora.errors import CheckpointError, StateError
 from slora.files import earlier
 from slora.reading import require_file
 from slora.saved import Saved
 from slora.sharded import is_sharded
 from slora.wide import NARROW
-from slora.wrappers import module_at, named_parameters, parameter_at, state_of, unwrapped
+from slora.wrappers import unwrapped
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -82,7 +82,21 @@ def is_finite(value: Tensor, mask: bool = False) -> bool:
         return True
     # float8 has no such operators.
     wide = value.float() if value.itemsize == 1 else value
-    return not bool(wide.isnan().any()) if mask else bool(wide.isfinite().all())
+    if mask or not value.numel() or value.is_complex():
+        return not bool(wide.isnan().any()) if mask else bool(wide.isfinite().all())
+    # Both are NaN where one value is, and are found ten times as fast on the CPU.
+    return all(bool(end.isfinite()) for end in torch.aminmax(wide))
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], buffers: Collection[str]) -> None:
+    """Refuse tensors that are not finite; `buffers` among them may be masks, which hold infinities.
+
+    Raises:
+        StateError: names the first.
+    """
+    for name, value in tensors.items():
+        if not is_finite(value.detach(), name in buffers):
+            raise StateError(f"{name!r} holds NaN or infinity: training diverged; go back to an earlier checkpoint")
 
 
 def block_state(
@@ -130,11 +144,8 @@ def saved_state(
     Args:
         injected: whether the model is adapted already. Where it is not, what has 16 bits will be kept in fp32.
     """
-    trained = {name for name, _ in named_parameters(model, remove_duplicate=False)}
-    present: dict[str, Tensor] = {name: parameter_at(model, name) for name in saved.parameters}
-    single = set(present)
-    for name in saved.modules:
-        present |= {f"{name}.{key}": value for key, value in state_of(module_at(model, name)).items()}
+    buffers = saved.buffers(model)
+    present, single = saved.tensors(model), set(saved.parameters)
     values: dict[str, Tensor] = {}
     first: dict[tuple[int, ...], str] = {}
     for name, own in present.items():
@@ -146,7 +157,7 @@ def saved_state(
             )
         widened = not injected and own.dtype in NARROW and (name not in single or not own.dim())
         dtype = torch.float32 if widened else own.dtype
-        values[name] = _converted(value, name, dtype, folder, mask=name not in trained).to(own.device)
+        values[name] = _converted(value, name, dtype, folder, mask=name in buffers).to(own.device)
         if is_sharded(own) or not own.numel():
             continue
         other = first.setdefault((own.data_ptr(), *own.shape, *own.stride()), name)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from slora.config import SelectiveLoRAConfig
 from slora.layers import adapted_layers
 from slora.names import ends_with, inside, no_match
-from slora.wrappers import module_at, named_modules, named_parameters, parameter_at
+from slora.wrappers import module_at, named_modules, named_parameters, parameter_at, state_of
 
 
 class Saved(NamedTuple):
@@ -26,6 +26,17 @@ class Saved(NamedTuple):
             yield from module_at(model, name).parameters()
         for name in self.parameters:
             yield parameter_at(model, name)
+
+    def buffers(self, model: nn.Module) -> set[str]:
+        """Return the names among those of `tensors` that are no parameters."""
+        return self.tensors(model).keys() - {name for name, _ in named_parameters(model, remove_duplicate=False)}
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what is meant in `model` by full name: single parameters, then all that modules hold."""
+        found: dict[str, Tensor] = {name: parameter_at(model, name) for name in self.parameters}
+        for name in self.modules:
+            found |= {f"{name}.{key}": value for key, value in state_of(module_at(model, name)).items()}
+        return found
 
 
 def saved_parts(model: nn.Module, config: SelectiveLoRAConfig) -> Saved:

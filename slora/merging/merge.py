@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from slora import sharded
+from slora.adapter_tensors import refuse_not_finite
 from slora.errors import ConfigError, StateError, UnfinishedSelectionWarning
 from slora.fitting import refuse_parametrized
-from slora.gate import reread, version
-from slora.inject import refuse_layer, unload
+from slora.gate import gate_values, reread, version
+from slora.inject import Injection, refuse_layer, unload
 from slora.layers import LoRABlocks, adapted_layers
 from slora.locks import changing
 from slora.lost import refuse_computed, refuse_fused, warn_of_lost
@@ -23,7 +24,7 @@ from slora.merging.overflow import Update, refuse_overflow
 from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
 from slora.selection.strategy import unfinished_selection
 from slora.signals import signals_held
-from slora.wrappers import named_modules
+from slora.wrappers import named_modules, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 Keep = Literal["device", "cpu"]
@@ -51,8 +52,8 @@ def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> 
 
     Raises:
         StateError: the model has no adapted layer, is merged already, shares a weight that would change, or would hold
-            NaN or infinity where it did not, as after an overflow of fp16; or a weight is pruned or parametrized, or
-            was fused with others. Names the layer.
+            NaN or infinity where it did not, as after an overflow of fp16; a gate is not finite; or a weight is pruned
+            or parametrized, or was fused with others. Names the layer.
         ShapeError: two weights that would change share memory.
         ConfigError: `scale` is not finite, or `keep` is unknown.
     """
@@ -132,8 +133,8 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
 
     Raises:
         StateError: the model has no adapted layer, is itself one, is merged in part, shares a weight that would change,
-            is merged already and `scale` is given, or would overflow; or a weight is pruned or parametrized, or was
-            fused with others.
+            is merged already and `scale` is given, or would overflow; a gate or a module to save is not finite; or a
+            weight is pruned or parametrized, or was fused with others.
         ShapeError: two weights that would change share memory.
         ConfigError: `scale` is not finite.
     """
@@ -141,6 +142,9 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
         layers = _adapted(model)
         refuse_layer(model)
         refuse_parametrized(layers)
+        record = getattr(unwrapped(model), "_slora", None)
+        if isinstance(record, Injection):
+            refuse_not_finite(record.saved.tensors(model), record.saved.buffers(model))
         selecting = unfinished_selection(model)
         if selecting:
             warnings.warn(
@@ -182,6 +186,9 @@ def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: 
         raise ConfigError(f"scale={scale} is not finite; 1.0 merges the full update")
     sharded.refuse(model, "save the adapter, load it into a model that is not, and merge there")
     reread(model)
+    for name, gate in gate_values(model).items():
+        if not all(map(math.isfinite, gate)):
+            raise StateError(f"the gates of {name!r} are {gate}: training diverged; go back to an earlier checkpoint")
     _refuse_shared(model, layers)
     merging = {name: layer for name, layer in layers.items() if layer.activity().active}
     refuse_computed(merging, "the update would be lost", weight=True)

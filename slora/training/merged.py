@@ -12,7 +12,7 @@ from torch import nn
 from slora import __version__
 from slora.adapter import fingerprint, load_adapter
 from slora.adapter_files import PREFIX, read_selective
-from slora.adapter_tensors import read_tensors
+from slora.adapter_tensors import is_finite, read_tensors
 from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.files import write_atomically
 from slora.layers import adapted_layers
@@ -61,8 +61,8 @@ def merge_adapter(
 
     Raises:
         ConfigError: `out` exists, the run has no blocks, or the model or the number of classes is not known.
-        CheckpointError: the run is not finished or has no such checkpoint, or the adapter is missing, damaged, or of
-            another model.
+        CheckpointError: the run is not finished or has no such checkpoint, the adapter is missing, damaged, or of
+            another model, or a weight that would be written is not finite.
         WriteError: the disk is full or the folder cannot be written.
     """
     if out.exists():
@@ -91,8 +91,20 @@ def merge_adapter(
     if layers:
         metadata["base_fingerprint"] = fingerprint(model)["digest"]
         merge_and_unload(model, scale)
+    _refuse_not_finite(model)
     write_atomically(out, lambda path: save_model(model, str(path), metadata))
     return count
+
+
+def _refuse_not_finite(model: nn.Module) -> None:
+    """Refuse weights of the base, too, which merging does not read: reading them is little beside writing them."""
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, value in model.state_dict().items():
+        if not is_finite(value, name not in trained):
+            raise CheckpointError(
+                f"{name!r} would be written with NaN or infinity, which the base model or the result of the run holds; "
+                f"check the pretrained weights, or take an earlier checkpoint (--checkpoint)"
+            )
 
 
 def _of_model(settings: TrainSettings) -> dict[str, str]:

@@ -59,6 +59,35 @@ def test_a_matrix_that_is_not_finite_is_named_before_anything_is_written(
 
 
 @pytest.mark.parametrize("call", [slora.merge, slora.merge_and_unload], ids=["merge", "merge_and_unload"])
+def test_a_gate_that_is_not_finite_is_named_though_its_block_counts_as_off(
+    call: Callable[..., Any], make_mlp: Any
+) -> None:
+    model = adapted(make_mlp, torch.float32)
+    with torch.no_grad():
+        model.fc2.gate[0] = math.nan
+    before = bits(model)
+    with pytest.raises(StateError, match=r"the gates of 'fc2' are \[nan\]: training diverged"):
+        call(model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", ["1.weight", "1.running_var", "scale"])
+def test_a_saved_part_that_is_not_finite_is_named_and_nothing_merged(name: str) -> None:
+    class Model(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 4), nn.BatchNorm1d(4))
+            self.scale = nn.Parameter(torch.ones(3))
+
+    config = slora.SelectiveLoRAConfig(r=2, target_modules=["0"], modules_to_save=["1", "scale"])
+    model = slora.inject(Model(), config)
+    model.state_dict()[name][-1] = math.nan
+    before = bits(model)
+    with pytest.raises(StateError, match=rf"'{name}' holds NaN or infinity: training diverged"):
+        slora.merge_and_unload(model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("call", [slora.merge, slora.merge_and_unload], ids=["merge", "merge_and_unload"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_overflow_of_the_dtype_is_named_before_anything_is_written(
     dtype: torch.dtype, call: Callable[..., Any], make_mlp: Any

@@ -427,6 +427,20 @@ def test_a_merged_file_says_what_it_holds() -> None:
     assert (found["method"], found["active_blocks"], "base_fingerprint" in found) == ("full", "0", False)
 
 
+def test_a_base_weight_that_is_not_finite_is_not_written_into_a_merged_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    run.finetune({**QUICK, "max_steps": 1}, out=Path("run"))
+
+    def spoilt(*args: Any) -> Any:
+        built = run.rebuild(*args)
+        dict(built.model.named_parameters())["blocks.0.attn.qkv.weight"].data[-1, -1] = float("nan")
+        return built
+
+    monkeypatch.setattr(merged, "rebuild", spoilt)
+    with pytest.raises(CheckpointError, match=r"'blocks\.0\.attn\.qkv\.weight' would be written with NaN"):
+        merged.merge_adapter(Path("run"), Path("merged.safetensors"))
+    assert not Path("merged.safetensors").exists()
+
+
 def test_an_adapter_without_its_run_needs_the_name_of_its_model() -> None:
     folder, _ = run.finetune(QUICK)
     with pytest.raises(ConfigError, match="is an adapter without its run; name its model"):
