@@ -76,10 +76,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             if layer.activity().active:
                 A, B = stacked_pair(layer)
                 tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
-        for name, value in record.saved.tensors(model).items():
-            tensors[f"{PREFIX}{name}"] = _copy(value)
-        named = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-        refuse_not_finite(named, record.saved.buffers(model))
+        tensors |= {f"{PREFIX}{name}": _copy(value) for name, value in record.saved.tensors(model).items()}
+        plain_names = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+        refuse_not_finite(plain_names, record.saved.buffers(model))
         for_peft = peft_config(record.config, layers, record.saved.modules)
     content["tensors_digest"] = digest_of(tensors)
     with by_first(any(map(is_sharded, model.parameters()))) as first:
