@@ -72,4 +72,13 @@ class MissingDependencyError(SLoRAError, ImportError):
 
 
 class NonFiniteLossError(SLoRAError, FloatingPointError):
-    """The loss became NaN or infinite."""
+    """The loss became NaN or infinite.
+
+    Attributes:
+        diverged: whether a lower learning rate may help; it cannot where the data, the base model or the criterion is
+            at fault, which the message then says.
+    """
+
+    def __init__(self, message: str, diverged: bool = True) -> None:
+        super().__init__(message)
+        self.diverged = diverged

@@ -90,9 +90,11 @@ def finetune(
             if processes.is_main_process:
                 save_result(model, source, settings, out, result)
         except NonFiniteLossError as error:
-            raise NonFiniteLossError(f"{error} {rundir.after_divergence(out, start, settings.lr)}") from error
+            lower = rundir.after_divergence(out, start, settings.lr)
+            then = lower if error.diverged else rundir.after_mending(out, start)
+            raise NonFiniteLossError(f"{error} {then}", error.diverged) from error
         except WriteError as error:
-            raise WriteError(f"{error} {rundir.after_a_full_disk(out, start)}") from error
+            raise WriteError(f"{error} {rundir.after_mending(out, start)}") from error
         processes.wait_for_everyone()
     return out, result
 

@@ -214,8 +214,8 @@ def command(out: Path, start: Path | None = None, lr: float | None = None, into:
     return shlex.join(words)
 
 
-def after_a_full_disk(out: Path, start: Path | None) -> str:
-    """Return what to run once there is room again."""
+def after_mending(out: Path, start: Path | None) -> str:
+    """Return what to run once there is room on the disk again, or the data or the base model is in order."""
     if start is not None and not checkpoint_folders.checkpoints(out / CHECKPOINTS):
         return f"Then run: {command(out, start, into=out)}"
     return f"Then run: {command(out)}"

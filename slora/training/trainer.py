@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slora.errors import CheckpointError, ConfigError, NonFiniteLossError
+from slora.errors import CheckpointError, ConfigError, NonFiniteLossError, StateError
 from slora.evaluation.accuracy import logits_of, tally
 from slora.gate import gate_penalty, gate_values
 from slora.layers import adapted_layers
@@ -116,6 +116,7 @@ def train(
         ConfigError: a setting does not fit the data, nothing is trainable, or `run_dir` holds another run, or one that
             is going on.
         NonFiniteLossError: the loss became NaN or infinite; no checkpoint was written since.
+        StateError: what is to be trained is not finite from the start.
         CheckpointError: the checkpoint is of another model or damaged, or the disk is full.
         Interrupted: Ctrl-C or SIGTERM with a `run_dir`, in a run of one process: the step was finished and a
             checkpoint written.
@@ -180,6 +181,7 @@ class Trainer:
         self.settings = settings
         self.model = model
         self.run_dir = None if run_dir is None else Path(run_dir)
+        self.own_criterion = criterion is not None
         self.criterion = criterion or _cross_entropy(settings.label_smoothing)
         self.accelerator = accelerator
         device = self.device = self.accelerator.device
@@ -205,6 +207,9 @@ class Trainer:
 
         torch.manual_seed(settings.seed)
         model.to(device)
+        broken = None if resume is not None else finite(_trainable(model))
+        if broken is not None:
+            raise StateError(f"{broken!r} is not finite before the first step; load or initialise it again")
         self.fingerprint = checkpoint.fingerprint(model)
         self.layers = dict(adapted_layers(model))
         self.may_release = any(layer.inactive == "frozen" for layer in self.layers.values())
@@ -341,7 +346,7 @@ class Trainer:
                 loss = self.criterion(logits, labels)
                 self.window.add(loss, logits, labels)
                 if self.checks_each_loss and not math.isfinite(loss.item()):
-                    self._refuse(f"the loss is {loss.item()} at step {self.step + 1}{_origin(self.model, images)}")
+                    self._refuse_loss(loss.item(), self.step + 1, images)
                 if self.optimizers.penalty_in_loss and self.penalty:
                     loss = loss + self.penalty * gate_penalty(self.model)
                 if part == 0 and self._keeps():
@@ -414,7 +419,7 @@ class Trainer:
             step = part // self.accumulation + 1
             epoch, number = divmod(part, self.steps_per_epoch * self.accumulation)
             images, _ = next(iter(self.train_batches.epoch(epoch, number)))
-            self._refuse(f"the loss is {losses[bad[0]]} at step {step}{_origin(self.model, images)}", step)
+            self._refuse_loss(losses[bad[0]], step, images)
         if norm is not None and not math.isfinite(norm):
             self._refuse(f"the gradient is not finite at or shortly before step {self.step}", self.step)
         self.clock.read()
@@ -429,7 +434,10 @@ class Trainer:
         if self.layers:
             record |= {"penalty": self.penalty} | self._of_blocks()
             if not math.isfinite(record["mean_gate"]):
-                self._refuse(f"a gate is not finite at or shortly before step {self.step}", self.step)
+                ruined = [name for name, gate in gate_values(self.model).items() if not all(map(math.isfinite, gate))]
+                others = f" and {len(ruined) - 3} more layers" if len(ruined) > 3 else ""
+                named = ", ".join(map(repr, ruined[:3])) + others
+                self._refuse(f"a gate of {named} is not finite at or shortly before step {self.step}", self.step)
         images = self.settings.batch_size * self.accumulation * self.accelerator.num_processes
         record |= {
             "images_per_second": images * self.clock.rate(),
@@ -453,9 +461,19 @@ class Trainer:
             record["active_blocks"] = {name: list(active) for name, active in blocks.items()}
         return record
 
-    def _refuse(self, what: str, step: int | None = None) -> None:
-        step = self.step + 1 if step is None else step
+    def _refuse_loss(self, loss: float, step: int, images: Tensor) -> None:
+        found = origin(self.model, images)
+        remedy = found.remedy
+        if not found.what and self.own_criterion:
+            remedy = "check the criterion"
+        clause = f": {found.what}" if found.what else ", though every layer is finite on its batch"
+        self._refuse(f"the loss is {loss} at step {step}{clause}", step, remedy)
+
+    def _refuse(self, what: str, step: int, remedy: str = "") -> None:
+        """Break the run off, for what a lower learning rate may help against where nothing else is the remedy."""
         self.recorder.add({"step": step, "error": what})
+        if remedy:
+            raise NonFiniteLossError(f"{what}; {remedy}. Nothing was overwritten.", diverged=False)
         lr = lr_scale(step - 1, self.steps, self.warmup, self.settings.min_lr_ratio) * self.settings.lr
         last = self.last_checkpoint
         if last is None:
@@ -493,7 +511,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._log()
-        broken = finite({name: p.detach() for name, p in named_parameters(self.model) if p.requires_grad})
+        broken = finite(_trainable(self.model))
         if broken is not None:
             self._refuse(f"{broken!r} is not finite after step {self.step}", self.step)
         with self.clock.paused(self.device):
@@ -552,9 +570,8 @@ class Trainer:
         ]
 
 
-def _origin(model: nn.Module, images: Tensor) -> str:
-    found = origin(model, images)
-    return f": {found}" if found else ", though every layer is finite on its batch"
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in named_parameters(model) if p.requires_grad}
 
 
 def _cross_entropy(label_smoothing: float) -> Criterion:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slora import NonFiniteLossError
+from slora import NonFiniteLossError, StateError
 from slora.training import TrainSettings, prepare, train
 from slora.training.nonfinite import origin
 from slora.training.recorder import read_metrics
@@ -30,17 +30,19 @@ class Log(nn.Module):
 
 def test_the_first_layer_in_the_order_of_the_forward_is_named() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh(), Log()), nn.Linear(4, 4), nn.Softmax(1))
-    assert origin(model, torch.randn(3, 4)) == "the first layer whose output is not finite is '1.1' (Log)"
+    assert origin(model, torch.randn(3, 4)) == ("the first layer whose output is not finite is '1.1' (Log)", "")
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_a_parameter_a_batch_and_what_stands_between_layers_are_named(make_model: Factory, data: Pair) -> None:
     model = make_model()
-    assert origin(model, data[0]) == ""
-    assert origin(model, data[0] / 0) == "the batch itself holds a value that is not finite"
+    assert origin(model, data[0]) == ("", "")
+    assert origin(model, data[0] / 0).what.startswith(
+        "the batch itself holds a value that is not finite, in its item 0"
+    )
     with torch.no_grad():
         model.get_parameter("second.bias")[3] = float("inf")
-    assert origin(model, data[0]).endswith("is 'second' (Linear), whose parameter 'bias' is not finite by now")
+    assert origin(model, data[0]).what.endswith("is 'second' (Linear), whose parameter 'bias' is not finite by now")
 
     class Between(nn.Module):
         def __init__(self) -> None:
@@ -50,7 +52,7 @@ def test_a_parameter_a_batch_and_what_stands_between_layers_are_named(make_model
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"logits": self.b(self.a(x) * float("nan"))}
 
-    assert origin(Between(), torch.ones(2, 4)).endswith("is 'b' (Linear), whose input is not finite already")
+    assert origin(Between(), torch.ones(2, 4)).what.endswith("is 'b' (Linear), whose input is not finite already")
 
 
 def test_randomness_is_as_before() -> None:
@@ -148,5 +150,52 @@ def test_a_loss_that_breaks_by_itself_says_that_the_layers_do_not(
     def criterion(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits, labels) * float("nan")
 
-    with pytest.raises(NonFiniteLossError, match="is nan at step 1, though every layer is finite on its batch"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"is nan at step 1, though every layer is finite.*check the crit"
+    ) as e:
         train(prepare(make_model(), settings=settings), data, None, settings, criterion=criterion)
+    assert "lower lr" not in str(e.value)
+
+
+def test_data_that_is_not_finite_is_named_by_its_item_and_no_learning_rate_is_recommended(
+    make_model: Factory, data: Pair, settings: TrainSettings
+) -> None:
+    images = data[0].clone()
+    images[:] = images.where(torch.arange(64).view(-1, 1, 1, 1) % 8 != 3, float("nan"))
+    with pytest.raises(NonFiniteLossError, match=r"in its item \d.* of 8; correct the data") as caught:
+        train(prepare(make_model(), settings=settings), (images, data[1]), None, settings)
+    assert "lower lr" not in str(caught.value)
+    assert not caught.value.diverged
+
+
+@pytest.mark.parametrize("method", ["selective", "linear"])
+def test_a_frozen_weight_that_is_not_finite_is_the_base_models_fault(
+    make_model: Factory, data: Pair, settings: TrainSettings, method: Method
+) -> None:
+    settings = settings.replace(method=method, modules_to_save=["head"])
+    model = prepare(make_model(), settings=settings)
+    with torch.no_grad():
+        model.get_parameter("second.weight")[0, 0] = float("nan")
+    match = "is 'second' .*whose parameter 'weight' is not finite; it is frozen.*load a base model"
+    with pytest.raises(NonFiniteLossError, match=match) as caught:
+        train(model, data, None, settings)
+    assert "lower lr" not in str(caught.value)
+
+
+def test_a_gate_that_is_not_finite_is_named_before_the_first_step_and_when_it_becomes_so(
+    make_model: Factory, data: Pair, settings: TrainSettings
+) -> None:
+    model = prepare(make_model(), settings=settings)
+    with torch.no_grad():
+        model.get_parameter("third.gate")[0] = float("nan")
+    with pytest.raises(StateError, match=r"'third\.gate' is not finite before the first step"):
+        train(model, data, None, settings)
+
+    model = prepare(make_model(), settings=settings)
+
+    def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+        model.get_parameter("second.gate").data[0] = float("nan")
+        return F.cross_entropy(logits, labels)
+
+    with pytest.raises(NonFiniteLossError, match="a gate of 'second' is not finite at or shortly before step 2"):
+        train(model, data, None, settings, criterion=criterion)
