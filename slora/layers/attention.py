@@ -22,7 +22,7 @@ from slora.config import SelectiveLoRAConfig
 from slora.errors import ConfigError, ShapeError, TargetError
 from slora.gate import GateMirror
 from slora.layers.blocks import LoRABlocks, of_layer, recorded
-from slora.layers.reading import Reading, layers_read_by
+from slora.layers.reading import watched
 
 
 class _InProjection(LoRABlocks):
@@ -193,10 +193,9 @@ class ProjectionAttention(_InProjection):
         """Run the forward of the class that was adapted."""
         if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
             return recorded(self, *args, **kwargs)
-        mode = Reading({self._base_class.__name__: self, **layers_read_by(self)})
-        with mode:
-            result = self._base_class.forward(self, *args, **kwargs)
-        if not mode.reached:
+        mine = {self._base_class.__name__: self}
+        result, reached = watched(self._base_class.forward, mine, self, *args, **kwargs)
+        if not reached:
             raise TargetError(
                 f"{self._base_class.__name__} does not read self.in_proj_weight, so its LoRA blocks would be skipped; "
                 f"list it in exclude_modules"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
@@ -39,6 +40,10 @@ class Reading(TorchFunctionMode):
     def __init__(self, layers: Mapping[str, LoRABlocks]) -> None:
         self.layers = layers
         self.reached = False
+
+    def __enter__(self) -> Any:
+        # With a method of its own torch.compile takes the frame that enters this whole, or leaves it alone.
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -68,6 +73,25 @@ class Reading(TorchFunctionMode):
             return type(value)([self._replaced(part) for part in value])
         name = self._owner(value)
         return value if name is None else effective_weight(self.layers[name], name)
+
+
+def watched(
+    call: Callable[..., Any], layers: Mapping[str, LoRABlocks], module: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    """Return `call(module, *args, **kwargs)`, in which calls on the weights of `layers`, and of those that `module` is
+    known to read, see the blocks; and whether one was made.
+
+    A graph that ran in here would be watched, though its calls were when it was made: products of a weight would get
+    the blocks twice. So where torch.compile does not take all of it into one graph, it makes none.
+    """
+    # All in this very frame: one that is called may be compiled by itself, and takes no mode from outside.
+    compiler = None if torch.compiler.is_compiling() else (set_eval_frame(None),)
+    try:
+        with Reading({**layers, **layers_read_by(module)}) as mode:
+            return call(module, *args, **kwargs), mode.reached
+    finally:
+        if compiler is not None:
+            set_eval_frame(*compiler)
 
 
 class ReadLinear(SelectiveLoRALinear):
@@ -123,7 +147,16 @@ def layers_read_by(module: nn.Module) -> dict[str, LoRABlocks]:
     """Return `{name: layer}` for the adapted layers whose weight `module` was found to read."""
     found = {}
     for path, name in module.__dict__.get("_slora_reads", {}).items():
-        layer = functools.reduce(getattr, path.split("."), module)
+        layer: Any = module
+        for key in path.split("."):
+            layer = getattr(layer, key)
+            if not torch.compiler.is_compiling() and (layer._compiled_call_impl or "dynamo_ctx" in layer.__dict__):
+                # Its graph would be watched.
+                raise TargetError(
+                    f"{type(module).__name__!r} reads the weight of {name!r}, which it holds in a module that is "
+                    f"compiled by itself; compile {type(module).__name__!r} as a whole, or list {name!r} in "
+                    f"exclude_modules"
+                )
         if not isinstance(layer, LoRABlocks):
             layer = unwrapped(layer)
         # Something else may stand there by now.
@@ -195,8 +228,7 @@ def _reader_class(base: type[nn.Module]) -> type[nn.Module]:
                 f"torch.compile does not show what is done with an attribute of the weight of {self._slora_unseen!r}, "
                 f"such as .T; write .t(), or list {self._slora_unseen!r} in exclude_modules"
             )
-        with Reading(layers_read_by(self)):
-            return base.forward(self, *args, **kwargs)
+        return watched(base.forward, {}, self, *args, **kwargs)[0]
 
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(base.__name__, (Reader, base), {**names, "forward": forward})

@@ -99,11 +99,13 @@ class Attention(nn.Module):
         )[0]  # fmt: skip
 
 
-class Transposed(nn.Module):
+class Holds(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.q = nn.Linear(E, E)
 
+
+class Transposed(Holds):
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.q.weight.T
 
@@ -346,6 +348,80 @@ def test_what_torch_compile_does_not_show_is_refused_there(fullgraph: bool) -> N
     with pytest.raises(Exception, match=r"does not show what is done with an attribute of the weight of '1.q'"):
         torch.compile(model, fullgraph=fullgraph, backend="eager")(x)
     assert torch.isfinite(model(x)).all()
+    torch._dynamo.reset()
+
+
+class Fails(Holds):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.q.weight
+        raise ValueError(F.linear(x, weight).shape)
+
+
+class Breaks(Holds):
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.q.weight)
+        torch._dynamo.graph_break()
+        return F.linear(x, self.q.weight) + self.q(x)
+
+
+class BreaksInside(Holds):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.broken(x), self.q.weight)
+
+    def broken(self, x: Tensor) -> Tensor:
+        x = self.q(x)
+        torch._dynamo.graph_break()
+        return x + F.linear(x, self.q.weight)
+
+
+class Reads(Holds):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.q.weight, self.q.bias)
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    return randomised(slora.inject(model, slora.SelectiveLoRAConfig(r=2, target_modules=["q"])))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("failing", [None, Fails, Transposed])
+@pytest.mark.parametrize("kind", [Reads, Breaks, BreaksInside])
+def test_compiled_readers_that_fail_or_break_the_graph_add_the_update_once(
+    kind: type[nn.Module], failing: type[nn.Module] | None, backend: str
+) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(3, E)
+    for _ in range(2 if failing else 0):
+        with pytest.raises(ValueError, match=r"Size|does not show"):
+            torch.compile(adapted(failing()), backend=backend)(x)
+    for model in (adapted(kind()), nn.Sequential(adapted(kind()), adapted(kind()))):
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, backend=backend)(x), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("what", ["in place", "wrapped", "the layer"])
+def test_a_compiled_part_whose_weight_is_read_from_outside_is_refused_unless_all_is_compiled(what: str) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = Reads()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.part(x) + self.part.q(x) + F.linear(x, self.part.q.weight)
+
+    torch._dynamo.reset()
+    model, x = adapted(Outer()), torch.randn(3, E)
+    expected = model(x)
+    if what == "wrapped":
+        model.part = torch.compile(model.part, backend="eager")
+    else:
+        (model.part if what == "in place" else model.part.q).compile(backend="eager")
+    with pytest.raises(TargetError, match=r"'Outer' reads the weight of 'part.q', .* compile 'Outer' as a whole"):
+        model(x)
+    whole = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), expected, rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
 
 
