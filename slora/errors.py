@@ -31,6 +31,10 @@ class CheckpointError(SLoRAError, RuntimeError):
     """A file is missing, damaged, or belongs to another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is damaged; another one of its run may not be."""
+
+
 class WriteError(CheckpointError):
     """A file could not be written: the disk is full, or the folder does not take it."""
 

@@ -110,6 +110,14 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def as_said(value: Any) -> str:
+    """Return a value from JSON as a message shows it, what is long or nested by its kind."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
 def _children(value: Any) -> Any:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 

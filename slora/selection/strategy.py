@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from slora.config import LEAST_SETTLING, phase_ends
-from slora.errors import CheckpointError, ConfigError, StateError
+from slora.errors import ConfigError, DamagedCheckpointError, StateError
 from slora.layers import LoRABlocks, adapted_layers
 from slora.plain import plain
+from slora.reading import as_said
 
 Phase = Literal["warm-up", "selection", "settling"]
 
@@ -209,8 +210,8 @@ def require_value(state: dict[str, Any], key: str, holds: bool) -> None:
         CheckpointError: names the entry and its value.
     """
     if not holds:
-        raise CheckpointError(
-            f"the state to resume from is damaged: {key!r} is {str(state.get(key))[:60]}; use another checkpoint"
+        raise DamagedCheckpointError(
+            f"the state to resume from is damaged: {key!r} is {as_said(state.get(key))}; use another checkpoint"
         )
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from slora.errors import CheckpointError
+from slora.errors import CheckpointError, DamagedCheckpointError
 from slora.files import cannot_write, umask
 from slora.gate import release_frozen
 from slora.layers import adapted_layers
@@ -179,7 +179,7 @@ class Checkpoint:
                 optimizers.check_state(self._names, self._kept, {*freed, *state.stateless}, state.step)
         except (ValueError, KeyError, TypeError) as error:
             said = error if isinstance(error, ValueError) else repr(error)
-            raise CheckpointError(f"{folder} is damaged: {said}; use another checkpoint") from error
+            raise DamagedCheckpointError(f"{folder} is damaged: {said}; use another checkpoint") from error
 
     def _check_blocks(self) -> None:
         """Check what the state says of blocks by their layers and gates."""
@@ -252,7 +252,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} is not a readable safetensors file ({str(error)[:200]}); use another checkpoint"
         ) from error
 
@@ -264,7 +264,9 @@ def _by_kind(path: Path) -> dict[str, dict[str, Tensor]]:
     for key, value in read_tensors(path).items():
         kind, _, name = key.partition(".")
         if kind not in parts:
-            raise CheckpointError(f"{path} holds {key[:60]!r}, which is no part of a checkpoint; use another one")
+            raise DamagedCheckpointError(
+                f"{path} holds {key[:60]!r}, which is no part of a checkpoint; use another checkpoint"
+            )
         parts[kind][name] = value
     return parts
 

@@ -6,11 +6,12 @@ What stands in them is written and read by `checkpoint.py`. Nothing here imports
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
-from slora.errors import CheckpointError, ConfigError
-from slora.training.checkpoint_state import STATE, State, is_count, read_state, step_of
+from slora.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from slora.training.checkpoint_state import STATE, TENSORS, State, check_digest, is_count, read_state, step_of
 from slora.training.settings import TrainSettings, shown
 
 # What a resumed run may not change: the model, the meaning of its tensors, or which images form which step.
@@ -36,7 +37,11 @@ def refuse_newer(folder: Path, start: str | os.PathLike[str] | None) -> None:
     """
     found = checkpoints(folder)
     if found and (start is None or step_of(found[-1]) > step_of(Path(start))):
-        raise ConfigError(f"{folder} holds {found[-1].name} already; resume from that, or choose another run directory")
+        text = f"{folder} holds {found[-1].name} already; resume from that, or choose another run directory"
+        if start is not None:
+            moved = shlex.join(["mv", str(found[-1]), f"{found[-1]}.damaged"])
+            text += f" to go on from {Path(start).name}. Where {found[-1].name} is damaged, take it away first: {moved}"
+        raise ConfigError(text)
 
 
 def check_settings(folder: Path, settings: TrainSettings, state: State | None = None) -> None:
@@ -80,7 +85,9 @@ def undecided(folder: Path) -> str:
         return ""
     last: Any = state.selection.get("last")
     if not is_count(last):
-        raise CheckpointError(f"{folder / STATE} is damaged: 'last' of 'selection' is none; use another checkpoint")
+        raise DamagedCheckpointError(
+            f"{folder / STATE} is damaged: 'last' of 'selection' is none; use another checkpoint"
+        )
     if state.step >= last:
         return ""
     return f"the choice of blocks is not made yet in {folder.name}: it is complete at step {last} of {state.steps}"
@@ -99,6 +106,18 @@ def refuse_finished(start: Path, settings: TrainSettings) -> None:
             f"{start.parent.parent} is finished: it has taken all of its {state.steps} steps; give a larger "
             f"--max-steps or --epochs to go on with it, or start a new run with --config"
         )
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """Return the newest checkpoint in a `checkpoints/` folder whose files are what was written, or None."""
+    for path in reversed(checkpoints(folder)):
+        try:
+            read_state(path)
+            check_digest(path / TENSORS)
+        except CheckpointError:
+            continue
+        return path
+    return None
 
 
 def before(start: Path) -> Path | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slora.errors import CheckpointError
+from slora.errors import CheckpointError, DamagedCheckpointError
 from slora.reading import parse_json, read_bytes, read_text, require_file
 
 STATE, TENSORS, DIGESTS = "state.json", "tensors.safetensors", "sha256sums.txt"
@@ -79,10 +79,13 @@ def check_digest(path: Path) -> None:
     Raises:
         CheckpointError: it is not, or is no file, or its digest is missing.
     """
-    lines = read_text(path.parent / DIGESTS, LARGEST).splitlines()
-    require_file(path)
+    try:
+        require_file(path)
+        lines = read_text(path.parent / DIGESTS, LARGEST).splitlines()
+    except CheckpointError as error:
+        raise DamagedCheckpointError(f"{error}; use another checkpoint") from error
     if f"{_digest(path)}  {path.name}" not in lines:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} is not what was written: its SHA-256 is another than in {DIGESTS}; use another checkpoint"
         )
 
@@ -94,24 +97,29 @@ def read_state(folder: Path) -> State:
         CheckpointError: the file is missing, damaged, or of another version of slora; names the value.
     """
     path = folder / STATE
-    require_file(path)
     check_digest(path)
     try:
         content = parse_json(read_bytes(path).decode("utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}); use another checkpoint") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or content["format"] is True:
-        raise CheckpointError(f"{path} is not a checkpoint of this version of slora (format {FORMAT})")
+        raise DamagedCheckpointError(f"{path} is not readable JSON ({error}); use another checkpoint") from error
+    number = content.get("format") if isinstance(content, dict) else None
+    if type(number) is not int:
+        raise DamagedCheckpointError(f"{path} is damaged: it names no format; use another checkpoint")
+    if number != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {number}, and this version of slora reads {FORMAT}; go on with the version that wrote "
+            f"it, or start a new run"
+        )
     for name, holds in _FIELDS.items():
         if name not in content or not holds(content[name]):
             found = "is missing" if name not in content else f"is {_short(content[name])}"
-            raise CheckpointError(f"{path} is damaged: {name!r} {found}; use another checkpoint")
+            raise DamagedCheckpointError(f"{path} is damaged: {name!r} {found}; use another checkpoint")
     for name in content:
         if name not in _FIELDS and name != "format":
-            raise CheckpointError(f"{path} is damaged: it holds {_short(name)}; use another checkpoint")
+            raise DamagedCheckpointError(f"{path} is damaged: it holds {_short(name)}; use another checkpoint")
     state = State(**{name: content[name] for name in _FIELDS})
     if contradiction := _contradiction(state, step_of(folder)):
-        raise CheckpointError(f"{path} is damaged: {contradiction}; use another checkpoint")
+        raise DamagedCheckpointError(f"{path} is damaged: {contradiction}; use another checkpoint")
     return state
 
 

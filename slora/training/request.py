@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from slora.errors import ConfigError
 from slora.training import rundir
-from slora.training.checkpoint_folders import check_settings, refuse_finished
+from slora.training.checkpoint_folders import check_settings, refuse_finished, refuse_newer
 from slora.training.data_names import check_name, check_retained
 from slora.training.model_names import source_of
 from slora.training.settings import TrainSettings
@@ -39,10 +39,12 @@ def read_request(
         start = rundir.start_of(resume)
         home = rundir.home_of(start)
         settings = TrainSettings.from_yaml(home / rundir.CONFIG, **overrides)
-        check_settings(start, settings)
         out = home if out is None else out
-        if (home / rundir.RESULT).exists() and out.resolve() == home.resolve():
-            refuse_finished(start, settings)
+        with rundir.or_around(start):
+            check_settings(start, settings)
+            if (home / rundir.RESULT).exists() and out.resolve() == home.resolve():
+                refuse_finished(start, settings)
+        refuse_newer(out / rundir.CHECKPOINTS, start)
     else:
         settings = TrainSettings.from_yaml(config, **overrides) if config else TrainSettings.from_dict(overrides)
     data = check_name(settings.data)
@@ -50,6 +52,7 @@ def read_request(
     source_of(settings.model)
     if out is None:
         out = _free_folder(settings, data)
+    rundir.refuse_running(out)
     rundir.refuse_other_run(out, start)
     return Request(settings, out, start)
 

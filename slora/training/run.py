@@ -76,17 +76,25 @@ def finetune(
     with contextlib.ExitStack() as stack:
         if processes.is_main_process:
             stack.enter_context(_begun(out, start, settings, source))
+
+        def accepted() -> None:
+            # A refused checkpoint leaves the settings of its run as they were.
+            if start is not None and processes.is_main_process:
+                _describe(out, start, settings, source)
+
         try:
-            result = train(
-                model,
-                source.data(spec, settings.augment, training=True),
-                source.data(spec, training=False),
-                settings,
-                run_dir=out,
-                console=console,
-                resume=start,
-                retain=retained_images(settings, spec, source),
-            )
+            with rundir.or_around(start):
+                result = train(
+                    model,
+                    source.data(spec, settings.augment, training=True),
+                    source.data(spec, training=False),
+                    settings,
+                    run_dir=out,
+                    console=console,
+                    resume=start,
+                    retain=retained_images(settings, spec, source),
+                    accepted=accepted,
+                )
             if processes.is_main_process:
                 save_result(model, source, settings, out, result)
         except NonFiniteLossError as error:
@@ -101,16 +109,21 @@ def finetune(
 
 @contextlib.contextmanager
 def _begun(out: Path, start: Path | None, settings: TrainSettings, source: Source) -> Iterator[None]:
-    """Claim the run directory and write what stands in it from the beginning."""
+    """Claim the run directory and, for a new run, write what stands in it from the beginning."""
     with rundir.claimed(out):
         # Another run may have come and gone while the model was built.
         rundir.refuse_other_run(out, start)
         checkpoint.refuse_newer(out / rundir.CHECKPOINTS, start)
-        write_text(out / CONFIG, _yaml(settings))
-        write_json(out / rundir.CLASSES, list(source.classes))
-        if start is None or out.resolve() != rundir.home_of(start).resolve():
-            rundir.remove_traces(out)
+        if start is None:
+            _describe(out, start, settings, source)
         yield
+
+
+def _describe(out: Path, start: Path | None, settings: TrainSettings, source: Source) -> None:
+    write_text(out / CONFIG, _yaml(settings))
+    write_json(out / rundir.CLASSES, list(source.classes))
+    if start is None or out.resolve() != rundir.home_of(start).resolve():
+        rundir.remove_traces(out)
 
 
 def _head_first(model: nn.Module, settings: TrainSettings, classes: int) -> int:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from slora.adapter_files import SELECTIVE
-from slora.errors import CheckpointError, ConfigError
+from slora.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from slora.files import cannot_write
 from slora.reading import read_json
 from slora.training import checkpoint_folders
@@ -89,6 +89,8 @@ def start_of(resume: Path) -> Path:
     Raises:
         CheckpointError: there is none; says how to start a run over that stopped before its first.
     """
+    if not resume.exists():
+        raise CheckpointError(f"{resume} does not exist; give the folder of a run made by slora finetune")
     if (resume / CONFIG).exists() and not checkpoint_folders.checkpoints(resume / CHECKPOINTS):
         raise CheckpointError(f"{resume} holds no checkpoint; start its run over with: {command(resume)}")
     return checkpoint_folders.newest(resume)
@@ -107,12 +109,59 @@ def refuse_other_run(out: Path, start: Path | None) -> None:
     Raises:
         ConfigError: `out` holds a run with something to lose.
     """
-    lasting = any((out / name).exists() for name in (RESULT, ADAPTER, MODEL)) or checkpoint_folders.checkpoints(
-        out / CHECKPOINTS
-    )
-    if lasting and (start is None or out.resolve() != home_of(start).resolve()):
-        instead = "" if start is not None else f"go on with it by --resume {shlex.quote(str(out))}, or "
+    if _lasts(out) and (start is None or out.resolve() != home_of(start).resolve()):
+        there = start is None and checkpoint_folders.checkpoints(out / CHECKPOINTS)
+        instead = f"go on with it by --resume {shlex.quote(str(out))}, or " if there else ""
         raise ConfigError(f"{out} holds a run already; {instead}choose another --out")
+
+
+def _lasts(out: Path) -> bool:
+    """Whether `out` holds a run with something to lose."""
+    result = any((out / name).exists() for name in (RESULT, ADAPTER, MODEL))
+    return result or bool(checkpoint_folders.checkpoints(out / CHECKPOINTS))
+
+
+@contextlib.contextmanager
+def or_around(start: Path | None) -> Iterator[None]:
+    """Where the checkpoint `start` turns out to be damaged inside, say how to go on without it."""
+    try:
+        yield
+    except DamagedCheckpointError as error:
+        if start is None:
+            raise
+        raise CheckpointError(f"{error}. {_way_around(start)}") from error
+
+
+def _way_around(damaged: Path) -> str:
+    out = home_of(damaged)
+    intact = checkpoint_folders.newest_intact(damaged.parent)
+    if intact is None or intact == damaged:
+        return f"No other one of this run is intact; start anew: {start_anew(out)}"
+    text = f"The newest that is intact is {intact.name}; go on from it in another folder: "
+    text += command(out, intact, into=free(out))
+    last = checkpoint_folders.checkpoints(damaged.parent)[-1]
+    if last == intact:
+        return f"The newest that is intact is {intact.name}; go on from it: {command(out)}"
+    if last == damaged:
+        text += f" or here: {shlex.join(['mv', str(damaged), f'{damaged}.damaged'])} && {command(out, out)}"
+    return text
+
+
+def refuse_running(out: Path) -> None:
+    """Refuse a folder that another run is writing into; early, and without a claim of one's own.
+
+    Raises:
+        ConfigError: another run is.
+    """
+    try:
+        descriptor = os.open(out, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        # Processes of one run that look at the same time do not keep each other out.
+        _lock(descriptor, out, shared=True)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -171,16 +220,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _lock(descriptor: int, out: Path) -> None:
+def _lock(descriptor: int, out: Path, shared: bool = False) -> None:
     try:
         import fcntl
     except ImportError:
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ConfigError(
-            f"another run is writing into {out}; wait for its end, or choose another run directory (--out)"
+            f"another run is writing into {out}; wait for its end, or choose another run directory"
         ) from error
     except OSError:
         # A file system without locks.
@@ -208,7 +257,7 @@ def command(out: Path, start: Path | None = None, lr: float | None = None, into:
         words += ["--resume", str(out)]
     else:
         words += ["--config", str(out / CONFIG)]
-        into = into or out
+        into = into or (free(out) if _lasts(out) else out)
     words += ["--out", str(into)] if into is not None else []
     words += ["--lr", f"{lr:.3g}"] if lr is not None else []
     return shlex.join(words)
@@ -236,9 +285,10 @@ def after_divergence(out: Path, start: Path | None, lr: float) -> str:
     return f"{text} and, to start anew: {start_anew(out, lr)}"
 
 
-def start_anew(out: Path, lr: float) -> str:
+def start_anew(out: Path, lr: float | None = None) -> str:
     """Return the command that starts the run of `out` from the beginning in another folder."""
-    words = ["slora", "finetune", "--config", str(out / CONFIG), "--out", str(free(out)), "--lr", f"{lr:.3g}"]
+    words = ["slora", "finetune", "--config", str(out / CONFIG), "--out", str(free(out))]
+    words += ["--lr", f"{lr:.3g}"] if lr is not None else []
     return shlex.join(words)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slora.errors import CheckpointError, ConfigError, NonFiniteLossError, StateError
+from slora.errors import CheckpointError, ConfigError, DamagedCheckpointError, NonFiniteLossError, StateError
 from slora.evaluation.accuracy import logits_of, tally
 from slora.gate import gate_penalty, gate_values
 from slora.layers import adapted_layers
@@ -94,6 +94,7 @@ def train(
     resume: str | Path | None = None,
     criterion: Criterion | None = None,
     retain: Tensor | None = None,
+    accepted: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train what requires gradients in `model` (see `slora.training.prepare`), in place.
 
@@ -111,6 +112,7 @@ def train(
         resume: a checkpoint folder of the same model, data and settings.
         criterion: `(logits, labels) -> scalar`; by default cross-entropy with `settings.label_smoothing`.
         retain: inputs `[n, ...]` whose features are held where the base model has them (`slora.retention`).
+        accepted: called before the first step, once everything is checked, the checkpoint included.
 
     Raises:
         ConfigError: a setting does not fit the data, nothing is trainable, or `run_dir` holds another run, or one that
@@ -133,6 +135,8 @@ def train(
                 trainer = Trainer(
                     accelerator, model, train_data, eval_data, settings, run_dir, console, resume, criterion, retain
                 )
+                if accepted is not None:
+                    accepted()
             return trainer.run()
         finally:
             # A run that breaks off leaves no strategy behind that would keep the next one from starting.
@@ -551,7 +555,9 @@ class Trainer:
                 f"from an earlier checkpoint"
             )
         if (self.selection is None) != (state.selection is None):
-            raise CheckpointError(f"{folder} is damaged: it has no strategy, or one too many; use another checkpoint")
+            raise DamagedCheckpointError(
+                f"{folder} is damaged: it has no strategy, or one too many; use another checkpoint"
+            )
         if self.selection is not None and state.selection is not None:
             self.selection.check_state(state.selection)
         self.step = state.step

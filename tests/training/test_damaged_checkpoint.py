@@ -150,7 +150,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "another end of the strategy": (put("selection/steps", True), "'steps' of 'selection' is True"),
     "no strategy": (put("selection", None), "no strategy"),
     "another end of the selection": (put("selection/last", 3), "'last' is 3"),
-    "a strategy of text": (put("selection/last", "soon"), "'last' is soon"),
+    "a strategy of text": (put("selection/last", "soon"), "'last' is 'soon'"),
     "a result that is none": (put("result/seconds", None), "'result' is"),
     "a best step to come": (lambda s, t: s["result"].update(best_step=99, best_accuracy=0.5), "'best_step' is 99"),
     "blocks that are not there": (put("result/active_blocks", [[12, [[0], [7], [0]]]]), "'active_blocks'"),

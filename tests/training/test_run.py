@@ -6,6 +6,9 @@ import errno
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -291,9 +294,6 @@ def test_a_full_disk_before_the_first_checkpoint_says_what_to_run(monkeypatch: p
 
 
 def test_two_processes_do_not_write_into_one_folder() -> None:
-    import subprocess
-    import sys
-
     code = (
         "from pathlib import Path\nfrom slora.training.rundir import claimed\n"
         "with claimed(Path('shared')):\n    print('held', flush=True)\n    input()"
@@ -450,3 +450,70 @@ def test_an_adapter_without_its_run_needs_the_name_of_its_model() -> None:
                       f"already: {full / 'model/model.safetensors'}")  # fmt: skip
     with pytest.raises(ConfigError, match=plain):
         merged.merge_adapter(full, Path("x.safetensors"), None, False, None)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_refused_resume_leaves_the_settings_of_the_run() -> None:
+    folder, _ = run.finetune(QUICK)
+    with open(folder / "checkpoints/step-00000004/tensors.safetensors", "rb+") as file:
+        file.write(b"damage")
+    before = contents(folder)
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        run.finetune({"max_steps": 6}, resume=folder)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "sha256sums.txt"])
+@pytest.mark.parametrize("way", ["go on from it in another folder: ", "or here: "])
+def test_beside_a_damaged_checkpoint_the_newest_intact_one_is_named_with_commands_that_work(
+    file: str, way: str
+) -> None:
+    run.finetune(QUICK, out=Path("run"))
+    last = Path("run/checkpoints/step-00000004")
+    (last / file).write_bytes(b"damage")
+    with pytest.raises(CheckpointError, match="The newest that is intact is step-00000002") as caught:
+        run.finetune({"max_steps": 6}, resume=Path("run"))
+    message = str(caught.value).partition(" or here: ")[0] if way.startswith("go") else str(caught.value)
+    if way == "or here: ":
+        moved, _, message = message.rpartition(way)[2].partition(" && ")
+        subprocess.run(shlex.split(moved), check=True)
+        way = ""
+    folder, result = run.finetune(**ran(message, way or "or here: "))
+    assert (folder, result.steps) == (Path("run-2" if way else "run"), 4)
+
+
+def test_where_no_checkpoint_is_intact_the_run_starts_anew_elsewhere() -> None:
+    run.finetune({**QUICK, "save_every": 0}, out=Path("run"))
+    (Path("run/checkpoints/step-00000004") / "state.json").write_bytes(b"{}")
+    with pytest.raises(CheckpointError, match="No other one of this run is intact") as caught:
+        run.finetune({}, resume=Path("run"))
+    assert run.finetune(**ran(str(caught.value), "start anew: "))[0] == Path("run-2")
+
+
+def test_a_finished_run_without_checkpoints_is_started_over_in_another_folder() -> None:
+    run.finetune(QUICK, out=Path("run"))
+    shutil.rmtree("run/checkpoints")
+    with pytest.raises(CheckpointError, match="run holds no checkpoint; start its run over with") as caught:
+        run.finetune({}, resume=Path("run"))
+    assert run.finetune(**ran(str(caught.value), "over with: "))[0] == Path("run-2")
+    with pytest.raises(ConfigError, match="run holds a run already; choose another --out"):
+        run.finetune(QUICK, out=Path("run"))
+
+
+def test_a_folder_that_another_run_writes_into_is_refused_before_a_model_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run.finetune(QUICK, out=Path("run"))
+    monkeypatch.setattr(run, "build", None)
+    code = (
+        "from pathlib import Path; from slora.training.rundir import claimed\nwith claimed(Path('run')): input(print())"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match="another run is writing into run; wait"):
+            run.finetune({"max_steps": 6}, resume=Path("run"))
+        other.kill()
