@@ -99,7 +99,7 @@ _HOMES = {name: f"slora.{module}" for module, names in _LAZY.items() for name in
 _MODULES = (
     "adapter adapter_fit adapter_tensors evaluation features files fitting gate gate_rule layers locks lost merging "
     "model modes names ops peft_format places plain reading reads reference retention saved selection sharded signals "
-    "targets training wide wrappers"
+    "targets training unreached wide wrappers"
 ).split()
 
 if not TYPE_CHECKING:

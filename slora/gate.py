@@ -54,6 +54,11 @@ class Gated(nn.Module):
     inactive: Inactive
     probe_every: int
     released: bool
+    merged: bool
+    _name: str = ""
+    """The name that `inject` found the layer by."""
+    _named: bool = False
+    """Whether an `UntrainedLayerWarning` has named the layer."""
     _mirror: GateMirror
     _activity: Activity | None
     _gate_key: tuple[Tensor, int, float] | None
@@ -201,13 +206,18 @@ class GateMirror:
 _mirrors: weakref.WeakSet[GateMirror] = weakref.WeakSet()
 
 
+def mirrors() -> list[GateMirror]:
+    """Return those of all models that are alive."""
+    return list(_mirrors)
+
+
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     # Fused optimizers write parameters without moving their version counters. And a layer whose own gate got no
     # gradient has to learn of the step before its forward: its probe may be due.
     if torch.compiler.is_compiling():
         return
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for mirror in list(_mirrors):
+    for mirror in mirrors():
         mirror._forget(moved)
 
 
@@ -220,7 +230,7 @@ _gates_in = weakref.WeakKeyDictionary()
 def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if torch.compiler.is_compiling():
         return
-    for mirror in list(_mirrors):
+    for mirror in mirrors():
         # With a zero in place of no gradient momentum and weight decay would move matrices of blocks that are off.
         for parameter in mirror.idle:
             parameter.grad = None
@@ -252,7 +262,7 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _find_gates(groups: list[dict[str, Any]]) -> dict[int, _Gates]:
-    owner = {id(layer.moving_gate): mirror for mirror in _mirrors for layer in mirror.layers()}
+    owner = {id(layer.moving_gate): mirror for mirror in mirrors() for layer in mirror.layers()}
     found = {i: [(p, owner[id(p)]) for p in group["params"] if id(p) in owner] for i, group in enumerate(groups)}
     return {i: members for i, members in found.items() if members}
 
@@ -429,7 +439,7 @@ class ProximalGates(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         blocks = sum(int(group["blocks"]) for group in self.param_groups)
-        layers = (layer for mirror in list(_mirrors) for layer in mirror.layers())
+        layers = (layer for mirror in mirrors() for layer in mirror.layers())
         frozen = {layer.moving_gate: layer.threshold for layer in layers if layer.inactive == "frozen"}
         for group in self.param_groups:
             shrink = float(group["lr"]) * float(group["penalty"]) / blocks

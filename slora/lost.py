@@ -21,7 +21,8 @@ from slora.wrappers import module_at, unwrapped
 def warn_of_lost(model: nn.Module, layers: Mapping[str, LoRABlocks], stacklevel: int) -> None:
     """Warn of layers that `inject` adapted and that are no adapted layers now, and of those that training left alone.
 
-    The latter have active blocks whose B is all zero, as at the start, while other blocks have moved.
+    The latter have active blocks whose B is all zero, as at the start, while other blocks have moved; each is named
+    once, and not again where the first optimizer step did (`slora.unreached`).
     """
     replaced = _replaced(model, layers)
     if replaced:
@@ -32,8 +33,10 @@ def warn_of_lost(model: nn.Module, layers: Mapping[str, LoRABlocks], stacklevel:
             ReplacedLayerWarning,
             stacklevel=stacklevel + 1,
         )
-    untrained = _untrained(layers)
+    untrained = [name for name in _untrained(layers) if not layers[name]._named]
     if untrained:
+        for name in untrained:
+            layers[name]._named = True
         warnings.warn(
             f"{_listed(untrained)} adapted and active, but not trained: B is still zero, because no forward of the "
             f"training reached the layer or no gradient came back. List what is not used in exclude_modules",

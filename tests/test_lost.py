@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -54,18 +55,100 @@ CALLS: dict[str, Callable[[nn.Module, Path], Any]] = {
 }
 
 
+AT_FIRST = (
+    r"^1 adapted and active layer got no gradient for the first optimizer step: '0.cross'\. No forward .*exclude_mod"
+)
+
+
 @pytest.mark.parametrize("call", CALLS)
-def test_layers_that_no_forward_reached_are_named_once(call: str, tmp_path: Path) -> None:
-    with pytest.warns(slora.UntrainedLayerWarning, match=r"^'0.cross' was adapted and active, but not trained") as seen:
-        CALLS[call](trained(cross=False), tmp_path)
+def test_layers_that_no_forward_reached_are_named_once_at_the_first_step(call: str, tmp_path: Path) -> None:
+    with pytest.warns(slora.UntrainedLayerWarning, match=AT_FIRST) as seen:  # noqa: PT031
+        model = trained(cross=False, steps=2)
+        CALLS[call](model, tmp_path)
     assert len(seen) == 1
     assert seen[0].filename == __file__
 
 
 @pytest.mark.parametrize("call", CALLS)
+def test_layers_that_another_process_left_untrained_are_named_once(call: str, tmp_path: Path) -> None:
+    with pytest.warns(slora.UntrainedLayerWarning, match=AT_FIRST):
+        model = copy.deepcopy(trained(cross=False))
+    with pytest.warns(slora.UntrainedLayerWarning, match=r"^'0.cross' was adapted and active, but not trained") as seen:  # noqa: PT031
+        CALLS[call](model, tmp_path)
+        if call == "save":
+            slora.save_adapter(model, tmp_path)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+
+
+class Reads(nn.Module):
+    """Reads its layer in ways that no scan of its forward finds."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.q, self.out, self.how = nn.Linear(8, 8), nn.Linear(8, 8), how
+        self.kept = [self.q.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "kept":
+            return self.out(nn.functional.linear(x, self.kept[0]))
+        if self.how == "by name":
+            return self.out(nn.functional.linear(x, getattr(self.q, "weight")))  # noqa: B009
+        if self.how == "get_parameter":
+            return self.out(nn.functional.linear(x, self.get_parameter("q.weight")))
+        return self.out(x)
+
+
+@pytest.mark.parametrize("how", ["kept", "by name", "get_parameter", "from outside"])
+def test_reads_that_are_not_seen_are_named_at_the_first_step_and_not_again(how: str) -> None:
+    model = slora.inject(Reads(how), slora.SelectiveLoRAConfig(r=2, target_modules=["q", "out"]))
+    optimizer = torch.optim.SGD(slora.parameter_groups(model))
+    with pytest.warns(slora.UntrainedLayerWarning, match=r"step: 'q'\. .*read `self.<layer>.weight` in the fo") as seen:  # noqa: PT031
+        for _ in range(2):
+            y = model(torch.randn(3, 8))
+            (nn.functional.linear(y, model.q.weight) if how == "from outside" else y).sum().backward()
+            optimizer.step()
+    assert len(seen) == 1
+
+
+REASONS = ["all reached", "inactive", "frozen", "merged", "no gradient at all", "in a closure", "held by another"]
+
+
+@pytest.mark.parametrize("why", REASONS)
+def test_layers_with_a_reason_to_get_no_gradient_are_not_named_at_the_first_step(why: str) -> None:
+    model = slora.inject(nn.Sequential(Attention()), slora.SelectiveLoRAConfig(r=2))
+    cross = model[0].cross
+    with torch.no_grad():
+        if why == "inactive":
+            cross.gate.zero_()
+    if why == "frozen":
+        cross.requires_grad_(False)
+    if why == "merged":
+        slora.merge(model)
+    groups = [p for p in model.parameters() if p.requires_grad and (why != "held by another" or p is not cross.lora_B)]
+    optimizer = torch.optim.SGD([*groups, nn.Parameter(torch.ones(1))])
+    x = torch.randn(3, 8)
+
+    def loss() -> Tensor:
+        y = model[0](x, x if why in ("all reached", "in a closure") else None).sum()
+        y = y + optimizer.param_groups[0]["params"][-1].sum()
+        y.backward()
+        return y
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if why == "in a closure":
+            optimizer.step(loss)
+        elif why != "no gradient at all":
+            loss()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("what", ["all trained", "none trained", "inactive", "not to be trained"])
 def test_layers_with_a_reason_to_stay_as_they_are_are_not_named(what: str, call: str, tmp_path: Path) -> None:
-    model = trained(cross=what == "all trained", steps=what != "none trained")
+    # A copy has not been named at a step.
+    model = copy.deepcopy(trained(cross=what == "all trained", steps=what != "none trained"))
     with torch.no_grad():
         if what == "inactive":
             model[0].cross.gate.zero_()

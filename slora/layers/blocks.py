@@ -14,7 +14,7 @@ from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.fx import Proxy
 from torch.nn.parallel import DistributedDataParallel
 
-from slora import ops
+from slora import ops, unreached
 from slora.config import SelectiveLoRAConfig
 from slora.config import scaling as scaling_of
 from slora.errors import ConfigError, StateError
@@ -36,6 +36,7 @@ _SETTINGS = (
     "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
     "gate_init", "enabled", "merged", "released", "_kept_weight", "_kept_update", "_mirror", "_activity", "_gate_key",
     "_sharded_gate", "_seed", "_cast", "_ready", "_base_class", "_slora_reads", "_slora_unseen",
+    "_name", "_named",
 )  # fmt: skip
 
 
@@ -139,13 +140,14 @@ class LoRABlocks(Gated):
         self.gate = nn.Parameter(torch.empty(blocks, **kwargs))
         LoRABlocks.reset_parameters(self)
         flops.register()
+        unreached.register()
         # What `slora.unmerge` needs: the base weight itself, or the update that takes the merged one off.
         self._kept_weight: Tensor | None = None
         self._kept_update: list[tuple[Tensor, Tensor, float, int]] = []
         self._mirror = GateMirror() if mirror is None else mirror
         self._activity: Activity | None = None
         self._gate_key: tuple[Tensor, int, float] | None = None
-        self._seed = _seed_of(name)
+        self._seed, self._name = _seed_of(name), name
         self._cast: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
         self._ready: tuple[Any, ...] | None = None
         self._mirror.join(self)
@@ -470,7 +472,7 @@ class LoRABlocks(Gated):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cast": {}, "_ready": None, "_activity": None, "_gate_key": None}
+        return {**self.__dict__, "_cast": {}, "_ready": None, "_activity": None, "_gate_key": None, "_named": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
