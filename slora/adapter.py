@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slora.adapter_files import CONFIG, FORMAT, PREFIX, SELECTIVE, WEIGHTS, read_selective
+from slora.adapter_files import CONFIG, FORMAT, PREFIX, SELECTIVE, WEIGHTS
 from slora.adapter_fit import base_weights, check_layers, injection_plan
-from slora.adapter_tensors import block_state, digest_of, forget_earlier, read_tensors, refuse_not_finite, saved_state
+from slora.adapter_tensors import block_state, digest_of, forget_earlier, read_adapter, refuse_not_finite, saved_state
 from slora.errors import (
     BaseModelWarning,
     CheckpointError,
@@ -127,8 +127,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         StateError: the model is merged.
     """
     folder = Path(directory)
-    content = read_selective(folder)
-    tensors = read_tensors(folder, content.tensors_digest)
+    content, tensors = read_adapter(folder)
     with changing:
         reshard(model)
         layers = dict(adapted_layers(model))

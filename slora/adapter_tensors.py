@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from slora.adapter_files import CONFIG, PREFIX, SELECTIVE, WEIGHTS, Entry, read_selective
+from slora.adapter_files import CONFIG, PREFIX, SELECTIVE, WEIGHTS, Entry, Selective, read_selective
 from slora.errors import CheckpointError, StateError
 from slora.files import earlier
 from slora.reading import require_file
@@ -19,6 +20,9 @@ from slora.saved import Saved
 from slora.sharded import is_sharded
 from slora.wide import NARROW
 from slora.wrappers import unwrapped
+
+# Reads of an adapter that another process is saving, one adapter after another.
+_ATTEMPTS = 8
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
@@ -29,6 +33,39 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def read_adapter(folder: Path) -> tuple[Selective, dict[str, Tensor]]:
+    """Return `selective.json` of the adapter in `folder`, and its tensors.
+
+    Where they do not fit while another process saves there, both are read again.
+
+    Raises:
+        CheckpointError: see `read_selective` and `read_tensors`.
+    """
+    for attempt in range(_ATTEMPTS):
+        before = _versions(folder)
+        try:
+            content = read_selective(folder)
+            return content, read_tensors(folder, content.tensors_digest)
+        except CheckpointError:
+            if attempt + 1 == _ATTEMPTS or _versions(folder) == before:
+                raise
+            time.sleep(0.02 * attempt)
+    raise AssertionError("unreachable")
+
+
+def _versions(folder: Path) -> list[tuple[int, int] | None]:
+    """What changes when another file gets the name of one of `folder`, or when it has none."""
+    found: list[tuple[int, int] | None] = []
+    for name in (SELECTIVE, WEIGHTS):
+        for path in (folder / name, earlier(folder / name)):
+            try:
+                status = path.stat()
+                found.append((status.st_ino, status.st_mtime_ns))
+            except OSError:
+                found.append(None)
+    return found
 
 
 def read_tensors(folder: Path, digest: str | None) -> dict[str, Tensor]:
@@ -59,7 +96,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    # It has a RuntimeError for a file that is gone by now.
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file ({error}); it may be damaged") from error
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import glob
 import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from typing import Any
 from slora.errors import WriteError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Seconds in which a temporary file may not be locked yet.
+_YOUNG = 60
+
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -42,12 +47,14 @@ def write_together(writes: Mapping[str | os.PathLike[str], Callable[[Path], None
     """
     staged: list[tuple[Path, Path]] = []
     target = Path()
+    held = contextlib.ExitStack()
     try:
         for path, write in writes.items():
             target = Path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            staged.append((_staged(target, write), target))
+            staged.append((_staged(target, write, held), target))
         _rename(staged)
+        _remove_left(staged)
     except OSError as error:
         raise cannot_write(error.filename2 or target, error) from error
     except Exception as error:
@@ -58,6 +65,7 @@ def write_together(writes: Mapping[str | os.PathLike[str], Callable[[Path], None
     finally:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
+        held.close()
 
 
 def _rename(staged: Sequence[tuple[Path, Path]]) -> None:
@@ -90,15 +98,42 @@ def _rename(staged: Sequence[tuple[Path, Path]]) -> None:
         earlier(target).unlink(missing_ok=True)
 
 
+def _remove_left(staged: Sequence[tuple[Path, Path]]) -> None:
+    """Remove temporary files of the same targets that killed processes have left: old ones that nobody has locked."""
+    for _, target in staged:
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(left, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+                try:
+                    if time.time() - os.fstat(descriptor).st_mtime > _YOUNG and _locked(descriptor):
+                        left.unlink()
+                finally:
+                    os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file for as long as it is open, and say whether that was possible."""
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError):
+        return False
+    return True
+
+
 def earlier(path: Path) -> Path:
     """Return where the earlier version of a file is while `write_together` is at work."""
     return path.with_name(f".{path.name}.earlier")
 
 
-def _staged(target: Path, write: Callable[[Path], None]) -> Path:
-    """The content of `target` on disk, under a temporary name beside it."""
+def _staged(target: Path, write: Callable[[Path], None], held: contextlib.ExitStack) -> Path:
+    """The content of `target` on disk, under a temporary name beside it, locked until `held` is closed."""
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(descriptor)
+    if _locked(descriptor):
+        held.callback(os.close, descriptor)
+    else:
+        os.close(descriptor)
     temporary = Path(name)
     try:
         write(temporary)

@@ -444,3 +444,34 @@ def test_an_error_at_any_rename_leaves_the_earlier_files(saved: Path, monkeypatc
             with pytest.raises(CheckpointError, match=r"could not be written \(Input/output error\)"):
                 slora.save_adapter(trained(seed=2), saved)
         assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_an_adapter_that_is_saved_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slora import adapter_tensors
+
+    first, second = trained(), trained()
+    with torch.no_grad():
+        second.get_parameter("qkv.lora_B").add_(1)
+    slora.save_adapter(first, tmp_path)
+    read, calls = adapter_tensors.read_tensors, []
+
+    def late(folder: Path, digest: str | None) -> dict[str, Tensor]:
+        calls.append(digest)
+        if len(calls) == 1:
+            slora.save_adapter(second, folder)
+        if len(calls) == 2:
+            slora.save_adapter(first, folder)
+            raise CheckpointError("unable to open file")
+        return read(folder, digest)
+
+    monkeypatch.setattr(adapter_tensors, "read_tensors", late)
+    other = trained()
+    slora.load_adapter(other, tmp_path)
+    assert len(calls) == 3
+    assert torch.equal(other.get_parameter("qkv.lora_B")[0], first.get_parameter("qkv.lora_B")[0])
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"damage")
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        slora.load_adapter(other, tmp_path)
+    assert len(calls) == 4, "what nobody writes is not read again"

@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,34 @@ def test_numbers_that_json_does_not_know_are_refused_before_a_file_exists(tmp_pa
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert os.listdir(tmp_path) == []
+
+
+def test_what_killed_processes_left_of_a_file_goes_with_the_next_one_and_nothing_else(tmp_path: Path) -> None:
+    old = time.time() - 3600
+
+    def left(name: str) -> Path:
+        path = tmp_path / name
+        path.write_text("half")
+        os.utime(path, (old, old))
+        return path
+
+    gone = left(".a.json.x1.tmp")
+    kept = [left(".b.json.x1.tmp"), left("a.json.tmp"), left(".a.json.notes")]
+    young = tmp_path / ".a.json.x2.tmp"
+    young.write_text("just made")
+    seen = []
+
+    def write(path: Path) -> None:
+        # Another process saves at the same time, and this one is slow.
+        os.utime(path, (old, old))
+        if path.parent == tmp_path and not seen:
+            seen.append(path)
+            write_text(tmp_path / "a.json", "the other's")
+            assert path.exists()
+        path.write_text("ours")
+
+    write_atomically(tmp_path / "a.json", write)
+    assert seen
+    assert sorted(tmp_path.iterdir()) == sorted([*kept, young, tmp_path / "a.json"])
+    assert not gone.exists()
+    assert (tmp_path / "a.json").read_text() == "ours"

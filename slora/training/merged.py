@@ -11,8 +11,8 @@ from torch import nn
 
 from slora import __version__
 from slora.adapter import fingerprint, load_adapter
-from slora.adapter_files import PREFIX, read_selective
-from slora.adapter_tensors import is_finite, read_tensors
+from slora.adapter_files import PREFIX
+from slora.adapter_tensors import is_finite, read_adapter
 from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.files import write_atomically
 from slora.layers import adapted_layers
@@ -143,8 +143,7 @@ def _with_adapter(adapter: Path, settings: TrainSettings, classes: int | None) -
 
 def _classes_in(adapter: Path) -> int:
     """The outputs of the head that an adapter holds."""
-    content = read_selective(adapter)
-    tensors = read_tensors(adapter, content.tensors_digest)
+    content, tensors = read_adapter(adapter)
     weights = [f"{PREFIX}{name}.weight" for name in content.config.modules_to_save or ()]
     shapes = [tensors[key].shape for key in weights if key in tensors and tensors[key].dim() > 0]
     if not shapes:
