@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def _parallel_part(model: nn.Module) -> nn.Module:
 
 def _accelerate(model: nn.Module) -> nn.Module:
     accelerate = pytest.importorskip("accelerate")
+    # One state per process, which a test before may have made with other settings.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     return accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
 
 
@@ -95,6 +98,8 @@ CONFIG = slora.SelectiveLoRAConfig(r=2, modules_to_save=["head", "blocks.0.norm"
 def _group() -> Iterator[None]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(reset_partial_state=True)
     torch.distributed.destroy_process_group()
     torch._dynamo.reset()
 

@@ -476,10 +476,11 @@ class Trainer:
     def _refuse(self, what: str, step: int, remedy: str = "") -> None:
         """Break the run off, for what a lower learning rate may help against where nothing else is the remedy."""
         self.recorder.add({"step": step, "error": what})
-        if remedy:
-            raise NonFiniteLossError(f"{what}; {remedy}. Nothing was overwritten.", diverged=False)
-        lr = lr_scale(step - 1, self.steps, self.warmup, self.settings.min_lr_ratio) * self.settings.lr
         last = self.last_checkpoint
+        if remedy:
+            kept = f"resume from {last}" if last else "start again: no checkpoint was written before it"
+            raise NonFiniteLossError(f"{what}; {remedy}, then {kept}. Nothing was overwritten.", diverged=False)
+        lr = lr_scale(step - 1, self.steps, self.warmup, self.settings.min_lr_ratio) * self.settings.lr
         if last is None:
             remedy = "no checkpoint was written before it; start again with a lower lr, or a longer warmup"
         elif last != self.start:
