@@ -13,7 +13,7 @@ from tests.mutations.trials import run
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3))])
 def test_of_500_mutants_each_is_loaded_as_it_says_or_refused_with_nothing_changed(
     name: str, part: int, tmp_path: Path
 ) -> None:
