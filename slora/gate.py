@@ -174,7 +174,12 @@ class GateMirror:
         for layer in layers:
             groups.setdefault((layer.moving_gate.device, layer.moving_gate.dtype), []).append(layer)
         result: dict[Gated, list[bool]] = {}
-        for members in groups.values():
+        for (device, _), members in groups.items():
+            if device.type == "meta":
+                raise StateError(
+                    "the gates are on meta, where they have no values; call model.to_empty(device=...), load the base "
+                    "weights, and then layer.reset_parameters() of each adapted layer or slora.load_adapter"
+                )
             gates = torch.cat([full(layer.moving_gate.detach()) for layer in members])
             thresholds = [layer.threshold for layer in members for _ in range(layer.gate.shape[0])]
             if len(set(thresholds)) == 1:

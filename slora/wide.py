@@ -39,7 +39,8 @@ class Wide:
 
     def narrow(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: the output in the dtype of the model around."""
-        if torch.is_autocast_enabled(self.like.device.type) or not self._differs(module):
+        device = self.like.device.type
+        if (device != "meta" and torch.is_autocast_enabled(device)) or not self._differs(module):
             return output
         return tree_map(self._narrower, output)
 

@@ -226,7 +226,7 @@ class LoRABlocks(Gated):
         """
         x, weight, bias = self._in_dtype_of(x)
         if given is not OWN:
-            cast = given is not None and torch.is_autocast_enabled(x.device.type)
+            cast = given is not None and not x.is_meta and torch.is_autocast_enabled(x.device.type)
             bias = given.to(weight.dtype) if cast else given
         part = None if count is None or (first, count) == (0, self.blocks) else slice(first, first + count)
         if part is not None:
@@ -364,6 +364,9 @@ class LoRABlocks(Gated):
         except KeyError:
             weight, bias = self.base_weight, self.base_bias
         device = x.device.type
+        if device == "meta":
+            # Of which autocast knows nothing.
+            return x, weight, bias
         if not torch.is_autocast_enabled(device) or not x.is_floating_point() or x.dtype == torch.float64:
             return x, weight, bias
         dtype = torch.get_autocast_dtype(device)
@@ -509,8 +512,8 @@ def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph records what happens to `x`, or should be prepared."""
-    return _on_device.get() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Whether a CUDA graph records what happens to `x`, or should be prepared; or there is nothing in `x` at all."""
+    return _on_device.get() or (torch.cuda.is_current_stream_capturing() if x.is_cuda else x.is_meta)
 
 
 def _exporting() -> bool:

@@ -177,7 +177,8 @@ def effective_weight(layer: LoRABlocks, name: str) -> Tensor:
         return _as_trainable(weight)
     A, B, gate = layer.lora_A, layer.lora_B, layer.gate
     device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     if torch.is_grad_enabled() and dtype.itemsize < 4 and any(part.requires_grad for part in (A, B, gate)):
         raise TargetError(
             f"the weight of {name!r} is read past the layer, in {dtype}, which cannot hold a small update of it; "

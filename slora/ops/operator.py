@@ -123,7 +123,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         device = grads[0].device.type
-        if torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             # Called inside a context that the forward was not in, which would cast some of the products.
             with torch.autocast(device, enabled=False):
                 return _Eager.backward(ctx, *grads)

@@ -263,3 +263,35 @@ def test_resetting_a_merged_or_released_layer_is_refused() -> None:
     slora.release_frozen(layer)
     with pytest.raises(StateError, match=r"matrices were freed"):
         layer.reset_parameters()
+
+
+ASKS: dict[str, Callable[[nn.Module, Any], Any]] = {
+    "forward": lambda model, _: model(torch.randn(2, 3, 8)),
+    "summary": lambda model, _: slora.summary(model),
+    "active_blocks": lambda model, _: slora.active_blocks(model),
+    "save_adapter": lambda model, path: slora.save_adapter(model, path / "adapter"),
+    "keep_blocks": lambda model, _: slora.keep_blocks(model, 1),
+}
+
+
+@pytest.mark.parametrize("call", ASKS)
+def test_gates_without_values_are_refused_with_what_gives_them_some(call: str, tmp_path: Any) -> None:
+    model = adapted().to("meta")
+    with pytest.raises(StateError, match=r"on meta, .*to_empty\(device=\.\.\.\), .*reset_parameters\(\)"):
+        ASKS[call](model, tmp_path)
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("inactive", ["probe", "exact", "frozen"])
+def test_a_model_on_meta_tells_the_shapes_of_its_output_and_gradients(inactive: str, dropout: float) -> None:
+    model = adapted(inactive=inactive, lora_dropout=dropout).to("meta")
+    y = model(torch.randn(2, 3, 8, device="meta"))
+    assert y.is_meta
+    assert y.shape == (2, 3, 8)
+    y.sum().backward()
+    for name, p in own(model).items():
+        assert p.grad is not None, name
+        assert p.grad.shape == p.shape
+    with torch.no_grad():
+        assert model.eval()(torch.randn(2, 3, 8, device="meta")).is_meta
