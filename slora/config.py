@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from slora.errors import ConfigError
-from slora.plain import plain, plain_mapping, plain_names
+from slora.plain import plain, plain_mapping, plain_names, shown
 
 if TYPE_CHECKING:
     import torch
@@ -114,13 +114,15 @@ class SelectiveLoRAConfig:
             _check_pattern("alpha_pattern", pattern)
             _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
         if not _is_finite(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
-            raise ConfigError(f"lora_dropout={self.lora_dropout!r} is not a probability below 1; use 0.0 for none")
+            raise ConfigError(f"lora_dropout={shown(self.lora_dropout)} is not a probability below 1; use 0.0 for none")
         for name in ("threshold", "gate_init"):
             value = getattr(self, name)
             if not _is_finite(value):
-                raise ConfigError(f"{name}={value!r} is not a finite number; the published values are 0.1 and 0.15")
+                raise ConfigError(
+                    f"{name}={shown(value)} is not a finite number; the published values are 0.1 and 0.15"
+                )
         if self.blocks != "auto" and (not _is_int(self.blocks) or self.blocks < 1):
-            raise ConfigError(f'blocks={self.blocks!r} is neither a positive integer nor "auto"')
+            raise ConfigError(f'blocks={shown(self.blocks)} is neither a positive integer nor "auto"')
         if self.inactive not in get_args(Inactive):
             raise ConfigError(f"inactive={self.inactive!r} is unknown; use one of {', '.join(get_args(Inactive))}")
         if self.inactive == "frozen" and self.gate_init < self.threshold:
@@ -131,7 +133,7 @@ class SelectiveLoRAConfig:
             )
         for name in ("probe_every", "probe_rows"):
             if not _is_int(getattr(self, name)) or not 1 <= getattr(self, name) < 2**31:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not a positive integer below 2**31")
+                raise ConfigError(f"{name}={shown(getattr(self, name))} is not a positive integer below 2**31")
         if not isinstance(self.use_rslora, bool):
             raise ConfigError(f"use_rslora={self.use_rslora!r} is neither True nor False")
         if self.base_dtype is not None:
@@ -217,10 +219,10 @@ def check_budget(budget: object, unit: str, n: int | None = None) -> int | float
             )
         return budget
     if unit != "blocks":
-        raise ConfigError(f"budget={budget} counts blocks, but unit={unit!r} wants a share, such as 0.1")
+        raise ConfigError(f"budget={shown(budget)} counts blocks, but unit={unit!r} wants a share, such as 0.1")
     if budget < 0 or (n is not None and budget > n):
         allowed = "0 or more" if n is None else f"0 to {n}, the number of blocks, or a share such as 0.1"
-        raise ConfigError(f"budget={budget} blocks is out of range; use {allowed}")
+        raise ConfigError(f"budget={shown(budget)} blocks is out of range; use {allowed}")
     return budget
 
 
@@ -241,12 +243,12 @@ def _is_finite(value: object) -> bool:
 
 def _check_rank(name: str, value: object) -> None:
     if not _is_int(value) or not 1 <= value <= 256:  # type: ignore[operator]
-        raise ConfigError(f"{name}={value!r} is not a rank; use an integer from 1 to 256")
+        raise ConfigError(f"{name}={shown(value)} is not a rank; use an integer from 1 to 256")
 
 
 def _check_alpha(name: str, value: float) -> None:
     if not _is_finite(value) or value <= 0:
-        raise ConfigError(f"{name}={value!r} is not a positive finite number")
+        raise ConfigError(f"{name}={shown(value)} is not a positive finite number")
 
 
 def _check_dtype(name: str, value: object) -> None:

@@ -32,6 +32,13 @@ def plain(value: Any) -> Any:
     return str.__str__(value) if isinstance(value, str) else value
 
 
+def shown(value: Any) -> str:
+    """Return `repr(value)`, but of an integer that fills lines only how long it is."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"<an integer of {value.bit_length()} bits>"
+    return repr(value)
+
+
 def plain_mapping(value: Any) -> Any:
     """Return a mapping between scalars as a dict of `plain` ones; anything else as it is."""
     return {plain(key): plain(entry) for key, entry in value.items()} if isinstance(value, Mapping) else value
@@ -46,7 +53,9 @@ def plain_names(field: str, value: Any, expected: str) -> Any:
     value = plain(value)
     if value is None or isinstance(value, str):
         return value
-    if not isinstance(value, Iterable) or isinstance(value, (bytes, Mapping)):
+    if isinstance(value, Mapping):
+        raise ConfigError(f"{field}={value!r} is {expected}; for its keys alone write {field}={list(value)!r}")
+    if not isinstance(value, Iterable) or isinstance(value, bytes):
         raise ConfigError(f"{field}={value!r} is {expected}")
     return plain_list(value)
 
