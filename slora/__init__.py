@@ -102,6 +102,11 @@ _MODULES = (
     "targets training unreached wide wrappers"
 ).split()
 
+# Those that a user calls by themselves; all others serve them.
+_PUBLIC = (
+    "config errors evaluation features gate layers merging ops reference report retention selection training"
+).split()
+
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
@@ -115,7 +120,8 @@ if not TYPE_CHECKING:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_MODULES})
+    own = [name for name in globals() if name.startswith("__")]
+    return sorted({*own, *__all__, *_PUBLIC})
 
 
 class _Package(ModuleType):

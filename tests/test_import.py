@@ -77,6 +77,12 @@ assert isinstance(slora.inject, types.FunctionType), slora.inject
 assert isinstance(slora.reference, types.ModuleType), slora.reference
 assert slora.merging.batched_merge_ and slora.ops.selective_linear
 assert set(slora.__all__) <= set(dir(slora))
+extra = {name for name in dir(slora) if not name.startswith("__")} - set(slora.__all__)
+assert {"gate", "layers", "selection"} <= extra, extra
+assert all(isinstance(getattr(slora, name), types.ModuleType) for name in extra if name in slora._MODULES), extra
+assert not extra & {"Any", "ModuleType", "TYPE_CHECKING", "importlib", "sys", "types", "plain", "names"}, extra
+for name in extra:
+    __import__(f"slora.{name}")
 from slora import *
 from slora.training import *
 import pickle
