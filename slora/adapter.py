@@ -38,7 +38,7 @@ from slora.gate import reread
 from slora.inject import adapt, injection
 from slora.layers import LoRABlocks, adapted_layers
 from slora.locks import changing
-from slora.lost import config_of, refuse_computed, warn_of_lost
+from slora.lost import config_of, refuse_all_lost, refuse_computed, warn_of_lost
 from slora.peft_format import peft_config, stacked_pair
 from slora.saved import unsaved
 from slora.selection.strategy import freeze_gates, unfinished_selection
@@ -60,14 +60,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     were, are named by a `ReplacedLayerWarning` and an `UntrainedLayerWarning`.
 
     Raises:
-        StateError: the model is not adapted, is merged, has pruned matrices, or holds NaN or infinity where it would be
-            saved; names it.
+        StateError: the model is not adapted, is merged, has lost all adapted layers, has pruned matrices, or holds NaN
+            or infinity where it would be saved; names it.
         WriteError: the folder cannot be written, or the disk is full; an earlier adapter is left as it was.
     """
     with changing:
         record = injection(model)
         reshard(model)
         layers = dict(adapted_layers(model))
+        refuse_all_lost(model, layers)
         refuse_computed(layers, "the last step would be lost", weight=False)
         content = selective(model)
         folder = Path(directory)
@@ -131,6 +132,9 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     with changing:
         reshard(model)
         layers = dict(adapted_layers(model))
+        if layers:
+            # Names in a module around it, or in a part of it, are others.
+            injection(model)
         weights = base_weights(model, content, folder)
         plan = None if layers else injection_plan(model, content, folder)
         if plan is None:

@@ -15,6 +15,7 @@ from slora.errors import StateError
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear
 from slora.wrappers import module_at, named_modules
 
+_EARLIER = "adapt the model before layers are quantised or replaced"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -34,6 +35,10 @@ def fit(module: nn.Module) -> Fit:
         if not reason and shape != (module.out_features, module.in_features):
             reason = f"its weight has shape {list(shape)}, packed or sharded"
         return Fit(None, reason) if reason else Fit(SelectiveLoRALinear)
+    if _is_packed(module):
+        return Fit(
+            None, f"{_path(module)} keeps its weight quantised and packed; {_EARLIER}, or list it in exclude_modules"
+        )
     weight = module._parameters.get("in_proj_weight")
     if weight is None or weight.dim() != 2 or weight.shape[0] != 3 * weight.shape[1]:
         return Fit(None)
@@ -72,7 +77,7 @@ def _unfit(module: nn.Module, base: type[nn.Module] | None, weight_name: str, bi
     """Why blocks cannot be added to `module`, whose class should compute as `base` does; or nothing."""
     if base is not None and type(module).forward is not base.forward:
         # Quantised, tensor-parallel, ...: it computes something else.
-        return f"{type(module).__module__}.{type(module).__name__} has a forward of its own"
+        return f"{_path(module)} has a forward of its own; {_EARLIER}, or list it in exclude_modules"
     if reason := _replaced_forward(module):
         return reason
     for name in (weight_name, bias_name):
@@ -113,12 +118,22 @@ def refuse_parametrized(layers: Mapping[str, LoRABlocks]) -> None:
                 raise StateError(f"{name!r} cannot be made plain: its {part} {computed(layer, part)}")
 
 
+def _is_packed(module: nn.Module) -> bool:
+    """Whether `module` is one of the linear layers that torch.ao.quantization puts in place."""
+    kind = type(module)
+    return kind.__module__.startswith("torch.ao.nn.") and "Linear" in kind.__name__ and hasattr(module, "in_features")
+
+
+def _path(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
 def _odd(value: Tensor) -> str:
     """Why a parameter is no plain one whose values are what they seem; or nothing."""
     if type(value) not in (Tensor, nn.Parameter) and not isinstance(value, FakeTensor):
-        return f"is a {type(value).__name__}; inject before it is quantised or sharded"
+        return f"is a {type(value).__name__}; inject before it is quantised or sharded, or list it in exclude_modules"
     if value.dtype not in _DTYPES:
-        return f"has dtype {value.dtype}"
+        return f"has dtype {value.dtype}; {_EARLIER}, or list it in exclude_modules"
     return "" if value.layout == torch.strided else f"has layout {value.layout}"
 
 

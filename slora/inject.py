@@ -11,7 +11,7 @@ from torch import nn
 
 from slora import sharded
 from slora.config import SelectiveLoRAConfig, matches_pattern
-from slora.errors import SkippedLayerWarning, StateError, TargetError
+from slora.errors import ConfigError, SkippedLayerWarning, StateError, TargetError
 from slora.fitting import refuse_parametrized
 from slora.gate import GateMirror
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
@@ -23,7 +23,7 @@ from slora.reads import Read, readers
 from slora.saved import Saved, saved_parts
 from slora.targets import candidates, chosen, is_out_proj, refuse_bases, refuse_uncalled
 from slora.wide import Kept, unwiden, widen
-from slora.wrappers import module_at, named_parameters, unwrapped
+from slora.wrappers import module_at, named_modules, named_parameters, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -58,11 +58,17 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
 
     Raises:
         TargetError: a pattern matches nothing, or a module that cannot be adapted; near names are listed.
-        ConfigError: the rank or the number of blocks does not fit a layer, which is named.
-        StateError: the model is adapted already, or wrapped by DistributedDataParallel.
+        ConfigError: the rank or the number of blocks does not fit a layer, which is named; or `config` is of another
+            library.
+        StateError: the model is adapted already, by PEFT too, or wrapped by DistributedDataParallel.
     """
     with changing:
         config = SelectiveLoRAConfig() if config is None else config
+        if not isinstance(config, SelectiveLoRAConfig):
+            raise ConfigError(
+                f"config is a {type(config).__module__}.{type(config).__qualname__}; use "
+                f"slora.SelectiveLoRAConfig(r=..., target_modules=...)"
+            )
         _require_plain(model)
         saved = saved_parts(model, config)
         kinds, skipped = chosen(model, config)
@@ -168,9 +174,19 @@ def _require_plain(model: nn.Module) -> None:
     adapted = [name for name, _ in adapted_layers(model)]
     if adapted:
         raise StateError(
-            f"the model is adapted already ({len(adapted)} layers, the first {adapted[0]!r}); "
+            f"the model is adapted already ({len(adapted)} layers, the first {adapted[0]!r}"
+            f"{f', by slora.inject of its {inner!r}' if (inner := _injected_inside(model)) else ''}); "
             f"call slora.unload(model) or slora.merge_and_unload(model) before another inject"
         )
+    for name, module in model.named_modules():
+        kind = type(module)
+        # By its name, so that PEFT need not be there.
+        if kind.__module__.startswith("peft."):
+            raise StateError(
+                f"{f'{name!r} is a' if name else 'the model is a'} {kind.__module__}.{kind.__name__} of PEFT, whose "
+                f"adapter would be taken for a part of the base model; call model = model.merge_and_unload(), or "
+                f"model.unload(), first"
+            )
     if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
         raise StateError(
             "DistributedDataParallel synchronises the gradients of the parameters that it found when it was made; call "
@@ -275,11 +291,31 @@ def injection(model: nn.Module) -> Injection:
     """
     found = getattr(unwrapped(model), "_slora", None)
     if not isinstance(found, Injection):
-        raise StateError(
-            f"{type(unwrapped(model)).__name__} is not adapted; call slora.inject(model, config) on this very module "
-            f"first"
-        )
+        raise StateError(_not_itself(model))
     return found
+
+
+def _not_itself(model: nn.Module) -> str:
+    kind = type(unwrapped(model)).__name__
+    inner = _injected_inside(model)
+    if inner:
+        plain = all(part.isidentifier() for part in inner.split("."))
+        path = f"model.{inner}" if plain else f"model.get_submodule({inner!r})"
+        return f"{kind} is not adapted itself, its {inner!r} is; pass that module, as in {path}"
+    layers = [name for name, _ in adapted_layers(model)]
+    if layers:
+        return (
+            f"{kind} holds adapted layers, the first {layers[0]!r}, but is not the module that slora.inject was called "
+            f"on; pass that one"
+        )
+    return f"{kind} is not adapted; call slora.inject(model, config) on this very module first"
+
+
+def _injected_inside(model: nn.Module) -> str:
+    """The name of the part of `model` that `inject` was called on, or nothing."""
+    return next(
+        (name for name, m in named_modules(model) if name and isinstance(m.__dict__.get("_slora"), Injection)), ""
+    )
 
 
 def _adapted(

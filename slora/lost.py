@@ -45,6 +45,18 @@ def warn_of_lost(model: nn.Module, layers: Mapping[str, LoRABlocks], stacklevel:
         )
 
 
+def refuse_all_lost(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
+    """Raise `StateError` where no layer that `inject` adapted is in the model any more."""
+    replaced = {} if layers else _replaced(model, layers)
+    if replaced:
+        first, kind = next(iter(replaced.items()))
+        raise StateError(
+            f"there is nothing to save: no adapted layer is left, all {len(replaced)} have been replaced since "
+            f"slora.inject ({first!r} is {kind} now). Replace or quantise layers before slora.inject, or on what "
+            f"slora.merge_and_unload returns"
+        )
+
+
 def config_of(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> SelectiveLoRAConfig:
     """Return the config of an adapted model, which does not mean the layers that were replaced any more."""
     config = injection(model).config

@@ -185,10 +185,19 @@ def _no_linear(
             "build it with linear layers for its convolutions of size 1 where it can have them, as timm's ConvNeXt "
             "with conv_mlp=False"
         )
-    if heads:
+    kinds = candidates(model).kinds
+    tied = shared_weights(model, {name: kinds[name].weight_name for name in heads})
+    if heads and not tied:
         remedies.append(f"adapt the head itself with target_modules={list(heads)}")
     remedy = ", or ".join(remedies) or "convolutions, embeddings and norms are not adapted: choose another model"
-    return TargetError(f"{kind} has no linear layer {'below its head ' if heads else ''}to adapt; {remedy}")
+    transposed = [(name, module) for name, module in named_modules(model) if type(module).__name__ == "Conv1D"]
+    below = " below its head" if heads else ""
+    if transposed:
+        name, module = transposed[0]
+        below += (
+            f", and {type(module).__module__}.Conv1D, as {len(transposed)} are, the first {name!r}, is not supported,"
+        )
+    return TargetError(f"{kind} has no linear layer{below} to adapt; {remedy}")
 
 
 def _no_whole_name(field: str, expression: str, names: Sequence[str]) -> TargetError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -475,8 +476,82 @@ def test_a_part_of_a_model_can_be_adapted_alone(vit: nn.Module) -> None:
     slora.inject(vit.blocks[1], small())
     assert {name.split(".")[1] for name in names_of(vit)} == {"1"}
     assert vit.blocks[0].attn.qkv.weight.requires_grad
-    with pytest.raises(StateError, match=r"is not adapted; call slora\.inject"):
-        injection(vit)
+
+
+class Trainer(nn.Module):
+    """A module of a user around the one that was adapted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+@pytest.mark.parametrize("where", ["around", "deep around", "part", "slice"])
+def test_another_module_than_the_one_that_was_adapted_is_told_which_to_pass(where: str, tmp_path: Path) -> None:
+    model = slora.inject(nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))), small(r=2))
+    slora.save_adapter(model, tmp_path / "own")
+    other, message = {
+        "around": (Trainer(model), r"Trainer is not adapted itself, its 'model' is; pass .*, as in model\.model$"),
+        "deep around": (
+            nn.Sequential(Trainer(model)), r"its '0.model' is; .* as in model\.get_submodule\('0.model'\)$"
+        ),
+        "part": (model[1], "Sequential holds adapted layers, the first '0', but is not the module that slora.inject"),
+        "slice": (model[:1], "Sequential holds adapted layers, the first '0', but is not the module that slora.inject"),
+    }[where]  # fmt: skip
+    for call in (slora.save_adapter, slora.load_adapter):
+        with pytest.raises(StateError, match=message):
+            call(other, tmp_path / ("new" if call is slora.save_adapter else "own"))
+    assert not (tmp_path / "new").exists()
+    if "around" in where:
+        with pytest.raises(
+            StateError, match=r"adapted already \(2 layers, the first '.*', by slora.inject of its '.*'\)"
+        ):
+            slora.inject(other, small(r=2))
+
+
+class LoraConfig:
+    """A config of another library."""
+
+    r = 4
+
+
+@pytest.mark.parametrize("config", [LoraConfig(), {"r": 4}, "all-linear"])
+def test_a_config_of_another_library_is_refused(config: Any, vit: nn.Module) -> None:
+    kind = rf"{type(config).__module__}\.{type(config).__name__}"
+    with pytest.raises(ConfigError, match=rf"config is a {kind}; use slora.SelectiveLoRAConfig\(r=\.\.\., target"):
+        slora.inject(vit, config)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_with_adapters_of_peft_is_refused(whole: bool) -> None:
+    peft = pytest.importorskip("peft")
+    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    model = peft.get_peft_model(plain, config) if whole else peft.inject_adapter_in_model(config, plain)
+    before = state_of(model)
+    first = r"the model is a peft\.peft_model\.PeftModel" if whole else r"'0' is a peft\.tuners\.lora\.layer\.Linear"
+    with pytest.raises(StateError, match=rf"{first} of PEFT, .*merge_and_unload\(\)"):
+        slora.inject(model, small(r=2))
+    assert_unchanged(model, before)
+    if whole:
+        assert names_of(slora.inject(model.merge_and_unload(), small(r=2))) == ["0", "2"]
+
+
+class Conv1D(nn.Module):
+    """As in GPT-2 of transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 4))
+
+
+def tied_head() -> nn.Module:
+    model = nn.Sequential()
+    model.add_module("embed", nn.Embedding(7, 4))
+    model.add_module("body", nn.Sequential(Conv1D(), Conv1D()))
+    model.add_module("lm_head", nn.Linear(4, 7, bias=False))
+    model.lm_head.weight = model.embed.weight
+    return model
 
 
 HEAD_ONLY = nn.Sequential()
@@ -487,6 +562,11 @@ UNFIT: dict[str, tuple[nn.Module, str]] = {
     "convolutions of size 1": (nn.Sequential(nn.Conv2d(3, 4, 1)), "timm's ConvNeXt with conv_mlp=False"),
     "convolutions": (nn.Sequential(nn.Conv2d(3, 4, 3)), "Sequential has no linear layer to adapt; convolutions"),
     "a lone linear": (nn.Linear(3, 4), "wrap it first, as in nn.Sequential(layer), or use slora.SelectiveLoRALinear"),
+    "a tied head": (
+        tied_head(),
+        f"no linear layer below its head, and {__name__}.Conv1D, as 2 are, the first 'body.0', is not supported, to "
+        "adapt; convolutions, embeddings and norms are not adapted: choose another model",
+    ),
     "a head": (
         HEAD_ONLY,
         "no linear layer below its head to adapt; adapt the head itself with target_modules=['head']",
@@ -550,12 +630,15 @@ def odd_layers() -> dict[str, tuple[nn.Module, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         old_norm = utils.weight_norm(nn.Linear(8, 8))
+        warnings.simplefilter("ignore", DeprecationWarning)
+        packed = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8)), {nn.Linear})
     replaced = nn.Linear(8, 8)
     forward = replaced.forward
     replaced.forward = lambda x: 2 * forward(x)
     parametrized = r"remove_parametrizations\(module, 'weight'\)"
     return {
-        "own forward": (Doubling(8, 8), r"Doubling has a forward of its own"),
+        "own forward": (Doubling(8, 8), r"Doubling has a forward of its own; adapt the model before"),
+        "packed by torch": (packed[0], r"torch\.ao\.nn\.quantized\.dynamic\.\S*Linear keeps its weight quantised"),
         "replaced forward": (replaced, "its forward was replaced on the instance"),
         "parametrised": (normed.orthogonal(nn.Linear(8, 8)), parametrized),
         "weight norm": (normed.weight_norm(nn.Linear(8, 8)), parametrized),
@@ -566,8 +649,8 @@ def odd_layers() -> dict[str, tuple[nn.Module, str]]:
         "spectral norm by hooks": (utils.spectral_norm(nn.Linear(8, 8)), r"remove_spectral_norm\(module, 'weight'\)"),
         "pruned": (pruned, r"its weight is pruned at each call; torch.nn.utils.prune.remove\(module, 'weight'\)"),
         "pruned bias": (pruned_bias, r"its bias is pruned at each call; torch.nn.utils.prune.remove\(module, 'bias'\)"),
-        "integer weight": (with_weight(torch.ones(8, 8, dtype=torch.int8)), "its weight has dtype torch.int8"),
-        "float8 weight": (with_weight(torch.ones(8, 8).to(torch.float8_e4m3fn)), "has dtype torch.float8_e4m3fn"),
+        "integer weight": (with_weight(torch.ones(8, 8, dtype=torch.int8)), "its weight has dtype torch.int8; adapt"),
+        "float8 weight": (with_weight(torch.ones(8, 8).to(torch.float8_e4m3fn)), "dtype torch.float8_e4m3fn; adapt"),
         "packed weight": (with_weight(torch.ones(32, 1)), r"its weight has shape \[32, 1\], packed or sharded"),
         "quantised weight": (with_weight(torch.ones(8, 8), Packed), "its weight is a Packed; inject before it is"),
         "sparse weight": (with_weight(torch.ones(8, 8).to_sparse()), "its weight has layout torch.sparse_coo"),

@@ -194,6 +194,15 @@ def test_merging_after_projections_were_fused_is_refused(call: str, tmp_path: Pa
     CALLS[call](model, tmp_path)
 
 
+def test_a_model_that_has_lost_every_adapted_layer_has_nothing_to_save(tmp_path: Path) -> None:
+    model = trained()
+    model[0].q, model[0].k, model[0].proj = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+    del model[0].cross
+    with pytest.raises(StateError, match=r"nothing to save: .* all 4 have been replaced .*'0.q' is a Linear now"):
+        slora.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_the_resized_head_of_a_language_model_is_named(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
