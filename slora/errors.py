@@ -47,6 +47,10 @@ class GateRuleWarning(UserWarning):
     """An optimizer moves gates by a rule that cannot tell useful blocks from others."""
 
 
+class NarrowParameterWarning(UserWarning):
+    """What `modules_to_save` trains is in 16 bits, in which small steps of an optimizer are lost."""
+
+
 class ReplacedLayerWarning(UserWarning):
     """Layers that were adapted have been replaced since, so that what was trained there is lost."""
 

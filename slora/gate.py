@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from slora import gate_rule
 from slora.config import Inactive
-from slora.errors import ConfigError, GateRuleWarning, StateError
+from slora.errors import ConfigError, GateRuleWarning, NarrowParameterWarning, StateError
 from slora.plain import plain
 from slora.sharded import full, is_sharded, local, put
 from slora.wrappers import named_modules
@@ -93,6 +93,8 @@ class GateMirror:
         asked: the budget that the blocks were chosen by, as in "budget=4"; empty where the gates decide.
         copies: device-to-host copies made so far, one per refresh and device.
         warned: whether a `GateRuleWarning` was given for this model.
+        saved: parameters of the modules that are trained in full; a copy of the model does not know of its own.
+        warned_saved: whether a `NarrowParameterWarning` was given for this model.
         ddp: the `DistributedDataParallel` that last ran the model, or None.
         penalised: whether a loss may hold `gate_penalty`: not where `ProximalGates` is made, until it is called.
         idle: parameters to which it gives zeros for a gradient where one process gives none.
@@ -102,6 +104,8 @@ class GateMirror:
         self.step = 0
         self.copies = 0
         self.warned = False
+        self.saved: list[weakref.ref[nn.Parameter]] = []
+        self.warned_saved = False
         self.strategy: Any = None
         self.asked = ""
         self.ddp: weakref.ref[nn.Module] | None = None
@@ -143,6 +147,15 @@ class GateMirror:
     def layers(self) -> list[Gated]:
         """Return the layers that have joined and are still alive."""
         return [layer for ref in self._layers if (layer := ref()) is not None]
+
+    def warn_of_narrow(self, trained: set[int], stacklevel: int) -> None:
+        """Warn once where one of `saved`, whose ids are in `trained`, is in 16 bits."""
+        for ref in () if self.warned_saved else self.saved:
+            p = ref()
+            if p is not None and id(p) in trained and p.is_floating_point() and p.dtype.itemsize < 4:
+                self.warned_saved = True
+                warnings.warn(gate_rule.saved_too_narrow(p.dtype), NarrowParameterWarning, stacklevel=stacklevel + 1)
+                return
 
     def _refresh(self) -> None:
         layers = self.layers()
@@ -252,6 +265,9 @@ def _before_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                 if (reason := gate_rule.too_narrow(gate.dtype)) and not mirror.warned:
                     mirror.warned = True
                     warnings.warn(reason, GateRuleWarning, stacklevel=3)
+        trained = {id(parameter) for group in groups for parameter in group["params"]}
+        for mirror in list(_mirrors):
+            mirror.warn_of_narrow(trained, stacklevel=3)
     if isinstance(optimizer, ProximalGates):
         return
     for i, members in known[1].items():

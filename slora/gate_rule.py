@@ -110,6 +110,14 @@ def too_narrow(dtype: torch.dtype) -> str | None:
     )
 
 
+def saved_too_narrow(dtype: torch.dtype) -> str:
+    """Return why what `modules_to_save` trains loses steps in `dtype`, of 16 bits, and the remedy."""
+    return (
+        f"what modules_to_save trains is {dtype}, which loses small steps, and torch.amp.GradScaler takes no fp16 "
+        f"gradients: the model was cast after slora.inject. Cast it before, and modules are kept in fp32"
+    )
+
+
 def _rule(kind: type[Optimizer]) -> str | None:
     return next((_RULES[base.__name__] for base in kind.__mro__ if base.__name__ in _RULES), None)
 

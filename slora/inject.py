@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -161,6 +162,7 @@ def adapt(model: Model, plan: Plan) -> Model:
         for parameter in plan.saved.of(model):
             parameter.requires_grad_(True)
         wide = widen(model, plan.saved)
+        mirror.saved = [weakref.ref(p) for name in plan.saved.modules for p in module_at(model, name).parameters()]
     swap(model, new)
     for name, layers in plan.reading.items():
         paths = {layer.removeprefix(name + "."): layer for layer in layers}

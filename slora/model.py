@@ -70,6 +70,9 @@ def parameter_groups(
     its own settings where it cannot read these, and with a `GateRuleWarning`. For it, and for a learning-rate schedule
     that is not to touch the gates, leave them out by `gate_lr=None` and step `slora.ProximalGates` beside it.
 
+    What `modules_to_save` trains is kept in fp32 if the model had 16 bits at inject, but not if it was cast after it: a
+    `NarrowParameterWarning` says so.
+
     `torch.optim.Muon` takes matrices only, and A and B are stacks of them: give it the group "saved", the others to
     AdamW. LBFGS takes one group: the parameters of all of them.
 
@@ -122,6 +125,8 @@ def parameter_groups(
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
     groups = [group for group in groups if group["params"]]
+    for mirror in {layer._mirror for _, layer in adapted_layers(model)}:
+        mirror.warn_of_narrow({id(p) for p in other}, stacklevel=2)
     if not groups:
         raise ConfigError("the model has no trainable parameter; call slora.inject(model, config) first")
     return groups

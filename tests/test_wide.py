@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,42 @@ def test_copies_and_pickles_work_by_themselves(model: nn.Module, x: Tensor) -> N
 def test_a_model_cast_after_inject_goes_on_working(model: nn.Module, after: torch.dtype) -> None:
     y = model.to(after).eval()(torch.randn(5, 6).to(after))
     assert y.dtype == after
+
+
+@pytest.mark.parametrize("first", ["groups", "step"])
+def test_a_model_cast_after_inject_is_said_once_to_train_saved_modules_in_16_bits(
+    first: str, dtype: torch.dtype, x: Tensor
+) -> None:
+    model = slora.inject(Net(), CONFIG).to(dtype)
+    text = rf"what modules_to_save trains is {dtype}, .* Cast it before, and modules are kept in fp32"
+    if first == "groups":
+        with pytest.warns(slora.NarrowParameterWarning, match=text) as seen:
+            optimizer = torch.optim.SGD(slora.parameter_groups(model, lr=0.1))
+    else:
+        optimizer = torch.optim.SGD((p for n, p in model.named_parameters() if not n.endswith("gate")), 0.1)
+        with pytest.warns(slora.NarrowParameterWarning, match=text) as seen:
+            optimizer.step()
+    assert [warning.filename for warning in seen] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+        slora.parameter_groups(model)
+
+
+@pytest.mark.parametrize("case", ["before", "back", "frozen", "other optimizer"])
+def test_saved_modules_that_lose_no_steps_are_not_warned_of(case: str, dtype: torch.dtype) -> None:
+    model = slora.inject(Net().to(dtype), CONFIG) if case == "before" else slora.inject(Net(), CONFIG).to(dtype)
+    if case == "back":
+        model.float()
+    if case == "frozen":
+        for part in (model.head, model.norm):
+            part.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if case == "other optimizer":
+            torch.optim.SGD([model.fc.lora_A], 0.1).step()
+        else:
+            torch.optim.SGD(slora.parameter_groups(model)).step()
 
 
 def test_a_compiled_model_takes_it_without_a_break(model: nn.Module, x: Tensor) -> None:
