@@ -36,9 +36,7 @@ def fit(module: nn.Module) -> Fit:
             reason = f"its weight has shape {list(shape)}, packed or sharded"
         return Fit(None, reason) if reason else Fit(SelectiveLoRALinear)
     if _is_packed(module):
-        return Fit(
-            None, f"{_path(module)} keeps its weight quantised and packed; {_EARLIER}, or list it in exclude_modules"
-        )
+        return Fit(None, f"{_path(module)} keeps its weight quantised and packed; {_EARLIER}")
     weight = module._parameters.get("in_proj_weight")
     if weight is None or weight.dim() != 2 or weight.shape[0] != 3 * weight.shape[1]:
         return Fit(None)
@@ -77,7 +75,7 @@ def _unfit(module: nn.Module, base: type[nn.Module] | None, weight_name: str, bi
     """Why blocks cannot be added to `module`, whose class should compute as `base` does; or nothing."""
     if base is not None and type(module).forward is not base.forward:
         # Quantised, tensor-parallel, ...: it computes something else.
-        return f"{_path(module)} has a forward of its own; {_EARLIER}, or list it in exclude_modules"
+        return f"{_path(module)} has a forward of its own; {_EARLIER}"
     if reason := _replaced_forward(module):
         return reason
     for name in (weight_name, bias_name):
@@ -131,9 +129,9 @@ def _path(module: nn.Module) -> str:
 def _odd(value: Tensor) -> str:
     """Why a parameter is no plain one whose values are what they seem; or nothing."""
     if type(value) not in (Tensor, nn.Parameter) and not isinstance(value, FakeTensor):
-        return f"is a {type(value).__name__}; inject before it is quantised or sharded, or list it in exclude_modules"
+        return f"is a {type(value).__name__}; inject before it is quantised or sharded"
     if value.dtype not in _DTYPES:
-        return f"has dtype {value.dtype}; {_EARLIER}, or list it in exclude_modules"
+        return f"has dtype {value.dtype}; {_EARLIER}"
     return "" if value.layout == torch.strided else f"has layout {value.layout}"
 
 

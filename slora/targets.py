@@ -191,13 +191,12 @@ def _no_linear(
         remedies.append(f"adapt the head itself with target_modules={list(heads)}")
     remedy = ", or ".join(remedies) or "convolutions, embeddings and norms are not adapted: choose another model"
     transposed = [(name, module) for name, module in named_modules(model) if type(module).__name__ == "Conv1D"]
-    below = " below its head" if heads else ""
+    text = f"{kind} has no linear layer {'below its head ' if heads else ''}to adapt"
     if transposed:
         name, module = transposed[0]
-        below += (
-            f", and {type(module).__module__}.Conv1D, as {len(transposed)} are, the first {name!r}, is not supported,"
-        )
-    return TargetError(f"{kind} has no linear layer{below} to adapt; {remedy}")
+        what = "layer is" if len(transposed) == 1 else "layers are"
+        text += f" ({len(transposed)} {what} {type(module).__module__}.Conv1D, such as {name!r}: not supported yet)"
+    return TargetError(f"{text}; {remedy}")
 
 
 def _no_whole_name(field: str, expression: str, names: Sequence[str]) -> TargetError:

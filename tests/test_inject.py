@@ -564,8 +564,8 @@ UNFIT: dict[str, tuple[nn.Module, str]] = {
     "a lone linear": (nn.Linear(3, 4), "wrap it first, as in nn.Sequential(layer), or use slora.SelectiveLoRALinear"),
     "a tied head": (
         tied_head(),
-        f"no linear layer below its head, and {__name__}.Conv1D, as 2 are, the first 'body.0', is not supported, to "
-        "adapt; convolutions, embeddings and norms are not adapted: choose another model",
+        f"no linear layer below its head to adapt (2 layers are {__name__}.Conv1D, such as 'body.0': not supported "
+        "yet); convolutions, embeddings and norms are not adapted: choose another model",
     ),
     "a head": (
         HEAD_ONLY,
