@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from slora.config import SelectiveLoRAConfig, check_budget
-from slora.errors import CheckpointError, SLoRAError
-from slora.reading import read_json
+from slora.errors import CheckpointError
+from slora.reading import absence, as_said, read_json
 
 WEIGHTS, CONFIG, SELECTIVE = "adapter_model.safetensors", "adapter_config.json", "selective.json"
 # What PEFT puts before the names of modules.
@@ -61,45 +61,50 @@ def read_selective(folder: Path) -> Selective:
     """
     path = folder / SELECTIVE
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give a directory that slora.save_adapter wrote")
+        raise CheckpointError(f"{path} {absence(path)}; give a directory that slora.save_adapter wrote")
     content = read_json(path)
     try:
-        if content["format"] != FORMAT:
-            raise CheckpointError(f"{path} has format {_short(content['format'])}; this version reads {FORMAT}")
-        fields = _mapping(content["config"])
+        number = _field(content, "format")
+        if number != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {as_said(number)}, and this version of slora reads {FORMAT}; load it with the "
+                f"version that wrote it"
+            )
+        fields = _mapping(content, "config")
         for field in ("r", "lora_alpha", "use_rslora", "threshold"):
             # A default would be another mathematics without a word.
-            fields[field]
+            _field(fields, field)
         config = SelectiveLoRAConfig.from_dict(fields)
-        base = _mapping(content["base"])
-        shapes = {name: _matrix(shape) for name, shape in _mapping(base["shapes"]).items()}
-        names = _text(base["class"]), _text(base["digest"])
+        base = _mapping(content, "base")
+        shapes = {name: _matrix(name, shape) for name, shape in _mapping(base, "shapes").items()}
+        names = _text("class", _field(base, "class")), _text("digest", _field(base, "digest"))
         digest = content.get("tensors_digest")
         asked = _asked(content.get("asked", ""))
-        entries = _mapping(content["layers"])
+        entries = _mapping(content, "layers")
         if shapes.keys() != entries.keys():
             raise ValueError(f"base has no shape, or layers no entry, for {min(shapes.keys() ^ entries.keys())!r}")
-        digest = None if digest is None else _text(digest)
+        digest = None if digest is None else _text("tensors_digest", digest)
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is incomplete or damaged ({_short(error)})") from error
+        raise CheckpointError(f"{path} is incomplete or damaged ({error})") from error
     layers = {}
     for name, entry in entries.items():
         try:
-            layers[name] = _entry(name, entry, config)
+            layers[name] = _entry(name, entry, config, shapes[name])
         except (KeyError, TypeError, ValueError) as error:
-            why = str(error) if isinstance(error, SLoRAError) else _short(error)
-            raise CheckpointError(f"{path}: the entry of {name!r} is damaged ({why})") from error
+            raise CheckpointError(f"{path}: the entry of {name!r} is damaged ({error})") from error
     return Selective(config, layers, names[0], shapes, names[1], asked, digest)
 
 
-def _entry(name: str, entry: Any, config: SelectiveLoRAConfig) -> Entry:
-    r, blocks = _integer(entry["r"]), _integer(entry["blocks"])
-    gate = tuple(_number(value) for value in _list(entry["gate"]))
-    active = tuple(_integer(block) for block in _list(entry["active"]))
+def _entry(name: str, entry: Any, config: SelectiveLoRAConfig, shape: list[int]) -> Entry:
+    r, blocks = (_integer(field, _field(entry, field)) for field in ("r", "blocks"))
+    gate = tuple(_number("gate", value) for value in _list(entry, "gate"))
+    active = tuple(_integer("active", block) for block in _list(entry, "active"))
     if len(gate) != blocks or not blocks:
-        raise ValueError(f"{len(gate)} gates for {blocks} blocks")
+        raise ValueError(f"'gate' has {len(gate)} values, and 'blocks' is {blocks}")
+    if not 1 <= r <= max(shape):
+        raise ValueError(f"'r' is {r}, and the weight has the shape {shape}")
     threshold = _single(config.threshold)
     # As the gates themselves, which are fp32.
     on = tuple(i for i, value in enumerate(gate) if _single(value) >= threshold)
@@ -107,7 +112,9 @@ def _entry(name: str, entry: Any, config: SelectiveLoRAConfig) -> Entry:
         raise ValueError(
             f"active={list(active)}, but gate={list(gate)} at threshold={config.threshold} gives {list(on)}"
         )
-    alpha = _number(entry["lora_alpha"]) if "lora_alpha" in entry else _alpha_by_pattern(config, name)
+    alpha = _number("lora_alpha", entry["lora_alpha"]) if "lora_alpha" in entry else _alpha_by_pattern(config, name)
+    if not config.alpha_pattern and alpha != config.alpha_of(name):
+        raise ValueError(f"'lora_alpha' is {alpha}, and the config, without alpha_pattern, has {config.lora_alpha}")
     return Entry(r, alpha, blocks, active, gate)
 
 
@@ -125,7 +132,7 @@ def _alpha_by_pattern(config: SelectiveLoRAConfig, name: str) -> float:
 
 def _asked(value: Any) -> str:
     """The budget that was asked for, once it is clear that it is one."""
-    text = _text(value)
+    text = _text("asked", value)
     if text:
         number = re.fullmatch(r"budget=(?:(\d{1,18})|([\d.e-]{1,30}))", text)
         if number is None:
@@ -134,56 +141,65 @@ def _asked(value: Any) -> str:
     return text
 
 
-def _matrix(shape: Any) -> list[int]:
-    sizes = [_integer(size) for size in _list(shape)]
+def _field(content: Any, name: str) -> Any:
+    if not isinstance(content, dict):
+        raise ValueError(f"it is {as_said(content)}, expected an object")
+    if name not in content:
+        raise ValueError(f"{name!r} is missing")
+    return content[name]
+
+
+def _no(name: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{name!r} is {as_said(value)}, expected {expected}")
+
+
+def _mapping(content: Any, name: str) -> Mapping[str, Any]:
+    value = _field(content, name)
+    if not isinstance(value, dict):
+        raise _no(name, value, "an object")
+    return value
+
+
+def _matrix(name: str, shape: Any) -> list[int]:
+    sizes = [_integer(name, size) for size in shape] if isinstance(shape, list) else []
     if len(sizes) != 2 or min(sizes) < 1:
-        raise ValueError(f"{_short(shape)} is not the shape of a matrix")
+        raise _no(name, shape, "the two sizes of a matrix")
     return sizes
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{_short(value)} is no object")
-    return value
-
-
-def _list(value: Any) -> list[Any]:
+def _list(content: Any, name: str) -> list[Any]:
+    value = _field(content, name)
     if not isinstance(value, list):
-        raise TypeError(f"{_short(value)} is no list")
+        raise _no(name, value, "a list")
     return value
 
 
-def _text(value: Any) -> str:
+def _text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{_short(value)} is no text")
+        raise _no(name, value, "text")
     return value
 
 
-def _integer(value: Any) -> int:
+def _integer(name: str, value: Any) -> int:
     if type(value) is not int:
-        raise TypeError(f"{_short(value)} is no integer")
+        raise _no(name, value, "an integer")
     return value
 
 
-def _number(value: Any) -> float:
+def _number(name: str, value: Any) -> float:
     """A number that fp32 has, too."""
     if type(value) not in (int, float):
-        raise TypeError(f"{_short(value)} is no number")
+        raise _no(name, value, "a number")
     try:
         number = float(value)
         _single(number)
     except OverflowError as error:
-        raise ValueError(f"{_short(value)} is too large") from error
+        raise _no(name, value, "a number that fp32 has") from error
     if not math.isfinite(number):
-        raise ValueError(f"{number} is not finite")
+        raise _no(name, value, "a finite number")
     return number
 
 
 def _single(value: float) -> float:
     """`value` rounded to fp32."""
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."

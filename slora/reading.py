@@ -110,6 +110,17 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def absence(path: Path) -> str:
+    """Return why there is nothing at `path`, as the end of a sentence about it."""
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return "is there by now"
+
+
 def as_said(value: Any) -> str:
     """Return a value from JSON as a message shows it, what is long or nested by its kind."""
     if isinstance(value, (dict, list)):

@@ -396,7 +396,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "no layers": (lambda f: edit(f, lambda s: s.pop("layers")), ["is incomplete or damaged"]),
     "no base": (lambda f: edit(f, lambda s: s.pop("base")), ["is incomplete or damaged"]),
     "no shapes": (lambda f: edit(f, lambda s: s["base"].pop("shapes")), ["is incomplete or damaged"]),
-    "a later format": (lambda f: edit(f, lambda s: s.update(format=2)), ["has format 2; this version reads 1"]),
+    "a later format": (lambda f: edit(f, lambda s: s.update(format=2)), ["has format 2, and this version of"]),
     "a config out of range": (lambda f: edit(f, lambda s: s["config"].update(r=0)), ["r=0 is not a rank"]),
     "an unknown setting": (lambda f: edit(f, lambda s: s["config"].update(use_dora=True)), ["['use_dora']"]),
     "a setting of another type": (lambda f: edit(f, lambda s: s["config"].update(threshold="x")), ["damaged"]),

@@ -147,7 +147,7 @@ GATES: dict[str, tuple[Any, str]] = {
     "true": ([True, 0.0, 0.2], "'qkv'"),
     "text": ("abc", "'qkv'"),
     "no list": (0.3, "'qkv'"),
-    "too few": ([0.3], "1 gates for 3 blocks"),
+    "too few": ([0.3], "'gate' has 1 values, and 'blocks' is 3"),
     "others active": ([0.3, 0.15, 0.2], "active=[0, 2], but gate=[0.3, 0.15, 0.2] at threshold=0.1 gives [0, 1, 2]"),
 }  # fmt: skip
 
@@ -475,3 +475,43 @@ def test_an_adapter_that_is_saved_while_it_is_read_is_read_again(
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         slora.load_adapter(other, tmp_path)
     assert len(calls) == 4, "what nobody writes is not read again"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda s: s["base"].pop("shapes"), ["'shapes' is missing"]),
+        (lambda s: s.update(layers=[1]), ["'layers' is a list of 1, expected an object"]),
+        (lambda s: s["layers"].update(qkv=[]), ["'qkv'", "it is a list of 0, expected an object"]),
+        (lambda s: s["layers"]["qkv"].update(gate=[[0.15], 0, 0]), ["'qkv'", "'gate' is a list of 1, expected a numb"]),
+        (lambda s: s["layers"]["qkv"].pop("r"), ["'qkv'", "'r' is missing"]),
+        (lambda s: s["layers"]["qkv"].update(r=10**9), ["'qkv'", "'r' is 1000000000"]),
+        (
+            lambda s: (s["config"].update(alpha_pattern=None), s["layers"]["out"].update(lora_alpha=5.0)),
+            ["'out'", "'lora_alpha' is 5.0, and the config, without alpha_pattern, has 4"],
+        ),
+        (lambda s: s.update(format=7), ["has format 7", "reads 1", "the version that wrote it"]),
+    ],
+    ids=["shapes", "layers", "entry", "gate", "no r", "r", "lora_alpha", "format"],
+)
+def test_a_damaged_entry_is_named_in_words(
+    saved: Path, change: Callable[[dict[str, Any]], Any], named: list[str]
+) -> None:
+    edit(saved, change)
+    with pytest.raises(CheckpointError) as caught:
+        slora.load_adapter(plain(), saved)
+    for text in (str(saved), *named):
+        assert text in str(caught.value)
+    assert "Error(" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "file", "loop"])
+def test_a_folder_that_is_none_is_named_by_what_it_is(kind: str, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    if kind == "file":
+        folder.write_text("text")
+    if kind == "loop":
+        folder.symlink_to(folder)
+    said = {"nothing": "does not exist", "file": "Not a directory", "loop": "Too many levels of symbolic links"}
+    with pytest.raises(CheckpointError, match=said[kind]):
+        slora.load_adapter(plain(), folder)

@@ -178,7 +178,7 @@ class Checkpoint:
             if optimizers is not None:
                 optimizers.check_state(self._names, self._kept, {*freed, *state.stateless}, state.step)
         except (ValueError, KeyError, TypeError) as error:
-            said = error if isinstance(error, ValueError) else repr(error)
+            said = f"{error} is missing" if isinstance(error, KeyError) else error
             raise DamagedCheckpointError(f"{folder} is damaged: {said}; use another checkpoint") from error
 
     def _check_blocks(self) -> None:

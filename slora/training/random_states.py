@@ -69,8 +69,11 @@ def parsed(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RandomSt
     Nothing else checks them all: a generator with a position beyond its words reads what stands behind them.
 
     Raises:
-        ValueError, KeyError, TypeError: they are none; the first names the generator.
+        ValueError: they are none; names the generator.
     """
+    for kind, count in (("python", 2), ("numpy", 3)):
+        _require(kind, isinstance(values.get(kind), list) and len(values[kind]) == count and kind in tensors)
+    _require("torch", "torch" in tensors)
     version, gauss = values["python"]
     _require("python", version == 3 and type(version) is int and (gauss is None or _is_finite(gauss)))
     python = version, tuple(_words("python", tensors["python"])), gauss
@@ -106,7 +109,8 @@ def _of_torch(state: Tensor) -> Tensor:
     try:
         generator.set_state(state)
     except RuntimeError as error:
-        raise ValueError(f"the state of the random generator 'torch' is none ({str(error).splitlines()[0]})") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"the state of the random generator 'torch' is not one that it can have ({reason})") from error
     _require("torch", torch.equal(generator.get_state(), state))
     return state.clone()
 
@@ -125,4 +129,4 @@ def _is_finite(value: Any) -> bool:
 
 def _require(name: str, holds: bool) -> None:
     if not holds:
-        raise ValueError(f"the state of the random generator {name!r} is none")
+        raise ValueError(f"the state of the random generator {name!r} is missing or not one that it can have")

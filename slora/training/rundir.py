@@ -27,7 +27,7 @@ from typing import Any
 from slora.adapter_files import SELECTIVE
 from slora.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from slora.files import cannot_write
-from slora.reading import read_json
+from slora.reading import absence, read_json
 from slora.training import checkpoint_folders
 from slora.training.settings import TrainSettings
 
@@ -89,8 +89,11 @@ def start_of(resume: Path) -> Path:
     Raises:
         CheckpointError: there is none; says how to start a run over that stopped before its first.
     """
-    if not resume.exists():
-        raise CheckpointError(f"{resume} does not exist; give the folder of a run made by slora finetune")
+    if not resume.is_dir():
+        why = "is not a folder" if resume.exists() else absence(resume)
+        raise CheckpointError(
+            f"{resume} holds no checkpoint: it {why}; give the folder of a run made by slora finetune"
+        )
     if (resume / CONFIG).exists() and not checkpoint_folders.checkpoints(resume / CHECKPOINTS):
         raise CheckpointError(f"{resume} holds no checkpoint; start its run over with: {command(resume)}")
     return checkpoint_folders.newest(resume)
@@ -318,7 +321,9 @@ def adapter_of(folder: Path) -> Path:
         return path
     home = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
     if not (home / SELECTIVE).exists():
-        raise CheckpointError(f"{home / SELECTIVE} does not exist; give an adapter directory, or a finished run")
+        raise CheckpointError(
+            f"{home / SELECTIVE} {absence(home / SELECTIVE)}; give an adapter directory, or a finished run"
+        )
     return home
 
 
