@@ -20,7 +20,7 @@ from slora.layers.reading import ReadLinear, unwatch, watch
 from slora.locks import changing
 from slora.names import inside, no_match
 from slora.places import swap
-from slora.reads import Read, readers
+from slora.reads import Read, methods_of, readers
 from slora.saved import Saved, saved_parts
 from slora.targets import candidates, chosen, is_out_proj, refuse_bases, refuse_uncalled
 from slora.wide import Kept, unwiden, widen
@@ -166,7 +166,9 @@ def adapt(model: Model, plan: Plan) -> Model:
     swap(model, new)
     for name, layers in plan.reading.items():
         paths = {layer.removeprefix(name + "."): layer for layer in layers}
-        watch(module_at(model, name), paths, next((layer for layer, one in layers.items() if one.getter), ""))
+        module = module_at(model, name)
+        unseen = next((layer for layer, one in layers.items() if one.getter), "")
+        watch(module, paths, unseen, methods_of(type(module)))
     _set_fused_encoders(model)
     unwrapped(model)._slora = Injection(plan.config, *plan.saved, wide, tuple(plan.found))  # type: ignore[assignment]
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from torch import nn
 from slora.layers.reading import QUESTIONS
 from slora.wrappers import named_modules
 
+PRODUCTS = frozenset(("linear", "matmul", "einsum", "addmm", "mm", "bmm", "baddbmm"))
+"""What tells a method that computes with a weight from one that initialises or reports it."""
 GETTERS = frozenset(("T", "mT", "H", "mH", "data", "real"))
 
 
@@ -36,7 +39,7 @@ def readers(model: nn.Module, weights: Mapping[str, str]) -> dict[str, dict[str,
     found: dict[str, dict[str, Read]] = {}
     for name, module in named_modules(model):
         inside = [layer for layer in weights if layer != name and layer.startswith(name + "." if name else "")]
-        for read in reads_of(type(module)) if inside else ():  # type: ignore[arg-type]
+        for read in reads_of(type(module)) if inside else ():
             for layer in inside:
                 path = layer.removeprefix(name + ".") if name else layer
                 hit = path == read.path if read.exact else f".{path}".endswith("." + read.path if read.path else "")
@@ -46,12 +49,30 @@ def readers(model: nn.Module, weights: Mapping[str, str]) -> dict[str, dict[str,
     return found
 
 
-@functools.cache
 def reads_of(kind: type[nn.Module]) -> frozenset[Read]:
-    """The weights that the forward of modules of class `kind` reads, itself or in what it calls."""
+    """The weights that the forward of modules of class `kind` reads, itself or in what it calls.
+
+    So do methods that are called from elsewhere and form products.
+    """
+    return _scanned(kind)[0]  # type: ignore[arg-type]  # mypy: a class is hashable
+
+
+def methods_of(kind: type[nn.Module]) -> frozenset[str]:
+    """The names of the methods among those whose own code reads weights, so that they may be called by themselves."""
+    return _scanned(kind)[1]  # type: ignore[arg-type]  # mypy: a class is hashable
+
+
+@functools.cache
+def _scanned(kind: type[nn.Module]) -> tuple[frozenset[Read], frozenset[str]]:
     found: set[Read] = set()
     seen: set[types.FunctionType] = set()
     waiting = list(_methods(kind, "forward"))
+    for name in {name for base in kind.__mro__ for name in vars(base) if not name.startswith("__")}:
+        for method in _methods(kind, name):
+            names = {called for code in _codes(method.__code__) for called in code.co_names}
+            if names & PRODUCTS and any(True for code in _codes(method.__code__) for _ in _reads_in(code)):
+                waiting.append(method)
+    own: set[str] = set()
     while waiting:
         function = waiting.pop()
         if function in seen:
@@ -60,12 +81,21 @@ def reads_of(kind: type[nn.Module]) -> frozenset[Read]:
         # What a decorator wraps, it calls.
         called = [getattr(function, "__wrapped__", None), *_cells(function)]
         for code in _codes(function.__code__):
-            found.update(_reads_in(code))
+            reads = list(_reads_in(code))
+            found.update(reads)
+            if reads and _runs_at_once(kind, function):
+                own.add(function.__name__)
             for name in code.co_names:
                 waiting += _methods(kind, name)
                 called.append(function.__globals__.get(name))
         waiting += [other for other in called if isinstance(other, types.FunctionType) and not _of_torch(other)]
-    return frozenset(found)
+    return frozenset(found), frozenset(own - {"forward"})
+
+
+def _runs_at_once(kind: type, function: types.FunctionType) -> bool:
+    """Whether `function` is a method of `kind`, neither static nor a generator."""
+    lazy = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+    return inspect.getattr_static(kind, function.__name__, None) is function and not function.__code__.co_flags & lazy
 
 
 def _methods(kind: type, name: str) -> Iterator[types.FunctionType]:

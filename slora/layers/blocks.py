@@ -508,6 +508,11 @@ def gates_on_device() -> Iterator[None]:
 def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Return what `torch.fx.symbolic_trace` gets of `module`: one call, as of a layer of torch.nn."""
     tracer: Any = next(value for value in (*args, *kwargs.values()) if isinstance(value, Proxy)).tracer
+    if module is tracer.root:
+        raise StateError(
+            f"torch.fx cannot record {type(module).__name__}, whose own forward reads the weights of adapted layers; "
+            f"call slora.merge_and_unload(model) first, or record a module that holds it"
+        )
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, kwargs)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +72,11 @@ class Reading(TorchFunctionMode):
         if type(value) in (list, tuple):
             return type(value)([self._replaced(part) for part in value])
         name = self._owner(value)
-        return value if name is None else effective_weight(self.layers[name], name)
+        if name is None:
+            return value
+        # A reader inside a reader: the outer one's mode would add the update again.
+        with torch._C.DisableTorchFunction():
+            return effective_weight(self.layers[name], name)
 
 
 def watched(
@@ -110,20 +114,22 @@ class Reader(nn.Module):
 
     _slora_reads: dict[str, str]
     _slora_unseen: str
+    _slora_methods: ClassVar[frozenset[str]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (_base_of(self),), self.__getstate__()  # type: ignore[no-untyped-call]
+        return _rebuild, (_base_of(self), type(self)._slora_methods), self.__getstate__()  # type: ignore[no-untyped-call]
 
 
-def watch(module: nn.Module, names: Mapping[str, str], unseen: str = "") -> None:
+def watch(module: nn.Module, names: Mapping[str, str], unseen: str = "", methods: frozenset[str] = frozenset()) -> None:
     """Let the forward of `module` see the blocks of the adapted layers `{path inside module: name}` that it reads.
 
     The module stays the same object; its class becomes one of the same name that derives from its own. `unseen` is a
-    layer whose weight it reads in a way that torch.compile does not show: an attribute of it, such as `.T`.
+    layer whose weight it reads in a way that torch.compile does not show: an attribute of it, such as `.T`. Its
+    `methods` see the blocks, too, where they are called by themselves, as by a checkpoint that computes them again.
     """
     module._slora_reads, module._slora_unseen = dict(names), unseen  # type: ignore[assignment]
     if not isinstance(module, Reader | LoRABlocks):
-        _become(module, _reader_class(type(module)))  # type: ignore[arg-type]  # mypy: a class is hashable
+        _become(module, _reader_class(type(module), methods))  # type: ignore[arg-type]  # mypy: a class is hashable
 
 
 def unwatch(module: nn.Module) -> None:
@@ -135,12 +141,14 @@ def unwatch(module: nn.Module) -> None:
 
 
 def _become(module: nn.Module, kind: type[nn.Module]) -> None:
-    before = type(module).forward
+    before = type(module)
     module.__class__ = kind
     for name, value in module.__dict__.items():
         # Where accelerate has put a forward on the instance, it keeps the one of the class.
-        if isinstance(value, types.MethodType) and value.__self__ is module and value.__func__ is before:
-            module.__dict__[name] = types.MethodType(kind.forward, module)
+        if isinstance(value, types.MethodType) and value.__self__ is module:
+            key = value.__func__.__name__
+            if getattr(before, key, None) is value.__func__:
+                module.__dict__[name] = types.MethodType(getattr(kind, key), module)
 
 
 def layers_read_by(module: nn.Module) -> dict[str, LoRABlocks]:
@@ -219,24 +227,31 @@ def _base_of(module: nn.Module) -> type[nn.Module]:
 
 
 @functools.cache
-def _reader_class(base: type[nn.Module]) -> type[nn.Module]:
-    @functools.wraps(base.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
+def _reader_class(base: type[nn.Module], methods: frozenset[str]) -> type[nn.Module]:
+    names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
+    calls = {name: _watched_method(base, name) for name in ("forward", *sorted(methods))}
+    return type(base.__name__, (Reader, base), {**names, **calls, "_slora_methods": methods})
+
+
+def _watched_method(base: type[nn.Module], name: str) -> Callable[..., Any]:
+    method = getattr(base, name)
+
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name == "forward" and any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
             return recorded(self, *args, **kwargs)
         if self._slora_unseen and (torch.compiler.is_compiling() or _within_compiled()):
             raise TargetError(
                 f"torch.compile does not show what is done with an attribute of the weight of {self._slora_unseen!r}, "
                 f"such as .T; write .t(), or list {self._slora_unseen!r} in exclude_modules"
             )
-        return watched(base.forward, {}, self, *args, **kwargs)[0]
+        return watched(method, {}, self, *args, **kwargs)[0]
 
-    names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(base.__name__, (Reader, base), {**names, "forward": forward})
+    return call
 
 
-def _rebuild(base: type[nn.Module]) -> nn.Module:
-    reader = _reader_class(base)  # type: ignore[arg-type]
+def _rebuild(base: type[nn.Module], methods: frozenset[str] = frozenset()) -> nn.Module:
+    reader = _reader_class(base, methods)  # type: ignore[arg-type]
     return reader.__new__(reader)
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import slora
-from slora.errors import TargetError
+from slora.errors import StateError, TargetError
 from slora.layers import adapted_layers
 
 E = 8
@@ -423,6 +424,71 @@ def test_a_compiled_part_whose_weight_is_read_from_outside_is_refused_unless_all
     whole = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(whole(x), expected, rtol=1e-5, atol=1e-5)
     torch._dynamo.reset()
+
+
+class Recomputes(Holds):
+    reentrant = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = self.inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x, self.q.weight)) * project(self.q, x)
+
+    def encode(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.q.weight)
+
+    def reset(self) -> None:
+        nn.init.ones_(self.q.weight.data)
+
+
+@pytest.mark.parametrize("call", ["checkpoint", "reentrant checkpoint", "inner", "kept", "encode", "pickled"])
+def test_methods_that_read_learn_where_they_are_called_by_themselves(call: str) -> None:
+    model, x = adapted(Recomputes()), torch.randn(3, E, requires_grad=True)
+    layer = model.q
+    weight = layer.weight + layer.scaling * (layer.lora_B @ layer.lora_A).flatten(0, 1)
+    expected = F.linear(x, weight)
+    if call != "encode":
+        expected = torch.tanh(expected) * F.linear(x, weight, layer.bias)
+    wanted = torch.autograd.grad(expected.sum(), [layer.lora_A, layer.lora_B])
+    if call == "pickled":
+        model = pickle.loads(pickle.dumps(model))
+        layer = model.q
+    model.reentrant = call == "reentrant checkpoint"
+    y = {"inner": model.inner, "kept": model.kept, "encode": model.encode}.get(call, model)(x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    torch.testing.assert_close(layer.lora_A.grad, wanted[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.lora_B.grad, wanted[1], rtol=1e-4, atol=1e-5)
+    model.reset()
+    assert (layer.weight == 1).all()
+    assert "kept" not in vars(slora.unload(model)) or model.kept.__func__ is Recomputes.inner
+
+
+def test_a_compiled_reader_that_reads_in_methods_is_one_graph() -> None:
+    class Calls(Recomputes):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) + self.encode(x)
+
+    torch._dynamo.reset()
+    model, x = adapted(Calls()), torch.randn(3, E)
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(whole(x), model(x), rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_a_reader_is_recorded_as_one_call_and_refused_as_the_whole_of_a_recording() -> None:
+    model, x = adapted(Reads()), torch.randn(3, E)
+    with pytest.raises(
+        StateError, match=r"torch.fx cannot record Reads, .* call slora.merge_and_unload\(model\) first"
+    ):
+        torch.fx.symbolic_trace(model)
+    outer = nn.Sequential(model)
+    assert torch.equal(torch.fx.symbolic_trace(outer)(x), outer(x))
 
 
 # Real models
