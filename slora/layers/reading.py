@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -76,7 +76,7 @@ class Reading(TorchFunctionMode):
             return value
         # A reader inside a reader: the outer one's mode would add the update again.
         with torch._C.DisableTorchFunction():
-            return effective_weight(self.layers[name], name)
+            return effective_weight(self.layers[name], name, [other for other in self.layers if other != name])
 
 
 def watched(
@@ -173,8 +173,10 @@ def layers_read_by(module: nn.Module) -> dict[str, LoRABlocks]:
     return found
 
 
-def effective_weight(layer: LoRABlocks, name: str) -> Tensor:
+def effective_weight(layer: LoRABlocks, name: str, others: Sequence[str] = ()) -> Tensor:
     """Return `W + c * B @ A` of the active blocks `[N, K]`, in the dtype of `W`, differentiable in A, B and the gates.
+
+    `others` are further layers that the same module reads, for the error.
 
     Raises:
         TargetError: the sum would be rounded to 16 bits while the blocks are trained, which loses small updates; or
@@ -191,6 +193,7 @@ def effective_weight(layer: LoRABlocks, name: str) -> Tensor:
         raise TargetError(
             f"the weight of {name!r} is read past the layer, in {dtype}, which cannot hold a small update of it; "
             f"train in float32 without autocast, or list {name!r} in exclude_modules"
+            + (f"; the same module also reads {', '.join(map(repr, others))}" if others else "")
         )
     if layer.training and layer.lora_dropout:
         raise TargetError(

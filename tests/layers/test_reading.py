@@ -481,6 +481,20 @@ def test_a_compiled_reader_that_reads_in_methods_is_one_graph() -> None:
     torch._dynamo.reset()
 
 
+def test_the_refusal_of_16_bits_names_all_layers_that_the_module_reads() -> None:
+    class Two(Holds):
+        def __init__(self) -> None:
+            super().__init__()
+            self.k = nn.Linear(E, E)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.q.weight.t() + x @ self.k.weight.t()
+
+    model = slora.inject(Two().bfloat16(), slora.SelectiveLoRAConfig(r=2))
+    with pytest.raises(TargetError, match=r"list 'q' in exclude_modules; the same module also reads 'k'$"):
+        model(torch.randn(3, E, dtype=torch.bfloat16))
+
+
 def test_a_reader_is_recorded_as_one_call_and_refused_as_the_whole_of_a_recording() -> None:
     model, x = adapted(Reads()), torch.randn(3, E)
     with pytest.raises(
