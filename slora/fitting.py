@@ -116,6 +116,18 @@ def refuse_parametrized(layers: Mapping[str, LoRABlocks]) -> None:
                 raise StateError(f"{name!r} cannot be made plain: its {part} {computed(layer, part)}")
 
 
+def refuse_replaced_forward(layers: Mapping[str, LoRABlocks]) -> None:
+    """Raise `StateError` where a forward that was put on a layer since would go on calling it with its blocks."""
+    for name, layer in layers.items():
+        forward = layer.__dict__.get("forward")
+        if forward is None or _is_own(layer, forward) or "_hf_hook" in layer.__dict__:
+            continue
+        raise StateError(
+            f"{name!r} cannot be made plain: its forward was replaced on the instance after inject, and would go past "
+            f"the plain layer; restore it with `del module.forward`, and replace it afterwards"
+        )
+
+
 def _is_packed(module: nn.Module) -> bool:
     """Whether `module` is one of the linear layers that torch.ao.quantization puts in place."""
     kind = type(module)

@@ -13,7 +13,7 @@ from torch import nn
 from slora import sharded
 from slora.config import SelectiveLoRAConfig, matches_pattern
 from slora.errors import ConfigError, SkippedLayerWarning, StateError, TargetError
-from slora.fitting import refuse_parametrized
+from slora.fitting import refuse_parametrized, refuse_replaced_forward
 from slora.gate import GateMirror
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
 from slora.layers.reading import ReadLinear, unwatch, watch
@@ -266,6 +266,7 @@ def unload(model: Model) -> Model:
                 f"{merged[0]!r} is merged; call slora.unmerge(model) first, or slora.merge_and_unload(model)"
             )
         refuse_parametrized(dict(adapted_layers(model)))
+        refuse_replaced_forward(dict(adapted_layers(model)))
         for module in model.modules():
             unwatch(module)
         swap(model, {layer: layer.plain() for layer in layers})

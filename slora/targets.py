@@ -173,7 +173,7 @@ def _no_linear(
 ) -> TargetError:
     kind = type(unwrapped(model)).__name__
     for name, reason in reasons.items():
-        return TargetError(f"{kind} has no linear layer that can be adapted; of {name!r}, {reason}")
+        return TargetError(f"{kind} has no linear layer that can be adapted; {name!r} cannot: {reason}")
     if fit(unwrapped(model)).kind is not None:
         return TargetError(
             f"the model is itself a {kind}, and cannot be replaced in place; wrap it first, as in "

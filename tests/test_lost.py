@@ -252,3 +252,18 @@ def test_saving_pruned_matrices_is_refused_and_pruned_base_weights_are_not(tmp_p
     prune.l1_unstructured(model[0].k, "lora_A", 0.5)
     with pytest.raises(StateError, match=r"the last step would be lost: lora_A of '0.k' is pruned at each call"):
         slora.save_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("undo", [slora.unload, slora.merge_and_unload])
+def test_a_forward_that_was_put_on_a_layer_is_refused_before_any_change(undo: Callable[[nn.Module], nn.Module]) -> None:
+    model, x = trained(), torch.randn(3, 8)
+    forward = model[0].k.forward
+    model[0].k.forward = lambda x: 2 * forward(x)
+    expected = model(x)
+    with pytest.raises(
+        StateError, match=r"'0.k' cannot be made plain: its forward was replaced .* `del module.forward`"
+    ):
+        undo(model)
+    assert torch.equal(model(x), expected)
+    del model[0].k.forward
+    assert not list(adapted_layers(undo(model)))

@@ -98,7 +98,7 @@ def test_a_reader_of_weights_with_a_hook_of_accelerate_sees_the_blocks(randomise
 def test_weights_that_accelerate_offloads_are_refused() -> None:
     accelerate = pytest.importorskip("accelerate")
     model = accelerate.cpu_offload(mlp(), execution_device="cpu")
-    with pytest.raises(TargetError, match=r"of '0', accelerate offloads its weights; load the model without"):
+    with pytest.raises(TargetError, match=r"'0' cannot: accelerate offloads its weights; load the model without"):
         slora.inject(model, Config(r=2))
 
 

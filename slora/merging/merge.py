@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from slora import sharded
 from slora.adapter_tensors import refuse_not_finite
 from slora.errors import ConfigError, StateError, UnfinishedSelectionWarning
-from slora.fitting import refuse_parametrized
+from slora.fitting import refuse_parametrized, refuse_replaced_forward
 from slora.gate import gate_values, reread, version
 from slora.inject import Injection, refuse_layer, unload
 from slora.layers import LoRABlocks, adapted_layers
@@ -142,6 +142,7 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
         layers = _adapted(model)
         refuse_layer(model)
         refuse_parametrized(layers)
+        refuse_replaced_forward(layers)
         record = getattr(unwrapped(model), "_slora", None)
         if isinstance(record, Injection):
             refuse_not_finite(record.saved.tensors(model), record.saved.buffers(model))
