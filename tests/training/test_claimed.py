@@ -79,8 +79,8 @@ def test_a_killed_run_holds_its_folder_no_longer_although_its_reading_processes_
     fork = """
 with claimed(Path({!r})):
     if os.fork() == 0:
+        print('held', flush=True)
         time.sleep(60)
-    print('held', flush=True)
     input()
 """
     with elsewhere(fork.format(str(tmp_path))) as other:
