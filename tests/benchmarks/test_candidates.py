@@ -17,6 +17,9 @@ from benchmarks.contenders.peers import Missing
 from benchmarks.proof.workers import NO_TIME, Workers
 from slora.ops.backends import triton
 
+# Processes that are started: once is enough.
+pytestmark = pytest.mark.slow
+
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET", "0") != "1" or torch.cuda.is_available(), reason="runs the kernels interpreted"
 )

@@ -26,6 +26,9 @@ from benchmarks.proof import parts, process
 from benchmarks.record import RESULTS, BenchmarkError, read_result
 from benchmarks.settings import Settings
 
+# Processes that are started: once is enough.
+pytestmark = pytest.mark.slow
+
 # Each of these tools is replaced by a program that finds the Python in its arguments and runs that.
 FAKE = """#!/bin/sh
 while [ "${1##*python*}" ]; do shift; done

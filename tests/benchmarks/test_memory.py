@@ -18,6 +18,9 @@ from benchmarks.contenders.peers import Missing
 from benchmarks.proof.process import ROOT
 from benchmarks.record import BenchmarkError
 
+# Processes that are started: once is enough.
+pytestmark = pytest.mark.slow
+
 
 def _allocates(mib: int) -> float:
     if not all(library in sys.modules for library in memory.LIBRARIES):

@@ -17,6 +17,9 @@ from slora import CheckpointError
 from slora.training import run
 from slora.training.recorder import read_metrics
 
+# Processes that are started: once is enough.
+pytestmark = pytest.mark.slow
+
 # Products of about a hundred terms in six layers, and as many in the backward, rounded to 2^-24 each, over six steps.
 ROUNDING = 2**-24 * 2 * 6 * 10 * 6
 SETTINGS: dict[str, Any] = {
