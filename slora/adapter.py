@@ -32,6 +32,7 @@ from slora.errors import (
     StateError,
     UnfinishedSelectionWarning,
     UnsavedParameterWarning,
+    listed,
 )
 from slora.files import json_text, text_writer, write_together
 from slora.gate import reread
@@ -105,7 +106,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         )
     forgotten = unsaved(model, record.saved)
     if forgotten:
-        named = ", ".join(map(repr, forgotten[:5])) + (f" and {len(forgotten) - 5} more" if len(forgotten) > 5 else "")
+        named = listed(forgotten)
         warnings.warn(
             f"not all that requires gradients is saved in {folder}; missing: {named}. Name it "
             f"in modules_to_save of the config that slora.inject gets, or freeze it",

@@ -6,6 +6,8 @@ Every class derives from `SLoRAError` and from the builtin that a caller would e
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class SLoRAError(Exception):
     """Base class of all errors raised by slora."""
@@ -90,3 +92,9 @@ class NonFiniteLossError(SLoRAError, FloatingPointError):
     def __init__(self, message: str, diverged: bool = True) -> None:
         super().__init__(message)
         self.diverged = diverged
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return names for a message, quoted: the first `most`, and how many more there are."""
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slora.config import SelectiveLoRAConfig
-from slora.errors import ReplacedLayerWarning, StateError, UntrainedLayerWarning
+from slora.errors import ReplacedLayerWarning, StateError, UntrainedLayerWarning, listed
 from slora.fitting import computed
 from slora.inject import Injection, injection
 from slora.layers import LoRABlocks
@@ -28,7 +28,7 @@ def warn_of_lost(model: nn.Module, layers: Mapping[str, LoRABlocks], stacklevel:
     if replaced:
         first, kind = next(iter(replaced.items()))
         warnings.warn(
-            f"{_listed(replaced)} adapted by slora.inject, but replaced since ({first!r} is {kind} now): what was "
+            f"{_were(replaced)} adapted by slora.inject, but replaced since ({first!r} is {kind} now): what was "
             f"trained there is lost. Replace layers, resize embeddings and fuse projections before slora.inject",
             ReplacedLayerWarning,
             stacklevel=stacklevel + 1,
@@ -38,7 +38,7 @@ def warn_of_lost(model: nn.Module, layers: Mapping[str, LoRABlocks], stacklevel:
         for name in untrained:
             layers[name]._named = True
         warnings.warn(
-            f"{_listed(untrained)} adapted and active, but not trained: B is still zero, because no forward of the "
+            f"{_were(untrained)} adapted and active, but not trained: B is still zero, because no forward of the "
             f"training reached the layer or no gradient came back. List what is not used in exclude_modules",
             UntrainedLayerWarning,
             stacklevel=stacklevel + 1,
@@ -134,6 +134,5 @@ def _read(flags: Mapping[str, Tensor]) -> list[bool]:
     return read
 
 
-def _listed(names: Mapping[str, str] | list[str]) -> str:
-    some = ", ".join(map(repr, list(names)[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{some} {'was' if len(names) == 1 else 'were'}"
+def _were(names: Mapping[str, str] | list[str]) -> str:
+    return f"{listed(names)} {'was' if len(names) == 1 else 'were'}"

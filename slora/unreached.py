@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from slora.errors import UntrainedLayerWarning
+from slora.errors import UntrainedLayerWarning, listed
 from slora.gate import Gated, mirrors, unmoved
 from slora.sharded import is_sharded
 
@@ -42,9 +42,8 @@ def _warn(layers: Iterable[Gated]) -> None:
         return
     for layer in left:
         layer._named = True
-    names = [repr(layer._name) if layer._name else f"a {type(layer).__name__}" for layer in left]
-    some = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    count = f"{len(names)} adapted and active layer{'' if len(names) == 1 else 's'}"
+    some = listed(layer._name or f"a {type(layer).__name__}" for layer in left)
+    count = f"{len(left)} adapted and active layer{'' if len(left) == 1 else 's'}"
     warnings.warn(
         f"{count} got no gradient for the first optimizer step: {some}. No forward reached them, or their weight was "
         f"read in a way that slora does not see. Call the layer, or read `self.<layer>.weight` in the forward of the "

@@ -191,12 +191,6 @@ class LoRABlocks(Gated):
         """The factor `c` in front of every update."""
         return scaling_of(self.lora_alpha, self.r, self.use_rslora)
 
-    def replace_base_weight(self, data: Tensor) -> None:
-        """Make `data` what the base weight holds; the parameter stays the same."""
-        self.base_weight.data = data
-        self._cast.clear()
-        self._ready = None
-
     @torch.no_grad()
     def merged_weight(self, scale: float = 1.0) -> Tensor:
         """Return a new `[N, K]` tensor `W + scale * c * B @ A` over the active blocks, in the dtype of `W`.
