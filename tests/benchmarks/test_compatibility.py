@@ -144,7 +144,8 @@ def test_what_slora_refuses_is_said_in_its_words_and_what_fails_by_itself_is_not
     assert row["reason"].startswith("inject: the model is adapted already")
     row = examine(lambda: Subject("too narrow", nn.Sequential(nn.Linear(3, 4)), (torch.randn(2, 5),)), tmp_path)
     assert row["verdict"] == "skipped"
-    assert row["reason"].startswith("the base model alone: RuntimeError: mat1 and mat2 shapes cannot be multiplied")
+    assert row["reason"].startswith("the base model alone: RuntimeError: ")
+    assert "mat1 and mat2 shapes cannot be multiplied" in row["reason"]
 
 
 def test_one_that_crashes_or_hangs_is_a_row_and_the_others_have_their_turn(
