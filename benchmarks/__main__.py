@@ -1,7 +1,4 @@
-"""`python -m benchmarks`: run, list, report, compare, bars, compatibility, gpu.
-
-Nothing above `main` imports torch, so that an interrupt in the second that this takes is answered like any other.
-"""
+"""`python -m benchmarks`: run, list, report, compare, bars, compatibility, gpu."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-# Of a run that is interrupted before it has measured anything that it keeps.
-NOTHING_WRITTEN = "nothing was written for the case in progress"
+COMMIT = "what to record as the commit where the source is no git repository"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,18 +24,18 @@ def parser() -> argparse.ArgumentParser:
     grid = run.add_mutually_exclusive_group()
     grid.add_argument("--full", dest="grid", action="store_const", const="full", help="the whole grid; hours on a CPU")
     grid.add_argument("--quick", dest="grid", action="store_const", const="quick", help="one point of every kind")
-    grid.add_argument("--grid", help=argparse.SUPPRESS)
+    grid.add_argument("--grid", choices=("tiny", "quick", "default", "full"), help=argparse.SUPPRESS)
     # Of several actions for one name argparse takes the default of the first.
     run.set_defaults(grid="default")
-    run.add_argument("--rounds", type=int, help="repetitions of every contender (default: what suits the case)")
-    run.add_argument("--only", nargs="+", action="extend", default=[], metavar="PART", help="parts of contender names")
+    run.add_argument("--rounds", type=int, help="repetitions of every implementation (default: what suits the case)")
+    run.add_argument("--only", nargs="+", action="extend", default=[], metavar="PART", help="parts of their names")
     run.add_argument("--threads", type=int, help="threads of PyTorch on the CPU (default: its own choice)")
     run.add_argument(
         "--seconds", type=float, help="begin no new point of a case after this time; its first is measured in any case"
     )
     run.add_argument("--out", type=Path, help="folder to write into (default: benchmarks/results/<device>)")
     run.add_argument("--keep-partial", action="store_true", help="write after every point, marked incomplete")
-    run.add_argument("--commit", help="what to record as the commit where the source is no git repository")
+    run.add_argument("--commit", help=COMMIT)
 
     commands.add_parser("list", help="name the cases")
 
@@ -51,11 +48,11 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
 
-    bars = commands.add_parser("bars", help="the bars of bars.toml, met, missed or not measured")
+    bars = commands.add_parser("bars", help="the targets of bars.toml, met, missed or not measured")
     bars.add_argument("--results", type=Path, help="a folder of result files of one device (default: results/*)")
 
     census = commands.add_parser(
-        "compatibility", help="which architectures slora adapts rightly: docs/compatibility.md"
+        "compatibility", help="which architectures slora adapts correctly: docs/compatibility.md"
     )
     census.add_argument("names", nargs="*", metavar="NAME", help="a library, a family, library/family or a part of it")
     census.add_argument("--quick", action="store_true", help="a few of every kind")
@@ -63,14 +60,14 @@ def parser() -> argparse.ArgumentParser:
     census.add_argument("--seconds", type=float, default=600, help="after which one is ended (default 600)")
     census.add_argument("--out", type=Path, help="folder to write into (default of the whole: benchmarks/results)")
 
-    gpu = commands.add_parser("gpu", help="the proof on a GPU: build, kernels, cases, tests, sanitizer, profile")
+    gpu = commands.add_parser("gpu", help="validation on a GPU: build, kernels, cases, tests, sanitizer, profile")
     gpu.add_argument(
         "stage", nargs="?", choices=("first", "second"),
         help="first: build, candidates, linear, merge (4 minutes); second: train steps, tests, profile (7 minutes); "
         "without it all parts (9 minutes)",
     )  # fmt: skip
     gpu.add_argument("--out", type=Path, help="folder to write into (default: benchmarks/results/<device>)")
-    gpu.add_argument("--commit", help="what to record as the commit where the source is no git repository")
+    gpu.add_argument("--commit", help=COMMIT)
     gpu.add_argument(
         "--seconds", type=float, help="all the time there is, its start included (default 240, 400, or 530 of all)"
     )
@@ -80,106 +77,82 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Obey the command line; return the exit code: 2 for what the user can mend, 1 where a case or a text is wrong."""
-    args = argparse.Namespace(command="")
-    try:
-        parser().parse_args(arguments, args)
-        return _obey(args)
-    except KeyboardInterrupt as interrupt:
-        kept = str(interrupt) or (NOTHING_WRITTEN if args.command == "run" else "")
-        print(f"\nbenchmarks: interrupted{kept and f'; {kept}'}", file=sys.stderr)
-        return 2
-
-
-def _obey(args: argparse.Namespace) -> int:
+    """Run the command line; return the exit code: 2 for what the user can change, 1 where a case or a text is wrong."""
+    args = parser().parse_args(arguments)
     if getattr(args, "commit", None):
         os.environ["SLORA_COMMIT"] = args.commit
-    from benchmarks.record import BenchmarkError
+    from benchmarks.results import BenchmarkError
     from slora.errors import WriteError
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is _end:
-            signal.signal(number, signal.default_int_handler)
     try:
         return COMMANDS[args.command](args)
     except (BenchmarkError, WriteError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        print("\nbenchmarks: interrupted; only what --keep-partial wrote is there", file=sys.stderr)
+    return 2
 
 
 def _run(args: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks.record import BenchmarkError, read_result
-    from benchmarks.registry import CASES, find
-    from benchmarks.running import CaseFailed, run_case, show
-    from benchmarks.settings import COMPARABLE_ROUNDS, GRIDS, Settings, process_began
+    from benchmarks.results import CASES, BenchmarkError, Settings, find, process_began, read_result, run_case
+    from benchmarks.timing import COMPARABLE_ROUNDS, first_line
     from slora.errors import WriteError
 
     if args.threads is not None:
         if args.threads < 1:
             raise BenchmarkError(f"--threads {args.threads} is not a positive number")
         torch.set_num_threads(args.threads)
-    if args.grid not in GRIDS:
-        raise BenchmarkError(f"--grid {args.grid!r} is unknown; there are {', '.join(GRIDS)}")
-    measured = {name: case for name, case in CASES.items() if args.device in case.devices}
-    asked = [name for word in args.case for name in (measured if word == "all" else [word])]
-    cases = [find(name) for name in dict.fromkeys(asked)]
-    # A GPU that is not there is of no interest to a case that needs none.
-    for case in cases if measured else ():
-        case.require_device(args.device)
-    # Refuses what it does not know before anything is chosen by it.
-    Settings(args.device, args.grid, args.rounds, seconds=args.seconds)
-    partial = _less_than_whole(args, COMPARABLE_ROUNDS)
-    if args.out is None and partial:
-        raise BenchmarkError(
-            f"{partial} needs --out: results that everyone reads are whole, with {COMPARABLE_ROUNDS} repetitions at "
-            "least"
-        )
-    code, faults = 0, []
-    try:
-        for i, case in enumerate(cases):
-            settings = Settings(args.device, args.grid, args.rounds, tuple(args.only), args.seconds)
-            if i == 0:
-                # What Python and torch need to start is the first case's.
-                settings.started = process_began()
-            try:
-                path = run_case(case, settings, args.out, args.keep_partial)
-                show(read_result(path)["rows"])
-                print(path)
-            # The other cases do not depend on this one.
-            except (BenchmarkError, WriteError) as error:
-                faults.append(str(error))
-                code = code or 2
-            except CaseFailed as error:
-                faults.append(str(error))
-                code = 1
-    finally:
-        for fault in dict.fromkeys(faults):
-            print(f"benchmarks: {fault}", file=sys.stderr)
+    partial = {
+        "--only": args.only,
+        f"the {args.grid} grid": args.grid in ("tiny", "quick"),
+        "--seconds": args.seconds is not None,
+        "--keep-partial": args.keep_partial,
+        f"--rounds {args.rounds}": args.rounds is not None and args.rounds < COMPARABLE_ROUNDS,
+    }
+    if args.out is None and any(partial.values()):
+        option = next(option for option in partial if partial[option])
+        raise BenchmarkError(f"{option} needs --out; results/ holds whole runs of {COMPARABLE_ROUNDS} or more rounds")
+    measured = [name for name, case in CASES.items() if args.device in case.devices]
+    names = [name for word in args.case for name in (measured if word == "all" else [word])]
+    code, errors = 0, []
+    for i, case in enumerate([find(name) for name in dict.fromkeys(names)]):
+        settings = Settings(args.device, args.grid, args.rounds, tuple(args.only), args.seconds)
+        if i == 0:
+            # The start of Python and torch counts as time of the first case.
+            settings.started = process_began()
+        # The other cases do not depend on one that fails.
+        try:
+            path = run_case(case, settings, args.out, args.keep_partial)
+            for row in read_result(path)["rows"]:
+                point = " ".join(f"{key}={value}" for key, value in row["point"].items())
+                print(f"{point:58} {row['contender']:38} {_headline(row)}")
+            print(path)
+        except (BenchmarkError, WriteError) as error:
+            errors.append(str(error))
+            code = code or 2
+        except Exception as error:
+            errors.append(f"case {case.name!r} failed: {first_line(error)}")
+            code = 1
+    for message in errors:
+        print(f"benchmarks: {message}", file=sys.stderr)
     return code
 
 
-def _less_than_whole(args: argparse.Namespace, comparable: int) -> str | None:
-    """What on the command line makes a result a part of the whole; `comparable` repetitions are none."""
-    return next(
-        (
-            name
-            for name, partial in (
-                ("--only", bool(args.only)),
-                (f"the {args.grid} grid", args.grid in ("tiny", "quick")),
-                ("--seconds", args.seconds is not None),
-                ("--keep-partial", args.keep_partial),
-                (f"--rounds {args.rounds}", args.rounds is not None and args.rounds < comparable),
-            )
-            if partial
-        ),
-        None,
-    )
+def _headline(row: dict[str, Any]) -> str:
+    from benchmarks.results import median
+
+    for state in ("skipped", "failed", "refused"):
+        if state in row:
+            return f"{state}: {row[state]}"
+    name = next((n for n in ("seconds", "forward_backward", "device_seconds", "peak_memory_mib") if n in row), None)
+    value = median(row[name]) if name else None
+    return "" if value is None else f"{value:.5g} MiB" if name == "peak_memory_mib" else f"{1e3 * value:.4g} ms"
 
 
 def _list(args: argparse.Namespace) -> int:
-    from benchmarks.registry import CASES
+    from benchmarks.results import CASES
 
     for case in CASES.values():
         print(f"{case.name:13} {case.summary} ({', '.join(case.devices)})")
@@ -200,7 +173,7 @@ def _report(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from benchmarks import compare
-    from benchmarks.record import BenchmarkError, read_result
+    from benchmarks.results import BenchmarkError, read_result
 
     results = [read_result(path) for path in (args.before, args.after)]
     for path, result in zip((args.before, args.after), results, strict=True):
@@ -219,7 +192,7 @@ def _bars(args: argparse.Namespace) -> int:
 
 def _compatibility(args: argparse.Namespace) -> int:
     from benchmarks.compatibility import census
-    from benchmarks.record import RESULTS, BenchmarkError, require_writable
+    from benchmarks.results import RESULTS, BenchmarkError, require_writable
 
     for option, value in (("--jobs", args.jobs), ("--seconds", args.seconds)):
         if not value > 0:
@@ -249,15 +222,8 @@ COMMANDS = {
 }
 
 
-def _end(*_: object) -> None:
-    """End the process at once: an exception in the midst of the import of torch or NumPy would be swallowed there."""
-    os.write(2, b"\nbenchmarks: interrupted; nothing was written\n")
-    os._exit(2)
-
-
 if __name__ == "__main__":
     # `timeout` and others who end a process politely are answered as Ctrl-C is; what the caller ignores stays ignored.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _end)
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.compiled import Report, Variant, compiled, mismatches
-from benchmarks.record import RESULTS
+from benchmarks.results import RESULTS
 from slora.files import write_text
 
 KERNELS = Path(__file__).parents[1] / "kernels"

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.record import NOT_MEASURED, RESULTS, BenchmarkError, median, read_result, results_in, source
-from benchmarks.schema import TIMES
+from benchmarks.results import NOT_MEASURED, RESULTS, TIMES, BenchmarkError, median, read_result, results_in, source
 
 # How a limit is spelled in the file, in a line and in a table, and what it asks.
 SIGNS = {

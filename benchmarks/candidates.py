@@ -41,8 +41,7 @@ from torch import Tensor
 
 from benchmarks.contenders.layer import SCALING, THRESHOLD, Problem, Shape, errors
 from benchmarks.proof.workers import NO_TIME, Outcome, Workers
-from benchmarks.record import environment, folder_name, write_result
-from benchmarks.settings import process_began
+from benchmarks.results import environment, folder_name, process_began, write_result
 from benchmarks.timing import ieee_fp32
 from slora.ops.backends import Needs, autotune
 from slora.ops.backends.triton import Form, Forward, InputGradient, Operation, WeightGradients

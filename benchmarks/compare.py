@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
-from benchmarks.record import BenchmarkError, median, source
+from benchmarks.results import BenchmarkError, median, source
 
 # Measures that are times, memory, or counts; the rest follows from them.
 MEASURES = ("seconds", "device_seconds", "forward", "forward_backward", "eager", "peak_memory_mib", "added_memory_mib",

@@ -33,8 +33,7 @@ import torch
 from benchmarks import bars
 from benchmarks.proof import parts
 from benchmarks.proof.process import Proof, State, environ_of, machine
-from benchmarks.record import RESULTS, BenchmarkError, environment, folder_name, require_writable
-from benchmarks.settings import process_began
+from benchmarks.results import RESULTS, BenchmarkError, environment, folder_name, process_began, require_writable
 
 # Of all parts without a stage, and of each stage.
 SECONDS: dict[str | None, float] = {None: 530.0, "first": 240.0, "second": 400.0}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.ceilings import Ceilings, on_record
-from benchmarks.record import write_result
+from benchmarks.results import write_result
 
 ROOT = Path(__file__).parents[1]
 DTYPES = {"0": "fp32", "1": "bf16", "2": "fp16"}

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.contenders.peers import need
-from benchmarks.record import BenchmarkError
+from benchmarks.results import BenchmarkError, need
 
 Inputs = tuple[Tensor, ...]
 

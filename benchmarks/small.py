@@ -15,7 +15,7 @@ import torch
 
 import slora
 from benchmarks.contenders.layer import CONTENDERS, Problem, Shape, mistake
-from benchmarks.record import BenchmarkError
+from benchmarks.results import BenchmarkError
 from benchmarks.timing import ieee_fp32
 
 KERNELS = "slora, triton"

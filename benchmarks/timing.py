@@ -22,12 +22,15 @@ from typing import Any, TypeVar
 import torch
 
 import slora
-from benchmarks.settings import COMPARABLE_ROUNDS
 
 Call = Callable[[], Any]
 Result = TypeVar("Result")
 WARM_UP = 3
 ORDER_SEED = 0
+# The fewest repetitions that have a spread.
+FEWEST_ROUNDS = 3
+# The fewest of which `compare` can tell a change from noise: a time limit cuts no repetition before it.
+COMPARABLE_ROUNDS = 5
 # Cycles of a GPU's clock in a second, rounded up.
 CLOCK = 2e9
 

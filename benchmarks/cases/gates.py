@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.cases import train_step
-from benchmarks.settings import Settings
+from benchmarks.results import Settings
 
 CONTENDERS = [
     "head only",

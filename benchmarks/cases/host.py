@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 import slora
 from benchmarks.contenders.layer import _AddmmLinear
-from benchmarks.contenders.peers import need, reason_in, reasons_in
-from benchmarks.record import spread
-from benchmarks.settings import Settings
+from benchmarks.results import Settings, need, reason_in, spread
 from benchmarks.timing import Call, interleaved
 
 RANK = 4
@@ -143,7 +141,7 @@ def measure(M: int, K: int, N: int, names: list[str], settings: Settings) -> lis
     point = {"M": M, "K": K, "N": N, "r": RANK, "dtype": "fp32"}
     rows: dict[str, dict[str, Any]] = {name: {"point": point, "contender": name} for name in names}
     number = CALLS if M * K < 1000 else 1
-    with reasons_in(rows):
+    with reason_in(*rows.values()):
         calls: dict[str, list[Call]] = {}
         for name in names:
             with reason_in(rows[name]):

@@ -23,10 +23,9 @@ from benchmarks import counting
 from benchmarks.cases import train_step
 from benchmarks.contenders.exact import Truth, output_mistake
 from benchmarks.contenders.model import RANK, with_peft, with_slora
-from benchmarks.contenders.peers import reason_in, reasons_in
 from benchmarks.models import Inputs, Model, find, randomise_updates
-from benchmarks.record import spread
-from benchmarks.settings import DTYPES, Settings
+from benchmarks.results import Settings, reason_in, spread
+from benchmarks.roofline import DTYPES
 from benchmarks.timing import Call, first_line, interleaved, release, rotation
 
 
@@ -82,7 +81,7 @@ def measure(settings: Settings, ceilings: dict[str, Any], model: Model, batch: i
     rows: dict[str, dict[str, Any]] = {n: {"point": point, "contender": n} for n in CONTENDERS if settings.wanted(n)}
     if not rows:
         return []
-    with reasons_in(rows):
+    with reason_in(*rows.values()):
         contest(settings, ceilings, model, batch, dtype, rows)
     release(settings.device)
     print(f"  {model.name} batch {batch} {dtype}", file=sys.stderr, flush=True)

@@ -23,9 +23,7 @@ import slora
 from benchmarks import counting
 from benchmarks.contenders import forms
 from benchmarks.contenders.layer import CONTENDERS, FROZEN, PINNED, Layer, Problem, Shape, mistake
-from benchmarks.contenders.peers import reason_in, reasons_in
-from benchmarks.record import spread
-from benchmarks.settings import Settings
+from benchmarks.results import Settings, reason_in, spread
 from benchmarks.timing import interleaved, release, rotation
 
 SHAPES = [(768, 768), (768, 2304), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (1280, 5120), (4096, 4096)]
@@ -98,7 +96,7 @@ def measure(
     if not wanted:
         return []
     rows: dict[str, dict[str, Any]] = {name: {"point": point.point, "contender": name} for name in wanted}
-    with reasons_in(rows):
+    with reason_in(*rows.values()):
         contest(point, settings, ceilings, rows, inference)
     print(f"  linear {' '.join(f'{k}={v}' for k, v in point.point.items())}", file=sys.stderr, flush=True)
     return list(rows.values())

@@ -19,10 +19,9 @@ import torch
 import slora
 from benchmarks import counting
 from benchmarks.contenders import memory, merge
-from benchmarks.contenders.peers import Missing, reasons_in
-from benchmarks.record import BenchmarkError, spread
-from benchmarks.settings import COMPARABLE_ROUNDS, DTYPES, Settings
-from benchmarks.timing import ORDER_SEED, first_line, release
+from benchmarks.results import BenchmarkError, Missing, Settings, reason_in, spread
+from benchmarks.roofline import DTYPES
+from benchmarks.timing import COMPARABLE_ROUNDS, ORDER_SEED, first_line, release
 
 CONTENDERS = merge.NAMES
 Result = TypeVar("Result")
@@ -66,7 +65,7 @@ def measure(settings: Settings, ceilings: dict[str, Any], model: str, dtype: str
     rows: dict[str, dict[str, Any]] = {
         name: {"point": point, "contender": name} for name in CONTENDERS if settings.wanted(name)
     }
-    with reasons_in(rows):
+    with reason_in(*rows.values()):
         contest = Contest(settings, model, dtype, rank, rows)
         contest.check()
         contest.time()

@@ -16,8 +16,7 @@ from typing import Any
 from benchmarks import counting
 from benchmarks.cases import linear
 from benchmarks.contenders.layer import FROZEN, Shape
-from benchmarks.record import spread
-from benchmarks.settings import Settings
+from benchmarks.results import Settings, spread
 
 K, N = 768, 3072
 BLOCKS = 16

@@ -15,8 +15,7 @@ from benchmarks.contenders import memory
 from benchmarks.contenders.model import CONTENDERS, RANK
 from benchmarks.contenders.step import Step, dtype_of
 from benchmarks.models import find
-from benchmarks.record import BenchmarkError
-from benchmarks.settings import Settings
+from benchmarks.results import BenchmarkError, Settings
 
 
 def grid(settings: Settings) -> list[tuple[str, int, str]]:

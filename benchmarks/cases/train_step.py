@@ -24,11 +24,9 @@ import slora
 from benchmarks import counting
 from benchmarks.contenders.exact import Truth, output_mistake, step_mistake
 from benchmarks.contenders.model import CONTENDERS, RANK
-from benchmarks.contenders.peers import reason_in, reasons_in
 from benchmarks.contenders.step import Step, dtype_of
 from benchmarks.models import Inputs, Model, find, randomise_updates
-from benchmarks.record import spread
-from benchmarks.settings import Settings
+from benchmarks.results import Settings, reason_in, spread
 from benchmarks.timing import Call, first_line, interleaved, release, rotation
 
 LEFT_TO_GATES = "slora, few active, exact"
@@ -116,7 +114,7 @@ def measure(
     rows: dict[str, dict[str, Any]] = {c: {"point": point, "contender": c} for c in contenders if settings.wanted(c)}
     if not rows:
         return []
-    with reasons_in(rows):
+    with reason_in(*rows.values()):
         contest(settings, ceilings, model, batch, precision, mode, rows)
     torch._dynamo.reset()
     release(settings.device)

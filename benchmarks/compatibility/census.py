@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.compatibility.architectures import architectures, build
 from benchmarks.compatibility.examination import Row, examine
-from benchmarks.record import BenchmarkError, write_result
+from benchmarks.results import BenchmarkError, write_result
 from slora.names import near
 
 Name = tuple[str, str]

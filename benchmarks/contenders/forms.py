@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders.peers import Missing
+from benchmarks.results import Missing
 from benchmarks.timing import captured
 from slora.ops.backends import autotune, triton
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import slora
 from benchmarks.contenders import forms
-from benchmarks.contenders.peers import Missing, need
-from benchmarks.settings import DTYPES
+from benchmarks.results import Missing, need
+from benchmarks.roofline import DTYPES
 from benchmarks.timing import captured
 from slora import reference
 from slora.ops import dispatch

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contenders.peers import Missing, need
-from benchmarks.record import BenchmarkError
+from benchmarks.results import BenchmarkError, Missing, need
 from benchmarks.timing import first_line
 
 # Every process imports all of these, whoever is measured in it: no contender is charged for what it imports.

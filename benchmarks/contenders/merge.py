@@ -20,8 +20,8 @@ from torch.profiler import DeviceType
 
 import slora
 from benchmarks.contenders import memory
-from benchmarks.contenders.peers import need
-from benchmarks.settings import DTYPES
+from benchmarks.results import need
+from benchmarks.roofline import DTYPES
 from benchmarks.timing import between_events
 from slora.inject import unload
 from slora.layers import adapted_layers

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 import slora
-from benchmarks.contenders.peers import Missing, need
 from benchmarks.models import Model
+from benchmarks.results import Missing, need
 from slora.targets import targets
 
 RANK = 16

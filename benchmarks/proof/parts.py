@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.proof import process
 from benchmarks.proof.process import Proof, State, state_of
-from benchmarks.record import read_result
+from benchmarks.results import read_result
 from slora.merging.batched import serves
 
 # Of the time of a case: what is left to it to end the point that it is in before it is killed.

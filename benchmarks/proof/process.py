@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import folder_name, write_result
+from benchmarks.results import folder_name, write_result
 
 ROOT = Path(__file__).parents[2]
 State = dict[str, Any]

@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import BenchmarkError, read_result, source
 from benchmarks.report.tables import table
+from benchmarks.results import BenchmarkError, read_result, source
 
 # The verdicts of `compatibility/examination.py`, as README's sentence says them.
 SAID = {

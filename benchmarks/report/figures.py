@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import source
 from benchmarks.report import style
 from benchmarks.report.layer_figures import all_active, curve, curve_rows, draw_curve, draw_over_frozen, over_frozen
 from benchmarks.report.step_figure import draw_steps, step_rows, steps
 from benchmarks.report.summary import memory_beside
+from benchmarks.results import source
 from slora.files import write_atomically
 
 Results = dict[str, dict[str, Any]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.contenders import peers
+from benchmarks import results
 
 
 def need(package: str) -> Any:
@@ -13,4 +13,4 @@ def need(package: str) -> Any:
     Raises:
         Missing: it is not installed, or does not import.
     """
-    return peers.need(package, "the report needs it: pip install -e '.[train]' --no-build-isolation")
+    return results.need(package, "the report needs it: pip install -e '.[train]' --no-build-isolation")

@@ -15,10 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import NOT_MEASURED, BenchmarkError, read_result, results_in
-from benchmarks.registry import CASES
 from benchmarks.report import compatibility, summary, tables
 from benchmarks.report.packages import need
+from benchmarks.results import CASES, NOT_MEASURED, BenchmarkError, read_result, results_in
 from slora.files import write_text
 
 ROOT = Path(__file__).parents[2]
@@ -170,11 +169,11 @@ CPU.
 
 | to find | look in |
 |---|---|
-| the cases and their grids | `cases/`, listed in `registry.py` |
+| the cases and their grids | `cases/`, listed in `results.py` |
 | what is compared | `contenders/layer.py` (one layer), `contenders/model.py` (a model), `models.py` |
-| how a time is taken | `timing.py`, `ceilings.py` |
+| how a time is taken | `timing.py`, `roofline.py` |
 | FLOPs, bytes and the model of costs | `counting.py` |
-| the result files | `record.py`, `schema.py` (their form), `results/<device>/<case>.json` |
+| the result files | `results.py` (their form), `results/<device>/<case>.json` |
 | this page and the figures | `report/` |
 | the bars | `bars.toml` |
 | what slora works with | `compatibility/`; its page is [docs/compatibility.md](../docs/compatibility.md) |

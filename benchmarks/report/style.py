@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.record import median
 from benchmarks.report.packages import need
+from benchmarks.results import median
 
 # A contender's family by the start of its name. All seven colours stay apart for every kind of colour blindness
 # (CIE76 difference 28 at least, simulated after Machado et al. 2009).

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import bars
-from benchmarks.record import NOT_MEASURED, source
 from benchmarks.report.tables import Row, of, origin, ratio, repetitions, seconds, table
+from benchmarks.results import NOT_MEASURED, source
 
 
 def proof_tables(proof: dict[str, Any]) -> list[str]:

@@ -6,8 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.record import NOT_MEASURED, median, source
-from benchmarks.schema import TIMES
+from benchmarks.results import NOT_MEASURED, TIMES, median, source
 
 COMPULSORY = (
     '* "Compulsory MB" is a formula, the same for all (`counting.Compulsory`): parameters and inputs; in training also '

@@ -14,7 +14,7 @@ import torch
 
 import slora
 from benchmarks.contenders.layer import CONTENDERS, Problem, Shape, mistake
-from benchmarks.contenders.peers import Missing
+from benchmarks.results import Missing
 
 pytest.importorskip("pytest_benchmark")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

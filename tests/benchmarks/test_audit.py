@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import audit
 from benchmarks.ceilings import Ceilings, on_record
-from benchmarks.record import write_result
+from benchmarks.results import write_result
 
 
 def test_predictions_divide_by_measured_ceilings_where_there_are_any(tmp_path: Path) -> None:

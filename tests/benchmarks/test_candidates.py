@@ -13,8 +13,8 @@ import torch
 from benchmarks import candidates
 from benchmarks.contenders import forms
 from benchmarks.contenders.layer import CONTENDERS, Problem, Shape, mistake
-from benchmarks.contenders.peers import Missing
 from benchmarks.proof.workers import NO_TIME, Workers
+from benchmarks.results import Missing
 from slora.ops.backends import triton
 
 # Processes that are started: once is enough.

@@ -13,14 +13,12 @@ import torch
 from torch import nn
 
 import slora
-from benchmarks import ceilings, counting, models, running, timing
+from benchmarks import counting, models, results, roofline, timing
 from benchmarks.cases import inference, linear, scaling, train_step
 from benchmarks.cases import merge as merging
 from benchmarks.contenders import layer as layers
 from benchmarks.contenders.step import Step
-from benchmarks.record import BenchmarkError, read_result
-from benchmarks.registry import CASES, Case
-from benchmarks.settings import GRIDS, Settings
+from benchmarks.results import CASES, GRIDS, BenchmarkError, Case, Settings, read_result
 from slora.inject import unload
 
 CEILINGS = {"gemm_flops_per_s": {"fp32": 1e9, "bf16": 1e9}, "copy_bytes_per_s": 1e9}
@@ -75,13 +73,13 @@ def test_fp32_is_exact_in_every_product_of_a_case(tmp_path: Path, monkeypatch: p
         yield {"point": {"i": 0}, "contender": "a"}
 
     monkeypatch.setattr(Case, "load", lambda self: case)
-    monkeypatch.setattr(ceilings, "measure", lambda settings: {})
+    monkeypatch.setattr(roofline, "measure", lambda *args: {})
     switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = [switch.fp32_precision for switch in switches]
     try:
         for switch in switches:
             switch.fp32_precision = "tf32"
-        running.run_case(Case("own", ""), Settings("cpu", "tiny"), tmp_path)
+        results.run_case(Case("own", ""), Settings("cpu", "tiny"), tmp_path)
     finally:
         for switch, precision in zip(switches, before, strict=True):
             switch.fp32_precision = precision
@@ -197,10 +195,10 @@ def test_a_contender_that_fails_while_it_is_timed_costs_the_others_nothing_and_t
 
     monkeypatch.setitem(layers.CONTENDERS, "addmm function", fails_in_the_backward)
     monkeypatch.setattr(linear, "grid", lambda settings: [linear.shape(32, 48, 24, 4, dtype="fp32")])
-    monkeypatch.setattr(ceilings, "measure", lambda settings: CEILINGS)
+    monkeypatch.setattr(roofline, "measure", lambda *args: CEILINGS)
     settings = Settings("cpu", "tiny", rounds=5, only=("frozen", "addmm"))
-    with pytest.raises(BenchmarkError, match=r"a contender failed: addmm function at .*: RuntimeError: out of memory"):
-        running.run_case(CASES["linear"], settings, tmp_path)
+    with pytest.raises(BenchmarkError, match="an implementation failed: addmm function at"):
+        results.run_case(CASES["linear"], settings, tmp_path)
     result = read_result(tmp_path / "linear.json")
     rows = {row["contender"]: row for row in result["rows"]}
     assert rows["frozen F.linear"].keys() >= {"forward", "forward_backward"}

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import bars, compare
-from benchmarks.record import BenchmarkError, spread
-from benchmarks.schema import SCHEMA
+from benchmarks.results import SCHEMA, BenchmarkError, spread
 
 
 def _file(rows: list[dict[str, Any]], case: str = "linear", device: str = "nvidia-h200") -> dict[str, Any]:
@@ -261,7 +260,7 @@ def test_a_bar_that_says_something_else_is_refused(text: str, message: str, tmp_
 def test_every_bar_names_a_case_and_contenders_that_exist() -> None:
     from benchmarks.cases import host
     from benchmarks.contenders import layer, merge, model
-    from benchmarks.registry import CASES
+    from benchmarks.results import CASES
 
     names = {
         "host": set(host.CONTENDERS),

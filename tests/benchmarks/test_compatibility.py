@@ -18,9 +18,8 @@ from benchmarks import __main__ as command_line
 from benchmarks.compatibility import architectures, census
 from benchmarks.compatibility.examination import Row, examine
 from benchmarks.compatibility.subject import Subject
-from benchmarks.record import RESULTS, BenchmarkError, read_result
 from benchmarks.report import compatibility
-from benchmarks.schema import SCHEMA
+from benchmarks.results import RESULTS, SCHEMA, BenchmarkError, read_result
 from slora.layers import SelectiveLoRALinear
 
 

@@ -10,8 +10,8 @@ import slora
 from benchmarks import models
 from benchmarks.contenders import model as ways
 from benchmarks.contenders.exact import Truth, step_mistake
-from benchmarks.contenders.peers import Missing
 from benchmarks.contenders.step import PENALTY, Step, dtype_of
+from benchmarks.results import Missing
 
 pytest.importorskip("timm")
 PRECISIONS = ["fp32", "bf16", "amp"]

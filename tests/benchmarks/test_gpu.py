@@ -18,13 +18,12 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import bars, gpu, registry, running
+from benchmarks import bars, gpu, results
 from benchmarks.cases import linear, train_step
 from benchmarks.contenders import layer as layers
 from benchmarks.models import find
 from benchmarks.proof import parts, process
-from benchmarks.record import RESULTS, BenchmarkError, read_result
-from benchmarks.settings import Settings
+from benchmarks.results import RESULTS, BenchmarkError, Settings, read_result
 
 # Processes that are started: once is enough.
 pytestmark = pytest.mark.slow
@@ -299,9 +298,9 @@ def test_a_case_has_all_its_share_to_measure_and_measures_its_first_point_in_any
 ) -> None:
     """On a clock of its own: the start takes 5 s, or more than there is, and every point 3 s."""
     now = 0.0
-    monkeypatch.setattr("benchmarks.settings.time.monotonic", lambda: now)
-    monkeypatch.setattr("benchmarks.running.write_result", lambda *args: None)
-    monkeypatch.setattr("benchmarks.running.ceilings.measure", lambda settings: wait(start))
+    monkeypatch.setattr("benchmarks.results.time.monotonic", lambda: now)
+    monkeypatch.setattr("benchmarks.results.write_result", lambda *args: None)
+    monkeypatch.setattr("benchmarks.results.roofline.measure", lambda *args: wait(start))
     taken: list[float] = []
 
     def wait(seconds: float) -> dict[str, Any]:
@@ -319,12 +318,12 @@ def test_a_case_has_all_its_share_to_measure_and_measures_its_first_point_in_any
 
     def call(self: process.Proof, command: list[object], limit: float, **environ: str) -> tuple[int, str]:
         asked = command_line.parser().parse_args([str(word) for word in command[3:]])
-        running.run_case(registry.Case("own", ""), Settings("cpu", started=now, seconds=asked.seconds))
+        results.run_case(results.Case("own", ""), Settings("cpu", started=now, seconds=asked.seconds))
         return 0, ""
 
-    monkeypatch.setattr(registry.Case, "load", lambda self: grid)
+    monkeypatch.setattr(results.Case, "load", lambda self: grid)
     monkeypatch.setattr(process.Proof, "call", call)
-    cases = [part for part in gpu.PARTS if part.name in registry.CASES and part.share(stage)]
+    cases = [part for part in gpu.PARTS if part.name in results.CASES and part.share(stage)]
     assert len(cases) == {None: 6, "first": 2, "second": 1}[stage]
     for part in cases:
         limit = part.share(stage)
@@ -461,8 +460,8 @@ def test_a_case_needs_no_more_than_the_packages_that_the_proof_promises(tmp_path
     program = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked}))\n"
         "import benchmarks.candidates, benchmarks.gpu, benchmarks.small\n"
-        "from benchmarks import registry, __main__\n"
-        "for case in registry.CASES.values(): case.load()\n"
+        "from benchmarks import results, __main__\n"
+        "for case in results.CASES.values(): case.load()\n"
         "sys.exit(__main__.main(sys.argv[1:]))"
     )
     done = subprocess.run(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.contenders.layer import CONTENDERS, SCALING, Problem, Shape, mistake
-from benchmarks.contenders.peers import Missing
+from benchmarks.results import Missing
 
 SHAPES = [Shape(12, 18, 7, 3, active, blocks, "fp32") for active, blocks in ((1, 1), (0, 1), (2, 3), (0, 3))]
 SHAPES.append(Shape(12, 18, 7, 3, 1, 1, "bf16"))
@@ -95,7 +95,7 @@ def test_bytes_are_those_of_the_forms_that_were_chosen(monkeypatch: pytest.Monke
     from benchmarks import counting
     from benchmarks.cases.linear import measure
     from benchmarks.contenders import forms
-    from benchmarks.settings import Settings
+    from benchmarks.results import Settings
 
     monkeypatch.setattr(forms, "taken_by", lambda call, device: "split/cublas_after")
     ceilings = {"gemm_flops_per_s": {"fp32": 1e9}, "copy_bytes_per_s": 1e8}

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from benchmarks.contenders import memory
-from benchmarks.contenders.peers import Missing
 from benchmarks.proof.process import ROOT
-from benchmarks.record import BenchmarkError
+from benchmarks.results import BenchmarkError, Missing
 
 # Processes that are started: once is enough.
 pytestmark = pytest.mark.slow

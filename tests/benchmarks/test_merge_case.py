@@ -11,7 +11,7 @@ from torch import nn
 import slora
 from benchmarks.cases import merge as merging
 from benchmarks.contenders import merge
-from benchmarks.settings import Settings
+from benchmarks.results import Settings
 
 CEILINGS = {"gemm_flops_per_s": {"fp32": 1e9, "bf16": 1e9}, "copy_bytes_per_s": 1e9}
 VIT = "vit_tiny_patch16_224"

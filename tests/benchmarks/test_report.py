@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.record import RESULTS, BenchmarkError, spread
 from benchmarks.report import figures, layer_figures, page, step_figure, style, summary, tables
-from benchmarks.schema import SCHEMA, TIMES
+from benchmarks.results import RESULTS, SCHEMA, TIMES, BenchmarkError, spread
 
 TEXT = (
     "a\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nb\n<!-- train-step-table -->\n<!-- /train-step-table -->\n"

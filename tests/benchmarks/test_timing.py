@@ -8,8 +8,7 @@ import weakref
 import pytest
 import torch
 
-from benchmarks import ceilings, timing
-from benchmarks.settings import Settings
+from benchmarks import roofline, timing
 
 
 def test_contenders_take_turns_in_an_order_that_changes_and_is_the_same_in_every_run() -> None:
@@ -95,7 +94,7 @@ def test_inputs_that_a_call_itself_drives_out_are_not_rotated_and_the_reason_is_
 
 
 def test_ceilings_are_rates_of_this_machine() -> None:
-    found = ceilings.measure(Settings("cpu", "tiny"))
+    found = roofline.measure("cpu", "tiny", 3)
     assert set(found["gemm_flops_per_s"]) == {"fp32", "bf16"}
     assert all(rate > 1e6 for rate in [*found["gemm_flops_per_s"].values(), found["copy_bytes_per_s"]])
 

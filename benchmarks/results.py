@@ -1,0 +1,403 @@
+"""Result files: what a run measured, on what device, from which source; and running one case into one file.
+
+    {"schema": 2, "case": ..., "device": ..., "complete": true, "environment": {...}, "settings": {...},
+     "ceilings": {...}, "rows": [{"point": {...}, "contender": ..., <measures>}, ...]}
+
+A row is one implementation at one point of the case's grid. A measure is a number, or the spread of repetitions:
+{"median", "p20", "p80", "n", "values"}, of which older files lack "values". Times are in seconds. A row without times
+has a reason: "skipped" (it cannot run here), "failed" (it raised), or "refused" (its result was wrong). "ceilings" is
+the roofline that the run measured. `complete` is false where a run stopped before the end of its grid.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from benchmarks import roofline
+from benchmarks.timing import FEWEST_ROUNDS, ORDER_SEED, first_line, ieee_fp32, release
+from slora.files import write_json
+
+SCHEMA = 2
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+# What decides a measurement; of these folders the outputs of `run` and `report` are left out.
+SOURCES = ("slora", "kernels", "csrc", "benchmarks", "setup.py", "pyproject.toml")
+OUTPUTS = ("benchmarks/README.md", "benchmarks/figures", "benchmarks/results")
+PACKAGES = ("torch", "torchvision", "triton", "timm", "peft", "transformers", "open_clip_torch")
+NOT_MEASURED = "not measured"
+# Measures in seconds.
+TIMES = {"seconds", "device_seconds", "forward", "forward_backward", "eager"}
+
+Grid = Literal["tiny", "quick", "default", "full"]
+GRIDS: tuple[Grid, ...] = get_args(Grid)
+Row = dict[str, Any]
+
+
+class BenchmarkError(Exception):
+    """What the user can change: printed as one sentence, exit code 2."""
+
+
+class Missing(BenchmarkError):
+    """An implementation cannot run here; its rows are "skipped" with the reason."""
+
+
+def need(package: str, remedy: str = "install it, or leave out what needs it") -> Any:
+    """Import `package`.
+
+    Raises:
+        Missing: it is not installed, or does not import.
+    """
+    try:
+        return importlib.import_module(package)
+    except Exception as error:
+        # Not only ImportError: a package that does not fit this torch fails in many ways.
+        raise Missing(f"{package} cannot be imported ({first_line(error)}); {remedy}") from error
+
+
+@contextmanager
+def reason_in(*rows: Row) -> Iterator[None]:
+    """Catch what is raised inside, and put it as the reason into those of `rows` without a time or a reason."""
+    try:
+        yield
+    except Exception as error:
+        state, reason = ("skipped", str(error)) if isinstance(error, Missing) else ("failed", first_line(error))
+        for row in rows:
+            if not row.keys() & {"skipped", "failed", "refused", "seconds", "forward_backward"}:
+                row.update({state: reason})
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median and 20th and 80th percentile of `values`, their number, and themselves in their order."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
+    return {
+        "median": statistics.median(values), "p20": cuts[0], "p80": cuts[3], "n": len(values), "values": list(values)
+    }  # fmt: skip
+
+
+def median(measure: Any) -> float | None:
+    """The number of a measure, whether it is one or a spread; None of None."""
+    if isinstance(measure, Mapping):
+        return float(measure["median"])
+    return None if measure is None else float(measure)
+
+
+def environment(device: str | None = None) -> dict[str, Any]:
+    """Commit, versions, device and threads of this run. `device`: "cpu" or "cuda"; default: a GPU where there is one.
+
+    Where the source is no git repository the commit is what SLORA_COMMIT says, followed by "-dirty" if it was changed.
+    """
+    packages: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    commit, dirty = _commit()
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": packages,
+        "cuda": torch.version.cuda,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def source(environment: Mapping[str, Any]) -> str:
+    """The commit that was measured, in words."""
+    commit, dirty = environment["commit"], environment["dirty"]
+    if not commit:
+        return "unknown commit" + " with changes" * bool(dirty)
+    return f"commit {commit[:10]}" + (", perhaps with changes" if dirty is None else " with changes" * dirty)
+
+
+def device_name(device: str | None = None) -> str:
+    """The GPU's name, or the processor's. `device`: "cpu" or "cuda"; default: a GPU where there is one."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{name} ({torch.get_num_threads()} threads)"
+
+
+def folder_name(device: str) -> str:
+    """The folder of results for `device`: "cpu", or the GPU's name in lower case, such as "nvidia-h200"."""
+    return "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+
+
+def write_result(case: str, device: str, payload: dict[str, Any], folder: Path | None = None) -> Path:
+    """Write `<case>.json` into `folder`, by default `results/<device>`, atomically, and return its path."""
+    path = (RESULTS / device if folder is None else folder) / f"{case}.json"
+    header = {"schema": SCHEMA, "case": case, "device": device}
+    if "environment" not in payload:
+        header["environment"] = environment("cpu" if device == "cpu" else None)
+    write_json(path, {**header, **payload})
+    return path
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read a result file.
+
+    Raises:
+        BenchmarkError: it is missing, no JSON, or of another schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BenchmarkError(f"{path} does not exist; `python -m benchmarks run` writes result files") from None
+    except (OSError, ValueError) as error:
+        raise BenchmarkError(f"{path} is not readable JSON ({error}); run the case again") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise BenchmarkError(f"{path} has schema {schema!r}, this version reads {SCHEMA}; run the case again")
+    result: dict[str, Any] = content
+    return result
+
+
+def results_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """The result files with rows in `folder`, by the name of the case.
+
+    Raises:
+        BenchmarkError: as `read_result`.
+    """
+    results = map(read_result, sorted(folder.glob("*.json")))
+    return {str(result["case"]): result for result in results if "rows" in result}
+
+
+def require_writable(folder: Path) -> None:
+    """Create `folder`, and find out before anything is measured whether files can be written into it.
+
+    Raises:
+        BenchmarkError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BenchmarkError(f"{folder} cannot be written into ({error.strerror}); choose another folder") from error
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit, and whether the source differs from it; None for what is not known."""
+    stated = os.environ.get("SLORA_COMMIT", "").strip()
+    if stated:
+        return stated.removesuffix("-dirty"), stated.endswith("-dirty")
+    found = (_git("rev-parse", "--show-toplevel", "HEAD") or "").splitlines()
+    # The commit of a repository that merely contains a copy of the source says nothing.
+    if len(found) != 2 or Path(found[0]).resolve() != ROOT:
+        return None, None
+    changes = _git("status", "--porcelain", "--", *SOURCES, *(f":(exclude){path}" for path in OUTPUTS))
+    return found[1], None if changes is None else bool(changes)
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def process_began() -> float:
+    """When this process started, imports included, on the clock of `time.monotonic`; now where that is not known."""
+    now = time.monotonic()
+    try:
+        # Field 22 of the line, counted from after the program's name, which may have blanks: ticks since boot.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, ValueError, IndexError):
+        return now
+
+
+@dataclass
+class Settings:
+    """What the command line asks for.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        grid: "tiny" only shows that the code runs, "quick" touches every kind of point, "default" covers the targets,
+            "full" is the whole grid.
+        rounds: repetitions of every implementation; None: what suits the grid.
+        only: parts of the names of implementations; empty: all.
+        seconds: the time that the case may take from `started` on, None without limit. A case asks `stop` before
+            every point: its first one is measured in any case, with few repetitions where the time is up.
+        started: when that time began, on the clock of `time.monotonic`.
+        stopped: whether the grid was left before its end.
+    """
+
+    device: str = "cpu"
+    grid: Grid = "default"
+    rounds: int | None = None
+    only: tuple[str, ...] = ()
+    seconds: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    stopped: bool = False
+    begun: int = 0
+
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise BenchmarkError(f"device {self.device!r} is unknown; use cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise BenchmarkError("no CUDA GPU is visible (torch.cuda.is_available() is False); use --device cpu")
+        if self.seconds is not None and not self.seconds >= 0:
+            raise BenchmarkError(f"--seconds {self.seconds:g} is not a time; give 0 or more")
+        if self.rounds is not None and self.rounds < FEWEST_ROUNDS:
+            raise BenchmarkError(f"--rounds {self.rounds} is below {FEWEST_ROUNDS}, too few for percentiles")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU is measured."""
+        return self.device == "cuda"
+
+    @property
+    def most_inputs(self) -> int | None:
+        """The most sets of inputs that are made, None for what suits the device (`timing.rotation`)."""
+        return 2 if self.grid == "tiny" else None
+
+    def repetitions(self, usual: int) -> int:
+        """How many rounds to take where `usual` would do."""
+        if self.rounds is not None:
+            return self.rounds
+        return max(FEWEST_ROUNDS, {"tiny": 0, "quick": usual // 2}.get(self.grid, usual))
+
+    def wanted(self, implementation: str) -> bool:
+        """Whether this implementation takes part."""
+        return not self.only or any(part in implementation for part in self.only)
+
+    def at_most(self, seconds: float) -> float:
+        """`seconds`, or what is left where that is less: how long repetitions may go on."""
+        return seconds if self.seconds is None else max(0.0, min(seconds, self._left(self.seconds)))
+
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return self.seconds is not None and self._left(self.seconds) <= 0
+
+    def stop(self) -> bool:
+        """Whether to leave the grid before its next point, which otherwise begins."""
+        self.stopped = self.begun > 0 and self.over()
+        self.begun += 1
+        return self.stopped
+
+    def _left(self, seconds: float) -> float:
+        return seconds - (time.monotonic() - self.started)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case by name; `benchmarks/cases/<name>.py` has `run(settings, ceilings)`, which yields rows."""
+
+    name: str
+    summary: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    packages: tuple[str, ...] = ()
+    """Without these the case cannot run at all."""
+
+    def load(self) -> Callable[[Settings, dict[str, Any]], Iterator[Row]]:
+        """Import the case; only then are its peers imported."""
+        run: Callable[..., Iterator[Row]] = importlib.import_module(f"benchmarks.cases.{self.name}").run
+        return run
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("linear", "one linear layer: forward, and forward with backward, per shape, beside every peer"),
+        Case("train_step", "one training step of a whole model, beside PEFT, full and frozen", packages=("timm",)),
+        Case("train_memory", "its peak memory, in a process of its own", ("cpu",), packages=("timm",)),
+        Case(
+            "merge",
+            "folding LoRA into all linear layers of a ViT-L/16, beside PEFT and a copy",
+            packages=("timm",),
+        ),
+        Case("inference", "a forward: base, merged, unmerged, PEFT merged and unmerged", packages=("timm",)),
+        Case("gates", "a training step under each policy for inactive blocks", packages=("timm",)),
+        Case("host", "host time per layer: tiny tensors on one thread of the CPU", ("cpu",), packages=("peft",)),
+        Case("scaling", "cost against rank, active share and tokens, beside what the model of costs predicts"),
+    )
+}
+
+
+def find(name: str) -> Case:
+    """Return the case called `name`.
+
+    Raises:
+        BenchmarkError: there is none.
+    """
+    if name not in CASES:
+        raise BenchmarkError(f"case {name!r} is unknown; there are {', '.join(CASES)} (`python -m benchmarks list`)")
+    return CASES[name]
+
+
+def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_partial: bool = False) -> Path:
+    """Run `case` and write `<case>.json` into `folder`, by default the device's under `results/`; return its path.
+
+    An interrupted run leaves the file that was there. With `keep_partial` the file is written after every row, marked
+    incomplete until the end.
+
+    Raises:
+        BenchmarkError: the device or a package is missing, the folder cannot be written into, or nothing was measured;
+            or the file is written, and an implementation in it failed or was wrong.
+    """
+    if settings.device not in case.devices:
+        raise BenchmarkError(
+            f"case {case.name!r} is measured on {' and '.join(case.devices)} only, not on {settings.device}; leave it "
+            f"out, or use --device {case.devices[0]}"
+        )
+    device = folder_name(settings.device)
+    require_writable(RESULTS / device if folder is None else folder)
+    for package in case.packages:
+        need(package)
+    # What a case that failed before this one has left.
+    release(settings.device)
+    run = case.load()
+    ieee_fp32()
+    limits = roofline.measure(settings.device, settings.grid, settings.repetitions(7))
+    asked = {"grid": settings.grid, "rounds": settings.rounds, "only": list(settings.only), "order_seed": ORDER_SEED}
+    rows: list[Row] = []
+    payload: dict[str, Any] = {
+        "environment": environment(settings.device),
+        "settings": asked,
+        "ceilings": limits,
+        "complete": False,
+        "rows": rows,
+    }
+    for row in run(settings, limits):
+        rows.append(row)
+        if keep_partial:
+            write_result(case.name, device, payload, folder)
+    if not rows:
+        reason = f"no name of an implementation has {' or '.join(map(repr, settings.only)) or 'any text'}"
+        raise BenchmarkError(f"case {case.name!r} measured nothing ({reason}); nothing was written")
+    payload["complete"] = not settings.stopped
+    path = write_result(case.name, device, payload, folder)
+    words = {"refused": "a wrong result was not timed", "failed": "an implementation failed"}
+    errors = [
+        f"{words[state]}: {row['contender']} at {row['point']}: {row[state]}"
+        for state in words
+        for row in rows
+        if state in row
+    ]
+    if errors:
+        raise BenchmarkError(f"{path}: {'; '.join(errors)}")
+    return path

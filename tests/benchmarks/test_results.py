@@ -1,0 +1,215 @@
+"""The command line and the result files: what is wrong is one sentence, and nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command_line
+from benchmarks import results, roofline
+from benchmarks.results import SCHEMA, read_result
+
+TINY = ["--grid", "tiny", "--rounds", "3"]
+
+
+def run(*arguments: object) -> int:
+    return command_line.main([str(word) for word in arguments])
+
+
+def _row(name: str = "a", **measures: Any) -> dict[str, Any]:
+    return {"point": {"M": 1}, "contender": name, **measures}
+
+
+@pytest.fixture
+def case(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`case(*rows, name="own")` registers a case that yields `rows`; an exception among them is raised."""
+    cases = {}
+
+    def register(*rows: Any, name: str = "own") -> None:
+        def steps(settings: Any, limits: Any) -> Iterator[dict[str, Any]]:
+            # fp32 means fp32, and the older switch can still be read.
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+            assert not torch.backends.cudnn.allow_tf32
+            for row in rows:
+                if isinstance(row, BaseException):
+                    raise row
+                yield row
+
+        cases[name] = steps
+        monkeypatch.setitem(results.CASES, name, results.Case(name, "of the test"))
+        monkeypatch.setattr(results.Case, "load", lambda self: cases[self.name])
+        monkeypatch.setattr(roofline, "measure", lambda *args: {"copy_bytes_per_s": 1.0, "gemm_flops_per_s": {}})
+
+    return register
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--case", "merge", "--case", "liner"], "case 'liner' is unknown; there are linear,"),
+        (["run", "--case", "linear", "--device", "tpu"], "device 'tpu' is unknown; use cpu or cuda"),
+        (["run", "--case", "linear", *TINY, "--out", __file__], "cannot be written into (File exists)"),
+        (["run", "--case", "linear", "--rounds", "1", "--out", "x"], "--rounds 1 is below 3"),
+        (["run", "--case", "linear", "--threads", "0"], "--threads 0 is not a positive number"),
+        (["run", "--case", "linear", "--quick"], "the quick grid needs --out"),
+        (["run", "--case", "linear", "--only", "PEFT"], "--only needs --out"),
+        (["run", "--case", "linear", "--rounds", "4"], "--rounds 4 needs --out"),
+        (["run", "--case", "linear", "--seconds", "nan", "--out", "x"], "--seconds nan is not a time"),
+        (["compare", "no.json", "other.json"], "no.json does not exist"),
+    ],
+    ids=lambda value: " ".join(Path(word).name for word in value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("arguments", [["run", "--case", "linear", "--device", "cuda"], ["gpu"]], ids=["run", "gpu"])
+def test_without_a_gpu_a_gpu_is_not_measured(arguments: list[str], tmp_path: Path, capsys: Any) -> None:
+    assert run(*arguments, "--out", tmp_path / "out") == 2
+    assert "no CUDA GPU is visible" in capsys.readouterr().err
+
+
+def test_a_case_whose_package_is_missing_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert run("run", "--case", "train_step", *TINY, "--out", tmp_path) == 2
+    assert "timm cannot be imported" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["whole", "partial"])
+def test_a_case_that_fails_is_one_line_and_the_next_case_is_run(
+    keep: bool, tmp_path: Path, case: Any, capsys: Any
+) -> None:
+    case(_row(seconds=1.0), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"))
+    case(_row(seconds=2.0), name="other")
+    assert run("run", "--case", "own", "other", "--out", tmp_path, *["--keep-partial"] * keep) == 1
+    assert capsys.readouterr().err == "benchmarks: case 'own' failed: OutOfMemoryError: CUDA out of memory.\n"
+    assert read_result(tmp_path / "other.json")["rows"] == [_row(seconds=2.0)]
+    assert (tmp_path / "own.json").exists() is keep
+    assert not keep or read_result(tmp_path / "own.json")["complete"] is False
+
+
+def test_an_interrupted_run_leaves_the_file_that_was_there(tmp_path: Path, case: Any, capsys: Any) -> None:
+    (tmp_path / "own.json").write_text("what was there")
+    case(_row(seconds=1.0), KeyboardInterrupt())
+    assert run("run", "--case", "own", "--out", tmp_path) == 2
+    assert "interrupted" in capsys.readouterr().err
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("own.json", "what was there")]
+
+
+def test_a_run_whose_time_is_up_has_its_first_point_and_is_marked_incomplete(tmp_path: Path) -> None:
+    assert run("run", "--case", "linear", *TINY, "--only", "frozen", "--out", tmp_path, "--seconds", "0") == 0
+    result = read_result(tmp_path / "linear.json")
+    assert [row["contender"] for row in result["rows"]] == ["frozen F.linear"]
+    assert result["complete"] is False
+
+
+def test_a_result_says_what_was_measured_on_what_and_from_which_source(
+    tmp_path: Path, case: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("SLORA_COMMIT", "")
+    case(_row("a", seconds=results.spread([0.4, 0.5, 0.6])), _row("b", skipped="no reason"))
+    assert run("run", "--case", "own", "--out", tmp_path, "--commit", "abc-dirty") == 0
+    result = read_result(tmp_path / "own.json")
+    assert (result["schema"], result["device"], result["complete"]) == (SCHEMA, "cpu", True)
+    about = result["environment"]
+    assert (about["commit"], about["dirty"]) == ("abc", True)
+    assert torch.__version__.startswith(about["packages"]["torch"])
+    assert {"date", "device", "threads", "python"} <= about.keys()
+    said = capsys.readouterr().out
+    assert "500 ms" in said
+    assert "skipped: no reason" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{half", "is not readable JSON"),
+        (json.dumps({"schema": 1, "case": "linear"}), f"has schema 1, this version reads {SCHEMA};"),
+        (json.dumps({"schema": str(SCHEMA), "case": "linear"}), f"has schema '{SCHEMA}', this version reads"),
+        ("[]", "has schema None"),
+    ],
+    ids=["no JSON", "older", "text", "list"],
+)
+def test_a_file_of_another_form_is_named(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "linear.json"
+    path.write_text(text)
+    assert run("compare", path, path) == 2
+    assert f"{path} {message}" in capsys.readouterr().err
+
+
+@pytest.fixture
+def git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let the source be a repository with one commit: `git(*arguments)` runs git in it."""
+    for name in [name for name in os.environ if name.startswith("GIT_") or name == "SLORA_COMMIT"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+
+    def call(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+        command = ["git", *who, *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    for name in ("README.md", "setup.py", "slora/ops.py", "benchmarks/README.md", "benchmarks/results/cpu/linear.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / ".gitignore").write_text("*.so\n")
+    for arguments in (["init"], ["add", "."], ["commit", "--message", "first"]):
+        call(*arguments)
+    return call
+
+
+@pytest.mark.parametrize(
+    ("name", "dirty"),
+    [
+        ("README.md", False),
+        ("benchmarks/README.md", False),
+        ("benchmarks/figures/cpu-linear.png", False),
+        ("benchmarks/results/cpu/linear.json", False),
+        ("slora/_C.so", False),
+        ("notes.txt", False),
+        ("setup.py", True),
+        ("slora/ops.py", True),
+        ("kernels/deep/new.py", True),
+    ],
+)
+def test_the_source_is_changed_by_new_source_and_not_by_what_the_benchmarks_write(
+    name: str, dirty: bool, tmp_path: Path, git: Any
+) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("changed")
+    about = results.environment("cpu")
+    assert (about["commit"], about["dirty"]) == (git("rev-parse", "HEAD"), dirty)
+
+
+def test_the_commit_of_source_that_is_no_repository_is_unknown(
+    tmp_path: Path, git: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path / "slora")
+    about = results.environment("cpu")
+    assert (about["commit"], about["dirty"]) == (None, None)
+    assert results.source(about) == "unknown commit"
+
+
+def test_list_names_every_case(capsys: Any) -> None:
+    assert run("list") == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in results.CASES)
