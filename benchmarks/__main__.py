@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run, list, report, compare, bars, compatibility, gpu."""
+"""`python -m benchmarks`: run, list, report, compare, targets, compatibility, gpu."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("before", type=Path)
     compare.add_argument("after", type=Path)
 
-    bars = commands.add_parser("bars", help="the targets of bars.toml, met, missed or not measured")
-    bars.add_argument("--results", type=Path, help="a folder of result files of one device (default: results/*)")
+    targets = commands.add_parser("targets", aliases=["bars"], help="the targets: met, missed or not measured")
+    targets.add_argument("--results", type=Path, help="a folder of result files of one device (default: results/*)")
 
     census = commands.add_parser(
         "compatibility", help="which architectures slora adapts correctly: docs/compatibility.md"
@@ -183,10 +183,16 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bars(args: argparse.Namespace) -> int:
-    from benchmarks import bars
+def _targets(args: argparse.Namespace) -> int:
+    from benchmarks import targets
+    from benchmarks.results import RESULTS, BenchmarkError, results_in
 
-    print("\n".join(bars.lines(args.results)))
+    if args.results and not args.results.is_dir():
+        raise BenchmarkError(f"{args.results} is no folder; --results takes the folder of one device's result files")
+    folders = [args.results] if args.results else [path for path in RESULTS.iterdir() if path.is_dir()]
+    found = [results for path in folders if (results := results_in(path))]
+    by_device = {str(next(iter(results.values()))["device"]): results for results in found}
+    print("\n".join(targets.lines(by_device, by_device if args.results else None)))
     return 0
 
 
@@ -216,7 +222,8 @@ COMMANDS = {
     "list": _list,
     "report": _report,
     "compare": _compare,
-    "bars": _bars,
+    "targets": _targets,
+    "bars": _targets,
     "compatibility": _compatibility,
     "gpu": _gpu,
 }

@@ -1,4 +1,4 @@
-"""The proof on a GPU, in two stages that stand alone: build, kernels, cases, tests, profile, and which bars are met.
+"""The proof on a GPU, in two stages that stand alone: build, kernels, cases, tests, profile, and which targets are met.
 
     python -m benchmarks gpu first|second [--out FOLDER]
     python -m benchmarks gpu [--parts NAME ...] [--out FOLDER]
@@ -30,10 +30,18 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import bars
+from benchmarks import targets
 from benchmarks.proof import parts
 from benchmarks.proof.process import Proof, State, environ_of, machine
-from benchmarks.results import RESULTS, BenchmarkError, environment, folder_name, process_began, require_writable
+from benchmarks.results import (
+    RESULTS,
+    BenchmarkError,
+    environment,
+    folder_name,
+    process_began,
+    read_result,
+    require_writable,
+)
 
 # Of all parts without a stage, and of each stage.
 SECONDS: dict[str | None, float] = {None: 530.0, "first": 240.0, "second": 400.0}
@@ -169,7 +177,7 @@ def name_left_out(proof: Proof, asked: Sequence[Part], reason: str) -> None:
 
 
 def finish(proof: Proof, took: float) -> None:
-    """Print the parts, what they left out, and the bars."""
+    """Print the parts, what they left out, and the targets."""
     print(f"\n{'part':12} {'state':8} seconds")
     for name, state in proof.parts.items():
         counts = [f"{number} {word}" for word, number in state.get("counts", {}).items()]
@@ -181,7 +189,9 @@ def finish(proof: Proof, took: float) -> None:
         for what, reason in state.get("left_out", {}).items():
             print(f"    left out: {what}: {reason}")
     try:
-        table = bars.lines(proof.out, proof.measured, folder_name(proof.device))
+        found = {case: read_result(proof.out / f"{case}.json") for case in proof.measured}
+        device = folder_name(proof.device)
+        table = targets.lines({device: found}, [device])
     except BenchmarkError as error:
         table = [str(error)]
     print(f"\n{proof.about['device']}, in {took:.0f} s; results in {proof.out}\n")

@@ -22,7 +22,7 @@ from slora.files import write_text
 
 ROOT = Path(__file__).parents[2]
 NONE = f"{NOT_MEASURED.capitalize()}."
-# Devices that the bars are set for come first, whether they were measured or not.
+# Devices that targets are set for come first, whether they were measured or not.
 DEVICES = ("cpu", "nvidia-h100", "nvidia-h200")
 # What a table or a figure takes from the points of a case.
 LAYER = {"K", "N", "M", "r", "active", "dtype"}
@@ -110,7 +110,7 @@ def page(root: Path = ROOT) -> str:
     from benchmarks.report import figures
 
     results = all_results(root)
-    parts = [INTRODUCTION, "## The bars", *summary.bars_tables(list(results), root / "benchmarks" / "results")]
+    parts = [INTRODUCTION, "## Targets", *summary.targets_tables(results)]
     for device, cases in results.items():
         parts.append(f"## {device}")
         if not cases:
@@ -155,7 +155,7 @@ python -m benchmarks run --case linear --device cpu            # one case; --ful
 python -m benchmarks run --case all --device cuda
 python -m benchmarks report                                    # this page, the figures, README's tables
 python -m benchmarks compare BEFORE.json AFTER.json            # what moved beyond noise
-python -m benchmarks bars                                      # the bars of bars.toml, met or missed
+python -m benchmarks targets                                   # the targets of targets.toml, met or missed
 python -m benchmarks compatibility                             # which architectures slora adapts rightly; an hour
 python -m benchmarks gpu first                                 # on a GPU: build, kernels, one layer, merge; 4 minutes
 python -m benchmarks gpu second                                # on a GPU: train steps, tests, profile; 7 minutes
@@ -175,7 +175,7 @@ CPU.
 | FLOPs, bytes and the model of costs | `counting.py` |
 | the result files | `results.py` (their form), `results/<device>/<case>.json` |
 | this page and the figures | `report/` |
-| the bars | `bars.toml` |
+| the targets | `targets.toml` |
 | what slora works with | `compatibility/`; its page is [docs/compatibility.md](../docs/compatibility.md) |
 | the proof on a GPU | `gpu.py` (its order, stages and table), `proof/` (its parts) |
 | whether each kernel is right | `candidates.py` |
@@ -183,7 +183,7 @@ CPU.
 In bf16 PEFT's adapters are bf16, which is its fastest form, and slora's are fp32. PEFT's merge is the exception: its
 adapters are fp32 there, as slora's are.
 
-A bar's brackets are the least and the greatest ratio that the 20th and 80th percentiles of its two times give. Both are
+The brackets of a target are the ratios that the 20th and 80th percentiles of its two times give. Both are
 of one run; on a machine that others share, another run may differ by more (`LOG.md` has such runs side by side). What
 `compare` calls moved, a rank test on the repetitions of both runs tells from chance; five in each can show it, three
 cannot.

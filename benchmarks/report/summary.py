@@ -1,15 +1,14 @@
-"""Tables of several result files: the bars, the training step in the project's README, the parts of the proof.
+"""Tables of several result files: the targets, the training step in the project's README, the parts of the proof.
 
 A table is of one machine and names every commit that it has numbers of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import bars
+from benchmarks import targets
 from benchmarks.report.tables import Row, of, origin, ratio, repetitions, seconds, table
 from benchmarks.results import NOT_MEASURED, source
 
@@ -32,22 +31,12 @@ def proof_tables(proof: dict[str, Any]) -> list[str]:
     return found
 
 
-def bars_tables(devices: Sequence[str], results: Path) -> list[str]:
-    """Every bar of these devices, by machine: what was measured under `results`, the limit, and whether it is met."""
-    rows = [
-        (bar, found)
-        for bar, found in bars.judged(results=results)
-        if any(bars.is_device(device, bar.device) for device in devices)
-    ]
-    found_tables = []
-    for machine, group in bars.by_machine(rows).items():
-        body = []
-        for bar, found in group:
-            verdict = [bars.verdict(bar, found)] if found.number is not None else []
-            limit = f"{bars.SIGNS[bar.asks][1]} {bar.limit:g}"
-            body.append([bar.label, found.text, limit, ", ".join([*verdict, *found.notes])])
-        found_tables += [f"{machine}.", table(["bar", "measured", "limit", ""], body)]
-    return found_tables
+def targets_tables(results: Mapping[str, targets.Results]) -> list[str]:
+    """Every target for these devices, by machine and commit: what was measured, the limit, and whether it is met."""
+    tables = []
+    for machine, group in targets.by_origin(targets.judged(results, list(results))).items():
+        tables += [f"{machine}.", table(["target", "measured", "limit", ""], [one.row for one in group])]
+    return tables
 
 
 def memory_beside(step: dict[str, Any], memory: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import targets
 from benchmarks.report import figures, layer_figures, page, step_figure, style, summary, tables
-from benchmarks.results import RESULTS, SCHEMA, TIMES, BenchmarkError, spread
+from benchmarks.results import RESULTS, SCHEMA, TIMES, BenchmarkError, results_in, spread
 
 TEXT = (
     "a\n<!-- demo-table -->\nold\n<!-- /demo-table -->\nb\n<!-- train-step-table -->\n<!-- /train-step-table -->\n"
@@ -176,24 +177,22 @@ def test_numbers_of_two_machines_share_no_table_and_those_of_two_commits_say_so(
     heading = figures.heading(figures.FIGURES["train-step"], {"train_step": step, "train_memory": memory})
     assert "a processor, commit 0123456789, memory: commit fedcba9876\n" in heading
     _write(tmp_path, memory)
-    results = tmp_path / "benchmarks" / "results"
+    results = tmp_path / "benchmarks" / "results" / "cpu"
     point = {"model": "vit_small_patch16_224", "batch": 16, "mode": "eager", "precision": "fp32", "r": 16}
     for row in memory["rows"] + step["rows"]:
         row["point"] = point
     for result in (step, memory):
         _write(tmp_path, result)
-    machines = summary.bars_tables(["cpu"], results)[::2]
-    assert machines == ["a processor; commit 0123456789 (train_step), commit fedcba9876 (train_memory).",
-                        "cpu: not measured."]  # fmt: skip
+    machines = list(targets.by_origin(targets.judged({"cpu": results_in(results)}, ["cpu"])))
+    assert machines == ["a processor, commit 0123456789", "a processor, commit fedcba9876", "cpu, not measured"]
     memory["environment"]["device"] = "another processor"
     text = summary.train_step_table(step, memory)
     assert "MiB" not in text
     assert "Peak memory was measured on another machine, another processor." in text
     assert all(peak is None for _, peak in step_figure.steps({"train_step": step, "train_memory": memory}).values())
     _write(tmp_path, memory)
-    machines = summary.bars_tables(["cpu"], results)[::2]
-    assert machines == ["a processor; commit 0123456789.", "another processor; commit fedcba9876.",
-                        "cpu: not measured."]  # fmt: skip
+    machines = list(targets.by_origin(targets.judged({"cpu": results_in(results)}, ["cpu"])))
+    assert machines == ["a processor, commit 0123456789", "another processor, commit fedcba9876", "cpu, not measured"]
 
 
 def test_a_table_of_a_gpu_takes_the_place_of_what_was_not_measured(tmp_path: Path) -> None:
