@@ -8,8 +8,6 @@ are registered then, too: before you load an exported program, `import slora.lay
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from slora.config import SelectiveLoRAConfig
@@ -35,12 +33,14 @@ from slora.errors import (
 )
 
 if TYPE_CHECKING:
-    from slora.adapter import load_adapter, save_adapter
-    from slora.gate import ProximalGates, gate_penalty, penalty_at, release_frozen
-    from slora.inject import inject, unload
+    from slora.adapters.adapter import load_adapter, save_adapter
+    from slora.gates import ProximalGates, gate_penalty, penalty_at, release_frozen
     from slora.layers import SelectiveLoRALinear, gates_on_device
     from slora.merging.merge import merge, merge_and_unload, unmerge
-    from slora.model import active_blocks, disabled, parameter_groups, summary
+    from slora.models.disabled import disabled
+    from slora.models.inject import inject, unload
+    from slora.models.parameter_groups import parameter_groups
+    from slora.models.summary import active_blocks, summary
     from slora.selection import freeze_gates, keep_blocks
 
 __version__ = "0.1.0"
@@ -87,27 +87,26 @@ __all__ = [
 ]
 
 _LAZY = {
-    "adapter": "load_adapter save_adapter",
-    "gate": "ProximalGates gate_penalty penalty_at release_frozen",
-    "inject": "inject unload",
+    "adapters.adapter": "load_adapter save_adapter",
+    "gates": "ProximalGates gate_penalty penalty_at release_frozen",
     "layers": "SelectiveLoRALinear gates_on_device",
     "merging": "merge merge_and_unload unmerge",
-    "model": "active_blocks disabled parameter_groups summary",
+    "models.disabled": "disabled",
+    "models.inject": "inject unload",
+    "models.parameter_groups": "parameter_groups",
+    "models.summary": "active_blocks summary",
     "selection": "freeze_gates keep_blocks",
 }
 _HOMES = {name: f"slora.{module}" for module, names in _LAZY.items() for name in names.split()}
 
-# Modules that `import slora` alone gives as attributes, too: those of the core, and what users of the library call.
-_MODULES = (
-    "adapter adapter_fit adapter_tensors evaluation features files fitting gate gate_rule layers locks lost merging "
-    "model modes names ops peft_format places plain reading reads reference retention saved selection sharded signals "
-    "targets training unreached wide wrappers"
+# Packages that `import slora` alone gives as attributes, too.
+_PACKAGES = (
+    "adapters evaluation gates io layers merging models module_tree ops reference report retention runs selection "
+    "sources training"
 ).split()
 
 # Those that a user calls by themselves; all others serve them.
-_PUBLIC = (
-    "config errors evaluation features gate layers merging ops reference report retention selection training"
-).split()
+_PUBLIC = "config errors evaluation gates layers merging ops reference report retention selection training".split()
 
 if not TYPE_CHECKING:
 
@@ -116,7 +115,7 @@ if not TYPE_CHECKING:
             value = getattr(importlib.import_module(_HOMES[name]), name)
             globals()[name] = value
             return value
-        if name in _MODULES:
+        if name in _PACKAGES:
             return importlib.import_module(f"slora.{name}")
         raise AttributeError(f"module 'slora' has no attribute {name!r}")
 
@@ -124,16 +123,3 @@ if not TYPE_CHECKING:
 def __dir__() -> list[str]:
     own = [name for name in globals() if name.startswith("__")]
     return sorted({*own, *__all__, *_PUBLIC})
-
-
-class _Package(ModuleType):
-    """This package: its name `inject` is the function, also after the import of the submodule of that name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Python binds a submodule to its package when it is first imported.
-        if name == "inject" and isinstance(value, ModuleType):
-            value = value.inject
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

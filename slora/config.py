@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from slora.errors import ConfigError
-from slora.plain import plain, plain_mapping, plain_names, shown
+from slora.io.plain import plain, plain_mapping, plain_names, shown
 
 if TYPE_CHECKING:
     import torch

@@ -272,7 +272,7 @@ def test_calls_take_numbers_of_any_library_as_configs_do(vit: torch.nn.Module) -
     assert [(type(g["lr"]), g["lr"]) for g in groups] == [(float, 0.5), (float, 0.25)]
     rate = torch.tensor(0.5)
     assert slora.parameter_groups(model, lr=rate)[0]["lr"] is rate
-    own = slora.ProximalGates(slora.gate.gates(model), lr=np.float32(0.5), penalty=np.float32(0.25))
+    own = slora.ProximalGates(slora.gates.gates(model), lr=np.float32(0.5), penalty=np.float32(0.25))
     assert {type(own.defaults[name]) for name in ("lr", "penalty")} == {float}
     budget = slora.selection.Budget(
         model, np.float32(0.5), np.int64(10), warmup=np.float32(0.25), settling=torch.tensor(0.5)

@@ -62,7 +62,7 @@ def test_importing_slora_loads_only_the_core() -> None:
 
 
 def test_importing_slora_does_not_import_torch() -> None:
-    modules = "slora slora.config slora.training slora.training.data_names slora.training.model_names slora.cli"
+    modules = "slora slora.config slora.training slora.sources.data_names slora.sources.model_names slora.cli"
     out = run(f"import sys, {', '.join(modules.split())}; print('torch' in sys.modules)")
     assert out == "False\n"
 
@@ -95,7 +95,10 @@ print(hasattr(slora, "injekt"), hasattr(slora.training, "trian"))
 
 
 def test_the_function_inject_is_found_before_its_module_is_imported() -> None:
-    assert run("import slora; print(slora.inject.__module__, slora.inject.__name__)") == "slora.inject inject\n"
+    assert (
+        run("import slora; print(slora.models.inject.__module__, slora.models.inject.__name__)")
+        == "slora.inject inject\n"
+    )
     assert run("from slora import inject; import slora.inject; print(slora.inject is inject)") == "True\n"
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slora.layers import LoRABlocks
-from slora.targets import head_names
+from slora.models.targets import head_names
 
 BATCH, LARGEST = 2, 150_000_000
 

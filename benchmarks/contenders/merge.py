@@ -23,8 +23,9 @@ from benchmarks.contenders import memory
 from benchmarks.results import need
 from benchmarks.roofline import DTYPES
 from benchmarks.timing import between_events
-from slora.inject import unload
+from slora.gates import gates as gate_parameters
 from slora.layers import adapted_layers
+from slora.models.inject import unload
 from slora.ops.flops import linear_flops
 
 LINEARS = ["qkv", "proj", "fc1", "fc2"]
@@ -63,7 +64,7 @@ class Case:
         for _, layer in adapted_layers(self.model):
             nn.init.normal_(layer.lora_B, std=1e-3)
         yield
-        if slora.gate.gates(self.model):
+        if gate_parameters(self.model):
             unload(slora.unmerge(self.model))
 
     def slora_merge(self) -> None:

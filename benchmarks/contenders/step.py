@@ -14,6 +14,7 @@ from benchmarks import counting
 from benchmarks.contenders.model import Contender
 from benchmarks.models import Inputs, Model, randomise_updates
 from benchmarks.timing import captured, first_line
+from slora.gates import gates as gate_parameters
 
 # Of `slora.gate_penalty` in the loss.
 PENALTY = 0.1
@@ -42,7 +43,7 @@ class Step:
         randomise_updates(self.net)
         self.device, self.precision, self.count, self.model = device, precision, contender.steps, model
         self.fixed = fixed
-        gates = {id(gate) for gate in slora.gate.gates(self.net)}
+        gates = {id(gate) for gate in gate_parameters(self.net)}
         trained = [p for p in self.net.parameters() if p.requires_grad]
         # Gates stay where the contender put them, but take part in every step.
         groups: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in gates]}]

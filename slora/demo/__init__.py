@@ -8,4 +8,7 @@ and the pretrained model is a file in this folder. Read in this order:
     model.py      the model and its pretrained weights, `letters_vit.safetensors`
     pretrain.py   how those weights were made, and how to make them again
     run.py        the demo: four ways of adapting, what each learned and what it forgot
+    registration.py  the model and both data sets by name, for the other commands
 """
+
+from slora.demo import registration as _registration  # noqa: F401 (registers itself)

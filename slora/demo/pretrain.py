@@ -21,7 +21,7 @@ from slora.demo.letters import CLASSES, letters
 from slora.demo.model import CHECKPOINT, build
 from slora.errors import ConfigError
 from slora.evaluation.knn import features, knn_accuracy
-from slora.files import write_atomically
+from slora.io.atomic import write_atomically
 
 N_PER_CLASS = 500
 BATCH_SIZE = 256

@@ -42,7 +42,7 @@ from slora.demo.methods import (
 from slora.demo.page import write_report
 from slora.demo.shifts import SHIFTS
 from slora.errors import CheckpointError, ConfigError
-from slora.files import write_text
+from slora.io.atomic import write_text
 
 FORMAT = 2
 

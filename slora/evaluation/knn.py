@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, DataError
-from slora.features import final_features
+from slora.models.features import final_features
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -28,7 +28,7 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Return `(features [n, d] fp32, labels [n])` on `device`, of a model in evaluation mode.
 
-    The features are those of `slora.features.final_features`. The model is left in the mode it was in.
+    The features are those of `slora.models.features.final_features`. The model is left in the mode it was in.
 
     Raises:
         ConfigError: the model has no final features that slora finds.

@@ -1,7 +1,7 @@
-"""Adapted layers. Read `blocks.py` (LoRA blocks and their gates), then `linear.py`, then `attention.py`."""
+"""Adapted layers. Read `base.py` (LoRA blocks and their gates), then `linear.py`, then `attention.py`."""
 
 from slora.layers.attention import ProjectionAttention, SelectiveLoRAAttention
-from slora.layers.blocks import LoRABlocks, adapted_layers, gates_on_device
+from slora.layers.base import LoRABlocks, adapted_layers, gates_on_device
 from slora.layers.linear import SelectiveLoRALinear
 
 __all__ = [

@@ -20,9 +20,9 @@ from torch.fx import Proxy
 
 from slora.config import SelectiveLoRAConfig
 from slora.errors import ConfigError, ShapeError, TargetError
-from slora.gate import GateMirror
-from slora.layers.blocks import LoRABlocks, of_layer, recorded
-from slora.layers.reading import watched
+from slora.gates.cache import GateMirror
+from slora.layers.base import LoRABlocks, of_layer, recorded
+from slora.layers.weight_reads import watched
 
 
 class _InProjection(LoRABlocks):
@@ -165,9 +165,9 @@ class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
 class ProjectionAttention(_InProjection):
     """Any attention class with an `in_proj_weight [3E, E]`, running its own forward.
 
-    While that forward runs, what it does with `in_proj_weight` sees the blocks (`slora.layers.reading`); everything
-    else is the class's own code. A forward that never reads the weight is refused, rather than skipping the blocks
-    silently.
+    While that forward runs, what it does with `in_proj_weight` sees the blocks (`slora.layers.weight_reads`);
+    everything else is the class's own code. A forward that never reads the weight is refused, rather than skipping the
+    blocks silently.
     """
 
     @classmethod

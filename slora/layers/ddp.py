@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from slora.gate import Gated
+from slora.gates.cache import Gated
 
 
 def expected(layer: Gated, x: Tensor, active: bool) -> Tensor:

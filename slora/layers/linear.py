@@ -9,9 +9,9 @@ from torch.fx import Proxy
 
 from slora.config import SelectiveLoRAConfig
 from slora.errors import StateError
-from slora.gate import GateMirror
-from slora.layers.blocks import LoRABlocks, recorded
-from slora.sharded import full
+from slora.gates.cache import GateMirror
+from slora.layers.base import LoRABlocks, recorded
+from slora.module_tree.sharded import full
 
 
 class SelectiveLoRALinear(LoRABlocks, nn.Linear):

@@ -36,8 +36,8 @@ from torch import Tensor
 
 from slora.merging import fallback
 from slora.merging.terms import Term, check, grouped, is_plain
+from slora.module_tree.exclusive import signals_held
 from slora.ops.dispatch import setting
-from slora.signals import signals_held
 
 Matrices = Tensor | Sequence[Tensor]
 Scales = float | Sequence[float]

@@ -10,21 +10,21 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from slora import sharded
-from slora.adapter_tensors import refuse_not_finite
+from slora.adapters.tensors import refuse_not_finite
 from slora.errors import ConfigError, StateError, UnfinishedSelectionWarning
-from slora.fitting import refuse_parametrized, refuse_replaced_forward
-from slora.gate import gate_values, reread, version
-from slora.inject import Injection, refuse_layer, unload
+from slora.gates.cache import reread, version
+from slora.gates.values import gate_values
 from slora.layers import LoRABlocks, adapted_layers
-from slora.locks import changing
-from slora.lost import refuse_computed, refuse_fused, warn_of_lost
 from slora.merging import batched
 from slora.merging.overflow import Update, refuse_overflow
 from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
+from slora.models.adaptable import refuse_parametrized, refuse_replaced_forward
+from slora.models.inject import Injection, refuse_layer, unload
+from slora.models.lost_layers import refuse_computed, refuse_fused, warn_of_lost
+from slora.module_tree import sharded
+from slora.module_tree.exclusive import changing, signals_held
+from slora.module_tree.wrappers import named_modules, unwrapped
 from slora.selection.strategy import unfinished_selection
-from slora.signals import signals_held
-from slora.wrappers import named_modules, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 Keep = Literal["device", "cpu"]

@@ -15,16 +15,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from slora.adapter_files import SELECTIVE, read_selective
+from slora.adapters.files import SELECTIVE, read_selective
 from slora.errors import CheckpointError, ConfigError
-from slora.reading import read_json
+from slora.io.bounded import read_json
+from slora.io.yaml_files import read_yaml
 from slora.report.gates import gate_curves
 from slora.report.page import Picture, Section, Table, scaled, write_page
 from slora.report.plots import Line, block_map, curves
-from slora.training.outcome import explained, not_finite
-from slora.training.recorder import METRICS, read_metrics
-from slora.training.settings import TrainSettings
-from slora.training.yaml_files import read_yaml
+from slora.runs.outcome import explained, not_finite
+from slora.runs.recorder import METRICS, read_metrics
+from slora.runs.settings import TrainSettings
 
 __all__ = ["write_report"]
 

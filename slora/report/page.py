@@ -15,7 +15,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 import slora
-from slora.files import write_text
+from slora.io.atomic import write_text
 from slora.report.plots import PALETTE
 
 _FONTS = re.compile(r"'DejaVu Sans'[^;\"]*")

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from slora.files import write_atomically
+from slora.io.atomic import write_atomically
 
 # name: (colour on white, colour on dark). Each colour on white occurs once: it is also the key of the swap.
 PALETTE: dict[str, tuple[str, str]] = {

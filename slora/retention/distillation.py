@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError
-from slora.features import final_features
+from slora.io.plain import plain
 from slora.layers import adapted_layers
-from slora.model import disabled
-from slora.modes import evaluating
-from slora.plain import plain
+from slora.models.disabled import disabled
+from slora.models.features import final_features
+from slora.module_tree.modes import evaluating
 
 
 class Distillation:
@@ -32,7 +32,7 @@ class Distillation:
         model: adapted by `slora.inject`; not a wrapper around it.
         samples: inputs of what the model is to keep, `[n, ...]`, n at least 2; without labels. A few dozen serve.
         weight: of the term in the loss.
-        features: `samples -> [n, d]`; by default `slora.features.final_features(model)`.
+        features: `samples -> [n, d]`; by default `slora.models.features.final_features(model)`.
         batch_size: samples in a step.
         every: steps between two that have the term; its weight is then `every` times as large.
         seed: of the order in which samples are drawn.

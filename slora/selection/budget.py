@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from slora.config import BUDGET_PHASES, Unit, check_budget, rounded_up
 from slora.errors import ConfigError, StateError
-from slora.gate import reread, set_gates
+from slora.gates.cache import reread
+from slora.gates.values import set_gates
 from slora.layers import LoRABlocks
 from slora.ops.flops import linear_flops
 from slora.selection.ranking import Ranking, update_norm

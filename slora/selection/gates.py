@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from slora.config import GATES_PHASES
 from slora.errors import ConfigError
-from slora.gate import gate_penalty
-from slora.plain import plain
+from slora.gates.penalty import gate_penalty
+from slora.io.plain import plain
 from slora.selection.strategy import Strategy, hold
 
 WARMUP, SETTLING = GATES_PHASES

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from slora.config import DEPTH_PRICE
 from slora.errors import ConfigError, StateError
-from slora.gate import set_gates
+from slora.gates.values import set_gates
+from slora.io.plain import plain
 from slora.layers import LoRABlocks, adapted_layers
-from slora.modes import evaluating
-from slora.plain import plain
-from slora.sharded import full
+from slora.module_tree.modes import evaluating
+from slora.module_tree.sharded import full
 
 
 class Ranking(Protocol):

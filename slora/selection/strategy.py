@@ -10,9 +10,9 @@ from torch import nn
 
 from slora.config import LEAST_SETTLING, phase_ends
 from slora.errors import ConfigError, DamagedCheckpointError, StateError
+from slora.io.bounded import as_said
+from slora.io.plain import plain
 from slora.layers import LoRABlocks, adapted_layers
-from slora.plain import plain
-from slora.reading import as_said
 
 Phase = Literal["warm-up", "selection", "settling"]
 

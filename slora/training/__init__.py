@@ -25,7 +25,7 @@ Read in this order. Nothing here is imported by the core of slora; it needs `pip
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from slora.training.settings import TrainSettings
+from slora.runs.settings import TrainSettings
 
 if TYPE_CHECKING:
     from slora.training.head_first import train_head

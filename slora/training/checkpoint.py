@@ -23,21 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slora.errors import CheckpointError, DamagedCheckpointError
-from slora.files import cannot_write, umask
-from slora.gate import release_frozen
+from slora.gates.release import release_frozen
+from slora.io.atomic import cannot_write, umask
+from slora.io.bounded import require_file
 from slora.layers import adapted_layers
-from slora.reading import require_file
-from slora.training import random_states
-from slora.training.checkpoint_folders import (
-    FIXED,
-    before,
-    check_settings,
-    checkpoints,
-    chosen,
-    newest,
-    refuse_newer,
-)
-from slora.training.checkpoint_state import (
+from slora.module_tree.wrappers import named_parameters, state_of, unwrapped
+from slora.runs.checkpoint_folders import FIXED, before, check_settings, checkpoints, chosen, newest, refuse_newer
+from slora.runs.checkpoint_state import (
     DIGESTS,
     STATE,
     TENSORS,
@@ -48,9 +40,9 @@ from slora.training.checkpoint_state import (
     step_of,
     text_of,
 )
+from slora.runs.settings import TrainSettings
+from slora.training import random_states
 from slora.training.optimizers import Optimizers
-from slora.training.settings import TrainSettings
-from slora.wrappers import named_parameters, state_of, unwrapped
 
 __all__ = [
     "FIXED",

@@ -15,11 +15,11 @@ from torch.optim import AdamW
 
 from slora.errors import ConfigError
 from slora.evaluation.accuracy import logits_of
-from slora.features import input_of
-from slora.model import disabled
-from slora.modes import evaluating
-from slora.targets import head_names
-from slora.wrappers import module_at
+from slora.models.disabled import disabled
+from slora.models.features import input_of
+from slora.models.targets import head_names
+from slora.module_tree.modes import evaluating
+from slora.module_tree.wrappers import module_at
 
 HEAD_LR = 1e-2
 

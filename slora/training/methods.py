@@ -8,12 +8,12 @@ from typing import TypeVar, get_args
 from torch import nn
 
 from slora.errors import ConfigError
-from slora.inject import inject
 from slora.layers import adapted_layers
-from slora.saved import saved_parts
-from slora.targets import head_names
-from slora.training.settings import Method, TrainSettings
-from slora.wrappers import module_at
+from slora.models.inject import inject
+from slora.models.modules_to_save import saved_parts
+from slora.models.targets import head_names
+from slora.module_tree.wrappers import module_at
+from slora.runs.settings import Method, TrainSettings
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from slora.gate import ProximalGates, gates, release_frozen
-from slora.model import parameter_groups
-from slora.training.settings import TrainSettings
+from slora.gates.proximal import ProximalGates
+from slora.gates.release import release_frozen
+from slora.gates.values import gates
+from slora.models.parameter_groups import parameter_groups
+from slora.runs.settings import TrainSettings
 
 
 def lr_scale(step: int, steps: int, warmup: int, floor: float = 0.0, hold: int = 0) -> float:

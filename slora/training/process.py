@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
-from slora.training.settings import TrainSettings
+from slora.runs.settings import TrainSettings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from slora.errors import DataError
 from slora.retention import generic_samples
-from slora.training.batches import DamagedImage
-from slora.training.data import InputSpec, Source, as_input, open_data
-from slora.training.data_names import GENERIC, check_retained, is_folder
-from slora.training.folders import UNREADABLE, described
-from slora.training.settings import TrainSettings
+from slora.runs.settings import TrainSettings
+from slora.sources.batches import DamagedImage
+from slora.sources.data import InputSpec, Source, as_input, open_data
+from slora.sources.data_names import GENERIC, check_retained, is_folder
+from slora.sources.folders import UNREADABLE, described
 
 ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 

@@ -11,23 +11,25 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from slora.adapter import load_adapter, save_adapter, selective
+from slora.adapters.adapter import load_adapter, save_adapter, selective
 from slora.config import check_budget
 from slora.errors import CheckpointError, NonFiniteLossError, WriteError
-from slora.files import write_atomically, write_json, write_text
+from slora.io.atomic import write_atomically, write_json, write_text
 from slora.layers import adapted_layers
-from slora.model import trainable_parameters
-from slora.training import checkpoint, models, rundir
+from slora.models.parameter_groups import trainable_parameters
+from slora.runs import rundir
+from slora.runs.request import read_request
+from slora.runs.rundir import ADAPTER, CONFIG, EVALUATION, MODEL, RESULT, read_settings
+from slora.runs.settings import TrainSettings
+from slora.sources import models
+from slora.sources.data import InputSpec, Source, open_data
+from slora.sources.data_names import check_name
+from slora.training import checkpoint
 from slora.training.checkpoint import read_tensors
-from slora.training.data import InputSpec, Source, open_data
-from slora.training.data_names import check_name
 from slora.training.head_first import STEPS, trained_heads
 from slora.training.methods import prepare
 from slora.training.process import meet, of_first
-from slora.training.request import read_request
 from slora.training.retained import retained_images
-from slora.training.rundir import ADAPTER, CONFIG, EVALUATION, MODEL, RESULT, read_settings
-from slora.training.settings import TrainSettings
 from slora.training.trainer import TrainResult, train
 
 if TYPE_CHECKING:

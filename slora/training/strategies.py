@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from slora.config import DEPTH_PRICE, DRIFT_PRICE
 from slora.errors import ConfigError
 from slora.evaluation.accuracy import logits_of
-from slora.features import final_features
-from slora.gate import gates as gates_of
-from slora.modes import evaluating
+from slora.gates.values import gates as gates_of
+from slora.models.features import final_features
+from slora.module_tree.modes import evaluating
 from slora.retention import generic_samples
+from slora.runs.settings import TrainSettings
 from slora.selection import Budget, Gates, SoloGain, Strategy, budget, gates
-from slora.training.settings import TrainSettings
 
 # Training images that solo gains are measured on, and samples that the drift is.
 SAMPLE, DRIFT_SAMPLE = 128, 64

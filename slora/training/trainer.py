@@ -17,24 +17,25 @@ from torch import Tensor, nn
 
 from slora.errors import CheckpointError, ConfigError, DamagedCheckpointError, NonFiniteLossError, StateError
 from slora.evaluation.accuracy import logits_of, tally
-from slora.gate import gate_penalty, gate_values
+from slora.gates.penalty import gate_penalty
+from slora.gates.values import gate_values
 from slora.layers import adapted_layers
+from slora.module_tree.wrappers import named_parameters
 from slora.ops.flops import count_flops
 from slora.retention import Distillation
+from slora.runs.recorder import Recorder
+from slora.runs.rundir import CHECKPOINTS, claimed
+from slora.runs.settings import TrainSettings
 from slora.selection import Budget, Gates, Strategy
 from slora.selection.strategy import at_work, release
+from slora.sources.batches import Batches, Data, make_batches
 from slora.training import checkpoint, random_states
-from slora.training.batches import Batches, Data, make_batches
 from slora.training.head_first import train_head
 from slora.training.measure import Clock, Window
 from slora.training.nonfinite import origin
 from slora.training.optimizers import Optimizers, finite, lr_scale
 from slora.training.process import interruptible, make_accelerator, prepared, train_mode
-from slora.training.recorder import Recorder
-from slora.training.rundir import CHECKPOINTS, claimed
-from slora.training.settings import TrainSettings
 from slora.training.strategies import first_images, strategy
-from slora.wrappers import named_parameters
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -162,7 +162,7 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: py
     def full_disk(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("slora.files.os.fsync", full_disk)
+    monkeypatch.setattr("slora.io.atomic.os.fsync", full_disk)
     with pytest.raises(CheckpointError, match="no space"):
         write(build(52), {}, path)
     assert path.read_bytes() == b"old"

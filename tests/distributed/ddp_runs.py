@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import slora
-from slora.gate import gates, set_gates
+from slora.gates.values import gates, set_gates
 from slora.layers import adapted_layers
 
 KINDS: dict[str, dict[str, bool]] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import slora
-from slora.gate import gate_values, gates, set_gates
+from slora.gates.values import gate_values, gates, set_gates
 from slora.layers import adapted_layers
 
 

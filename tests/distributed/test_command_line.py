@@ -14,8 +14,8 @@ import pytest
 from safetensors.torch import load_file
 
 from slora import CheckpointError
+from slora.runs.recorder import read_metrics
 from slora.training import run
-from slora.training.recorder import read_metrics
 
 # Processes that are started: once is enough.
 pytestmark = pytest.mark.slow

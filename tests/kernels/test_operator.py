@@ -378,7 +378,7 @@ def test_a_compiled_vit_block_keeps_one_graph_while_gates_move(
     with torch._dynamo.config.patch(error_on_recompile=True):
         for gate in (0.15, 0.0, 0.15):
             with torch.no_grad():
-                for parameter in slora.gate.gates(block):
+                for parameter in slora.gates.gates(block):
                     parameter[0] = gate
             block.eval()
             torch.testing.assert_close(compiled(x), block(x), rtol=1e-3, atol=1e-3)

@@ -117,7 +117,7 @@ def test_a_cast_of_the_model_leaves_gates_and_blocks_in_fp32(cast: str) -> None:
 
 def test_a_small_penalty_moves_gates_of_a_model_in_16_bits() -> None:
     model = adapted().to(torch.bfloat16)
-    gates = slora.gate.gates(model)
+    gates = slora.gates.gates(model)
     optimizer = slora.ProximalGates(gates, lr=1e-3, penalty=0.1)
     before = torch.cat([gate.detach() for gate in gates])
     optimizer.step()
@@ -180,7 +180,7 @@ def test_models_of_transformers_keep_their_gates_in_fp32() -> None:
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "AdamW": lambda model: torch.optim.AdamW(slora.parameter_groups(model)),
-    "ProximalGates": lambda model: slora.ProximalGates(slora.gate.gates(model)),
+    "ProximalGates": lambda model: slora.ProximalGates(slora.gates.gates(model)),
 }
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import slora
 from slora.layers import adapted_layers
+from slora.runs.checkpoint_state import DIGESTS, STATE, TENSORS
 from slora.training import TrainSettings, prepare, random_states, train
-from slora.training.checkpoint_state import DIGESTS, STATE, TENSORS
 from slora.training.process import make_accelerator
 from slora.training.trainer import Trainer, unchanged_on_error
 from tests.mutations.adapters import bits, differences, snapshot

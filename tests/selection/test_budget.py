@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slora
-from slora.gate import gates
+from slora.gates.values import gates
 from slora.layers import adapted_layers
 from slora.selection import Budget, keep_blocks
 from tests.selection.stepping import Batch, Make, N, count, flags, run

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import slora
 from slora import ConfigError
-from slora.gate import gates
+from slora.gates.values import gates
 from slora.selection import Gates
 
 Make = Callable[..., nn.Module]

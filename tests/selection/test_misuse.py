@@ -14,7 +14,7 @@ from torch import nn
 
 import slora
 from slora import ConfigError, StateError
-from slora.gate import gates
+from slora.gates.values import gates
 from slora.selection import Budget, SoloGain, freeze_gates, keep_blocks
 from tests.selection.stepping import Batch, Make, N, count, flags, run
 
@@ -120,7 +120,7 @@ def test_merging_before_the_choice_warns_and_a_merged_model_is_not_chosen_from(m
 def test_gates_that_cannot_tell_ranks_apart_are_refused() -> None:
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(600)])
     slora.inject(model, slora.SelectiveLoRAConfig(r=1))
-    for gate in slora.gate.gates(model):
+    for gate in slora.gates.gates(model):
         gate.data = gate.data.bfloat16()
     selection = Budget(model, 21, 1)
     with pytest.raises(StateError, match=r"gates in torch.bfloat16 cannot tell so many ranks apart"):

@@ -13,7 +13,7 @@ from torch import nn
 
 import slora
 from slora import ConfigError
-from slora.gate import gates
+from slora.gates.values import gates
 from slora.layers import adapted_layers
 from slora.selection import Budget, SoloGain, keep_blocks, update_norm
 from slora.selection.ranking import depths

@@ -17,7 +17,7 @@ from torch import nn
 
 import slora
 from slora import ConfigError
-from slora.gate import gates
+from slora.gates.values import gates
 from slora.layers import adapted_layers
 from slora.selection import Budget
 from tests.selection.stepping import Batch, Make, N, count, flags, run

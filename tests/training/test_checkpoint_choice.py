@@ -12,12 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from slora import CheckpointError, ConfigError, cli
-from slora.evaluation.evaluate import evaluate
+from slora import CheckpointError, ConfigError
+from slora.cli import command_line
 from slora.layers import adapted_layers
-from slora.training import checkpoint, merged, run, rundir, trainer
-from slora.training.checkpoint_state import digests_of
-from slora.training.settings import Method
+from slora.runs import rundir
+from slora.runs.checkpoint_state import digests_of
+from slora.runs.settings import Method
+from slora.training import checkpoint, merge_run, run, trainer
+from slora.training.evaluate_run import evaluate
 
 QUICK: dict[str, Any] = {
     "model": "demo/letters_vit", "data": "digits", "r": 2, "max_steps": 4, "batch_size": 8, "device": "cpu",
@@ -73,7 +75,7 @@ def test_a_checkpoint_computes_what_the_model_did_at_its_step(method: Method, mo
         with torch.no_grad():
             assert torch.equal(model.eval()(images()), seen[step](images()))
         out = Path(f"{step}.safetensors")
-        count = merged.merge_adapter(folder, out, which=str(step))
+        count = merge_run.merge_adapter(folder, out, which=str(step))
         assert count == sum(len(layer.activity().active) for _, layer in adapted_layers(seen[step]))
         plain = run.rebuild(settings, 10).model.eval()
         plain.load_state_dict(load_file(out))
@@ -100,7 +102,7 @@ def test_an_interrupted_run_is_evaluated_merged_and_inspected_from_its_checkpoin
     best = max(accuracy, key=lambda step: accuracy[step])
     assert evaluate(cut, which="best")["accuracy"]["top1"] == pytest.approx(accuracy[best])
     assert run.blocks_of(cut, "2")[0] == "step-00000002"
-    assert merged.merge_adapter(cut, Path("cut.safetensors"), which="last") > 0
+    assert merge_run.merge_adapter(cut, Path("cut.safetensors"), which="last") > 0
     with pytest.raises(CheckpointError, match=r"\(--checkpoint last takes .*\): the run is not finished; go on with"):
         evaluate(cut)
 
@@ -166,19 +168,19 @@ def test_what_cannot_be_meant_is_named_with_the_checkpoints_there_are(tmp_path: 
     with pytest.raises(ConfigError, match="method=linear, which has no LoRA blocks to show"):
         run.blocks_of(unevaluated, "last")
     with pytest.raises(ConfigError, match=r"no LoRA blocks that scale=0.5 could act on"):
-        merged.merge_adapter(unevaluated, Path("x"), which="last", scale=0.5)
+        merge_run.merge_adapter(unevaluated, Path("x"), which="last", scale=0.5)
     with pytest.raises(ConfigError, match=r"holds no config.yaml"):
         evaluate(tmp_path, which="last")
 
 
 def test_a_checkpoint_from_before_the_choice_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     folder, _ = run.finetune({**QUICK, "budget": 2, "selection_warmup": 0.25, "settling": 0.5})
-    cli.inspect(folder, checkpoint="1")
+    command_line.inspect(folder, checkpoint="1")
     assert "note: the choice of blocks is not made yet in step-00000001: it is complete at step 2 of 4" in (
         capsys.readouterr().out
     )
-    cli.merge(folder, Path("early.safetensors"), checkpoint="1")
+    command_line.merge(folder, Path("early.safetensors"), checkpoint="1")
     assert "is not made yet in step-00000001" in capsys.readouterr().out
-    cli.inspect(folder, checkpoint="2")
-    cli.merge(folder, Path("late.safetensors"), checkpoint="2")
+    command_line.inspect(folder, checkpoint="2")
+    command_line.merge(folder, Path("late.safetensors"), checkpoint="2")
     assert "not made yet" not in capsys.readouterr().out

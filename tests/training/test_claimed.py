@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from slora import ConfigError
-from slora.training import TrainSettings, prepare, rundir, train
-from slora.training.rundir import claimed
+from slora.runs import rundir
+from slora.runs.rundir import claimed
+from slora.training import TrainSettings, prepare, train
 
 Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
@@ -26,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 @contextmanager
 def elsewhere(code: str) -> Iterator[subprocess.Popen[str]]:
     """A process that has run `code` and is inside it still."""
-    code = f"import os, time\nfrom pathlib import Path\nfrom slora.training.rundir import claimed\n{code}"
+    code = f"import os, time\nfrom pathlib import Path\nfrom slora.runs.rundir import claimed\n{code}"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

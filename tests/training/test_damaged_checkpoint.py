@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from slora import CheckpointError, ConfigError, SLoRAError
 from slora.layers import adapted_layers
+from slora.runs.checkpoint_state import digests_of
 from slora.training import TrainSettings, checkpoint, prepare, train
-from slora.training.checkpoint_state import digests_of
 from slora.training.optimizers import Optimizers
 
 Factory = Callable[[], nn.Module]

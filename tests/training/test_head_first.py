@@ -114,7 +114,7 @@ def test_retained_samples_hold_the_features(make_model: Factory, data: Pair, set
         torch.manual_seed(1)
         model = prepare(make_model(), settings=settings)
         train(model, data, None, settings.replace(retain_weight=weight), retain=old)
-        features = slora.features.final_features(model.eval())
+        features = slora.models.features.final_features(model.eval())
         with torch.no_grad():
             after = features(old)
             with slora.disabled(model):

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora import NonFiniteLossError, StateError
+from slora.runs.recorder import read_metrics
+from slora.runs.settings import Method
 from slora.training import TrainSettings, prepare, train
 from slora.training.nonfinite import origin
-from slora.training.recorder import read_metrics
-from slora.training.settings import Method
 from slora.training.trainer import Trainer
 
 Factory = Callable[[], nn.Module]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from slora import ConfigError, DataError
+from slora.sources.data import InputSpec, open_data
+from slora.sources.data_names import check_retained
 from slora.training import TrainSettings
-from slora.training.data import InputSpec, open_data
-from slora.training.data_names import check_retained
 from slora.training.retained import retained_images
 
 SPEC = InputSpec(1, 16, (0.0,), (1.0,), "bilinear")

@@ -19,10 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import slora
-import slora.adapter
+import slora.adapters.adapter
 from slora import CheckpointError, ConfigError, NonFiniteLossError, SLoRAError, TargetError, WriteError
-from slora.training import checkpoint, merged, run, rundir
-from slora.training.recorder import read_metrics
+from slora.runs import rundir
+from slora.runs.recorder import read_metrics
+from slora.training import checkpoint, merge_run, run
 
 QUICK: dict[str, Any] = {
     "model": "demo/letters_vit",
@@ -295,7 +296,7 @@ def test_a_full_disk_before_the_first_checkpoint_says_what_to_run(monkeypatch: p
 
 def test_two_processes_do_not_write_into_one_folder() -> None:
     code = (
-        "from pathlib import Path\nfrom slora.training.rundir import claimed\n"
+        "from pathlib import Path\nfrom slora.runs.rundir import claimed\n"
         "with claimed(Path('shared')):\n    print('held', flush=True)\n    input()"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -353,7 +354,7 @@ def test_a_full_disk_at_the_end_leaves_the_last_checkpoint_to_go_on_from(monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(slora.adapter, "save_file", full)
+        patch.setattr(slora.adapters.adapter, "save_file", full)
         with pytest.raises(CheckpointError, match=r"adapter_model.safetensors could not be written \(No space left"):
             run.finetune(QUICK)
     folder = Path("runs/letters_vit-digits-selective")
@@ -391,9 +392,9 @@ def test_a_merged_model_computes_what_the_adapted_one_does(from_run: bool) -> No
     run.load_result(model, settings, folder)
     out = Path("merged.safetensors")
     if from_run:
-        count = merged.merge_adapter(folder, out, None, False, None)
+        count = merge_run.merge_adapter(folder, out, None, False, None)
     else:
-        count = merged.merge_adapter(folder / "adapter", out, "demo/letters_vit", False, None)
+        count = merge_run.merge_adapter(folder / "adapter", out, "demo/letters_vit", False, None)
     assert count == 36
     plain = run.rebuild(settings, 10).model
     plain.load_state_dict(load_file(out))
@@ -402,12 +403,12 @@ def test_a_merged_model_computes_what_the_adapted_one_does(from_run: bool) -> No
         expected, found = model.eval()(images), plain.eval()(images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ConfigError, match=r"merged.safetensors exists"):
-        merged.merge_adapter(folder, out, None, False, None)
+        merge_run.merge_adapter(folder, out, None, False, None)
 
 
 def test_a_merged_file_says_what_it_holds() -> None:
     folder, _ = run.finetune({**QUICK, "pretrained": True})
-    merged.merge_adapter(folder, Path("run.safetensors"), scale=0.5)
+    merge_run.merge_adapter(folder, Path("run.safetensors"), scale=0.5)
     digest = json.loads((folder / "adapter/selective.json").read_text())["base"]["digest"]
     expected = {
         "format": "pt", "slora_version": slora.__version__, "model": "demo/letters_vit", "pretrained": "true",
@@ -417,11 +418,11 @@ def test_a_merged_file_says_what_it_holds() -> None:
         found = file.metadata()
     assert json.loads(found.pop("classes")) == [str(digit) for digit in range(10)]
     assert found == {**expected, "data": "digits", "method": "selective"}
-    merged.merge_adapter(folder / "adapter", Path("adapter.safetensors"), "demo/letters_vit", pretrained=True)
+    merge_run.merge_adapter(folder / "adapter", Path("adapter.safetensors"), "demo/letters_vit", pretrained=True)
     with safe_open("adapter.safetensors", framework="pt") as file:
         assert file.metadata() == {**expected, "scale": "1.0"}
     full, _ = run.finetune({**QUICK, "method": "full", "max_steps": 1})
-    merged.merge_adapter(full, Path("full.safetensors"), which="last")
+    merge_run.merge_adapter(full, Path("full.safetensors"), which="last")
     with safe_open("full.safetensors", framework="pt") as file:
         found = file.metadata()
     assert (found["method"], found["active_blocks"], "base_fingerprint" in found) == ("full", "0", False)
@@ -435,21 +436,21 @@ def test_a_base_weight_that_is_not_finite_is_not_written_into_a_merged_file(monk
         dict(built.model.named_parameters())["blocks.0.attn.qkv.weight"].data[-1, -1] = float("nan")
         return built
 
-    monkeypatch.setattr(merged, "rebuild", spoilt)
+    monkeypatch.setattr(merge_run, "rebuild", spoilt)
     with pytest.raises(CheckpointError, match=r"'blocks\.0\.attn\.qkv\.weight' would be written with NaN"):
-        merged.merge_adapter(Path("run"), Path("merged.safetensors"))
+        merge_run.merge_adapter(Path("run"), Path("merged.safetensors"))
     assert not Path("merged.safetensors").exists()
 
 
 def test_an_adapter_without_its_run_needs_the_name_of_its_model() -> None:
     folder, _ = run.finetune(QUICK)
     with pytest.raises(ConfigError, match="is an adapter without its run; name its model"):
-        merged.merge_adapter(folder / "adapter", Path("x.safetensors"), None, False, None)
+        merge_run.merge_adapter(folder / "adapter", Path("x.safetensors"), None, False, None)
     full, _ = run.finetune({**QUICK, "method": "linear"})
     plain = re.escape(f"method=linear, which has no LoRA blocks to show or to merge; its result is a plain model "
                       f"already: {full / 'model/model.safetensors'}")  # fmt: skip
     with pytest.raises(ConfigError, match=plain):
-        merged.merge_adapter(full, Path("x.safetensors"), None, False, None)
+        merge_run.merge_adapter(full, Path("x.safetensors"), None, False, None)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -508,9 +509,7 @@ def test_a_folder_that_another_run_writes_into_is_refused_before_a_model_is_buil
 ) -> None:
     run.finetune(QUICK, out=Path("run"))
     monkeypatch.setattr(run, "build", None)
-    code = (
-        "from pathlib import Path; from slora.training.rundir import claimed\nwith claimed(Path('run')): input(print())"
-    )
+    code = "from pathlib import Path; from slora.runs.rundir import claimed\nwith claimed(Path('run')): input(print())"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora import NonFiniteLossError
+from slora.runs.recorder import read_metrics
 from slora.training import Interrupted, TrainSettings, checkpoint, prepare, train
-from slora.training.recorder import read_metrics
 
 Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from slora import ConfigError
-from slora.gate import gates
+from slora.gates.values import gates
 from slora.layers import adapted_layers
+from slora.runs.recorder import read_metrics
 from slora.training import TrainSettings, prepare, train
 from slora.training.optimizers import lr_scale
-from slora.training.recorder import read_metrics
 
 Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
-from slora import files
 from slora.errors import CheckpointError
-from slora.reading import read_json
+from slora.io import atomic
+from slora.io.bounded import read_json
 
 FORMAT = 2
 # Calls between two events, how often they are timed, and the cycles of the delay before them: about 2 ms, for launches
@@ -143,7 +143,7 @@ def _remember(device: torch.device, key: str, entry: dict[str, Any]) -> None:
     environments = _read(path)
     environments.setdefault(environment(device), {})[key] = entry
     try:
-        files.write_json(path, {"format": FORMAT, "environments": environments})
+        atomic.write_json(path, {"format": FORMAT, "environments": environments})
     except CheckpointError as error:
         _warn(f"the measured choice of kernels is not remembered: {error} Set SLORA_CACHE to a folder to write to.")
 

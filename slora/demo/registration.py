@@ -1,0 +1,61 @@
+"""The demo's model and data sets, under the names that the commands know them by. Imports no torch by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from slora.errors import ConfigError
+from slora.sources.registry import Model, register_data, register_model
+
+if TYPE_CHECKING:
+    from slora.sources.data import Source
+    from slora.sources.models import Built
+
+MODEL = "demo/letters_vit"
+
+
+def _model(classes: int, pretrained: bool, img_size: int | None, model_args: Mapping[str, Any]) -> Built:
+    from slora.demo.letters import IMAGE_SIZE
+    from slora.demo.model import build, load_pretrained
+    from slora.sources.data import InputSpec
+    from slora.sources.models import Built, in_words
+
+    if model_args or img_size not in (None, IMAGE_SIZE):
+        raise ConfigError(
+            f"{MODEL} has no choices and takes images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, but "
+            f"{in_words(img_size, model_args)} was given; leave it out"
+        )
+    model = load_pretrained(classes) if pretrained else build(classes)
+    return Built(model, InputSpec(1, IMAGE_SIZE, (0.0,), (1.0,), "bilinear"))
+
+
+def _classes() -> int:
+    from slora.demo.letters import CLASSES
+
+    return len(CLASSES)
+
+
+def _digits() -> Source:
+    from torch.utils.data import TensorDataset
+
+    from slora.demo.digits import CLASSES, digits
+    from slora.sources.data import Source
+
+    training, evaluation = digits(seed=0)
+    return Source("digits", tuple(CLASSES), TensorDataset(*training), TensorDataset(*evaluation), "none")
+
+
+def _letters() -> Source:
+    from torch.utils.data import TensorDataset
+
+    from slora.demo.letters import CLASSES, letters
+    from slora.sources.data import Source
+
+    training, evaluation = letters(100, seed=1), letters(50, seed=2)
+    return Source("letters", tuple(CLASSES), TensorDataset(*training), TensorDataset(*evaluation), "none")
+
+
+register_model(MODEL, Model(_model, _classes))
+register_data("digits", _digits)
+register_data("letters", _letters)

@@ -1,0 +1,45 @@
+"""The penalty on the gates, `mean |gate|`, and its warm-up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slora.errors import ConfigError
+from slora.gates.cache import gated_layers
+from slora.module_tree.sharded import full
+
+
+def gate_penalty(model: nn.Module) -> Tensor:
+    """Return `mean_i |gate_i|` over all blocks of `model`, a differentiable fp32 scalar.
+
+    Add `penalty * gate_penalty(model)` to the task loss, after a warm-up: at the start `B = 0`, so the gates
+    get no gradient from the task and the penalty alone would move them. Inactive blocks of the policy "frozen"
+    count in the mean but get no gradient: a plain optimizer moves every gate by the same step whatever its
+    value, so a step longer than about the threshold would carry one over zero and back above the threshold.
+    Blocks of the other policies may revive that way; `ProximalGates` stops at zero.
+
+    Raises:
+        ConfigError: the model has no adapted layer.
+    """
+    scores = []
+    for _, layer in gated_layers(model):
+        gate = full(layer.gate)
+        if torch.is_grad_enabled():
+            layer._mirror.penalised = True
+        if layer.inactive == "frozen":
+            gate = torch.where(gate >= layer.threshold, gate, gate.detach())
+        scores.append(gate.float())
+    if not scores:
+        raise ConfigError("the model has no gates; call slora.inject(model, config) first")
+    device = scores[0].device
+    return torch.cat([score.to(device) for score in scores]).abs().mean()
+
+
+def penalty_at(step: int, penalty: float, warmup_steps: int, ramp_steps: int = 0) -> float:
+    """Return the penalty weight at `step`: 0 during the warm-up, then a linear ramp of `ramp_steps` to `penalty`."""
+    if step < warmup_steps:
+        return 0.0
+    if ramp_steps <= 0:
+        return penalty
+    return penalty * min(1.0, (step - warmup_steps + 1) / ramp_steps)

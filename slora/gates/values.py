@@ -1,0 +1,50 @@
+"""The gates of a model: their parameters, their values, all of them set at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from slora.gates.cache import AnyGated, Gated, GateMirror, gated_layers
+from slora.module_tree.sharded import full, put
+
+
+def gates(model: nn.Module) -> list[nn.Parameter]:
+    """Return the gate parameters of `model`, one `[blocks]` tensor per adapted layer."""
+    return [layer.moving_gate for _, layer in gated_layers(model)]
+
+
+@torch.no_grad()
+def set_gates(values: Mapping[AnyGated, Sequence[float]]) -> None:
+    """Set the gates of all adapted layers of a model, one number per block.
+
+    One copy to each device, and none back: which blocks are active is known from `values`.
+    """
+    by_device: dict[torch.device, list[AnyGated]] = {}
+    by_mirror: dict[GateMirror, dict[Gated, list[bool]]] = {}
+    for layer, numbers in values.items():
+        by_device.setdefault(layer.moving_gate.device, []).append(layer)
+        # As the kernels compare: in the dtype of the gate.
+        on = torch.tensor(numbers, dtype=layer.moving_gate.dtype) >= layer.threshold
+        by_mirror.setdefault(layer._mirror, {})[layer] = on.tolist()
+    for device, layers in by_device.items():
+        flat = [number for layer in layers for number in values[layer]]
+        new = torch.tensor(flat, dtype=torch.float32).to(device, non_blocking=True)
+        for layer, part in zip(layers, new.split([layer.blocks for layer in layers]), strict=True):
+            put(layer.moving_gate, part)
+            if layer.gate is not layer.moving_gate:
+                layer.gate.copy_(part)
+    for mirror, active in by_mirror.items():
+        mirror._wrote(active)
+
+
+def gate_values(model: nn.Module) -> dict[str, list[float]]:
+    """Return `{layer name: the scores of its blocks}` of `model`, read by one device-to-host copy per device."""
+    layers = list(gated_layers(model))
+    values = {
+        device: iter(torch.cat([full(gate.detach()) for gate in gates(model) if gate.device == device]).tolist())
+        for device in {layer.gate.device for _, layer in layers}
+    }
+    return {name: [next(values[layer.gate.device]) for _ in range(len(layer.gate))] for name, layer in layers}

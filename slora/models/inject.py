@@ -1,0 +1,352 @@
+"""`inject`: find the layers of a model that a config targets and adapt them in place."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from torch import nn
+
+from slora.config import SelectiveLoRAConfig, matches_pattern
+from slora.errors import ConfigError, SkippedLayerWarning, StateError, TargetError
+from slora.gates.cache import GateMirror
+from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
+from slora.layers.bytecode import Read, methods_of, readers
+from slora.layers.weight_reads import ReadLinear, unwatch, watch
+from slora.models.adaptable import refuse_parametrized, refuse_replaced_forward
+from slora.models.full_precision import Kept, unwiden, widen
+from slora.models.modules_to_save import Saved, saved_parts
+from slora.models.targets import candidates, chosen, is_out_proj, refuse_bases, refuse_uncalled
+from slora.module_tree import sharded
+from slora.module_tree.exclusive import changing
+from slora.module_tree.names import inside, no_match
+from slora.module_tree.places import swap
+from slora.module_tree.wrappers import module_at, named_modules, named_parameters, unwrapped
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Injection(NamedTuple):
+    """What `inject` did to a model."""
+
+    config: SelectiveLoRAConfig
+    modules_to_save: tuple[str, ...]
+    parameters_to_save: tuple[str, ...] = ()
+    wide: Kept = ()
+    layers: tuple[str, ...] = ()
+    """The layers that were adapted."""
+
+    @property
+    def saved(self) -> Saved:
+        """What is trained in full."""
+        return Saved(self.modules_to_save, self.parameters_to_save)
+
+
+def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
+    """Adapt every layer of `model` that `config` targets, in place, and return `model`.
+
+    The model may be in a wrapper, and so may be parts of it; names are those without. DistributedDataParallel has to
+    come after. All base parameters are frozen; trainable are the LoRA matrices, the gates and `config.modules_to_save`.
+    The output is the base model's bit for bit until the first step (`B = 0`), and base parameters keep their
+    names in `state_dict`. Nothing is changed when an error is raised. One case agrees only up to rounding: in
+    eval mode without gradients `nn.MultiheadAttention` and `nn.TransformerEncoder` take fused kernels, which add
+    in another order, until they are adapted; a fused encoder also gives zeros at padded positions, where an
+    adapted one gives numbers that mean nothing. On a GPU the same holds for `batch_first` attention. Modules that
+    `modules_to_save` names in a model of 16 bits are kept, and compute, in fp32 from then on.
+
+    Raises:
+        TargetError: a pattern matches nothing, or a module that cannot be adapted; near names are listed.
+        ConfigError: the rank or the number of blocks does not fit a layer, which is named; or `config` is of another
+            library.
+        StateError: the model is adapted already, by PEFT too, or wrapped by DistributedDataParallel.
+    """
+    with changing:
+        config = SelectiveLoRAConfig() if config is None else config
+        if not isinstance(config, SelectiveLoRAConfig):
+            raise ConfigError(
+                f"config is a {type(config).__module__}.{type(config).__qualname__}; use "
+                f"slora.SelectiveLoRAConfig(r=..., target_modules=...)"
+            )
+        _require_plain(model)
+        saved = saved_parts(model, config)
+        kinds, skipped = chosen(model, config)
+        found = {name: kind for name, kind in kinds.items() if not inside(name, saved.modules)}
+        if not found:
+            raise TargetError(
+                "exclude_modules and modules_to_save leave no layer to adapt; remove entries, or name more "
+                "target_modules"
+            )
+        for field in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(config, field) or ():
+                if not any(matches_pattern(pattern, name) for name in found):
+                    raise no_match(field, pattern, list(found), "layer that is adapted")
+        adapt(model, _checked(model, config, saved, found, dict.fromkeys(found, config)))
+    skipped = {name: reason for name, reason in skipped.items() if not inside(name, saved.modules)}
+    if skipped:
+        listed = "; ".join(f"{name!r}: {reason}" for name, reason in list(skipped.items())[:5])
+        more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        warnings.warn(
+            f'target_modules="all-linear" leaves out linear layers that cannot be adapted: {listed}{more}. List '
+            f"them in exclude_modules if that is meant",
+            SkippedLayerWarning,
+            stacklevel=2,
+        )
+    return model
+
+
+class Plan(NamedTuple):
+    """What `adapt` is to do, checked.
+
+    Attributes:
+        config: what the model notes.
+        saved: what is trained in full.
+        found: the layers, and what they become.
+        configs: their settings, by name.
+        reading: what reads their weights past them: `{module name: {layer name: how}}`.
+    """
+
+    config: SelectiveLoRAConfig
+    saved: Saved
+    found: dict[str, type[LoRABlocks]]
+    configs: Mapping[str, SelectiveLoRAConfig]
+    reading: dict[str, dict[str, Read]]
+
+
+def plan_listed(model: nn.Module, config: SelectiveLoRAConfig, configs: Mapping[str, SelectiveLoRAConfig]) -> Plan:
+    """Return the plan that adapts the layers that `configs` names, each by its own; no pattern of `config` is run.
+
+    Raises:
+        TargetError: a layer does not exist or cannot be adapted.
+        ConfigError: the rank or the number of blocks does not fit a layer, which is named.
+        StateError: the model is adapted already, or wrapped by DistributedDataParallel.
+    """
+    _require_plain(model)
+    saved = saved_parts(model, config)
+    kinds, reasons = candidates(model)
+    for name in configs:
+        if name not in kinds or inside(name, saved.modules):
+            why = "is trained in full" if name in kinds else "is no layer that can be adapted"
+            why = f"cannot be adapted ({reasons[name]})" if name in reasons else why
+            raise TargetError(f"{name!r} {why} in this {type(unwrapped(model)).__name__}")
+    found = {name: kind for name, kind in kinds.items() if name in configs}
+    refuse_uncalled(model, set(found))
+    return _checked(model, config, saved, found, configs)
+
+
+def targets_by_name(model: nn.Module, config: SelectiveLoRAConfig) -> set[str]:
+    """Return the names of the layers that `config` targets, without those that only a regular expression tells.
+
+    Raises:
+        TargetError: an entry matches no layer that can be adapted.
+    """
+    patterns = [config.target_modules, config.exclude_modules]
+    if any(isinstance(pattern, str) and pattern != "all-linear" for pattern in patterns):
+        return set()
+    saved = saved_parts(model, config)
+    return {name for name in chosen(model, config, tied=True).kinds if not inside(name, saved.modules)}
+
+
+def adapt(model: Model, plan: Plan) -> Model:
+    """Do what `plan`, made for this very model, says, in place, and return `model`."""
+    mirror = GateMirror()
+    with unchanged_on_error(model):
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        new = {}
+        for name, kind in plan.found.items():
+            module = module_at(model, name)
+            new[module] = _adapted(kind, module, plan.configs[name], name, mirror)
+        for parameter in plan.saved.of(model):
+            parameter.requires_grad_(True)
+        wide = widen(model, plan.saved)
+        mirror.saved = [weakref.ref(p) for name in plan.saved.modules for p in module_at(model, name).parameters()]
+    swap(model, new)
+    for name, layers in plan.reading.items():
+        paths = {layer.removeprefix(name + "."): layer for layer in layers}
+        module = module_at(model, name)
+        unseen = next((layer for layer, one in layers.items() if one.getter), "")
+        watch(module, paths, unseen, methods_of(type(module)))
+    _set_fused_encoders(model)
+    unwrapped(model)._slora = Injection(plan.config, *plan.saved, wide, tuple(plan.found))  # type: ignore[assignment]
+    return model
+
+
+def _require_plain(model: nn.Module) -> None:
+    adapted = [name for name, _ in adapted_layers(model)]
+    if adapted:
+        raise StateError(
+            f"the model is adapted already ({len(adapted)} layers, the first {adapted[0]!r}"
+            f"{f', by slora.inject of its {inner!r}' if (inner := _injected_inside(model)) else ''}); "
+            f"call slora.unload(model) or slora.merge_and_unload(model) before another inject"
+        )
+    for name, module in model.named_modules():
+        kind = type(module)
+        # By its name, so that PEFT need not be there.
+        if kind.__module__.startswith("peft."):
+            raise StateError(
+                f"{f'{name!r} is a' if name else 'the model is a'} {kind.__module__}.{kind.__name__} of PEFT, whose "
+                f"adapter would be taken for a part of the base model; call model = model.merge_and_unload(), or "
+                f"model.unload(), first"
+            )
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise StateError(
+            "DistributedDataParallel synchronises the gradients of the parameters that it found when it was made; call "
+            "slora.inject or slora.load_adapter before the model is wrapped"
+        )
+    sharded.refuse(model, "call slora.inject or slora.load_adapter before fully_shard")
+    lazy = [name for name, p in named_parameters(model) if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise TargetError(f"{lazy[0]!r} of a lazy module has no shape yet; run the model once, then inject")
+
+
+def _checked(
+    model: nn.Module,
+    config: SelectiveLoRAConfig,
+    saved: Saved,
+    found: dict[str, type[LoRABlocks]],
+    configs: Mapping[str, SelectiveLoRAConfig],
+) -> Plan:
+    refuse_bases(model, found, saved)
+    for name, kind in found.items():
+        kind.choose_blocks(configs[name], module_at(model, name), name)
+    reading = _readers(model, found)
+    read = {layer for layers in reading.values() for layer in layers}
+    return Plan(config, saved, {n: ReadLinear if n in read else kind for n, kind in found.items()}, configs, reading)
+
+
+def _readers(model: nn.Module, found: Mapping[str, type[LoRABlocks]]) -> dict[str, dict[str, Read]]:
+    """The modules that read the weights of layers inside them: `{module name: {layer name: how}}`."""
+    result = readers(model, {layer: kind.weight_name for layer, kind in found.items()})
+    for name, kind in found.items():
+        # A class of attention that calls the forward of PyTorch's, which reads the weight of its output projection.
+        if kind is ProjectionAttention and f"{name}.out_proj" in found and is_out_proj(model, f"{name}.out_proj"):
+            result.setdefault(name, {})[f"{name}.out_proj"] = Read("out_proj", True, "weight", False)
+    for name, layers in result.items():
+        for layer in layers:
+            if found[layer] is not SelectiveLoRALinear:
+                raise TargetError(
+                    f"{name or type(model).__name__!r} reads {found[layer].weight_name} of {layer!r} itself, past the "
+                    f"blocks; list {layer!r} in exclude_modules"
+                )
+    return result
+
+
+@contextlib.contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Give the parameters of `model` their values, dtypes and `requires_grad` back if an exception passes."""
+    before = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for parameter, data, requires_grad in before:
+            parameter.data = data
+            parameter.requires_grad_(requires_grad)
+        raise
+
+
+def unload(model: Model) -> Model:
+    """Take all blocks out again, in place, and return the base model, its parameters still frozen.
+
+    Of a wrapped model what is in the wrapper is returned: what DDP or torch.compile know of it is out of date.
+
+    Raises:
+        StateError: the blocks are merged into the weights; unmerge first, or call `slora.merge_and_unload`. Or the
+            model is itself an adapted layer, or a base weight was parametrized since.
+    """
+    with changing:
+        refuse_layer(model)
+        sharded.refuse(model, "save the adapter, and go on with a model that is not")
+        layers = [layer for _, layer in adapted_layers(model)]
+        merged = [name for name, layer in adapted_layers(model) if layer.merged]
+        if merged:
+            raise StateError(
+                f"{merged[0]!r} is merged; call slora.unmerge(model) first, or slora.merge_and_unload(model)"
+            )
+        refuse_parametrized(dict(adapted_layers(model)))
+        refuse_replaced_forward(dict(adapted_layers(model)))
+        for module in model.modules():
+            unwatch(module)
+        swap(model, {layer: layer.plain() for layer in layers})
+        _set_fused_encoders(model)
+        plain: Any = unwrapped(model)
+        record = plain.__dict__.pop("_slora", None)
+        if isinstance(record, Injection):
+            unwiden(model, record.wide)
+        return plain  # type: ignore[no-any-return]
+
+
+def refuse_layer(model: nn.Module) -> None:
+    """Raise `StateError` where `model` is itself an adapted layer, for which no plain one can be put in place."""
+    layer = unwrapped(model)
+    if isinstance(layer, LoRABlocks):
+        raise StateError(
+            f"the model is itself an adapted layer ({type(layer).__name__}), and cannot be replaced in place; use what "
+            f"its fuse() returns (merged) or its plain() (the base layer)"
+        )
+
+
+def injection(model: nn.Module) -> Injection:
+    """Return what `inject` was called with on `model`.
+
+    Raises:
+        StateError: `model` was not passed to `inject` itself.
+    """
+    found = getattr(unwrapped(model), "_slora", None)
+    if not isinstance(found, Injection):
+        raise StateError(_not_itself(model))
+    return found
+
+
+def _not_itself(model: nn.Module) -> str:
+    kind = type(unwrapped(model)).__name__
+    inner = _injected_inside(model)
+    if inner:
+        plain = all(part.isidentifier() for part in inner.split("."))
+        path = f"model.{inner}" if plain else f"model.get_submodule({inner!r})"
+        return f"{kind} is not adapted itself, its {inner!r} is; pass that module, as in {path}"
+    layers = [name for name, _ in adapted_layers(model)]
+    if layers:
+        return (
+            f"{kind} holds adapted layers, the first {layers[0]!r}, but is not the module that slora.inject was called "
+            f"on; pass that one"
+        )
+    return f"{kind} is not adapted; call slora.inject(model, config) on this very module first"
+
+
+def _injected_inside(model: nn.Module) -> str:
+    """The name of the part of `model` that `inject` was called on, or nothing."""
+    return next(
+        (name for name, m in named_modules(model) if name and isinstance(m.__dict__.get("_slora"), Injection)), ""
+    )
+
+
+def _adapted(
+    kind: type[LoRABlocks], module: nn.Module, config: SelectiveLoRAConfig, name: str, mirror: GateMirror
+) -> LoRABlocks:
+    if isinstance(module, nn.Linear):
+        linear = ReadLinear if kind is ReadLinear else SelectiveLoRALinear
+        return linear.from_linear(module, config, name=name, mirror=mirror)
+    if isinstance(module, nn.MultiheadAttention) and kind is SelectiveLoRAAttention:
+        return SelectiveLoRAAttention.from_attention(module, config, name=name, mirror=mirror)
+    return ProjectionAttention.from_attention(module, config, name=name, mirror=mirror)
+
+
+def _set_fused_encoders(model: nn.Module) -> None:
+    """Keep PyTorch's fused encoder path off wherever it would read weights past the blocks, else restore it."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            _hold(module, "activation_relu_or_gelu", 0, any(True for _ in adapted_layers(module)))
+        elif isinstance(module, nn.TransformerEncoder):
+            _hold(module, "use_nested_tensor", False, any(True for _ in adapted_layers(module)))
+
+
+def _hold(module: nn.Module, attribute: str, value: Any, on: bool) -> None:
+    kept = "_slora_" + attribute
+    if on and kept not in module.__dict__:
+        setattr(module, kept, getattr(module, attribute))
+        setattr(module, attribute, value)
+    elif not on and kept in module.__dict__:
+        setattr(module, attribute, module.__dict__.pop(kept))

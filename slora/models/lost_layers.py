@@ -1,0 +1,138 @@
+"""Adapted layers that have no part in the model any more: replaced, computed anew at each call, or never trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from slora.config import SelectiveLoRAConfig
+from slora.errors import ReplacedLayerWarning, StateError, UntrainedLayerWarning, listed
+from slora.layers import LoRABlocks
+from slora.models.adaptable import computed
+from slora.models.inject import Injection, injection
+from slora.module_tree.sharded import full, is_sharded
+from slora.module_tree.wrappers import module_at, unwrapped
+
+
+def warn_of_lost(model: nn.Module, layers: Mapping[str, LoRABlocks], stacklevel: int) -> None:
+    """Warn of layers that `inject` adapted and that are no adapted layers now, and of those that training left alone.
+
+    The latter have active blocks whose B is all zero, as at the start, while other blocks have moved; each is named
+    once, and not again where the first optimizer step did (`slora.layers.untrained`).
+    """
+    replaced = _replaced(model, layers)
+    if replaced:
+        first, kind = next(iter(replaced.items()))
+        warnings.warn(
+            f"{_were(replaced)} adapted by slora.inject, but replaced since ({first!r} is {kind} now): what was "
+            f"trained there is lost. Replace layers, resize embeddings and fuse projections before slora.inject",
+            ReplacedLayerWarning,
+            stacklevel=stacklevel + 1,
+        )
+    untrained = [name for name in _untrained(layers) if not layers[name]._named]
+    if untrained:
+        for name in untrained:
+            layers[name]._named = True
+        warnings.warn(
+            f"{_were(untrained)} adapted and active, but not trained: B is still zero, because no forward of the "
+            f"training reached the layer or no gradient came back. List what is not used in exclude_modules",
+            UntrainedLayerWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def refuse_all_lost(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
+    """Raise `StateError` where no layer that `inject` adapted is in the model any more."""
+    replaced = {} if layers else _replaced(model, layers)
+    if replaced:
+        first, kind = next(iter(replaced.items()))
+        raise StateError(
+            f"there is nothing to save: no adapted layer is left, all {len(replaced)} have been replaced since "
+            f"slora.inject ({first!r} is {kind} now). Replace or quantise layers before slora.inject, or on what "
+            f"slora.merge_and_unload returns"
+        )
+
+
+def config_of(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> SelectiveLoRAConfig:
+    """Return the config of an adapted model, which does not mean the layers that were replaced any more."""
+    config = injection(model).config
+    replaced = _replaced(model, layers)
+    if not replaced or isinstance(config.exclude_modules, str):
+        return config
+    return dataclasses.replace(config, exclude_modules=[*(config.exclude_modules or ()), *replaced])
+
+
+def refuse_computed(layers: Mapping[str, LoRABlocks], what: str, weight: bool) -> None:
+    """Raise `StateError` where a parameter of a layer has become the result of others, as by pruning.
+
+    A forward computes it anew: the last step may not be in it. With `weight` the base weight counts as well, in which
+    what is written would be lost. `what` cannot be done.
+    """
+    for name, layer in layers.items():
+        names = ["lora_A", "lora_B", "gate", *([layer.weight_name] if weight else [])]
+        for part in names:
+            if isinstance(layer.__dict__.get(part), Tensor) or (
+                part == layer.weight_name and part not in layer._parameters
+            ):
+                raise StateError(f"{what}: {part} of {name!r} {computed(layer, part)}")
+
+
+def refuse_fused(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
+    """Raise `StateError` where a layer that is not adapted holds the weight of an adapted one beside it.
+
+    What fused them took the base weights, so that the blocks are not in it, and merging would not bring them there.
+    """
+    for name, layer in layers.items():
+        parent = module_at(model, name.rpartition(".")[0])
+        weight = layer.base_weight
+        if not layer.activity().active or is_sharded(weight):
+            continue
+        for key, child in parent.named_children():
+            other = None if isinstance(child, LoRABlocks) else child._parameters.get("weight")
+            if other is None or other.dim() != 2 or other.shape[1] != weight.shape[1] or len(other) <= len(weight):
+                continue
+            if bool((other.detach() == weight[0].to(other)).all(1).any()):
+                raise StateError(
+                    f"{key!r} beside {name!r} was fused from its weight, without the blocks, which merging would not "
+                    f"bring there; merge before projections are fused, or remove {key!r}"
+                )
+
+
+def _replaced(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> dict[str, str]:
+    record = unwrapped(model).__dict__.get("_slora")
+    found = {}
+    for name in record.layers if isinstance(record, Injection) else ():
+        if name not in layers:
+            try:
+                module = module_at(model, name)
+            except AttributeError:
+                found[name] = "gone"
+            else:
+                if not isinstance(module, LoRABlocks):
+                    found[name] = f"a {type(module).__name__}"
+    return found
+
+
+@torch.no_grad()
+def _untrained(layers: Mapping[str, LoRABlocks]) -> list[str]:
+    moved: dict[torch.device, dict[str, Tensor]] = {}
+    for name, layer in layers.items():
+        active = list(layer.activity().active)
+        if active and layer.lora_B.requires_grad:
+            B = full(layer.lora_B)
+            moved.setdefault(B.device, {})[name] = B[active].any()
+    known = {name: flag for flags in moved.values() for name, flag in zip(flags, _read(flags), strict=True)}
+    return [name for name in layers if not known.get(name, True)] if any(known.values()) else []
+
+
+def _read(flags: Mapping[str, Tensor]) -> list[bool]:
+    read: list[bool] = torch.stack(list(flags.values())).tolist()
+    return read
+
+
+def _were(names: Mapping[str, str] | list[str]) -> str:
+    return f"{listed(names)} {'was' if len(names) == 1 else 'were'}"

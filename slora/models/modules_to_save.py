@@ -1,0 +1,67 @@
+"""What `modules_to_save` selects: modules and single parameters that are trained in full and saved with the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from slora.config import SelectiveLoRAConfig
+from slora.layers import adapted_layers
+from slora.module_tree.names import ends_with, inside, no_match
+from slora.module_tree.wrappers import module_at, named_modules, named_parameters, parameter_at, state_of
+
+
+class Saved(NamedTuple):
+    """Full names."""
+
+    modules: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    """Those in none of `modules`."""
+
+    def of(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        """Yield the parameters of `model` that are meant."""
+        for name in self.modules:
+            yield from module_at(model, name).parameters()
+        for name in self.parameters:
+            yield parameter_at(model, name)
+
+    def buffers(self, model: nn.Module) -> set[str]:
+        """Return the names among those of `tensors` that are no parameters."""
+        return self.tensors(model).keys() - {name for name, _ in named_parameters(model, remove_duplicate=False)}
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what is meant in `model` by full name: single parameters, then all that modules hold."""
+        found: dict[str, Tensor] = {name: parameter_at(model, name) for name in self.parameters}
+        for name in self.modules:
+            found |= {f"{name}.{key}": value for key, value in state_of(module_at(model, name)).items()}
+        return found
+
+
+def saved_parts(model: nn.Module, config: SelectiveLoRAConfig) -> Saved:
+    """Return what `config.modules_to_save` selects in `model`: modules and parameters whose names match or end so.
+
+    Raises:
+        TargetError: an entry matches neither a module nor a parameter; near names are listed.
+    """
+    modules = [name for name, _ in named_modules(model) if name]
+    parameters = [name for name, _ in named_parameters(model, remove_duplicate=False)]
+    chosen: list[str] = []
+    single: list[str] = []
+    for entry in dict.fromkeys(config.modules_to_save or ()):
+        hits = [name for name in modules if ends_with(name, entry)]
+        own = [name for name in parameters if ends_with(name, entry)]
+        if not hits and not own:
+            raise no_match("modules_to_save", entry, [*modules, *parameters], "module or parameter")
+        chosen += [hit for hit in hits if hit not in chosen]
+        single += [name for name in own if name not in single]
+    return Saved(tuple(chosen), tuple(name for name in single if not inside(name, chosen)))
+
+
+def unsaved(model: nn.Module, saved: Saved) -> list[str]:
+    """Return the names of parameters that require gradients but are neither in `saved` nor an adapted layer's own."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    known = {id(part) for layer in layers for part in (layer.lora_A, layer.lora_B, layer.gate)}
+    known.update(map(id, saved.of(model)))
+    return [name for name, p in named_parameters(model) if p.requires_grad and id(p) not in known]

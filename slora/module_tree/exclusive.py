@@ -1,0 +1,64 @@
+"""What changes weights: one thread at a time, and complete before Ctrl-C and its like are answered."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+changing = threading.RLock()
+"""Held by inject, unload, merge, unmerge, loading and saving. One for all models, since the same layers may be reached
+through a model, its wrapper and a part of it; what holds it takes milliseconds. By the same thread it can be taken
+again."""
+
+
+class _Held:
+    """Stands in for the handlers of all signals; once `holding` is over it passes signals on."""
+
+    def __init__(self) -> None:
+        self.holding = True
+        self.handlers: dict[int, Any] = {}
+        self.arrived: list[tuple[int, FrameType | None]] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.holding:
+            self.arrived.append((number, frame))
+        else:
+            self.handlers[number](number, frame)
+
+    def install(self) -> None:
+        for number in signal.valid_signals():
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self.handlers[number] = handler
+                signal.signal(number, self)
+
+    def release(self) -> None:
+        # An exception that a handler raises keeps none of the others from being put back and called.
+        self.holding = False
+        with contextlib.ExitStack() as stack:
+            for number, frame in reversed(self.arrived):
+                stack.callback(self.handlers[number], number, frame)
+            for number, handler in self.handlers.items():
+                stack.callback(signal.signal, number, handler)
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Call the Python handlers of signals that arrive inside only at the end, where they may raise.
+
+    So no KeyboardInterrupt comes between writing weights and recording that they are written. Python runs handlers in
+    the main thread alone: other threads need nothing, and get nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = _Held()
+    try:
+        held.install()
+        yield
+    finally:
+        held.release()

@@ -1,0 +1,63 @@
+"""`TrainSettings` as command-line flags: one for each field, with its sentence and its default."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from slora.runs.settings import TrainSettings
+
+# Users ask for blocks; how many a layer has is for few of them.
+FLAGS = {"budget": ("--blocks", "--budget"), "blocks": ("--blocks-per-layer",)}
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Return `command` with a flag for every field of `TrainSettings` in place of its `**settings`."""
+
+    def called(**given: Any) -> None:
+        command(**given)
+
+    hints = typing.get_type_hints(command, include_extras=True)
+    parameters = [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(command).parameters.items()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    knobs = typing.get_type_hints(TrainSettings, include_extras=True)
+    for field in dataclasses.fields(TrainSettings):
+        hint, sentence = get_args(knobs[field.name])
+        annotation = _flag(field.name, hint, sentence, field.default)
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    called.__name__, called.__doc__ = command.__name__, command.__doc__
+    return called
+
+
+def _flag(name: str, hint: Any, sentence: str, default: Any) -> Any:
+    import typer
+
+    flags = FLAGS.get(name, ("--" + name.replace("_", "-"),))
+    help = f"{sentence} [default: {_shown(default)}]"
+    # None stands for "not given": then a config file, or the default, decides.
+    if get_origin(hint) is Literal:
+        return Annotated[str | None, typer.Option(*flags, help=help, metavar="|".join(get_args(hint)))]
+    kinds = [option for option in get_args(hint) or (hint,) if option is not type(None)]
+    if kinds == [bool]:
+        return Annotated[bool | None, typer.Option(f"{flags[0]}/--no-{flags[0][2:]}", help=help)]
+    if kinds == [int]:
+        return Annotated[int | None, typer.Option(*flags, help=help)]
+    if kinds == [float]:
+        return Annotated[float | None, typer.Option(*flags, help=help)]
+    return Annotated[str | None, typer.Option(*flags, help=help)]
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return "unset"
+    return {True: "yes", False: "no"}[default] if isinstance(default, bool) else str(default)

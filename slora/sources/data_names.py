@@ -1,0 +1,100 @@
+"""Names of data sets, and what is known of each before it is opened. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slora.errors import ConfigError
+from slora.sources.registry import DATA
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A data set of torchvision: its class, its splits as keyword arguments, and what augmentation suits it."""
+
+    kind: str
+    classes: int
+    training: tuple[dict[str, Any], ...]
+    evaluation: tuple[dict[str, Any], ...]
+    """Empty where the data set has no split of its own; then 10 % of each class are set apart."""
+    augment: str = "crop-flip"
+    downloads: bool = True
+
+
+def _flag(kind: str, classes: int, **kwargs: Any) -> Entry:
+    return Entry(kind, classes, ({"train": True},), ({"train": False},), **kwargs)
+
+
+def _split(kind: str, classes: int, training: str, evaluation: str, **kwargs: Any) -> Entry:
+    return Entry(
+        kind, classes, tuple({"split": name} for name in training.split("+")), ({"split": evaluation},), **kwargs
+    )
+
+
+TORCHVISION = {
+    "cifar10": _flag("CIFAR10", 10),
+    "cifar100": _flag("CIFAR100", 100),
+    "dtd": _split("DTD", 47, "train+val", "test"),
+    "eurosat": Entry("EuroSAT", 10, ({},), ()),
+    "flowers102": _split("Flowers102", 102, "train+val", "test"),
+    "food101": _split("Food101", 101, "train", "test"),
+    # A mirrored sign or digit is another one.
+    "gtsrb": _split("GTSRB", 43, "train", "test", augment="crop"),
+    "imagenet": _split("ImageNet", 1000, "train", "val", downloads=False),
+    "mnist": _flag("MNIST", 10, augment="none"),
+    "pets": _split("OxfordIIITPet", 37, "trainval", "test"),
+    "stl10": _split("STL10", 10, "train", "test"),
+    "svhn": _split("SVHN", 10, "train", "test", augment="none"),
+}
+FOLDER = "imagefolder:"
+GENERIC = "generic"
+
+
+def names() -> list[str]:
+    """Return every name that `open_data` takes; `imagefolder:PATH` is one more."""
+    return sorted([*TORCHVISION, *DATA])
+
+
+def check_name(name: str | None) -> str:
+    """Return `name` in the form of `names()`; early, before anything is loaded.
+
+    Raises:
+        ConfigError: the name is unknown; near names are listed.
+    """
+    if not name:
+        raise ConfigError(f"no data set was named; use one of {', '.join(names())} or imagefolder:PATH")
+    if name.startswith(FOLDER):
+        return name
+    plain = name.lower().replace("-", "").replace("_", "")
+    plain = {"oxfordiiitpet": "pets", "oxfordpets": "pets", "flowers": "flowers102", "in1k": "imagenet"}.get(
+        plain, plain
+    )
+    if plain not in names():
+        if Path(name).is_dir():
+            raise ConfigError(f"data={name!r} is a folder; write imagefolder:{name}")
+        near = difflib.get_close_matches(plain, names(), n=3) or names()
+        raise ConfigError(f"data={name!r} is unknown; near names are {', '.join(near)}, or imagefolder:PATH")
+    return plain
+
+
+def is_folder(name: str) -> bool:
+    """Whether `retain_data` means a folder: one that is there and has not the name of a data set."""
+    return name not in names() and Path(name).expanduser().is_dir()
+
+
+def check_retained(name: str | None) -> None:
+    """Check `retain_data`; early, before anything is loaded.
+
+    Raises:
+        ConfigError: it is neither "generic", nor a folder, nor a data set.
+    """
+    if name is not None and name != GENERIC and not is_folder(name):
+        try:
+            check_name(name)
+        except ConfigError as error:
+            raise ConfigError(
+                f"retain_data={name!r} is neither 'generic', nor a folder of images, nor a data set by name"
+            ) from error

@@ -1,0 +1,153 @@
+"""The `merge` command: a run or an adapter as one file of plain weights, which says what it is."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+from safetensors.torch import save_model
+from torch import nn
+
+from slora import __version__
+from slora.adapters.adapter import fingerprint, load_adapter
+from slora.adapters.files import PREFIX
+from slora.adapters.tensors import is_finite, read_adapter
+from slora.errors import BaseModelWarning, CheckpointError, ConfigError
+from slora.io.atomic import write_atomically
+from slora.layers import adapted_layers
+from slora.merging import merge_and_unload
+from slora.runs import rundir
+from slora.runs.settings import TrainSettings
+from slora.sources import models
+from slora.training import checkpoint
+from slora.training.run import load_result, rebuild, rebuild_for
+
+
+def merge_adapter(
+    folder: Path,
+    out: Path,
+    model_name: str | None = None,
+    pretrained: bool = False,
+    classes: int | None = None,
+    scale: float = 1.0,
+    which: str | None = None,
+) -> int:
+    """Merge the adapter in `folder` into its model, write `out`, and return the number of blocks merged.
+
+    The file says in its metadata, all of it strings, what it holds: `safe_open(out, "pt").metadata()` has
+
+        format              "pt"
+        slora_version       of the slora that wrote the file
+        model               as for `models.build`
+        pretrained          "true" or "false": what the training started from
+        img_size            pixels on a side of the model's images, where it was chosen
+        model_args          JSON object, where there are some
+        active_blocks       number of blocks merged
+        scale               factor on the update
+        base_fingerprint    digest of the base weights, `slora.adapters.adapter.fingerprint`; not of runs without blocks
+        data, method        of the run
+        classes             JSON list of the classes' names, in the order of the outputs
+
+    The last three are those of a run; an adapter directory alone does not know them.
+
+    Args:
+        folder: an adapter directory, or a run directory, which knows its model.
+        out: safetensors file for the plain state dict.
+        model_name: as for `models.build`; None for that of the run.
+        pretrained: whether the adapter belongs to pretrained weights; a run knows it.
+        classes: outputs of the head; None for those of the run, or of the head that the adapter holds.
+        scale: factor on the update.
+        which: None for the result of a finished run; else one of the checkpoints of a run, finished or not: "best",
+            "last" or the number of a step. Then runs without blocks give their plain weights.
+
+    Raises:
+        ConfigError: `out` exists, the run has no blocks, or the model or the number of classes is not known.
+        CheckpointError: the run is not finished or has no such checkpoint, the adapter is missing, damaged, or of
+            another model, or a weight that would be written is not finite.
+        WriteError: the disk is full or the folder cannot be written.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another file, or remove it first")
+    run = which is not None or (folder / rundir.CONFIG).exists()
+    settings = rundir.read_settings(folder) if run else TrainSettings()
+    model_name = model_name or settings.model
+    if model_name is None:
+        raise ConfigError(f"{folder} is an adapter without its run; name its model, such as timm/vit_base_patch16_224")
+    settings = settings.replace(model=model_name, pretrained=pretrained or settings.pretrained)
+    labels = rundir.labels(folder) if run else None
+    classes = classes or (len(labels) if labels else None)
+    if which is None:
+        model = _with_adapter(rundir.adapter_of(folder), settings, classes)
+    else:
+        model = _with_checkpoint(folder, which, settings, classes)
+    layers = dict(adapted_layers(model))
+    if not layers and scale != 1.0:
+        raise rundir.without_blocks(folder, settings.method, f"that scale={scale} could act on; leave it out")
+    count = sum(len(layer.activity().active) for layer in layers.values())
+    metadata = _of_model(settings) | {"active_blocks": str(count), "scale": str(scale)}
+    if run:
+        metadata |= {"data": settings.data or "", "method": settings.method}
+    if labels:
+        metadata["classes"] = json.dumps(labels)
+    if layers:
+        metadata["base_fingerprint"] = fingerprint(model)["digest"]
+        merge_and_unload(model, scale)
+    _refuse_not_finite(model)
+    write_atomically(out, lambda path: save_model(model, str(path), metadata))
+    return count
+
+
+def _refuse_not_finite(model: nn.Module) -> None:
+    """Refuse weights of the base, too, which merging does not read: reading them is little beside writing them."""
+    trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name, value in model.state_dict().items():
+        if not is_finite(value, name not in trained):
+            raise CheckpointError(
+                f"{name!r} would be written with NaN or infinity, which the base model or the result of the run holds; "
+                f"check the pretrained weights, or take an earlier checkpoint (--checkpoint)"
+            )
+
+
+def _of_model(settings: TrainSettings) -> dict[str, str]:
+    """What the file says of the model before it was trained, and of who wrote it."""
+    values = {
+        "format": "pt",
+        "slora_version": __version__,
+        "model": settings.model or "",
+        "pretrained": json.dumps(settings.pretrained),
+    }
+    if settings.img_size is not None:
+        values["img_size"] = str(settings.img_size)
+    if settings.model_args:
+        values["model_args"] = json.dumps(settings.model_args)
+    return values
+
+
+def _with_checkpoint(run_dir: Path, which: str, settings: TrainSettings, classes: int | None) -> nn.Module:
+    folder = checkpoint.chosen(run_dir, which)
+    models.check_name(settings.model, settings.pretrained)
+    model = rebuild_for(run_dir, settings) if classes is None else rebuild(settings, classes).model
+    return load_result(model, settings, run_dir, folder)
+
+
+def _with_adapter(adapter: Path, settings: TrainSettings, classes: int | None) -> nn.Module:
+    models.check_name(settings.model, settings.pretrained)
+    model = rebuild(settings, classes or _classes_in(adapter)).model
+    try:
+        with warnings.catch_warnings():
+            # A file of weights that fit nothing is of no use to anyone, so here it is an error.
+            warnings.simplefilter("error", BaseModelWarning)
+            return load_adapter(model, adapter)
+    except BaseModelWarning as error:
+        raise CheckpointError(f"{error} On the command line --pretrained does that.") from error
+
+
+def _classes_in(adapter: Path) -> int:
+    """The outputs of the head that an adapter holds."""
+    content, tensors = read_adapter(adapter)
+    weights = [f"{PREFIX}{name}.weight" for name in content.config.modules_to_save or ()]
+    shapes = [tensors[key].shape for key in weights if key in tensors and tensors[key].dim() > 0]
+    if not shapes:
+        raise ConfigError(f"{adapter} holds no classifier head; say how many outputs the model has with --classes")
+    return int(shapes[-1][0])

@@ -1,0 +1,544 @@
+"""The `slora` command: its help, its output, and how it reports what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slora.cli import command_line
+from slora.training import TrainSettings
+
+COMMANDS = ("demo", "finetune", "evaluate", "merge", "inspect", "report", "doctor")
+QUICK = (
+    "--model demo/letters_vit --data digits --r 2 --max-steps 4 --batch-size 8 --device cpu --precision fp32 "
+    "--no-tensorboard --no-count-flops --log-every 2 --save-every 2 --eval-every 0"
+).split()
+
+
+class Outcome(types.SimpleNamespace):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def slora(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Outcome]:
+    """Run the command line in an empty folder, on few digits and letters."""
+    from slora.demo import digits as digits_module
+    from slora.demo import letters as letters_module
+
+    rendered, whole = letters_module.letters, digits_module.digits
+
+    def few(seed: int) -> Any:
+        (images, labels), (more_images, more_labels) = whole(seed)
+        return (images[:80], labels[:80]), (more_images[:40], more_labels[:40])
+
+    monkeypatch.setattr(letters_module, "letters", lambda n, seed: rendered(4 if n == 100 else 1, seed))
+    monkeypatch.setattr(digits_module, "digits", few)
+    # The page of a run takes seconds to draw, and has tests of its own.
+    monkeypatch.setitem(sys.modules, "slora.report", types.SimpleNamespace(write_report=lambda run, out: run / "page"))
+    monkeypatch.delenv("SLORA_TRACEBACK", raising=False)
+    # --traceback sets it; this undoes that.
+    monkeypatch.setenv("SLORA_TRACEBACK", "")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["slora", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            command_line.main()
+        out, err = capsys.readouterr()
+        return Outcome(code=caught.value.code or 0, out=out, err=err)
+
+    return run
+
+
+def test_the_commands_are_those_of_the_design(slora: Callable[..., Outcome]) -> None:
+    outcome = slora("--help")
+    assert outcome.code == 0
+    listed = [line.split()[0] for line in outcome.out.split("Commands:")[1].splitlines() if line.strip()]
+    assert listed == list(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_suffices(slora: Callable[..., Outcome], command: str) -> None:
+    import typer
+
+    outcome = slora(command, "--help")
+    assert outcome.code == 0
+    assert "Example" in outcome.out
+    assert f"slora {command}" in outcome.out.split("Example")[1]
+    group: Any = typer.main.get_command(command_line.app())
+    for parameter in group.commands[command].params:
+        if parameter.name != "help":
+            assert parameter.help, parameter.name
+            assert parameter.help.split(" [")[0].rstrip(".)").count(". ") <= 1, parameter.help
+        if parameter.param_type_name == "option" and not parameter.required and not parameter.is_flag:
+            assert "[default: " in parameter.help or parameter.show_default or parameter.default is None
+
+
+def test_finetune_has_a_flag_with_its_default_for_every_setting(slora: Callable[..., Outcome]) -> None:
+    text = " ".join(slora("finetune", "--help").out.split("Options:")[1].split())
+    for field in dataclasses.fields(TrainSettings):
+        flag = {"budget": "--blocks, --budget", "blocks": "--blocks-per-layer"}.get(
+            field.name, "--" + field.name.replace("_", "-")
+        )
+        assert f" {flag} " in text
+        words = {"None": "unset", "True": "yes", "False": "no"}
+        default = words.get(str(field.default), str(field.default))
+        # Up to the next flag; sentences may hold hyphens, but no word starts with two.
+        own = text.split(f" {flag} ", 1)[1].removeprefix(f"/ --no-{flag[2:]}").split(" --")[0]
+        assert f"[default: {default}]" in own
+
+
+def test_finetune_trains_and_says_where_the_results_are(slora: Callable[..., Outcome]) -> None:
+    outcome = slora("finetune", *QUICK)
+    assert outcome.code == 0, outcome.err
+    assert "accuracy" in outcome.out
+    assert "active blocks: 36" in outcome.out
+    assert "results are in runs/letters_vit-digits-selective" in outcome.out
+    assert "report: runs/letters_vit-digits-selective/page" in outcome.out
+    assert "step 4 of 4" in outcome.err
+
+
+def test_flags_go_before_the_config_file(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("lr: 0.5\nr: 3\nmethod: linear\n")
+    quick = " ".join(QUICK).replace("--r 2 ", "").split()
+    outcome = slora("finetune", *quick, "--config", "run.yaml", "--lr", "1e-3", "--out", "here")
+    assert outcome.code == 0, outcome.err
+    config = (tmp_path / "here/config.yaml").read_text()
+    for line in ("lr: 0.001", "r: 3", "method: linear", "tensorboard: false"):
+        assert f"\n{line}\n" in config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["finetune", "--model", "timm/vit_bass_patch16_224", "--data", "digits"],
+            "near names are timm/vit_base_patch16",
+        ),
+        (["finetune", "--model", "demo/letters_vit", "--data", "digitz"], "near names are digits"),
+        (["finetune", *QUICK, "--method", "selectiv"], "method='selectiv' is not 'selective' or"),
+        (["finetune", *QUICK, "--lr", "-1"], "lr=-1.0 is out of range"),
+        (["finetune", *QUICK, "--config", "absent.yaml"], "absent.yaml does not exist"),
+        (["finetune", "--resume", "absent"], "absent holds no checkpoint"),
+        (["finetune", *QUICK, "--target-modules", "qvk"], "'qvk' matches no module; near names are 'qkv'"),
+        (["finetune", *QUICK[2:]], "no model was named; use --model timm/NAME"),
+        (["finetune", *QUICK, "--data", "imagefolder:absent"], "absent is not a folder"),
+        (["evaluate", "absent"], "absent holds no config.yaml"),
+        (["evaluate", "absent", "--k", "ten"], "k='ten' is not a list of numbers"),
+        (["merge", "absent", "--out", "x"], "name its model"),
+        (["inspect", "absent"], "selective.json does not exist"),
+        (["report", "absent"], "absent holds no metrics.jsonl"),
+    ],
+)
+def test_an_error_is_one_line_with_the_remedy_and_exit_code_2(
+    slora: Callable[..., Outcome], arguments: list[str], message: str
+) -> None:
+    outcome = slora(*arguments)
+    assert outcome.code == 2
+    (line,) = outcome.err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert "Traceback" not in outcome.err + outcome.out
+
+
+def test_errors_are_red_on_a_terminal(slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert slora("inspect", "absent").err.startswith("\x1b[31merror: ")
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_a_traceback_is_shown_when_asked_for(
+    slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    from slora import CheckpointError
+
+    arguments = ["inspect", "absent"]
+    if how == "option":
+        arguments.insert(0, "--traceback")
+    else:
+        monkeypatch.setenv("SLORA_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["slora", *arguments])
+    with pytest.raises(CheckpointError):
+        command_line.main()
+
+
+def test_zero_is_no_wish_for_a_traceback(slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLORA_TRACEBACK", "0")
+    assert slora("inspect", "absent").code == 2
+
+
+def test_an_error_of_the_system_names_its_file(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = slora("finetune", *QUICK, "--out", "file/run")
+    assert outcome.code == 2
+    assert "file/run" in outcome.err
+
+
+def test_a_wrong_option_is_reported_by_the_parser(slora: Callable[..., Outcome]) -> None:
+    outcome = slora("finetune", "--learning-rate", "1")
+    assert outcome.code == 2
+    assert "No such option: --learning-rate" in outcome.err
+
+
+def test_without_the_training_extra_one_sentence_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command_line, "typer", None)
+    with pytest.raises(SystemExit) as caught:
+        command_line.main()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        'this command needs the training extra; install it with: pip install "slora[train]". '
+        "Without it there is slora doctor\n"
+    )
+
+
+def test_doctor_needs_no_training_extra() -> None:
+    import subprocess
+
+    block = "import sys; sys.modules.update(dict.fromkeys(['typer', 'rich', 'yaml', 'jinja2', 'accelerate']))\n"
+    script = block + "sys.argv = ['slora', 'doctor']\nimport slora.cli\nslora.cli.main()"
+    module = block + "import runpy\nrunpy.run_module('slora.cli.command_line.doctor', run_name='__main__')"
+    reports = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for code in (script, module)
+    ]
+    for report in reports:
+        assert report.stdout.startswith("slora ")
+        assert report.stderr == ""
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(
+    slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import torch.nn.functional as F
+
+    calls = 0
+
+    def interrupting(smoothing: float) -> Any:
+        def criterion(logits: Any, labels: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 3:
+                signal.raise_signal(signal.SIGINT)
+            return F.cross_entropy(logits, labels)
+
+        return criterion
+
+    with monkeypatch.context() as patch:
+        patch.setattr("slora.training.trainer._cross_entropy", interrupting)
+        outcome = slora("finetune", *QUICK)
+    assert outcome.code == 130
+    assert "checkpoints/step-00000003 is complete" in outcome.out
+    command = outcome.out.strip().rpartition("Go on with: slora ")[2].split()
+    assert command == ["finetune", "--resume", "runs/letters_vit-digits-selective"]
+    outcome = slora(*command)
+    assert outcome.code == 0, outcome.err
+    assert "4 steps in" in outcome.out
+
+
+def test_evaluate_shows_accuracy_and_what_is_still_known(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert slora("finetune", *QUICK, "--out", "run").code == 0
+    outcome = slora("evaluate", "run", "--source", "letters", "--k", "5,10")
+    assert outcome.code == 0, outcome.err
+    assert "accuracy on digits (40 images)" in outcome.out
+    assert "k-NN on letters (52 images, 208 vote)" in outcome.out
+    assert outcome.out.splitlines()[-1] == "put it on the page of the run with: slora report run"
+    rows = [line.split() for line in outcome.out.splitlines()[-3:-1]]
+    assert [row[0] for row in rows] == ["5", "10"]
+    assert all(len(row) == 4 for row in rows)
+    assert json.loads((tmp_path / "run/evaluation.json").read_text())["knn"]["source"] == "letters"
+
+
+def test_merge_and_inspect_read_a_run(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert slora("finetune", *QUICK, "--out", "run").code == 0
+    outcome = slora("inspect", "run")
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    assert lines[0].split()[:2] == ["layer", "in"]
+    assert sum(line.startswith("blocks.") for line in lines) == 24
+    assert "###  0.1" in outcome.out
+    assert "36 of 36 blocks active (100.0%)" in outcome.out
+    outcome = slora("merge", "run", "--out", "merged.safetensors")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == "36 blocks merged; merged.safetensors holds the plain model\n"
+    assert (tmp_path / "merged.safetensors").stat().st_size > 1e6
+    assert slora("merge", "run", "--out", "merged.safetensors").code == 2
+
+
+def test_a_checkpoint_is_evaluated_merged_and_inspected_by_its_step(
+    slora: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    assert slora("finetune", *QUICK, "--out", "run").code == 0
+    outcome = slora("evaluate", "run", "--checkpoint", "2")
+    assert outcome.code == 0, outcome.err
+    assert "accuracy of step-00000002 on digits (40 images)" in outcome.out
+    assert "slora report" not in outcome.out
+    outcome = slora("inspect", "run", "--checkpoint", "best")
+    assert outcome.code == 0, outcome.err
+    assert "36 of 36 blocks active (100.0%)" in outcome.out
+    assert outcome.out.splitlines()[-1] == "checkpoint step-00000004"
+    outcome = slora("merge", "run", "--checkpoint", "last", "--out", "merged.safetensors")
+    assert outcome.out == "36 blocks merged; merged.safetensors holds the plain model\n"
+    for command in (["evaluate", "run"], ["inspect", "run"], ["merge", "run", "--out", "x.safetensors"]):
+        outcome = slora(*command, "--checkpoint", "3")
+        assert outcome.code == 2
+        assert "run has no checkpoint of step 3; there are 2, 4" in outcome.err
+
+
+def test_the_size_of_images_and_more_arguments_of_the_model_are_kept_with_the_run(
+    slora: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    tiny = "--model timm/vit_tiny_patch16_224 --img-size 32 --model-args depth=1,init_values=1e-5 --max-steps 1".split()
+    outcome = slora("finetune", *QUICK, *tiny, "--out", "run")
+    assert outcome.code == 0, outcome.err
+    config = (tmp_path / "run/config.yaml").read_text()
+    assert "\nimg_size: 32\nmodel_args:\n  depth: 1\n  init_values: 1.0e-05\n" in config
+    assert slora("evaluate", "run").code == 0
+    assert slora("merge", "run", "--checkpoint", "last", "--out", "x").code == 0
+    outcome = slora("finetune", "--resume", "run", "--img-size", "48")
+    assert outcome.code == 2
+    assert "was written with img_size=32, this run has 48" in outcome.err
+    outcome = slora("finetune", *QUICK, *tiny, "--model-args", "dept=1", "--out", "other")
+    assert outcome.code == 2
+    assert "model_args holds 'dept', which timm/vit_tiny_patch16_224 does not take" in outcome.err
+
+
+@pytest.mark.parametrize("method", ["linear", "full"])
+def test_inspect_and_merge_name_what_a_run_without_blocks_holds(slora: Callable[..., Outcome], method: str) -> None:
+    assert slora("finetune", *QUICK, "--method", method, "--max-steps", "1", "--out", "run").code == 0
+    for outcome in (slora("inspect", "run"), slora("merge", "run", "--out", "x.safetensors")):
+        assert outcome.code == 2
+        assert f"run was trained with method={method}, which has no LoRA blocks" in outcome.err
+        assert outcome.err.rstrip().endswith("is a plain model already: run/model/model.safetensors")
+
+
+def test_inspect_and_merge_of_an_unfinished_run_say_how_to_go_on(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    assert slora("finetune", *QUICK, "--max-steps", "1", "--out", "run").code == 0
+    (tmp_path / "run/adapter").rename(tmp_path / "gone")
+    for outcome in (slora("inspect", "run"), slora("merge", "run", "--out", "x.safetensors")):
+        assert outcome.code == 2
+        assert "the run is not finished; go on with: slora finetune --resume run" in outcome.err
+    (tmp_path / "run/checkpoints").rename(tmp_path / "gone too")
+    for outcome in (slora("inspect", "run"), slora("merge", "run", "--out", "x.safetensors")):
+        assert outcome.code == 2
+        assert "go on with: slora finetune --config run/config.yaml --out run" in outcome.err
+
+
+def test_a_run_of_one_step_took_time_and_is_not_called_steps(slora: Callable[..., Outcome]) -> None:
+    counted = [argument for argument in QUICK if argument != "--no-count-flops"]
+    outcome = slora("finetune", *counted, "--max-steps", "1")
+    assert outcome.code == 0, outcome.err
+    (line,) = (line for line in outcome.out.splitlines() if "results are in" in line)
+    assert line.startswith("1 step in ")
+    assert float(line.split()[3]) > 0
+
+
+def test_layers_are_listed_in_the_order_of_their_numbers() -> None:
+    entry = {"r": 2, "blocks": 2, "active": [1], "gate": [0.0, 0.2]}
+    layers = {f"blocks.{number}.fc": entry for number in (0, 1, 10, 2)}
+    table = command_line._table(layers, {name: [8, 4] for name in layers})
+    assert [line.split()[0] for line in table.splitlines()[1:-1]] == [f"blocks.{n}.fc" for n in (0, 1, 2, 10)]
+    assert "4 -> 8" in table
+    assert ".#" in table
+    assert table.splitlines()[-1] == "4 of 8 blocks active (50.0%)"
+
+
+def test_a_damaged_adapter_is_named(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    (tmp_path / "selective.json").write_text('{"layers": {}}')
+    outcome = slora("inspect", ".")
+    assert outcome.code == 2
+    assert "selective.json is incomplete or damaged" in outcome.err
+
+
+def test_demo_and_report_hand_over_their_arguments(
+    slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[Any] = []
+    monkeypatch.setitem(sys.modules, "slora.demo.run", types.SimpleNamespace(main=lambda *a: calls.append(a)))
+    assert slora("demo").code == 0
+    assert slora("demo", "--out", "there", "--seeds", "1", "--quick", "--open", "--full", "--jobs", "2").code == 0
+    assert calls == [
+        (Path("slora-demo"), None, False, False, False, None),
+        (Path("there"), 1, True, True, True, 2),
+    ]
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert slora("report", ".").out == "page\n"
+
+
+def test_a_missing_report_does_not_cost_the_result(
+    slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "slora.report", None)
+    outcome = slora("finetune", *QUICK)
+    assert outcome.code == 0
+    assert "no report was written: slora report cannot be imported" in outcome.out
+
+
+def test_doctor_shows_versions_and_how_to_get_what_is_missing(
+    slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.metadata
+
+    import torch
+
+    real = importlib.metadata.version
+
+    def version(package: str) -> str:
+        if package == "timm":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return real(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setenv("SLORA_BACKEND", "fastest")
+    outcome = slora("doctor")
+    assert outcome.code == 0
+    rows = dict(line.split("  ", 1) for line in outcome.out.splitlines() if "  " in line.strip())
+    assert rows["torch"].strip() == torch.__version__.split("+")[0] or torch.__version__ in outcome.out
+    for name in ("python", "triton", "open_clip_torch", "peft", "transformers", "GPU", "Triton kernels", "slora._C"):
+        assert rows[name].strip()
+    assert "forms.json" in rows["measured choices"]
+    assert rows["timm"].strip() == "missing"
+    assert 'timm: pip install "slora[train]"' in outcome.out
+    assert "SLORA_BACKEND='fastest' is unknown" in rows["SLORA_BACKEND"]
+
+
+HEAVY = ("torch", "torchvision", "timm", "open_clip", "accelerate", "numpy")
+
+
+def without_torch(*arguments: str) -> tuple[int, str]:
+    """Run a command line in a new interpreter, which must not import anything heavy; return its code and output."""
+    import subprocess
+
+    code = (
+        f"import sys; sys.argv = {['slora', *arguments]!r}\n"
+        f"import slora.cli\n"
+        f"try:\n    slora.cli.command_line.main()\n"
+        f"finally:\n    assert 'torch' not in sys.modules\n    print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["fintune"], 2, "No such command 'fintune'"),
+        (["finetune", "--lrr", "1"], 2, "No such option: --lrr"),
+        (["finetune", "--lr", "abc"], 2, "Invalid value for '--lr'"),
+        (["finetune", "--method", "foo"], 2, "method='foo' is not 'selective' or"),
+        (["finetune", "--data", "digitz"], 2, "data='digitz' is unknown; near names are digits"),
+        (["finetune", "--data", "digits", "--model", "vit"], 2, "model='vit' does not say where it comes from"),
+        (["finetune", "--data", "digits", "--model", "demo/leters"], 2, "near names are demo/letters_vit"),
+        (["finetune", "--data", "digits", "--model", "timm/x", "--modules-to-save", "?"], 2, "modules_to_save='?'"),
+        (["finetune", "--resume", "absent"], 2, "absent holds no checkpoint"),
+        (["inspect", "absent"], 2, "selective.json does not exist"),
+        (["finetune", "--help"], 0, "Fine-tune a pretrained model"),
+        (["--version"], 0, "slora "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_arguments_and_help_are_answered_without_torch(arguments: list[str], code: int, text: str) -> None:
+    found, output = without_torch(*arguments)
+    assert found == code
+    assert text in output
+
+
+def test_settings_that_a_resumed_run_has_to_keep_are_checked_without_torch(
+    slora: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    assert slora("finetune", *QUICK, "--max-steps", "1", "--out", "run").code == 0
+    code, output = without_torch("finetune", "--resume", "run", "--batch-size", "9")
+    assert code == 2
+    assert "was written with batch_size=8, this run has 9" in output
+    code, output = without_torch("finetune", *QUICK, "--out", "run")
+    assert code == 2
+    assert "run holds a run already" in output
+    for command in (["inspect", "run"], ["merge", "run", "--out", "x"], ["evaluate", "run"]):
+        code, output = without_torch(*command, "--checkpoint", "bset")
+        assert code == 2
+        assert "checkpoint='bset' is neither best nor last nor the number of a step" in output
+    code, output = without_torch("evaluate", "run", "--source", "lettters")
+    assert code == 2
+    assert "near names are letters" in output
+
+
+def test_the_version_is_stated_once(slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import version
+
+    from slora import __version__
+
+    assert slora("--version").out == f"slora {__version__}\n"
+    assert version("slora") == __version__
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert __version__ not in text
+    assert 'version = {attr = "slora.__version__"}' in text
+    monkeypatch.setattr(command_line, "typer", None)
+    assert slora("--version").out == f"slora {__version__}\n"
+
+
+def test_merging_into_other_weights_than_the_adapters_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+    import slora
+    from slora.demo.model import load_pretrained
+    from slora.training.merge_run import merge_adapter
+
+    model = slora.inject(load_pretrained(10), slora.SelectiveLoRAConfig(r=2, modules_to_save=["head"]))
+    slora.save_adapter(model, tmp_path / "adapter")
+    out = tmp_path / "merged.safetensors"
+    with pytest.raises(slora.CheckpointError, match="--pretrained"):
+        merge_adapter(tmp_path / "adapter", out, "demo/letters_vit", pretrained=False, classes=None)
+    assert not out.exists()
+
+
+def test_every_command_line_of_the_readme_is_understood() -> None:
+    import shlex
+
+    import click
+    from typer.main import get_command
+
+    from slora.cli.command_line import app
+
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = text.split("## The command line")[1].split("```")[1]
+    lines = [line for line in block.splitlines() if line.startswith("slora ")]
+    assert len(lines) >= 7
+    group = get_command(app())
+    for line in lines:
+        _, name, *arguments = shlex.split(line, comments=True)
+        command = group.get_command(click.Context(group), name)
+        assert command is not None, line
+        command.make_context(name, arguments)
+
+
+def test_a_run_that_switches_no_block_off_says_so_and_why(slora: Callable[..., Outcome]) -> None:
+    for method in ("selective", "lora"):
+        outcome = slora("finetune", *QUICK, "--method", method, "--out", method)
+        assert outcome.code == 0, outcome.err
+        for text in (outcome.out, slora("inspect", method).out, slora("inspect", f"{method}/adapter").out):
+            assert ("all blocks are active" in text) == (method == "selective")
+        assert ("(gate_lr * penalty) = 180 steps" in outcome.out) == (method == "selective")
+
+
+def test_a_run_that_switches_every_block_off_says_so_and_why(slora: Callable[..., Outcome]) -> None:
+    off = ["--gate-lr", "5", "--penalty", "10", "--selection-warmup", "0"]
+    outcome = slora("finetune", *QUICK, *off, "--out", "run")
+    assert outcome.code == 0, outcome.err
+    assert "active blocks: 0" in outcome.out
+    for text in (outcome.out, slora("inspect", "run").out):
+        (line,) = (line for line in text.splitlines() if line.startswith("no block is active: the model is the base"))
+        assert "= 0.036 steps to switch a block off" in line
+    text = slora("inspect", "run/adapter").out
+    assert text.splitlines()[-1].endswith("Lower the penalty, or lengthen its warm-up.")
