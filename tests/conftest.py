@@ -6,6 +6,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -223,3 +224,25 @@ def randomise() -> Callable[..., nn.Module]:
         return model
 
     return change
+
+
+@pytest.fixture
+def image_tree(tmp_path: Path) -> Callable[..., Path]:
+    """A factory of image folders: `count` images in two classes, the first ones damaged."""
+
+    from PIL import Image
+
+    def make(count: int, broken: int = 0, truncated: int = 0, where: str = "images") -> Path:
+        root = tmp_path / where
+        for number in range(count):
+            folder = root / ("dark" if number % 2 else "light")
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{number:04d}.png"
+            Image.new("RGB", (8, 8), (number % 256, 200 * (number % 2), 30)).save(path)
+            if number < broken:
+                path.write_bytes(b"this is no image")
+            elif number < broken + truncated:
+                path.write_bytes(path.read_bytes()[:-25])
+        return root
+
+    return make

@@ -70,7 +70,7 @@ def test_importing_slora_does_not_import_torch() -> None:
 def test_names_are_found_in_whatever_order_modules_are_imported() -> None:
     out = run(
         """
-import slora.inject, slora.training.methods
+import slora.models.inject, slora.training.methods
 import types
 import slora
 assert isinstance(slora.inject, types.FunctionType), slora.inject
@@ -78,8 +78,8 @@ assert isinstance(slora.reference, types.ModuleType), slora.reference
 assert slora.merging.batched_merge_ and slora.ops.selective_linear
 assert set(slora.__all__) <= set(dir(slora))
 extra = {name for name in dir(slora) if not name.startswith("__")} - set(slora.__all__)
-assert {"gate", "layers", "selection"} <= extra, extra
-assert all(isinstance(getattr(slora, name), types.ModuleType) for name in extra if name in slora._MODULES), extra
+assert {"gates", "layers", "selection"} <= extra, extra
+assert all(isinstance(getattr(slora, name), types.ModuleType) for name in extra if name in slora._PACKAGES), extra
 assert not extra & {"Any", "ModuleType", "TYPE_CHECKING", "importlib", "sys", "types", "plain", "names"}, extra
 for name in extra:
     __import__(f"slora.{name}")
@@ -92,14 +92,6 @@ print(hasattr(slora, "injekt"), hasattr(slora.training, "trian"))
 """
     )
     assert out == "False False\n"
-
-
-def test_the_function_inject_is_found_before_its_module_is_imported() -> None:
-    assert (
-        run("import slora; print(slora.models.inject.__module__, slora.models.inject.__name__)")
-        == "slora.inject inject\n"
-    )
-    assert run("from slora import inject; import slora.inject; print(slora.inject is inject)") == "True\n"
 
 
 def test_training_and_evaluation_are_attributes_of_the_package_that_nothing_imports_before() -> None:
@@ -120,7 +112,7 @@ def test_every_module_of_the_core_is_an_attribute_of_the_package() -> None:
 
     out = run(f"import sys; {ALL}; print(*(name for name in sys.modules if name.startswith('slora.')))")
     core = {name.split(".")[1] for name in out.split()}
-    assert core <= {*slora._MODULES, "inject", "config", "errors", "adapter_files"}
+    assert core <= {*slora._PACKAGES, "config", "errors"}
     assert set(slora._HOMES) | {name for name in slora.__all__ if name in vars(slora)} == set(slora.__all__)
 
 

@@ -2,7 +2,6 @@
 
 accuracy.py   share of images named rightly
 knn.py        weighted k-NN on features, in need of no head: what the features still tell apart
-evaluate.py   both, before and after fine-tuning, for the `evaluate` command
 """
 
 from slora.evaluation.accuracy import Accuracy, accuracy

@@ -1,23 +1,14 @@
 """Training: from a model and a data set to an adapter, or to fully trained weights for comparison.
 
-    settings.py     every knob of a run; model_args.py: that of more arguments for a model; yaml_files.py: YAML itself
-    data.py         data sets by name (data_names.py: which); folders.py: image folders, damaged files skipped
-    models.py       models by name (model_names.py: their form)
-    methods.py      what is trainable: selective, lora, full, linear
-    optimizers.py   learning rates over the run, and the gates' own rule
-    batches.py      which images form which step
-    trainer.py      the run itself: `train`; process.py: accelerate and signals around it, measure.py: losses and time,
-                    nonfinite.py: which layer is not finite first
-    recorder.py     metrics.jsonl, TensorBoard, the progress bar
-    checkpoint.py   what a run needs to go on; checkpoint_state.py: its JSON, random_states.py: its random generators,
-                    checkpoint_folders.py: which checkpoints there are
-    rundir.py       the run directory: its files, who writes into it, how to go on with an unfinished run
-    strategies.py   which blocks stay: the strategy that settings ask for; head_first.py: the head alone, before
-    retained.py     samples of what the model is to keep
-    outcome.py      why a run ended with no block active, or with all
-    request.py      what the `finetune` command is asked for, checked; flags.py: settings as flags
-    run.py          the `finetune` command, which fills the run directory
-    merged.py       the `merge` command
+    methods.py       what is trainable: selective, lora, full, linear
+    optimizers.py    learning rates over the run, and the gates' own rule
+    strategies.py    which blocks stay: the strategy that the settings ask for; head_first.py: the head alone, before
+    retained.py      samples of what the model is to keep
+    trainer.py       the loop: `train`; process.py: accelerate and signals around it, measure.py: losses and time,
+                     nonfinite.py: which layer is not finite first
+    checkpoint.py    what a run needs to go on; random_states.py: its random generators
+    run.py           the `finetune` command, which fills the run directory (`slora.runs`)
+    evaluate_run.py  the `evaluate` command; merge_run.py: the `merge` command
 
 Read in this order. Nothing here is imported by the core of slora; it needs `pip install "slora[train]"`.
 """

@@ -210,7 +210,7 @@ def test_doctor_needs_no_training_extra() -> None:
 
     block = "import sys; sys.modules.update(dict.fromkeys(['typer', 'rich', 'yaml', 'jinja2', 'accelerate']))\n"
     script = block + "sys.argv = ['slora', 'doctor']\nimport slora.cli\nslora.cli.main()"
-    module = block + "import runpy\nrunpy.run_module('slora.cli.command_line.doctor', run_name='__main__')"
+    module = block + "import runpy\nrunpy.run_module('slora.cli.doctor', run_name='__main__')"
     reports = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         for code in (script, module)

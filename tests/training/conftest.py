@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from slora.training import TrainSettings
@@ -66,23 +64,3 @@ def settings() -> TrainSettings:
         probe_every=2,
         probe_rows=4,
     )
-
-
-@pytest.fixture
-def image_tree(tmp_path: Path) -> Callable[..., Path]:
-    """A factory of image folders: `count` images in two classes, the first ones damaged."""
-
-    def make(count: int, broken: int = 0, truncated: int = 0, where: str = "images") -> Path:
-        root = tmp_path / where
-        for number in range(count):
-            folder = root / ("dark" if number % 2 else "light")
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{number:04d}.png"
-            Image.new("RGB", (8, 8), (number % 256, 200 * (number % 2), 30)).save(path)
-            if number < broken:
-                path.write_bytes(b"this is no image")
-            elif number < broken + truncated:
-                path.write_bytes(path.read_bytes()[:-25])
-        return root
-
-    return make

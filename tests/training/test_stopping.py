@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slora import NonFiniteLossError
+from slora import DataError, NonFiniteLossError
 from slora.runs.recorder import read_metrics
+from slora.sources.data import InputSpec, open_data
 from slora.training import Interrupted, TrainSettings, checkpoint, prepare, train
 
 Factory = Callable[[], nn.Module]
@@ -149,3 +150,12 @@ def test_a_second_ctrl_c_stops_at_once(
     with pytest.raises(KeyboardInterrupt) as caught:
         train(ready(make_model, settings), data, None, settings, tmp_path, criterion=twice)
     assert not isinstance(caught.value, Interrupted)
+
+
+def test_training_stops_where_more_than_one_percent_turn_out_damaged(
+    image_tree: Callable[..., Path], settings: TrainSettings
+) -> None:
+    source = open_data(f"imagefolder:{image_tree(100, truncated=5)}")
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    with pytest.raises(DataError, match=r"at least \d of 100 images cannot be read, more than 1%"):
+        train(model, source.data(InputSpec(3, 8), training=True), None, settings)
