@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.compiled import Report, Variant, compiled, mismatches
 from benchmarks.results import RESULTS
-from slora.files import write_text
+from slora.io.atomic import write_text
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 PATH = RESULTS / "audit" / "kernels.csv"

@@ -32,7 +32,7 @@ import torch
 
 from benchmarks import roofline
 from benchmarks.timing import FEWEST_ROUNDS, ORDER_SEED, first_line, ieee_fp32, release
-from slora.files import write_json
+from slora.io.atomic import write_json
 
 SCHEMA = 2
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.compatibility.architectures import architectures, build
 from benchmarks.compatibility.examination import Row, examine
 from benchmarks.results import BenchmarkError, write_result
-from slora.names import near
+from slora.module_tree.names import near
 
 Name = tuple[str, str]
 """Library and family."""

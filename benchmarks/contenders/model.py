@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import slora
 from benchmarks.models import Model
 from benchmarks.results import Missing, need
-from slora.targets import targets
+from slora.models.targets import targets
 
 RANK = 16
 

@@ -13,7 +13,7 @@ from benchmarks.report.layer_figures import all_active, curve, curve_rows, draw_
 from benchmarks.report.step_figure import draw_steps, step_rows, steps
 from benchmarks.report.summary import memory_beside
 from benchmarks.results import source
-from slora.files import write_atomically
+from slora.io.atomic import write_atomically
 
 Results = dict[str, dict[str, Any]]
 

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.report import compatibility, summary, tables
 from benchmarks.report.packages import need
 from benchmarks.results import CASES, NOT_MEASURED, BenchmarkError, read_result, results_in
-from slora.files import write_text
+from slora.io.atomic import write_text
 
 ROOT = Path(__file__).parents[2]
 NONE = f"{NOT_MEASURED.capitalize()}."

@@ -19,7 +19,7 @@ from benchmarks.cases import merge as merging
 from benchmarks.contenders import layer as layers
 from benchmarks.contenders.step import Step
 from benchmarks.results import CASES, GRIDS, BenchmarkError, Case, Settings, read_result
-from slora.inject import unload
+from slora.models.inject import unload
 
 CEILINGS = {"gemm_flops_per_s": {"fp32": 1e9, "bf16": 1e9}, "copy_bytes_per_s": 1e9}
 
@@ -128,7 +128,7 @@ def test_a_step_whose_loss_is_not_finite_is_not_timed_and_the_others_are(monkeyp
 
     def diverges(self: Step, *arguments: object) -> torch.Tensor:
         loss = backward(self, *arguments)  # type: ignore[arg-type]
-        return loss * float("nan") if slora.gate.gates(self.net) and len(self.losses) == 4 else loss
+        return loss * float("nan") if slora.gates.gates(self.net) and len(self.losses) == 4 else loss
 
     monkeypatch.setattr(Step, "backward", diverges)
     settings = Settings("cpu", "tiny", only=("head only", "slora, none"))

@@ -18,8 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 import slora
-from slora import gate
-from slora.gates import optimizer_rules
+from slora.gates import optimizer_hook, optimizer_rules
 from slora.gates.values import gates
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
@@ -231,8 +230,8 @@ def test_after_the_first_step_a_right_group_is_read_and_a_wrong_one_not_even_tha
 ) -> None:
     searched: list[Any] = []
     read: list[Any] = []
-    find, fault = gate._find_gates, optimizer_rules.fault
-    monkeypatch.setattr(gate, "_find_gates", lambda groups: searched.append(groups) or find(groups))
+    find, fault = optimizer_hook.find_gates, optimizer_rules.fault
+    monkeypatch.setattr(optimizer_hook, "find_gates", lambda groups: searched.append(groups) or find(groups))
     monkeypatch.setattr(optimizer_rules, "fault", lambda *given: read.append(given) or fault(*given))
     for make, times in ((RIGHT["AdamW"], 4), (WRONG["AdamW"][0], 1)):
         searched.clear()
@@ -260,7 +259,7 @@ def test_a_compiled_step_is_not_asked(model: nn.Module) -> None:
 def test_an_optimizer_keeps_no_gates_alive_and_is_not_kept(model: nn.Module) -> None:
     optimizer = torch.optim.AdamW(slora.parameter_groups(model))
     step(model, optimizer)
-    assert optimizer in gate._gates_in
+    assert optimizer in optimizer_hook._gates_in
     alive = weakref.ref(optimizer)
     del optimizer
     gc.collect()
