@@ -82,22 +82,23 @@ void check(at::TensorList weights, at::TensorList lora_As, at::TensorList lora_B
   }
 }
 
-// `kept` is empty, or has room for a copy of every weight.
-void check_kept(at::TensorList weights, at::TensorList kept) {
-  TORCH_CHECK_VALUE(kept.empty() || kept.size() == weights.size(), "kept has ", kept.size(), " entries for ",
+// `backup` is empty, or holds a tensor for every weight.
+void check_backup(at::TensorList weights, at::TensorList backup) {
+  TORCH_CHECK_VALUE(backup.empty() || backup.size() == weights.size(), "backup has ", backup.size(), " entries for ",
                     weights.size(), " weights; give none, or one each");
-  for (size_t i = 0; i < kept.size(); ++i)
-    TORCH_CHECK_VALUE(kept[i].sizes() == weights[i].sizes() && kept[i].is_contiguous() &&
-                          kept[i].scalar_type() == weights[i].scalar_type() && kept[i].device() == weights[i].device(),
-                      "kept[", i, "] cannot hold weights[", i, "]; give a contiguous tensor like it");
+  for (size_t i = 0; i < backup.size(); ++i)
+    TORCH_CHECK_VALUE(backup[i].sizes() == weights[i].sizes() && backup[i].is_contiguous() &&
+                          backup[i].scalar_type() == weights[i].scalar_type() &&
+                          backup[i].device() == weights[i].device(),
+                      "backup[", i, "] cannot hold weights[", i, "]; give a contiguous tensor like it");
 }
 
 // The plan from `weights` to `results`; std::invalid_argument becomes a ValueError.
-Plan plan_of(at::TensorList weights, at::TensorList results, at::TensorList kept, at::TensorList lora_As,
+Plan plan_of(at::TensorList weights, at::TensorList results, at::TensorList backup, at::TensorList lora_As,
              at::TensorList lora_Bs, at::ArrayRef<double> scales, at::IntArrayRef targets,
              at::OptionalIntArrayRef rows) {
   check(weights, lora_As, lora_Bs, scales, targets, rows);
-  check_kept(weights, kept);
+  check_backup(weights, backup);
   std::vector<Weight> matrices;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor &W = weights[i], &result = results[i];
@@ -106,7 +107,7 @@ Plan plan_of(at::TensorList weights, at::TensorList results, at::TensorList kept
     void* target = result.data_ptr();
     matrices.push_back({target == W.const_data_ptr() ? target : W.const_data_ptr(), target, W.size(0), W.size(1),
                         W.stride(0), result.stride(0), dtype_of(W, "weights", i),
-                        kept.empty() ? nullptr : kept[i].data_ptr()});
+                        backup.empty() ? nullptr : backup[i].data_ptr()});
   }
   std::vector<Term> terms;
   for (size_t i = 0; i < lora_As.size(); ++i) {
@@ -183,7 +184,7 @@ void run(Plan plan, at::Device device, const std::function<void()>& before_writi
 }
 
 void merge_in_place(at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scales,
-                    at::IntArrayRef targets, at::OptionalIntArrayRef rows, at::TensorList kept) {
+                    at::IntArrayRef targets, at::OptionalIntArrayRef rows, at::TensorList backup) {
   if (weights.empty()) return;
   for (size_t i = 0; i < weights.size(); ++i) {
     TORCH_CHECK(!weights[i].is_inference(), "weights[", i, "] is an inference tensor; clone it outside inference mode");
@@ -192,11 +193,11 @@ void merge_in_place(at::TensorList weights, at::TensorList lora_As, at::TensorLi
   }
   const at::Device device = weights[0].device();
   // The CPU keeps the old weights in the same pass. Elsewhere the copy is one call of its own on the same stream.
-  const at::TensorList in_the_pass = device.is_cpu() ? kept : at::TensorList();
-  if (!device.is_cpu()) check_kept(weights, kept);
+  const at::TensorList in_the_pass = device.is_cpu() ? backup : at::TensorList();
+  if (!device.is_cpu()) check_backup(weights, backup);
   for (const Tensor& copy : in_the_pass) prefer_large_pages(copy);
   run(plan_of(weights, weights, in_the_pass, lora_As, lora_Bs, scales, targets, rows), device, [&] {
-    if (!device.is_cpu() && !kept.empty()) at::_foreach_copy_(kept, weights);
+    if (!device.is_cpu() && !backup.empty()) at::_foreach_copy_(backup, weights);
     // Whoever sees an exception knows by the version whether a weight, and its copy, was written.
     for (const Tensor& weight : weights) weight.unsafeGetTensorImpl()->bump_version();
   });
@@ -219,9 +220,9 @@ std::vector<Tensor> merge_out_of_place(at::TensorList weights, at::TensorList lo
 }
 
 void fake_in_place(at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs, at::ArrayRef<double> scales,
-                   at::IntArrayRef targets, at::OptionalIntArrayRef rows, at::TensorList kept) {
+                   at::IntArrayRef targets, at::OptionalIntArrayRef rows, at::TensorList backup) {
   check(weights, lora_As, lora_Bs, scales, targets, rows);
-  check_kept(weights, kept);
+  check_backup(weights, backup);
 }
 
 std::vector<Tensor> fake_out_of_place(at::TensorList weights, at::TensorList lora_As, at::TensorList lora_Bs,
@@ -252,12 +253,12 @@ pybind11::dict info() {
 
 }  // namespace
 
-// Without `rows` every term covers all rows of its weight. `kept`, where not empty, receives the old weights.
+// Without `rows` every term covers all rows of its weight. `backup`, where not empty, receives the old weights.
 #define SLORA_ARGUMENTS "Tensor[] lora_As, Tensor[] lora_Bs, float[] scales, int[] targets, int[]? rows"
 
 // slora.ops opens this namespace, too, hence a fragment.
 TORCH_LIBRARY_FRAGMENT(slora, m) {
-  m.def("batched_merge_(Tensor(a!)[] weights, " SLORA_ARGUMENTS ", Tensor(b!)[] kept) -> ()",
+  m.def("batched_merge_(Tensor(a!)[] weights, " SLORA_ARGUMENTS ", Tensor(b!)[] backup) -> ()",
         {at::Tag::pt2_compliant_tag});
   m.def("batched_merge(Tensor[] weights, " SLORA_ARGUMENTS ") -> Tensor[]", {at::Tag::pt2_compliant_tag});
 }

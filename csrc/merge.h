@@ -20,7 +20,7 @@ enum class Dtype : int32_t { f32, bf16, f16, f64 };
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-// A weight [rows, cols] with unit column stride; strides count elements. In place: target == source. Where `kept` is
+// A weight [rows, cols] with unit column stride; strides count elements. In place: target == source. Where `backup` is
 // set, the old weight is written there, rows next to each other, in the same pass (on the CPU).
 struct Weight {
   const void* source;
@@ -28,7 +28,7 @@ struct Weight {
   int64_t rows, cols;
   int64_t source_stride, target_stride;
   Dtype dtype;
-  void* kept = nullptr;
+  void* backup = nullptr;
 };
 
 // A is [rank, cols], B is [rows, rank], both with any strides; they change rows first_row .. first_row + rows - 1.
@@ -63,7 +63,7 @@ struct Segment {
   int64_t slabs;  // each rank rounded up to 16s, times parts
   Dtype dtype;
   int32_t parts;  // numbers of 16 bits that a GPU makes of one of A, see merge_kernel.cuh
-  char* kept;     // rows of `cols`, or nullptr
+  char* backup;   // rows of `cols`, or nullptr
 };
 
 struct Plan {
@@ -72,7 +72,7 @@ struct Plan {
 };
 
 // Checks everything and throws std::invalid_argument, naming the index, before anything is written. Rows without a
-// term are left out of a merge in place unless they are kept; out of place they are copied. A scale of 0 drops its
+// term are left out of a merge in place unless they are backed up; out of place they are copied. A scale of 0 drops its
 // term.
 Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& terms);
 

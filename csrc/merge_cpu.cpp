@@ -240,7 +240,7 @@ void run_tile(const Plan& plan, const Segment& s, int64_t first, int64_t rows, i
     const char* source = s.source + (first + row) * source_stride + col * size;
     char* target = s.target + (first + row) * target_stride + col * size;
     // The rows come into the cache here, from which the blocks then read them.
-    if (s.kept != nullptr) copy_rows(s, s.kept, s.cols, first + row, count, col, cols);
+    if (s.backup != nullptr) copy_rows(s, s.backup, s.cols, first + row, count, col, cols);
     for (int64_t i = 0; i < cols; i += width, source += width * size, target += width * size) {
       const T* A = panel + i * s.rank;
       if (count == kRows && cols - i >= width) {
@@ -303,7 +303,7 @@ void CpuMerge::run(int64_t worker) noexcept {
     const auto& [segment, row, rows, col, cols] = tiles_[i];
     const Segment& s = plan_.segments[segment];
     if (s.rank == 0) {
-      if (s.kept != nullptr) copy_rows(s, s.kept, s.cols, row, rows, col, cols);
+      if (s.backup != nullptr) copy_rows(s, s.backup, s.cols, row, rows, col, cols);
       if (s.source != s.target) copy_rows(s, s.target, s.target_stride, row, rows, col, cols);
     } else if (s.dtype == Dtype::f64) {
       run_tile<double>(plan_, s, row, rows, col, cols, code, scratch);

@@ -15,7 +15,7 @@
 // and their sum to 24 bits: (R + 4) u P for h h and R <= 16, and 2^-4 of that for the rest. With one rounding each of
 // c B and of two additions that is u (|W| + (R + 10) P), for more ranks as well: R + 10 where the CPU has R + 2.
 //
-// A test compiles this file for the host, too: what only a GPU has stands behind the few functions at the top.
+// A test compiles this file for the host, too: what only a GPU has is called through the few functions at the top.
 #pragma once
 
 #include <type_traits>
@@ -38,7 +38,7 @@ constexpr int kThreads = 256, kStep = 64;  // two by four warps of 32 x 32 weigh
 constexpr int kChunk = 32;                 // ranks of B in shared memory at a time
 constexpr int kStrideB = kStep + 4;        // of a rank of B in fp32: fewer threads write to one bank
 constexpr int kSlab = 32 * kCudaTileCols;  // bytes of A: one of the 16-bit parts of 16 ranks
-// Where B and the slabs of A begin in shared memory, behind the next 64 rows of W.
+// Where B and the slabs of A begin in shared memory, after the next 64 rows of W.
 template <Dtype dtype>
 struct Shared {
   static constexpr int kB = kStep * kCudaTileCols * (dtype == Dtype::f32 ? 4 : 2);
@@ -123,7 +123,7 @@ SLORA_DEVICE uint32_t pair_of(float low, float high, Dtype dtype) {
   return dtype == Dtype::bf16 ? two_bf16(low, high) : two_f16(low, high);
 }
 
-// How far a thread's second run of four fp32 numbers lies behind the first: a warp's 16-byte accesses then cover whole
+// How far a thread's second run of four fp32 numbers lies after the first: a warp's 16-byte accesses then cover whole
 // sectors of 32 bytes in every dtype.
 constexpr int kRunGap = 16;
 // Where a column of the 128 lies in the staged A: in 16 bits as mma's four tiles of eight have them, whose member q
@@ -396,7 +396,7 @@ SLORA_DEVICE void run_tile(const Segment& s, const Piece* pieces, int tile_row, 
   }
 }
 
-// The last of `count` segments whose first tile is not behind `tile`: all threads try one each, and again within the
+// The last of `count` segments whose first tile is not after `tile`: all threads try one each, and again within the
 // stretch that is left, so that up to 256 segments take one access.
 SLORA_DEVICE int segment_of(const int32_t* first_tile, int count, int tile) {
   int64_t found = 0, step = 1;

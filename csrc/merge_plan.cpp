@@ -113,7 +113,7 @@ Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& term
       refuse(item("weights", index) + " has two row strides");
     add_span(written, in_place ? "weights" : "results", index, w.target, w.rows, w.cols, w.target_stride, 1, w.dtype);
     if (!in_place) add_span(read, "weights", index, w.source, w.rows, w.cols, w.source_stride, 1, w.dtype);
-    if (w.kept != nullptr) add_span(written, "kept", index, w.kept, w.rows, w.cols, w.cols, 1, w.dtype);
+    if (w.backup != nullptr) add_span(written, "backup", index, w.backup, w.rows, w.cols, w.cols, 1, w.dtype);
   }
   std::vector<std::vector<size_t>> of_weight(weights.size());
   for (size_t i = 0; i < terms.size(); ++i) {
@@ -148,7 +148,7 @@ Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& term
       s.rows = cuts[c + 1] - first, s.cols = w.cols;
       s.source_stride = w.source_stride, s.target_stride = w.target_stride;
       s.dtype = w.dtype;
-      if (w.kept != nullptr) s.kept = static_cast<char*>(w.kept) + first * w.cols * size;
+      if (w.backup != nullptr) s.backup = static_cast<char*>(w.backup) + first * w.cols * size;
       s.first_piece = static_cast<int64_t>(plan.pieces.size());
       for (size_t t : of_weight[i]) {
         const Term& term = terms[t];
@@ -170,7 +170,7 @@ Plan make_plan(const std::vector<Weight>& weights, const std::vector<Term>& term
       }
       s.pieces = static_cast<int64_t>(plan.pieces.size()) - s.first_piece;
       s.slabs *= s.parts;
-      if (s.pieces > 0 || s.source != s.target || s.kept != nullptr) plan.segments.push_back(s);
+      if (s.pieces > 0 || s.source != s.target || s.backup != nullptr) plan.segments.push_back(s);
     }
   }
   return plan;

@@ -30,19 +30,19 @@ void compare(uint64_t seed, Isa isa, bool in_place) {
                               tall ? 400 : 0);
   std::vector<std::vector<double>> before;
   std::vector<std::string> memory;
-  std::vector<Matrix> kept;
+  std::vector<Matrix> backup;
   for (size_t w = 0; seed % 3 == 0 && w < c.weights.size(); ++w) {
     const Matrix& W = c.weights[w];
-    kept.emplace_back(W.rows, W.cols, W.cols, 1, W.dtype);
-    c.plan_weights[w].kept = kept.back().data;
+    backup.emplace_back(W.rows, W.cols, W.cols, 1, W.dtype);
+    c.plan_weights[w].backup = backup.back().data;
   }
   for (const Matrix& W : c.weights) {
     before.push_back(check::values(W));
     memory.emplace_back(W.memory.get(), static_cast<size_t>(W.bytes));
   }
   run(c, isa, 1 + static_cast<int64_t>(seed % 4));
-  for (size_t w = 0; w < kept.size(); ++w)
-    CHECK(check::values(kept[w]) == before[w], "seed %llu, %s: weight %zu was kept wrong",
+  for (size_t w = 0; w < backup.size(); ++w)
+    CHECK(check::values(backup[w]) == before[w], "seed %llu, %s: the backup of weight %zu is wrong",
           static_cast<unsigned long long>(seed), name_of(isa), w);
   for (size_t w = 0; w < c.weights.size(); ++w) {
     const Matrix &W = c.weights[w], &result = in_place ? W : c.results[w];
@@ -107,7 +107,8 @@ void check_refusals() {
     w[1].source = w[1].target = static_cast<float*>(w[0].target) + 2;
     w[1].cols = 3, w[0].cols = 3;
   });
-  refused("weights[0] and kept[0] share memory", [](W& w, T&) { w[0].kept = static_cast<float*>(w[0].target) + 23; });
+  refused("weights[0] and backup[0] share memory",
+          [](W& w, T&) { w[0].backup = static_cast<float*>(w[0].target) + 23; });
   refused("weights[0] and lora_As[0] share memory", [](W& w, T& t) { t[0].A = static_cast<float*>(w[0].target) + 23; });
   refused("weights[0] and lora_Bs[0] share memory", [](W& w, T& t) { t[0].B = static_cast<float*>(w[0].target) - 11; });
 }

@@ -521,9 +521,9 @@ def test_the_operator_itself_refuses_what_would_reach_beyond_memory() -> None:
     with pytest.raises(ValueError, match="covers 6 rows from row 1 on"):
         merge_([W.to("meta")], [A.to("meta")], [B.to("meta")], [1.0], [0], [1], [])
     for kept in (W[:3], W.double(), torch.zeros(4, 6).T):
-        with pytest.raises(ValueError, match=r"kept\[0\] cannot hold weights\[0\]"):
+        with pytest.raises(ValueError, match=r"backup\[0\] cannot hold weights\[0\]"):
             merge_([W], [A], [B], [1.0], [0], [0], [kept])
-    with pytest.raises(ValueError, match=r"weights\[0\] and kept\[0\] share memory"):
+    with pytest.raises(ValueError, match=r"weights\[0\] and backup\[0\] share memory"):
         merge_([W], [A], [B], [1.0], [0], [0], [W])
     assert not W.any()
 
