@@ -2,114 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compatibility.architectures import architectures, build
-from benchmarks.compatibility.examination import Row, examine
+import torch
+
+from benchmarks.compatibility.architectures import TABLES, architectures, build
+from benchmarks.compatibility.checks import Row, check
 from benchmarks.results import BenchmarkError, write_result
 from slora.module_tree.names import near
 
-Name = tuple[str, str]
-"""Library and family."""
-NAME = "compatibility"
-# One of every kind of layer, and of every kind of model that something was once wrong with; seconds each.
-QUICK: tuple[Name, ...] = (
-    ("timm", "beit"), ("timm", "convit"), ("open_clip", "ViT-S-16-alt"), ("open_clip", "RN101"),
-    ("transformers", "swinv2"), ("transformers", "wav2vec2"), ("transformers", "t5"), ("transformers", "mixtral"),
-    ("transformers", "blip"),
-)  # fmt: skip
+Task = Callable[[str, Connection], None]
 PRELOADED = ["torch", "torchvision", "timm", "open_clip", "transformers", "slora", __name__]
 
 
-def chosen(words: Sequence[str], quick: bool = False) -> list[Name]:
-    """The architectures that `words` name: a library, a family, `library/family`, or else a part of a family's name.
+def chosen(words: Sequence[str], quick: bool = False) -> list[str]:
+    """The architectures, as `library/family`, that `words` name: a library, a family, both, or a part of a family.
 
     Raises:
         BenchmarkError: a word names none.
     """
-    known = list(QUICK) if quick else [(lib, family) for lib, found in architectures().items() for family in found]
-    found: set[Name] = set()
+    known: list[str] = TABLES["quick"].split() if quick else []
+    known = known or [f"{library}/{family}" for library, found in architectures().items() for family in found]
+    found: set[str] = set()
     for word in words:
-        exact = {name for name in known if word in (*name, "/".join(name))}
-        hits = exact or {name for name in known if word in name[1]}
+        exact = {name for name in known if word in (name, *name.split("/", 1))}
+        hits = exact or {name for name in known if word in name.split("/", 1)[1]}
         if not hits:
-            others = near(word, [part for name in known for part in name])
+            others = near(word, [part for name in known for part in name.split("/", 1)])
             raise BenchmarkError(f"no architecture is named {word!r}; near are {', '.join(others)}")
         found |= hits
     return [name for name in known if not words or name in found]
 
 
-def run(names: Sequence[Name], jobs: int, seconds: float, out: Path | None) -> list[Row]:
-    """Examine `names` and return their rows in that order; write them into `out` if there is one, after each.
-
-    Args:
-        jobs: how many at a time, one thread each.
-        seconds: after which one is ended.
-    """
-    rows: dict[Name, Row] = {}
-    for name, row in each(names, jobs, seconds):
-        rows[name] = row
-        where = f"{len(rows)}/{len(names)} {'/'.join(name)}"
-        print(f"{where}: {row['verdict']} {row['reason']}".rstrip(), flush=True)
-        done = [rows[name] for name in names if name in rows]
-        if out is not None:
-            content = {"complete": len(done) == len(names), "settings": {"seconds": seconds}, "architectures": done}
-            write_result(NAME, "cpu", content, out)
-    return done if names else []
-
-
-def each(
-    names: Sequence[Name], jobs: int, seconds: float, task: Callable[[Name, Path], None] | None = None
-) -> Iterator[tuple[Name, Row]]:
-    """Yield the rows as they are done. `task`, by default `work`, writes a row to the path that it is given."""
-    # Each is forked from a process that has imported everything and computed nothing.
-    context = multiprocessing.get_context("forkserver")
-    if task is None:
-        context.set_forkserver_preload(PRELOADED)
-    waiting, running = list(names), list[tuple[Name, Any, float, Path]]()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            while waiting or running:
-                while waiting and len(running) < jobs:
-                    name = waiting.pop(0)
-                    path = Path(folder) / f"{len(waiting)}.json"
-                    process = context.Process(target=task or work, args=(name, path))
-                    process.start()
-                    running.append((name, process, time.monotonic() + seconds, path))
-                soonest = min(end for _, _, end, _ in running)
-                wait([process.sentinel for _, process, _, _ in running], max(0.0, soonest - time.monotonic()))
-                for entry in list(running):
-                    name, process, end, path = entry
-                    if process.is_alive() and time.monotonic() < end:
-                        continue
-                    running.remove(entry)
-                    late = process.is_alive()
-                    process.kill()
-                    process.join()
-                    took = round(time.monotonic() - end + seconds, 1)
-                    what = f"no end after {seconds:g} s" if late else f"the process ended with {process.exitcode}"
-                    row = json.loads(path.read_text()) if path.exists() else {"verdict": "failed", "reason": what}
-                    yield name, {"library": name[0], "family": name[1], **row, "seconds": took}
-        finally:
-            for _, process, _, _ in running:
-                process.kill()
-
-
-def work(name: Name, path: Path) -> None:
-    """Examine one architecture and write its row to `path`: what a process does."""
-    import torch
-
+def work(name: str, sender: Connection) -> None:
+    """Check one architecture, without a word, and send its row: what a process does."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -117,7 +54,56 @@ def work(name: Name, path: Path) -> None:
     for stream in (1, 2):
         os.dup2(silent, stream)
     with tempfile.TemporaryDirectory() as folder:
-        row = examine(partial(build, *name), Path(folder))
-    # Whole or not at all.
-    path.with_suffix(".part").write_text(json.dumps(row), encoding="utf-8")
-    path.with_suffix(".part").replace(path)
+        sender.send(check(partial(build, *name.split("/", 1)), Path(folder)))
+
+
+def run(names: Sequence[str], jobs: int, seconds: float, out: Path | None, task: Task = work) -> list[Row]:
+    """Return the rows of `names`, in their order; write them into `out/compatibility.json`, if given, after each.
+
+    Args:
+        names: architectures as `library/family`.
+        jobs: how many at a time, one thread each.
+        seconds: after which one is ended.
+        out: a folder.
+        task: what sends the row of a name, in a process.
+    """
+    # Each is forked from a process that has imported everything and computed nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    rows: list[Row] = []
+    with ThreadPoolExecutor(jobs) as threads:
+        try:
+            for row in threads.map(partial(_in_a_process, context, task, seconds), names):
+                rows.append(row)
+                where = f"{len(rows)}/{len(names)} {row['library']}/{row['family']}"
+                print(f"{where}: {row['verdict']} {row['reason']}".rstrip(), flush=True)
+                if out is not None:
+                    whole = len(rows) == len(names)
+                    content = {"complete": whole, "settings": {"seconds": seconds}, "architectures": rows}
+                    write_result("compatibility", "cpu", content, out)
+        finally:
+            # Of an interrupted census.
+            threads.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.kill()
+    return rows
+
+
+def _in_a_process(context: Any, task: Task, seconds: float, name: str) -> Row:
+    """The row of `name`, with how long it took; "failed" where the process crashes or takes more than `seconds`."""
+    start = time.monotonic()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=task, args=(name, sender), daemon=True)
+    process.start()
+    sender.close()
+    row: Row = {"verdict": "failed", "reason": f"no end after {seconds:g} s"}
+    try:
+        if receiver.poll(seconds):
+            row = receiver.recv()
+    except EOFError:
+        process.join()
+        row["reason"] = f"the process ended with {process.exitcode}"
+    process.kill()
+    process.join()
+    library, family = name.split("/", 1)
+    return {"library": library, "family": family, **row, "seconds": round(time.monotonic() - start, 1)}

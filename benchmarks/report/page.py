@@ -1,8 +1,9 @@
-"""`benchmarks/README.md`, `docs/compatibility.md`, and the marked tables of README, from result files alone.
+"""The pages that people read, from result files and the templates of this folder alone.
 
-    <!-- demo-table -->        docs/demo.json, written by `slora demo`
-    <!-- train-step-table -->  results/cpu/train_step.json and train_memory.json, results/<GPU>/train_step.json
-    <!-- works-with -->        results/compatibility.json, of which docs/compatibility.md is the whole
+    benchmarks/README.md             what a step costs, what memory costs, how near the limit is, the targets
+    benchmarks/results/<device>.md   every case
+    docs/compatibility.md            results/compatibility.json
+    README.md                        its marked tables: the demo (docs/demo.json), the training step, the census
 
 What has no result file says "not measured".
 """
@@ -11,196 +12,105 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import compatibility, summary, tables
-from benchmarks.report.packages import need
-from benchmarks.results import CASES, NOT_MEASURED, BenchmarkError, read_result, results_in
+from benchmarks import targets
+from benchmarks.report import summary, tables
+from benchmarks.report.summary import Cases
+from benchmarks.results import CASES, ROOT, BenchmarkError, need, read_result, results_in, source
 from slora.io.atomic import write_text
 
-ROOT = Path(__file__).parents[2]
-NONE = f"{NOT_MEASURED.capitalize()}."
-# Devices that targets are set for come first, whether they were measured or not.
+jinja2, judge, figures = (
+    need(name, "the report needs it: pip install -e '.[train]' --no-build-isolation")
+    for name in ("jinja2", "slora.demo.judge", "benchmarks.report.figures")
+)
+# The devices that targets are set for come first, whether they were measured or not.
 DEVICES = ("cpu", "nvidia-h100", "nvidia-h200")
-# What a table or a figure takes from the points of a case.
-LAYER = {"K", "N", "M", "r", "active", "dtype"}
-STEP = {"model", "batch", "r", "precision", "mode"}
-POINTS = {"linear": LAYER, "scaling": LAYER | {"curve"}, "train_step": STEP, "train_memory": {"precision"}}
 
 
-def all_results(root: Path = ROOT) -> dict[str, dict[str, dict[str, Any]]]:
+def all_results(root: Path = ROOT) -> dict[str, Cases]:
     """Results by device and case; a device without any is an empty entry."""
-    folder = root / "benchmarks" / "results"
-    found: dict[str, dict[str, dict[str, Any]]] = {device: {} for device in DEVICES}
-    for path in sorted(folder.iterdir()) if folder.exists() else ():
-        if path.is_dir() and (results := results_in(path)):
-            found[path.name] = results
-            for case, result in results.items():
-                require_points(path / f"{case}.json", result)
-    return found
+    folders = [path for path in sorted((root / "benchmarks" / "results").glob("*")) if path.is_dir()]
+    found = {path.name: results for path in folders if (results := results_in(path))}
+    return {device: found.get(device, {}) for device in dict.fromkeys([*DEVICES, *found])}
 
 
-def require_points(path: Path, result: dict[str, Any]) -> None:
-    """Refuse a result that this page cannot show.
-
-    Raises:
-        BenchmarkError: it is of an unknown case, has no rows, or a point lacks what the case has.
-    """
-    case = result["case"]
-    if case not in CASES:
-        raise BenchmarkError(f"{path} is of the unknown case {case!r}; there are {', '.join(CASES)}; remove it")
-    lacking = sorted({key for row in result["rows"] for key in POINTS.get(case, set()) - row["point"].keys()})
-    lacking = [f"{key} in a point" for key in lacking] + ["rows"] * (not result["rows"])
-    if lacking:
-        raise BenchmarkError(f"{path} is damaged: it lacks {', '.join(lacking)}; run the case {case!r} again")
-
-
-def filled(readme: str, root: Path = ROOT) -> str:
-    """Return the text of the README with every marked table made anew from the files under `root`.
-
-    Raises:
-        BenchmarkError: a mark is missing or there twice, or a result file cannot be read.
-    """
-    results = all_results(root)
-    cpu = results["cpu"]
-    demo_file = root / "docs" / "demo.json"
-    census = compatibility.read(root)
-    texts = {
-        "demo-table": demo_table(demo_file) if demo_file.exists() else NONE,
-        "works-with": NONE if census is None else compatibility.summary(census),
-        "train-step-table": "\n\n".join(
-            [
-                NONE
-                if "train_step" not in cpu
-                else summary.train_step_table(cpu["train_step"], cpu.get("train_memory")),
-                *summary.on_gpus(results),
-            ]
-        ),
-    }
-    for name, text in texts.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        escaped = text.replace("\\", "\\\\")
-        readme, count = re.subn(pattern, rf"\g<1>{escaped}\n\g<2>", readme, flags=re.S)
-        if count != 1:
-            raise BenchmarkError(f"README.md has {count} tables marked {name}; expected one")
-    return readme
-
-
-def demo_table(path: Path) -> str:
-    """The table of `path`, which `slora demo` has written.
-
-    Raises:
-        BenchmarkError: it is no such file, or what `slora demo` needs is missing.
-    """
-    need("rich")
-    need("matplotlib")
-    from benchmarks.report import demo
-
-    try:
-        return demo.demo_table(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise BenchmarkError(f"{path} is not what `slora demo` writes ({reason}); run `make demo` again") from error
-
-
-def page(root: Path = ROOT) -> str:
-    """The text of `benchmarks/README.md`."""
-    from benchmarks.report import figures
-
-    results = all_results(root)
-    parts = [INTRODUCTION, "## Targets", *summary.targets_tables(results)]
-    for device, cases in results.items():
-        parts.append(f"## {device}")
-        if not cases:
-            missing = ", ".join(name for name, case in CASES.items() if "cuda" in case.devices)
-            parts.append(f"{NOT_MEASURED.capitalize()}: {missing}.")
-            continue
-        kind = "cpu" if device == "cpu" else "cuda"
-        for name, case in CASES.items():
-            if kind not in case.devices:
-                continue
-            parts.append(f"### {name}: {case.summary}")
-            if name not in cases:
-                parts.append(NONE)
-                continue
-            parts.append(tables.origin(cases[name]))
-            parts += [f"![{title}](figures/{file})" for file, title in figures.of_case(device, name, cases)]
-            parts.append(tables.case_table(cases[name]))
-        for proof in sorted((root / "benchmarks" / "results" / device).glob("proof*.json")):
-            stage = proof.stem.removeprefix("proof").replace("-", " ")
-            parts += [f"### proof: `python -m benchmarks gpu{stage}`", *summary.proof_tables(read_result(proof))]
-    return "\n\n".join([*parts, PREDICTED]) + "\n"
-
-
-PREDICTED = """\
-## Predicted, not measured
-
-What the compiler says of the GPU kernels without a GPU: registers, spills, shared memory, tensor-core instructions; of
-the merge also bytes, instructions and predicted times. Nothing in these files was run. They are in
-[results/audit](results/audit), written by `python -m benchmarks.audit` (the layer's kernels) and
-`python -m benchmarks.merge_kernel` (the merge)."""
-
-
-INTRODUCTION = """\
-# Benchmarks
-
-Written by `python -m benchmarks report` from the files under `results/`; nothing here is typed by hand. Contenders of a
-table took turns in one process; a ratio is one of medians. A result that is wrong is not timed.
-
-```bash
-python -m benchmarks list                                      # the cases
-python -m benchmarks run --case linear --device cpu            # one case; --full for the whole grid
-python -m benchmarks run --case all --device cuda
-python -m benchmarks report                                    # this page, the figures, README's tables
-python -m benchmarks compare BEFORE.json AFTER.json            # what moved beyond noise
-python -m benchmarks targets                                   # the targets of targets.toml, met or missed
-python -m benchmarks compatibility                             # which architectures slora adapts rightly; an hour
-python -m benchmarks gpu first                                 # on a GPU: build, kernels, one layer, merge; 4 minutes
-python -m benchmarks gpu second                                # on a GPU: train steps, tests, profile; 7 minutes
-python -m benchmarks gpu                                       # on a GPU: everything, in 9 minutes
-```
-
-Either stage stands alone. Both write into the device's own folder, at most eight files together: one per case,
-`candidates.json` (every candidate of every form against an fp32 reference), and a `proof-<stage>.json` (the state of
-every part) and a `gpu-<stage>.log` for each stage. `--parts NAME ...` runs single parts; `--dry-run` rehearses on a
-CPU.
-
-| to find | look in |
-|---|---|
-| the cases and their grids | `cases/`, listed in `results.py` |
-| what is compared | `contenders/layer.py` (one layer), `contenders/model.py` (a model), `models.py` |
-| how a time is taken | `timing.py`, `roofline.py` |
-| FLOPs, bytes and the model of costs | `counting.py` |
-| the result files | `results.py` (their form), `results/<device>/<case>.json` |
-| this page and the figures | `report/` |
-| the targets | `targets.toml` |
-| what slora works with | `compatibility/`; its page is [docs/compatibility.md](../docs/compatibility.md) |
-| the proof on a GPU | `gpu.py` (its order, stages and table), `proof/` (its parts) |
-| whether each kernel is right | `candidates.py` |
-
-In bf16 PEFT's adapters are bf16, which is its fastest form, and slora's are fp32. PEFT's merge is the exception: its
-adapters are fp32 there, as slora's are.
-
-The brackets of a target are the ratios that the 20th and 80th percentiles of its two times give. Both are
-of one run; on a machine that others share, another run may differ by more (`LOG.md` has such runs side by side). What
-`compare` calls moved, a rank test on the repetitions of both runs tells from chance; five in each can show it, three
-cannot.
-
-"% GEMM" and "% copy" are parts of the ceilings that the same run measured. "MB" is the least that the form of the
-computation moves (`counting.py`)."""
+def render(template: str, **values: Any) -> str:
+    """The text of a template of this folder, without blank lines in a row."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        extensions=["jinja2.ext.do"],
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    values |= {"source": source, "targets": targets, "tables": tables, "summary": summary, "Counter": Counter}
+    return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(values)).strip() + "\n"
 
 
 def texts(root: Path = ROOT) -> dict[Path, str]:
-    """The files that `report` writes, figures left out."""
-    readme = root / "README.md"
-    census = compatibility.read(root)
-    return {
-        root / "benchmarks" / "README.md": page(root),
+    """The files that `report` writes, figures left out.
+
+    Raises:
+        BenchmarkError: a file cannot be read, or README lacks a mark.
+    """
+    results, census = all_results(root), _census(root)
+    folder, readme = root / "benchmarks" / "results", root / "README.md"
+    drawn = {device: figures.links(device, cases) for device, cases in results.items()}
+    judged = targets.judged(results, results)
+    made = {
         readme: filled(readme.read_text(encoding="utf-8"), root),
-        **({} if census is None else {root / "docs" / "compatibility.md": compatibility.page(census)}),
+        root / "benchmarks" / "README.md": render("readme.md.j2", results=results, figures=drawn, judged=judged),
     }
+    for device, cases in results.items():
+        files = [read_result(path) for path in sorted((folder / device).glob("*.json"))]
+        if files:
+            made[folder / f"{device}.md"] = render(
+                "device.md.j2", device=device, cases=cases, known=CASES, figures=drawn[device],
+                validations=[file for file in files if "parts" in file],
+            )  # fmt: skip
+    if census:
+        made[root / "docs" / "compatibility.md"] = render("compatibility.md.j2", census=census)
+    return made
+
+
+def filled(readme: str, root: Path = ROOT) -> str:
+    """The text of the README with every marked table written from the files under `root`.
+
+    Raises:
+        BenchmarkError: a mark is missing or there twice, or a file cannot be read.
+    """
+    made = {
+        "demo-table": _demo(root / "docs" / "demo.json"),
+        "works-with": render("works_with.md.j2", census=_census(root)),
+        "train-step-table": render("train_step.md.j2", results=all_results(root)),
+    }
+    for name, text in made.items():
+        parts = re.split(rf"(<!-- {name} -->\n|<!-- /{name} -->)", readme)
+        if len(parts) != 5:
+            raise BenchmarkError(f"README.md needs one table between <!-- {name} --> and <!-- /{name} -->")
+        readme = "".join([*parts[:2], text, *parts[3:]])
+    return readme
+
+
+def _demo(path: Path) -> str:
+    """The table of what `slora demo` wrote."""
+    if not path.exists():
+        return "Not measured.\n"
+    try:
+        return render("demo.md.j2", demo=json.loads(path.read_text(encoding="utf-8")), judge=judge)
+    except (ValueError, TypeError, LookupError) as error:
+        raise BenchmarkError(f"{path} is not what `slora demo` writes ({error!r}); run `make demo` again") from error
+
+
+def _census(root: Path) -> dict[str, Any] | None:
+    """The census, None where there is none."""
+    path = root / "benchmarks" / "results" / "compatibility.json"
+    census = read_result(path) if path.exists() else None
+    if census and not census["complete"]:
+        raise BenchmarkError(f"{path} is of an interrupted census; run: python -m benchmarks compatibility")
+    return census
 
 
 def stale(root: Path = ROOT) -> list[Path]:
@@ -208,13 +118,10 @@ def stale(root: Path = ROOT) -> list[Path]:
     return [path for path, text in texts(root).items() if not path.exists() or path.read_text(encoding="utf-8") != text]
 
 
-def write(root: Path = ROOT, say: Callable[[str], None] = print) -> None:
-    """Write them, and the figures. Every text is made before the first is written."""
-    from benchmarks.report import figures
-
+def write(root: Path = ROOT) -> None:
+    """Write them, and the figures, and print their paths. Every text is made before the first is written."""
     made = texts(root)
-    drawn = figures.draw_all(all_results(root), root / "benchmarks" / "figures")
     for path, text in made.items():
         write_text(path, text)
-    for path in [*made, *drawn]:
-        say(str(path))
+    for path in [*made, *figures.draw_all(all_results(root), root / "benchmarks" / "figures")]:
+        print(path)
