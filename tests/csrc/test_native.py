@@ -11,15 +11,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COMPILER = os.environ.get("CXX", "c++").split()
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="there is no C++ compiler")
 
 
 def built(check: str, folder: Path, *flags: str) -> Path:
-    sources = [ROOT / "tests/csrc" / f"{check}.cpp", *sorted((ROOT / "csrc").glob("merge_*.cpp"))]
+    """A check with the sources of csrc that it calls: both have the plan, that of the CPU executor has that, too."""
+    sources = [ROOT / "tests/csrc" / f"{check}.cpp", ROOT / "csrc/merge_plan.cpp"]
+    if check == "check_cpu":
+        sources.append(ROOT / "csrc/merge_cpu.cpp")
     program = folder / check
-    command = [*COMPILER, "-std=c++17", "-g", "-O2", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags]
+    command = [*COMPILER, "-std=c++17", "-pthread", "-Wall", "-Wextra", "-Wno-unknown-pragmas", *flags]
     done = subprocess.run([*command, *map(str, sources), "-o", str(program)], capture_output=True, text=True)
     if "cannot find -lasan" in done.stderr or "cannot find -lubsan" in done.stderr:
         pytest.skip("the compiler has no sanitizer libraries")
@@ -36,16 +39,16 @@ def run(program: Path, cases: int, seed: int) -> str:
 
 @pytest.mark.slow
 def test_plan_and_cpu_executor_are_clean_and_exact_on_every_instruction_set(tmp_path: Path) -> None:
-    assert "100 cases" in run(built("check_cpu", tmp_path, *SANITIZE), 100, 0)
+    # Without -O2 the compiler contracts no product and sum to a fused one.
+    assert "100 cases" in run(built("check_cpu", tmp_path, "-O2", *SANITIZE), 100, 0)
 
 
 @pytest.mark.slow
 def test_cpu_executor_keeps_its_bits_as_it_is_built_for_use(tmp_path: Path) -> None:
-    run(built("check_cpu", tmp_path, "-O3"), 200, 1000)
+    run(built("check_cpu", tmp_path, "-O3"), 100, 1000)
 
 
 @pytest.mark.slow
 def test_cuda_kernel_is_right_and_reaches_every_barrier_on_the_host(tmp_path: Path) -> None:
-    # As nvcc: numbers of one type may be read as those of another.
-    run(built("check_kernel", tmp_path, "-fno-strict-aliasing"), 150, 0)
-    run(built("check_kernel", tmp_path, "-fno-strict-aliasing", *SANITIZE), 50, 1000)
+    # As nvcc: numbers of one type may be read as those of another. With -O2 it compiles for longer than it runs.
+    run(built("check_kernel", tmp_path, "-O1", "-fno-strict-aliasing", *SANITIZE), 42, 0)

@@ -28,9 +28,13 @@ def draw(seed, out, M, K, drop, BM: tl.constexpr, BK: tl.constexpr):
     tl.store(out + rows[:, None].to(tl.int64) * K + columns[None, :], kept.to(tl.float32), mask=inside)
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.99])
-@pytest.mark.parametrize("seed", [0, 5, -7, 2**62 - 1, 2**40 + 3])
-@pytest.mark.parametrize(("M", "K"), [(1, 1), (37, 51), (70, 128)])
+SIZES, SEEDS, PROBABILITIES = [(1, 1), (37, 51), (70, 128)], [0, 5, -7, 2**62 - 1, 2**40 + 3], [0.1, 0.5, 0.99]
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "seed", "p"),
+    [(*size, seed, PROBABILITIES[(i + j) % 3]) for i, size in enumerate(SIZES) for j, seed in enumerate(SEEDS)],
+)
 def test_a_kernel_draws_the_stated_mask(M: int, K: int, seed: int, p: float, device: torch.device) -> None:
     out = torch.full((M, K), float("nan"), device=device)
     seeds = torch.tensor(seed, device=device)

@@ -79,9 +79,15 @@ def test_no_rows_have_a_result(device: torch.device) -> None:
     assert gate_probe.gate_probe(*given._replace(dy=given.dy[:0], x=given.x[:0])).tolist() == [0.0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("M", "m"), [(2, 1), (97, 13), (1000, 512), (4096, 1)])
-@pytest.mark.parametrize("seed", [0, 7, 2**31 + 5, 2**45 + 1])
+COUNTS, SEEDS = [(2, 1), (97, 13), (1000, 512), (4096, 1)], [0, 7, 2**31 + 5, 2**45 + 1]
+COPIED = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("M", "m", "seed", "dtype"),
+    [(*count, seed, COPIED[(i + j) % 3]) for i, count in enumerate(COUNTS) for j, seed in enumerate(SEEDS)],
+    ids=str,
+)
 def test_the_kernel_copies_the_rows_that_the_hash_names(
     M: int, m: int, seed: int, dtype: torch.dtype, device: torch.device
 ) -> None:

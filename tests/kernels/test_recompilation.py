@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -62,53 +63,60 @@ print(json.dumps([step(**arguments) for arguments in json.loads(sys.argv[1])]))
 """
 
 
-def keys_of(*calls: dict[str, Any]) -> list[list[str]]:
-    """The keys of each call of `step`."""
+FORMS = ("fused", "split", "precomputed")
+MOVED: list[dict[str, Any]] = [
+    *({"scaling": value} for value in (0.5, 2.0, 16.0)),
+    {"threshold": 0.25},
+    *({"scores": scores} for scores in ([0.0, 0.0, 0.0], [0.3, 0.3, 0.3], [0.0, 0.0, 0.3])),
+    # Their products with the constant of the hash have 31 and 32 bits.
+    *({"seed": seed} for seed in (2, 3, 4, 5)),
+]
+DROPOUT: list[dict[str, Any]] = [{"p": 0.1}, {"p": 0.2, "seed": 3}]
+ROWS: list[dict[str, Any]] = [{"M": M} for M in (64, 48, 4096, 50, 51)]
+KNOWN: list[dict[str, Any]] = [
+    {"host_known": True, "scores": scores} for scores in ([0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 0, 1])
+]
+CALLS = [*({"form": form, **change} for form in FORMS for change in ({}, *MOVED, *DROPOUT)), *ROWS, *KNOWN]
+KeysOf = Callable[..., list[list[str]]]
+
+
+@pytest.fixture(scope="module")
+def keys_of() -> KeysOf:
+    """Return `keys_of(*calls)`: the keys of each call of `step` with one of the arguments in `CALLS`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", RECORDER, json.dumps(calls)]
+    command = [sys.executable, "-c", RECORDER, json.dumps(CALLS)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     found: list[list[str]] = json.loads(run.stdout)
-    return found
+    return lambda *calls: [found[CALLS.index(call)] for call in calls]
 
 
-@pytest.mark.parametrize("form", ["fused", "split", "precomputed"])
-def test_no_scalar_no_seed_and_no_moving_gate_recompiles_a_kernel(form: str) -> None:
-    moved: list[dict[str, Any]] = [
-        *({"scaling": value} for value in (0.5, 2.0, 16.0)),
-        {"threshold": 0.25},
-        *({"scores": scores} for scores in ([0.0, 0.0, 0.0], [0.3, 0.3, 0.3], [0.0, 0.0, 0.3])),
-        # Their products with the constant of the hash have 31 and 32 bits.
-        *({"seed": seed} for seed in (2, 3, 4, 5)),
-    ]
-    first, *others = keys_of(*({"form": form, **change} for change in ({}, *moved)))
+@pytest.mark.parametrize("form", FORMS)
+def test_no_scalar_no_seed_and_no_moving_gate_recompiles_a_kernel(form: str, keys_of: KeysOf) -> None:
+    first, *others = keys_of(*({"form": form, **change} for change in ({}, *MOVED)))
     expected = {"fused": {"fused"}, "split": {"fused", "precomputed"}, "precomputed": {"skinny", "precomputed"}}[form]
     assert {key.partition("_")[0].split()[0] for key in first} == expected | {"partial", "reduce", "copy", "probe"}
-    for change, keys in zip(moved, others, strict=True):
+    for change, keys in zip(MOVED, others, strict=True):
         assert keys == first, change
-    some, other = keys_of({"form": form, "p": 0.1}, {"form": form, "p": 0.2, "seed": 3})
+    some, other = keys_of(*({"form": form, **change} for change in DROPOUT))
     assert some == other
     assert some != first
 
 
-def test_the_number_of_rows_counts_only_as_a_multiple_of_16() -> None:
-    whole, *others, ragged, odd = keys_of(*({"M": M} for M in (64, 48, 4096, 50, 51)))
+def test_the_number_of_rows_counts_only_as_a_multiple_of_16(keys_of: KeysOf) -> None:
+    whole, *others, ragged, odd = keys_of(*ROWS)
     for keys in others:
         assert keys == whole
     assert ragged == odd
 
 
-def test_split_compiles_nothing_that_fused_and_precomputed_do_not() -> None:
-    fused, precomputed, split = (
-        set(keys) for keys in keys_of(*({"form": f} for f in ("fused", "precomputed", "split")))
-    )
+def test_split_compiles_nothing_that_fused_and_precomputed_do_not(keys_of: KeysOf) -> None:
+    fused, split, precomputed = (set(keys) for keys in keys_of(*({"form": form} for form in FORMS)))
     assert split <= fused | precomputed
 
 
-def test_which_blocks_are_active_does_not_count_where_the_host_knows_them() -> None:
-    first, *others, one, other_one = keys_of(
-        *({"host_known": True, "scores": s} for s in ([0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 0, 1]))
-    )
+def test_which_blocks_are_active_does_not_count_where_the_host_knows_them(keys_of: KeysOf) -> None:
+    first, *others, one, other_one = keys_of(*KNOWN)
     for keys in others:
         assert keys == first
     assert one == other_one

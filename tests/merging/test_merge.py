@@ -122,11 +122,10 @@ def test_every_family_of_models_gets_all_its_bits_back(dtype: torch.dtype, famil
     assert_restored(model, before)
 
 
-@pytest.mark.slow
-def test_in_a_large_clip_only_weights_with_an_active_block_change(randomise: Any) -> None:
+def test_in_a_clip_only_weights_with_an_active_block_change(randomise: Any) -> None:
     open_clip = pytest.importorskip("open_clip")
     with torch.device("meta"):
-        model = open_clip.CLIP(**open_clip.get_model_config("ViT-L-14")).to(torch.bfloat16)
+        model = open_clip.CLIP(**open_clip.get_model_config("ViT-B-32")).to(torch.bfloat16)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for p in model.parameters():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import slora
 from slora.errors import ConfigError, MissingDependencyError
-from slora.ops import dispatch
+from slora.ops import dispatch, selective_linear
 from slora.ops.backends import triton
 
 
@@ -40,48 +43,60 @@ def test_other_backends_never_use_the_kernels(backend: str, monkeypatch: pytest.
     assert not dispatch._kernels_serve(torch.device("cpu"), torch.float32)
 
 
-CALLS = {
-    "the operator": "f(x, W, None, A, B, g, 0.1, 1.0)",
-    "a layer": "slora.SelectiveLoRALinear(3, 4, r=2)(x)",
-    "a compiled operator": "torch.compile(lambda: f(x, W, None, A, B, g, 0.1, 1.0), backend='eager', fullgraph=True)()",
-    "fake tensors": "f(fake(x), fake(W), None, fake(A), fake(B), fake(g), 0.1, 1.0)",
+def arguments(dtype: torch.dtype) -> list[Tensor | None]:
+    """x, W, no bias, A, B and gate of a small layer."""
+    zeros = [torch.zeros(shape, dtype=dtype) for shape in ((5, 3), (4, 3), (1, 2, 3), (1, 4, 2))]
+    return [*zeros[:2], None, *zeros[2:], torch.ones(1, dtype=dtype)]
+
+
+def compiled(dtype: torch.dtype) -> object:
+    torch._dynamo.reset()
+    made = arguments(dtype)
+    return torch.compile(lambda: selective_linear(*made, 0.1, 1.0), backend="eager", fullgraph=True)()
+
+
+def fake(dtype: torch.dtype) -> object:
+    mode = FakeTensorMode()
+    made = (None if t is None else mode.from_tensor(t) for t in arguments(dtype))
+    return selective_linear(*made, 0.1, 1.0)
+
+
+def probe(dtype: torch.dtype) -> object:
+    x, _, _, A, B, gate = arguments(dtype)
+    return torch.ops.slora.gate_probe(torch.zeros(5, 4, dtype=dtype), x, A, B, gate, 0.1, 1.0, [0], 0)
+
+
+CALLS: dict[str, Callable[[torch.dtype], object]] = {
+    "the operator": lambda dtype: selective_linear(*arguments(dtype), 0.1, 1.0),
+    "a layer": lambda dtype: slora.SelectiveLoRALinear(3, 4, r=2, dtype=dtype)(torch.zeros(5, 3, dtype=dtype)),
+    "a compiled operator": compiled,
+    "fake tensors": fake,
 }
 
 
-def refusal(call: str, dtype: str, **variables: str) -> str:
-    """What a new process with `variables` prints of the error that `call` raises."""
-    code = f"""
-import torch, slora.layers
-from slora.ops import selective_linear as f
-from torch._subclasses.fake_tensor import FakeTensorMode
-torch.set_default_dtype({dtype})
-fake = FakeTensorMode().from_tensor
-x, W, A, B, g = torch.zeros(5, 3), torch.zeros(4, 3), torch.zeros(1, 2, 3), torch.zeros(1, 4, 2), torch.ones(1)
-try:
-    {call}
-except Exception as error:
-    print(type(error).__name__, str(error))
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], env={**environment, **variables}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+def refusal(call: Callable[[torch.dtype], object], dtype: torch.dtype) -> str:
+    with pytest.raises(Exception) as raised:  # noqa: PT011  torch wraps it in an exception of its own
+        call(dtype)
+    return str(raised.value)
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_triton_on_a_cpu_is_refused_with_a_remedy_everywhere(call: str) -> None:
-    text = refusal(CALLS[call], "torch.float32", SLORA_BACKEND="triton")
+def test_triton_on_a_cpu_is_refused_with_a_remedy_everywhere(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLORA_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    text = refusal(CALLS[call], torch.float32)
     assert "SLORA_BACKEND=triton needs a CUDA device but x is on cpu; move the model to the GPU" in text
     assert "TRITON_INTERPRET=1" in text
 
 
-PROBE = "torch.ops.slora.gate_probe(torch.zeros(5, 4), x, A, B, g, 0.1, 1.0, [0], 0)"
-
-
-@pytest.mark.parametrize("call", [*CALLS.values(), PROBE], ids=[*CALLS, "the probe of gates"])
-def test_bf16_in_the_interpreter_is_refused_with_a_remedy_everywhere(call: str) -> None:
+@pytest.mark.parametrize("call", [*CALLS.values(), probe], ids=[*CALLS, "the probe of gates"])
+def test_bf16_in_the_interpreter_is_refused_with_a_remedy_everywhere(
+    call: Callable[[torch.dtype], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
-    text = refusal(call, "torch.bfloat16", SLORA_BACKEND="triton", TRITON_INTERPRET="1")
+    monkeypatch.setenv("SLORA_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    text = refusal(call, torch.bfloat16)
     assert "SLORA_BACKEND=triton with TRITON_INTERPRET=1 cannot compute in torch.bfloat16" in text
     assert "use torch.float16 or torch.float32, or unset TRITON_INTERPRET and run on a GPU" in text
 
