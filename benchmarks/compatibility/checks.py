@@ -27,6 +27,8 @@ from slora.layers import LoRABlocks, adapted_layers
 RANK = 2
 # The norm of every update over that of its weight: large enough to show in the output, too small to upset the model.
 UPDATE = 0.1
+# Half of all digits.
+TOLERANCE = {dtype: torch.finfo(dtype).eps ** 0.5 for dtype in (torch.float32, torch.float64)}
 # Of the mismatches of one architecture.
 SHOWN = 3
 Row = dict[str, Any]
@@ -48,7 +50,7 @@ def check(build: Callable[[], ModelUnderTest], folder: Path) -> Row:
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         row |= {"verdict": "wrong" if found else "right", "reason": "; ".join(found[:SHOWN]) + more}
     except Skip as reason:
-        row |= {"verdict": "nothing" if isinstance(reason, tested.NothingToAdapt) else "skipped", "reason": str(reason)}
+        row |= {"verdict": reason.verdict, "reason": str(reason)}
     except SLoRAError as error:
         row |= {"verdict": "refused", "reason": f"{row['step']}: {error}"}
     except Exception as error:
@@ -73,7 +75,8 @@ def _check(test: ModelUnderTest, folder: Path, row: Row) -> None:
 
     row["step"] = "the base model alone"
     tested.randomize_constants(model)
-    reached = _reached(test, model.train())
+    reached = _learning(test, model)
+    model.zero_grad()
     model.eval()
     plain, flags = copy.deepcopy(model), [p.requires_grad for p in model.parameters()]
     before = test.outputs(model)
@@ -92,7 +95,15 @@ def _check(test: ModelUnderTest, folder: Path, row: Row) -> None:
         _fill(layer)
 
     row["step"] = "a training step"
-    _train(test, copy.deepcopy(model).train(), reached, row)
+    twin = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(slora.parameter_groups(twin, lr=1e-3))
+    learning = _learning(test, twin)
+    for name, layer in layers.items():
+        learns = {f"{name}.{block}" for block in ("lora_A", "lora_B", "gate")} <= learning
+        expected = f"{name}.{layer.weight_name}" in reached
+        _require(row, learns or not expected, f"{name} gets no gradient in training")
+    optimizer.step()
+    _require(row, _finite(twin.parameters()), "a training step gives what is not finite")
 
     row["step"] = "comparing with W + cBA"
     _compare(test, plain, model, row)
@@ -115,25 +126,11 @@ def _check(test: ModelUnderTest, folder: Path, row: Row) -> None:
     _require(row, _same(plain.parameters(), model.parameters()), "unload leaves other weights")
 
 
-def _reached(test: ModelUnderTest, model: nn.Module) -> set[str]:
-    """Which parameters get a gradient in the model's own training step."""
-    _loss(test.outputs(model, grad=True)).backward()
+def _learning(test: ModelUnderTest, model: nn.Module) -> set[str]:
+    """The parameters that get a gradient in a training step."""
+    _loss(test.outputs(model.train(), grad=True)).backward()
     named = model.named_parameters(remove_duplicate=False)
-    found = {name for name, p in named if p.grad is not None and p.grad.any()}
-    model.zero_grad()
-    return found
-
-
-def _train(test: ModelUnderTest, model: nn.Module, reached: set[str], row: Row) -> None:
-    """One step of AdamW: layers that the base model's own step reaches get gradients, and everything stays finite."""
-    optimizer = torch.optim.AdamW(slora.parameter_groups(model, lr=1e-3))
-    _loss(test.outputs(model, grad=True)).backward()
-    for name, layer in adapted_layers(model):
-        learns = all(p.grad is not None and p.grad.any() for p in _blocks(layer))
-        expected = f"{name}.{layer.weight_name}" in reached
-        _require(row, learns or not expected, f"{name} gets no gradient in training")
-    optimizer.step()
-    _require(row, _finite(model.parameters()), "a training step gives what is not finite")
+    return {name for name, p in named if p.grad is not None and p.grad.any()}
 
 
 def _compare(test: ModelUnderTest, plain: nn.Module, model: nn.Module, row: Row) -> None:
@@ -156,7 +153,7 @@ def _compare(test: ModelUnderTest, plain: nn.Module, model: nn.Module, row: Row)
                 break
     else:
         raise Skip("the base model with other weights gives what is not finite")
-    twin, tolerance = copy.deepcopy(model).to(dtype), _half_of_all_digits(dtype)
+    twin, tolerance = copy.deepcopy(model).to(dtype), TOLERANCE[dtype]
     outputs = test.outputs(twin, grad=True)
     _loss(outputs).backward()
     row |= {"compared_in": str(dtype).removeprefix("torch."), "deviation": _deviation(outputs, expected)}
@@ -172,7 +169,7 @@ def _compare(test: ModelUnderTest, plain: nn.Module, model: nn.Module, row: Row)
             _require(row, B.grad is None, f"{name} is read past its blocks")
             continue
         row["reached"] += 1
-        half = _half_of_all_digits(layer.gate.dtype)
+        half = TOLERANCE[layer.gate.dtype]
         # The gate's gradient, an inner product of B and its gradient, may be small by chance, but is no more exact.
         floor_A, floor_B = (tolerance * size for size in largest[:2])
         floors = floor_A, floor_B, max(half * _norm(B.grad), floor_B) * _norm(B)
@@ -249,10 +246,6 @@ def _loss(outputs: Iterable[Tensor]) -> Tensor:
     torch.manual_seed(2)
     differences = [t - torch.randn(t.shape).to(t.dtype) for t in outputs if t.requires_grad]
     return torch.stack([d.square().mean() for d in differences]).sum()
-
-
-def _half_of_all_digits(dtype: torch.dtype) -> float:
-    return float(torch.finfo(dtype).eps ** 0.5)
 
 
 def _finite(tensors: Iterable[Tensor]) -> bool:

@@ -12,15 +12,17 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from slora.layers import LoRABlocks
 from slora.models.targets import head_names
 
-LARGEST = 150_000_000
-
 
 class Skip(Exception):
     """Why an architecture cannot be checked, through no fault of slora's."""
 
+    verdict = "skipped"
+
 
 class NothingToAdapt(Skip):
     """There is no linear layer below the head."""
+
+    verdict = "nothing"
 
 
 class ModelUnderTest(NamedTuple):
@@ -46,16 +48,6 @@ class ModelUnderTest(NamedTuple):
 def parameter_count(model: nn.Module) -> int:
     """The number of parameters."""
     return sum(p.numel() for p in model.parameters())
-
-
-def require_small(name: str, model: nn.Module) -> None:
-    """Refuse a model that takes too long to check.
-
-    Raises:
-        Skip: it has more than `LARGEST` parameters.
-    """
-    if (count := parameter_count(model)) > LARGEST:
-        raise Skip(f"{name} has {count / 1e6:,.0f} M parameters; at most {LARGEST / 1e6:.0f} M are tried")
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -56,8 +56,12 @@ def curve_panels(cases: Cases) -> Panels:
 def draw_bars(figure: Figure, panels: Panels) -> None:
     """A panel of bars for each label; dashed, what is frozen."""
     names = list(dict.fromkeys(row["contender"] for rows in panels.values() for row in rows))[::-1]
-    figure.set_size_inches(2.5 + 2.6 * len(panels), 0.32 * len(names) + 2.2)
-    for axes, (label, rows) in zip(_axes(figure, len(panels), sharey=True), panels.items(), strict=True):
+    columns, lines = min(len(panels), 4), -(-len(panels) // 4)
+    figure.set_size_inches(2.5 + 2.6 * columns, (0.32 * len(names) + 1.2) * lines + 1.0)
+    panes = figure.subplots(lines, columns, sharey=True, squeeze=False).flatten()
+    for spare in panes[len(panels) :]:
+        spare.remove()
+    for axes, (label, rows) in zip(panes, panels.items(), strict=False):
         measure = "peak_memory_mib" if "MiB" in label else "seconds" if "seconds" in rows[0] else "forward_backward"
         axes.barh(names, [0.0] * len(names))
         for row in rows:
@@ -75,7 +79,8 @@ def draw_bars(figure: Figure, panels: Panels) -> None:
 def draw_curves(figure: Figure, panels: Panels) -> None:
     """A panel per curve: measured times, those of the frozen layer, and dotted what the cost model predicts."""
     figure.set_size_inches(4.0 * len(panels), 4.2)
-    for axes, (curve, rows) in zip(_axes(figure, len(panels)), panels.items(), strict=True):
+    panes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (curve, rows) in zip(panes, panels.items(), strict=True):
         key, label = CURVES[curve]
         for name in dict.fromkeys(row["contender"] for row in rows):
             own = sorted((r for r in rows if r["contender"] == name), key=lambda row: _number(row["point"][key]))
@@ -132,10 +137,6 @@ def draw_all(results: dict[str, Cases], folder: Path) -> list[Path]:
             write_atomically(path, partial(figure.savefig, format="png", metadata={"Software": None}))
             drawn.append(path)
     return drawn
-
-
-def _axes(figure: Any, number: int, **options: Any) -> Any:
-    return figure.subplots(1, number, squeeze=False, **options)[0]
 
 
 def _colour(name: str) -> str:
