@@ -94,7 +94,7 @@ class NonFiniteLossError(SLoRAError, FloatingPointError):
         self.diverged = diverged
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """Return names for a message, quoted: the first `most`, and how many more there are."""
-    quoted = [repr(name) for name in names]
-    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")
+def quoted(names: Iterable[str], most: int = 5) -> str:
+    """Return names for a message, in quotes: the first `most`, and how many more there are."""
+    each = [repr(name) for name in names]
+    return ", ".join(each[:most]) + (f" and {len(each) - most} more" if len(each) > most else "")

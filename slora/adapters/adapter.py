@@ -33,9 +33,9 @@ from slora.errors import (
     StateError,
     UnfinishedSelectionWarning,
     UnsavedParameterWarning,
-    listed,
+    quoted,
 )
-from slora.gates.cache import reread
+from slora.gates.cache import refresh_gates
 from slora.io.atomic import json_text, text_writer, write_together
 from slora.layers import LoRABlocks, adapted_layers
 from slora.models.inject import adapt, injection
@@ -105,7 +105,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         )
     forgotten = unsaved(model, record.saved)
     if forgotten:
-        named = listed(forgotten)
+        named = quoted(forgotten)
         warnings.warn(
             f"not all that requires gradients is saved in {folder}; missing: {named}. Name it "
             f"in modules_to_save of the config that slora.inject gets, or freeze it",
@@ -164,7 +164,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
             if plan is not None:
                 adapt(model, plan)
             for name, layer in adapted_layers(model):
-                layer._mirror.asked = content.asked
+                layer.gate_cache.asked = content.asked
                 for part, value in states[name].items():
                     put(getattr(layer, part), value)
             present = state_of(model) if values else {}
@@ -196,8 +196,8 @@ def selective(model: nn.Module) -> dict[str, Any]:
     layers = dict(adapted_layers(model))
     if any(layer.merged for layer in layers.values()):
         raise StateError("the model is merged; call slora.unmerge(model) before saving its adapter")
-    reread(model)
-    asked = next((layer._mirror.asked for layer in layers.values()), "")
+    refresh_gates(model)
+    asked = next((layer.gate_cache.asked for layer in layers.values()), "")
     return {
         "format": FORMAT,
         # Only where a budget chose the blocks.

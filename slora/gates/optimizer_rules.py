@@ -41,7 +41,7 @@ _CONSTANT = (
 )
 
 
-def fault(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
+def rule_problem(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
     """Return what `optimizer` will do to gates in its parameter group `group`, and the remedy; None if it suits them.
 
     Takes about a microsecond where it does. The settings decide, not the name of the group.
@@ -93,7 +93,7 @@ def fault(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
 def make_readable(optimizer: Optimizer, group: dict[str, Any]) -> None:
     """Give `group`, which holds gates, the optimizer's own value of each setting that it cannot read as it is.
 
-    Such as three betas, or two eps. What it does to gates with them is unknown, as `fault` will say.
+    Such as three betas, or two eps. What it does to gates with them is unknown, as `rule_problem` will say.
     """
     for key in ("betas", "eps"):
         if key in optimizer.defaults and _length(optimizer.defaults[key]) != _length(group.get(key)):

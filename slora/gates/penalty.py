@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError
-from slora.gates.cache import gated_layers
+from slora.gates.gated import gated_layers
 from slora.module_tree.sharded import full
 
 
@@ -26,7 +26,7 @@ def gate_penalty(model: nn.Module) -> Tensor:
     for _, layer in gated_layers(model):
         gate = full(layer.gate)
         if torch.is_grad_enabled():
-            layer._mirror.penalised = True
+            layer.gate_cache.penalised = True
         if layer.inactive == "frozen":
             gate = torch.where(gate >= layer.threshold, gate, gate.detach())
         scores.append(gate.float())

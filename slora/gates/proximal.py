@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from slora.errors import ConfigError
-from slora.gates.cache import find_gates, mirrors
+from slora.gates.cache import find_gates, gate_caches
 from slora.io.plain import plain
 from slora.module_tree.sharded import local
 
@@ -45,8 +45,8 @@ class ProximalGates(torch.optim.Optimizer):
         group = self.param_groups[-1]
         group.setdefault("blocks", sum(gate.numel() for gate in group["params"]))
         for members in find_gates([group]).values():
-            for _, mirror in members:
-                mirror.penalised = False
+            for _, cache in members:
+                cache.penalised = False
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -56,8 +56,8 @@ class ProximalGates(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         blocks = sum(int(group["blocks"]) for group in self.param_groups)
-        layers = (layer for mirror in mirrors() for layer in mirror.layers())
-        frozen = {layer.moving_gate: layer.threshold for layer in layers if layer.inactive == "frozen"}
+        layers = (layer for cache in gate_caches() for layer in cache.layers())
+        frozen = {layer.gate_parameter: layer.threshold for layer in layers if layer.inactive == "frozen"}
         for group in self.param_groups:
             shrink = float(group["lr"]) * float(group["penalty"]) / blocks
             for gate in group["params"]:

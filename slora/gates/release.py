@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import StateError
-from slora.gates.cache import gated_layers, reread
+from slora.gates.cache import refresh_gates
+from slora.gates.gated import gated_layers
 from slora.gates.values import gates
 from slora.module_tree.sharded import is_sharded
 
@@ -19,7 +20,7 @@ def release_frozen(model: nn.Module, *optimizers: torch.optim.Optimizer) -> int:
     """
     if any(is_sharded(gate) for gate in gates(model)):
         raise StateError("parameters that fully_shard has sharded cannot be freed; free them before, or leave it out")
-    reread(model)
+    refresh_gates(model)
     freed = 0
     gone: set[nn.Parameter] = set()
     for _, layer in gated_layers(model):

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from slora.gates.cache import AnyGated, Gated, GateMirror, gated_layers
+from slora.gates.cache import GateCache
+from slora.gates.gated import AnyGated, Gated, gated_layers
 from slora.module_tree.sharded import full, put
 
 
 def gates(model: nn.Module) -> list[nn.Parameter]:
     """Return the gate parameters of `model`, one `[blocks]` tensor per adapted layer."""
-    return [layer.moving_gate for _, layer in gated_layers(model)]
+    return [layer.gate_parameter for _, layer in gated_layers(model)]
 
 
 @torch.no_grad()
@@ -23,21 +24,21 @@ def set_gates(values: Mapping[AnyGated, Sequence[float]]) -> None:
     One copy to each device, and none back: which blocks are active is known from `values`.
     """
     by_device: dict[torch.device, list[AnyGated]] = {}
-    by_mirror: dict[GateMirror, dict[Gated, list[bool]]] = {}
+    by_cache: dict[GateCache, dict[Gated, list[bool]]] = {}
     for layer, numbers in values.items():
-        by_device.setdefault(layer.moving_gate.device, []).append(layer)
+        by_device.setdefault(layer.gate_parameter.device, []).append(layer)
         # As the kernels compare: in the dtype of the gate.
-        on = torch.tensor(numbers, dtype=layer.moving_gate.dtype) >= layer.threshold
-        by_mirror.setdefault(layer._mirror, {})[layer] = on.tolist()
+        on = torch.tensor(numbers, dtype=layer.gate_parameter.dtype) >= layer.threshold
+        by_cache.setdefault(layer.gate_cache, {})[layer] = on.tolist()
     for device, layers in by_device.items():
         flat = [number for layer in layers for number in values[layer]]
         new = torch.tensor(flat, dtype=torch.float32).to(device, non_blocking=True)
-        for layer, part in zip(layers, new.split([layer.blocks for layer in layers]), strict=True):
-            put(layer.moving_gate, part)
-            if layer.gate is not layer.moving_gate:
-                layer.gate.copy_(part)
-    for mirror, active in by_mirror.items():
-        mirror._wrote(active)
+        for layer, own in zip(layers, new.split([layer.blocks for layer in layers]), strict=True):
+            put(layer.gate_parameter, own)
+            if layer.gate is not layer.gate_parameter:
+                layer.gate.copy_(own)
+    for cache, active in by_cache.items():
+        cache.set_active(active)
 
 
 def gate_values(model: nn.Module) -> dict[str, list[float]]:

@@ -1,8 +1,20 @@
-"""Adapted layers. Read `base.py` (LoRA blocks and their gates), then `linear.py`, then `attention.py`."""
+"""Adapted layers: LoRA blocks with gates on the weights of linear layers and of attention.
+
+base.py            `LoRABlocks`: the parameters of the blocks, from their making to merging and release
+projection.py      the product with the base weight and the active blocks
+state.py           casts, copies, state dicts
+linear.py          `nn.Linear` with blocks
+attention.py       attention with an `in_proj_weight`
+weight_reads.py    modules that read the weight of a layer instead of calling it; bytecode.py finds them
+ddp.py             what `DistributedDataParallel` expects of the parameters of inactive blocks
+fx.py              `torch.fx.symbolic_trace`
+optimizer_hook.py  what is checked before an optimizer steps
+"""
 
 from slora.layers.attention import ProjectionAttention, SelectiveLoRAAttention
-from slora.layers.base import LoRABlocks, adapted_layers, gates_on_device
+from slora.layers.base import LoRABlocks, adapted_layers
 from slora.layers.linear import SelectiveLoRALinear
+from slora.layers.projection import gates_on_device
 
 __all__ = [
     "LoRABlocks",

@@ -20,8 +20,9 @@ from torch.fx import Proxy
 
 from slora.config import SelectiveLoRAConfig
 from slora.errors import ConfigError, ShapeError, TargetError
-from slora.gates.cache import GateMirror
-from slora.layers.base import LoRABlocks, of_layer, recorded
+from slora.gates.cache import GateCache
+from slora.layers.base import LoRABlocks, of_layer
+from slora.layers.fx import record_call
 from slora.layers.weight_reads import watched
 
 
@@ -60,13 +61,13 @@ class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
         config: SelectiveLoRAConfig,
         *,
         name: str = "",
-        mirror: GateMirror | None = None,
+        gate_cache: GateCache | None = None,
     ) -> SelectiveLoRAAttention:
         """Return an adapted layer that shares the parameters, hooks and mode of `attention`."""
         blocks = cls.choose_blocks(config, attention, name)
         layer = cls.__new__(cls)
         layer._adopt(attention)
-        layer._add_blocks(config, blocks, name, mirror)
+        layer._add_blocks(config, blocks, name, gate_cache)
         return layer
 
     def extra_repr(self) -> str:
@@ -86,7 +87,7 @@ class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
         """Return `(output, weights or None)` as `nn.MultiheadAttention.forward` does; shapes are its own."""
         if isinstance(query, Proxy):
             options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
-            return recorded(self, query, key, value, *options)  # type: ignore[no-any-return]
+            return record_call(self, query, key, value, *options)  # type: ignore[no-any-return]
         if is_causal and attn_mask is None:
             raise ShapeError("is_causal=True is a hint about attn_mask, which is None; pass the causal mask as well")
         key_padding_mask = _additive("key_padding_mask", key_padding_mask, query.dtype)
@@ -177,13 +178,13 @@ class ProjectionAttention(_InProjection):
         config: SelectiveLoRAConfig,
         *,
         name: str = "",
-        mirror: GateMirror | None = None,
+        gate_cache: GateCache | None = None,
     ) -> ProjectionAttention:
         """Return an adapted layer that shares the parameters, hooks and mode of `attention`."""
         blocks = cls.choose_blocks(config, attention, name)
         layer = _blank(type(attention))
         layer._adopt(attention)
-        layer._add_blocks(config, blocks, name, mirror)
+        layer._add_blocks(config, blocks, name, gate_cache)
         return layer
 
     def __reduce__(self) -> Any:
@@ -192,7 +193,7 @@ class ProjectionAttention(_InProjection):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the class that was adapted."""
         if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
-            return recorded(self, *args, **kwargs)
+            return record_call(self, *args, **kwargs)
         mine = {self._base_class.__name__: self}
         result, reached = watched(self._base_class.forward, mine, self, *args, **kwargs)
         if not reached:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from slora.gates.cache import Gated
+from slora.gates.gated import Gated
 
 
-def expected(layer: Gated, x: Tensor, active: bool) -> Tensor:
+def with_expected_parameters(layer: Gated, x: Tensor, active: bool) -> Tensor:
     """Return `x`, in whose graph the parameters of `layer` are that a DDP around it waits for in vain.
 
     `x` itself outside the forward of a DDP and what checkpointing computes of it again.
@@ -31,21 +31,21 @@ def expected(layer: Gated, x: Tensor, active: bool) -> Tensor:
         active: whether a block of the layer is active, whose parameters are in the graph already.
     """
     ddp: Any = DistributedDataParallel._active_ddp_module
-    mirror = layer._mirror
+    cache = layer.gate_cache
     if ddp is not None:
-        mirror.within(ddp)
-    elif mirror.ddp is None:
+        cache.set_ddp(ddp)
+    elif cache.ddp is None:
         return x
     else:
-        ddp = mirror.ddp()
+        ddp = cache.ddp()
     if ddp is None or not torch.is_grad_enabled():
         return x
     parameters = [layer.lora_A, layer.lora_B, layer.gate]
     if ddp.find_unused_parameters and not ddp.static_graph:
-        wanted = parameters[2:] if mirror.penalised and layer.gate.requires_grad and not active else []
+        wanted = parameters[2:] if cache.penalised and layer.gate.requires_grad and not active else []
     else:
         wanted = [parameter for parameter in parameters if not (active and parameter.requires_grad)]
-        mirror.idle |= dict.fromkeys(p for p in wanted if p is not layer.gate or not p.requires_grad)
+        cache.without_gradient |= dict.fromkeys(p for p in wanted if p is not layer.gate or not p.requires_grad)
     if not wanted:
         return x
     held = [parameter for parameter in wanted if not parameter.requires_grad]

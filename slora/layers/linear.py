@@ -9,8 +9,9 @@ from torch.fx import Proxy
 
 from slora.config import SelectiveLoRAConfig
 from slora.errors import StateError
-from slora.gates.cache import GateMirror
-from slora.layers.base import LoRABlocks, recorded
+from slora.gates.cache import GateCache
+from slora.layers.base import LoRABlocks
+from slora.layers.fx import record_call
 from slora.module_tree.sharded import full
 
 
@@ -61,18 +62,18 @@ class SelectiveLoRALinear(LoRABlocks, nn.Linear):
         config: SelectiveLoRAConfig,
         *,
         name: str = "",
-        mirror: GateMirror | None = None,
+        gate_cache: GateCache | None = None,
     ) -> SelectiveLoRALinear:
         """Return an adapted layer that shares the parameters, hooks and mode of `linear`.
 
-        `name` selects the entries of `rank_pattern` and `alpha_pattern` and stands in errors; `mirror` is
+        `name` selects the entries of `rank_pattern` and `alpha_pattern` and stands in errors; `gate_cache` is
         shared between the layers of a model. With `blocks="auto"` the layer gets one block, or three where the
-        last part of `name` is `qkv` and `out_features == 3 * in_features`.
+        last component of `name` is `qkv` and `out_features == 3 * in_features`.
         """
         blocks = cls.choose_blocks(config, linear, name)
         layer = cls.__new__(cls)
         layer._adopt(linear)
-        layer._add_blocks(config, blocks, name, mirror)
+        layer._add_blocks(config, blocks, name, gate_cache)
         return layer
 
     @classmethod
@@ -81,7 +82,7 @@ class SelectiveLoRALinear(LoRABlocks, nn.Linear):
         return 3 if name.rsplit(".", 1)[-1] == "qkv" and out_features == 3 * in_features else 1
 
     def reset_parameters(self) -> None:
-        """See `LoRABlocks.reset_parameters`; without blocks yet, as `nn.Linear` does, whose constructor calls this."""
+        """See `LoRABlocks.reset_parameters`; before there are blocks, as `nn.Linear`, whose constructor calls this."""
         if "gate" in self._parameters:
             LoRABlocks.reset_parameters(self)
         else:
@@ -90,7 +91,7 @@ class SelectiveLoRALinear(LoRABlocks, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Return `[..., out]` for `input [..., in]`."""
         if isinstance(input, Proxy):
-            return recorded(self, input)  # type: ignore[no-any-return]
+            return record_call(self, input)  # type: ignore[no-any-return]
         return self.project(input)
 
     def fuse(self) -> nn.Linear:
@@ -101,8 +102,8 @@ class SelectiveLoRALinear(LoRABlocks, nn.Linear):
         weight = self.merged_weight()
         if not weight.isfinite().all():
             raise StateError(
-                f"the merged weight of {self} holds values that are not finite in {weight.dtype}: a matrix does, or it "
-                f"overflows"
+                f"the merged weight of {self} holds values that are not finite in {weight.dtype}: one of its matrices "
+                f"does, or the sum overflows"
             )
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:

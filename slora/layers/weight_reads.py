@@ -21,7 +21,8 @@ from torch.fx import Proxy
 from torch.overrides import TorchFunctionMode
 
 from slora.errors import TargetError
-from slora.layers.base import LoRABlocks, recorded
+from slora.layers.base import LoRABlocks
+from slora.layers.fx import record_call
 from slora.layers.linear import SelectiveLoRALinear
 from slora.module_tree.wrappers import unwrapped
 from slora.reference import indicator
@@ -54,7 +55,7 @@ class Reading(TorchFunctionMode):
                 self.reached = True
                 # What the layer itself does with its weight is no reading.
                 with torch._C.DisableTorchFunction():
-                    return self.layers[name].project(x, given=bias)
+                    return self.layers[name].project(x, bias=bias)
         if _name(func) not in QUESTIONS and any(self._owner(value) is not None for value in _flat(args, kwargs)):
             self.reached = True
             args = [self._replaced(value) for value in args]
@@ -104,7 +105,7 @@ class ReadLinear(SelectiveLoRALinear):
     def forward(self, input: Tensor) -> Tensor:
         """Return `[..., out]` for `input [..., in]`."""
         if isinstance(input, Proxy):
-            return recorded(self, input)  # type: ignore[no-any-return]
+            return record_call(self, input)  # type: ignore[no-any-return]
         with torch._C.DisableTorchFunction():
             return self.project(input)
 
@@ -242,7 +243,7 @@ def _watched_method(base: type[nn.Module], name: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if name == "forward" and any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
-            return recorded(self, *args, **kwargs)
+            return record_call(self, *args, **kwargs)
         if self._slora_unseen and (torch.compiler.is_compiling() or _within_compiled()):
             raise TargetError(
                 f"torch.compile does not show what is done with an attribute of the weight of {self._slora_unseen!r}, "

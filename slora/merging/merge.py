@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from slora.adapters.tensors import refuse_not_finite
 from slora.errors import ConfigError, StateError, UnfinishedSelectionWarning
-from slora.gates.cache import reread, version
+from slora.gates.cache import refresh_gates
+from slora.gates.gated import version
 from slora.gates.values import gate_values
 from slora.layers import LoRABlocks, adapted_layers
+from slora.layers.base import Update
 from slora.merging import batched
-from slora.merging.overflow import Update, refuse_overflow
+from slora.merging.overflow import refuse_overflow
 from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
 from slora.models.adaptable import refuse_parametrized, refuse_replaced_forward
 from slora.models.inject import Injection, refuse_layer, unload
@@ -64,22 +66,18 @@ def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> 
         updates = _checked_updates(model, layers, scale)
         warn_of_lost(model, layers, stacklevel=3)
         # Everything that needs memory comes before the first weight changes.
-        kept: dict[str, Tensor] = {}
-        taken_off: dict[str, list[Update]] = {}
+        backups: dict[str, Tensor] = {}
+        negated: dict[str, list[Update]] = {}
         for name, update in updates.items():
             if keep is None:
                 # Copies: the parameters may be trained or loaded over before the model is unmerged.
-                taken_off[name] = [(A.clone(), B.clone(), -c, row) for A, B, c, row in update]
+                negated[name] = [(A.clone(), B.clone(), -c, row) for A, B, c, row in update]
             else:
-                kept[name] = _room(layers[name].base_weight, keep)
+                backups[name] = _backup_buffer(layers[name].base_weight, keep)
         with signals_held():
-            _run(_calls(layers, updates), kept)
-            for name in updates:
-                layers[name]._cast.clear()
-                layers[name]._kept_weight = kept.get(name)
-                layers[name]._kept_update = taken_off.get(name, [])
-            for layer in layers.values():
-                layer.merged = True
+            _run(_calls(layers, updates), backups)
+            for name, layer in layers.items():
+                layer.mark_merged(backups.get(name), negated.get(name, ()))
         return model
 
 
@@ -99,26 +97,21 @@ def unmerge(model: Model) -> Model:
         layers = _adapted(model)
         if not any(layer.merged for layer in layers.values()):
             raise StateError("the model is not merged; there is nothing to undo")
-        taken_off: dict[str, list[Update]] = {}
+        negated: dict[str, list[Update]] = {}
         for name, layer in layers.items():
             device = layer.base_weight.device
-            if layer._kept_update:
-                taken_off[name] = [(A.to(device), B.to(device), c, row) for A, B, c, row in layer._kept_update]
+            if layer.unmerge_updates:
+                negated[name] = [(A.to(device), B.to(device), c, row) for A, B, c, row in layer.unmerge_updates]
         with signals_held():
-            _run(_calls(layers, taken_off))
+            _run(_calls(layers, negated))
             # Each layer by itself, so that after a failure the next call goes on where this one stopped.
-            for name in taken_off:
-                _forget(layers[name])
+            for name in negated:
+                layers[name].mark_unmerged()
             for layer in layers.values():
-                if layer._kept_weight is not None:
-                    layer.base_weight.copy_(layer._kept_weight)
-                _forget(layer)
+                if layer.weight_backup is not None:
+                    layer.base_weight.copy_(layer.weight_backup)
+                layer.mark_unmerged()
         return model
-
-
-def _forget(layer: LoRABlocks) -> None:
-    layer._cast.clear()
-    layer._kept_weight, layer._kept_update, layer.merged = None, [], False
 
 
 @torch.no_grad()
@@ -163,7 +156,7 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
         with signals_held():
             _run(calls)
             for layer in layers.values():
-                _forget(layer)
+                layer.mark_unmerged()
             return unload(model)
 
 
@@ -186,7 +179,7 @@ def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: 
     if not math.isfinite(number):
         raise ConfigError(f"scale={scale} is not finite; 1.0 merges the full update")
     sharded.refuse(model, "save the adapter, load it into a model that is not, and merge there")
-    reread(model)
+    refresh_gates(model)
     for name, gate in gate_values(model).items():
         if not all(map(math.isfinite, gate)):
             raise StateError(f"the gates of {name!r} are {gate}: training diverged; go back to an earlier checkpoint")
@@ -220,21 +213,21 @@ def _calls(layers: Mapping[str, LoRABlocks], updates: Mapping[str, Sequence[Upda
     return list(calls.values())
 
 
-def _room(weight: Tensor, keep: Keep) -> Tensor:
-    """A tensor for the copy of `weight`; in other memory than the weight's, the copy itself."""
+def _backup_buffer(weight: Tensor, keep: Keep) -> Tensor:
+    """A tensor that merging fills with a copy of `weight`; in CPU memory for a weight on a GPU, the copy already."""
     if keep == "cpu" and weight.device.type != "cpu":
         return weight.detach().cpu().contiguous()
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
-def _run(calls: Sequence[_Call], kept: Mapping[str, Tensor] | None = None) -> None:
-    """Merge device after device, filling what `_room` made for each name; on failure, take back what was written."""
+def _run(calls: Sequence[_Call], backups: Mapping[str, Tensor] | None = None) -> None:
+    """Merge device after device, filling `backups` by name; on failure, restore what was written."""
     before: list[tuple[Tensor, int, Tensor]] = []
     try:
         for i, (weights, terms, names) in enumerate(calls):
             copies = None
-            if kept:
-                copies = [kept[name] for name in names]
+            if backups:
+                copies = [backups[name] for name in names]
             elif i + 1 < len(calls):
                 copies = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
             if copies is not None:
@@ -243,7 +236,7 @@ def _run(calls: Sequence[_Call], kept: Mapping[str, Tensor] | None = None) -> No
             batched.merge_terms_(weights, terms, names, copies=copies if here else None)
     except BaseException:
         for weight, written, copy in before:
-            # Where the counter stands still, nothing was written, and the copy may still be empty.
+            # Where the version counter is unchanged, nothing was written, and the copy may still be empty.
             if version(weight) != written:
                 weight.copy_(copy)
         raise

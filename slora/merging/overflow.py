@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from slora.errors import StateError
+from slora.layers.base import Update
 from slora.merging.batched import batched_merge
-
-Update = tuple[Tensor, Tensor, float, int]
-"""`A [r, K]`, `B [n, r]`, the factor, and the first row."""
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import nn
 
 from slora.config import SelectiveLoRAConfig, matches_pattern
 from slora.errors import ConfigError, SkippedLayerWarning, StateError, TargetError
-from slora.gates.cache import GateMirror
+from slora.gates.cache import GateCache
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
 from slora.layers.bytecode import Read, methods_of, readers
 from slora.layers.weight_reads import ReadLinear, unwatch, watch
@@ -151,18 +151,20 @@ def targets_by_name(model: nn.Module, config: SelectiveLoRAConfig) -> set[str]:
 
 def adapt(model: Model, plan: Plan) -> Model:
     """Do what `plan`, made for this very model, says, in place, and return `model`."""
-    mirror = GateMirror()
+    gate_cache = GateCache()
     with unchanged_on_error(model):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         new = {}
         for name, kind in plan.found.items():
             module = module_at(model, name)
-            new[module] = _adapted(kind, module, plan.configs[name], name, mirror)
+            new[module] = _adapted(kind, module, plan.configs[name], name, gate_cache)
         for parameter in plan.saved.of(model):
             parameter.requires_grad_(True)
         wide = widen(model, plan.saved)
-        mirror.saved = [weakref.ref(p) for name in plan.saved.modules for p in module_at(model, name).parameters()]
+        gate_cache.trained_in_full = [
+            weakref.ref(p) for name in plan.saved.modules for p in module_at(model, name).parameters()
+        ]
     swap(model, new)
     for name, layers in plan.reading.items():
         paths = {layer.removeprefix(name + "."): layer for layer in layers}
@@ -324,14 +326,14 @@ def _injected_inside(model: nn.Module) -> str:
 
 
 def _adapted(
-    kind: type[LoRABlocks], module: nn.Module, config: SelectiveLoRAConfig, name: str, mirror: GateMirror
+    kind: type[LoRABlocks], module: nn.Module, config: SelectiveLoRAConfig, name: str, gate_cache: GateCache
 ) -> LoRABlocks:
     if isinstance(module, nn.Linear):
         linear = ReadLinear if kind is ReadLinear else SelectiveLoRALinear
-        return linear.from_linear(module, config, name=name, mirror=mirror)
+        return linear.from_linear(module, config, name=name, gate_cache=gate_cache)
     if isinstance(module, nn.MultiheadAttention) and kind is SelectiveLoRAAttention:
-        return SelectiveLoRAAttention.from_attention(module, config, name=name, mirror=mirror)
-    return ProjectionAttention.from_attention(module, config, name=name, mirror=mirror)
+        return SelectiveLoRAAttention.from_attention(module, config, name=name, gate_cache=gate_cache)
+    return ProjectionAttention.from_attention(module, config, name=name, gate_cache=gate_cache)
 
 
 def _set_fused_encoders(model: nn.Module) -> None:

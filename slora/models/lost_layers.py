@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slora.config import SelectiveLoRAConfig
-from slora.errors import ReplacedLayerWarning, StateError, UntrainedLayerWarning, listed
+from slora.errors import ReplacedLayerWarning, StateError, UntrainedLayerWarning, quoted
 from slora.layers import LoRABlocks
 from slora.models.adaptable import computed
 from slora.models.inject import Injection, injection
@@ -22,7 +22,7 @@ def warn_of_lost(model: nn.Module, layers: Mapping[str, LoRABlocks], stacklevel:
     """Warn of layers that `inject` adapted and that are no adapted layers now, and of those that training left alone.
 
     The latter have active blocks whose B is all zero, as at the start, while other blocks have moved; each is named
-    once, and not again where the first optimizer step did (`slora.layers.untrained`).
+    once, and not again where the first optimizer step did (`slora.layers.optimizer_hook`).
     """
     replaced = _replaced(model, layers)
     if replaced:
@@ -33,10 +33,10 @@ def warn_of_lost(model: nn.Module, layers: Mapping[str, LoRABlocks], stacklevel:
             ReplacedLayerWarning,
             stacklevel=stacklevel + 1,
         )
-    untrained = [name for name in _untrained(layers) if not layers[name]._named]
+    untrained = [name for name in _untrained(layers) if not layers[name].warned_untrained]
     if untrained:
         for name in untrained:
-            layers[name]._named = True
+            layers[name].warned_untrained = True
         warnings.warn(
             f"{_were(untrained)} adapted and active, but not trained: B is still zero, because no forward of the "
             f"training reached the layer or no gradient came back. List what is not used in exclude_modules",
@@ -135,4 +135,4 @@ def _read(flags: Mapping[str, Tensor]) -> list[bool]:
 
 
 def _were(names: Mapping[str, str] | list[str]) -> str:
-    return f"{listed(names)} {'was' if len(names) == 1 else 'were'}"
+    return f"{quoted(names)} {'was' if len(names) == 1 else 'were'}"

@@ -81,8 +81,8 @@ def parameter_groups(
     for group in groups:
         group["params"] = [p for p in group["params"] if p.requires_grad]
     groups = [group for group in groups if group["params"]]
-    for mirror in {layer._mirror for _, layer in adapted_layers(model)}:
-        mirror.warn_of_narrow({id(p) for p in other}, stacklevel=2)
+    for cache in {layer.gate_cache for _, layer in adapted_layers(model)}:
+        cache.warn_of_narrow({id(p) for p in other}, stacklevel=2)
     if not groups:
         raise ConfigError("the model has no trainable parameter; call slora.inject(model, config) first")
     return groups

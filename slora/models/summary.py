@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import StateError
-from slora.gates.cache import reread
+from slora.gates.cache import refresh_gates
 from slora.gates.values import gate_values
 from slora.layers import adapted_layers
 from slora.models.parameter_groups import trainable_parameters
@@ -26,7 +26,7 @@ def active_blocks(model: nn.Module) -> dict[str, Tensor]:
     The gates are read for this, in one copy per device. Call it after writing them where no version counter moves, as
     `parameter.data.copy_(...)` does, and before a forward in the same mode; everywhere else slora looks by itself.
     """
-    reread(model)
+    refresh_gates(model)
     return {
         name: torch.tensor([i in layer.activity().active for i in range(layer.blocks)])
         for name, layer in adapted_layers(model)
@@ -111,11 +111,11 @@ def summary(model: nn.Module) -> Summary:
     Raises:
         StateError: the model has no adapted layer.
     """
-    reread(model)
+    refresh_gates(model)
     rows, gated, asked = [], False, ""
     for name, layer in adapted_layers(model):
         # No score reaches a threshold this low: method "lora" of slora.training.
-        gated, asked = gated or layer.threshold > -1e8, layer._mirror.asked
+        gated, asked = gated or layer.threshold > -1e8, layer.gate_cache.asked
         out_features, in_features = layer.base_weight.shape
         active = layer.activity().active
         running = 0 if layer.merged or not layer.enabled else len(active)

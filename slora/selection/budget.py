@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slora.config import BUDGET_PHASES, Unit, check_budget, rounded_up
 from slora.errors import ConfigError, StateError
-from slora.gates.cache import reread
+from slora.gates.cache import refresh_gates
 from slora.gates.values import set_gates
 from slora.layers import LoRABlocks
 from slora.ops.flops import linear_flops
@@ -113,7 +113,7 @@ class Budget(Strategy):
             return
         if self.taken >= self.last:
             for layer in self.layers.values():
-                layer._mirror.asked = f"budget={self.budget}"
+                layer.gate_cache.asked = f"budget={self.budget}"
         costs = _costs(self.layers, self.unit, self.rows)
         total, target = sum(costs), _target(self.budget, costs, self.unit)
         t = 1.0 if self.taken >= self.last else (self.taken - self.first) / (self.last - self.first)
@@ -250,7 +250,7 @@ def keep_blocks(
         StateError: the model has no adapted layer, or is merged.
     """
     layers = require_layers(model)
-    reread(model)
+    refresh_gates(model)
     n = sum(layer.blocks for layer in layers.values())
     budget = check_budget(budget, unit, n)
     if unit == "flops":
@@ -270,7 +270,7 @@ def keep_blocks(
     freeze_gates(model)
     set_gates(gates_of(ranks, len(kept), layers))
     for layer in layers.values():
-        layer._mirror.asked = f"budget={budget}"
+        layer.gate_cache.asked = f"budget={budget}"
 
 
 def measured(ranking: Ranking, model: nn.Module, n: int) -> list[float]:

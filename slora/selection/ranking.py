@@ -162,7 +162,7 @@ def _stack(name: str) -> str:
 @contextlib.contextmanager
 def _only(layers: list[LoRABlocks]) -> Iterator[Callable[[tuple[LoRABlocks, int] | None], None]]:
     """Yield a function that switches on one block and all others off; afterwards the gates are what they were."""
-    values = iter(torch.cat([full(layer.moving_gate.detach()).cpu() for layer in layers]).tolist())
+    values = iter(torch.cat([full(layer.gate_parameter.detach()).cpu() for layer in layers]).tolist())
     before = {layer: [next(values) for _ in range(layer.blocks)] for layer in layers}
     off = {layer: [layer.threshold - abs(layer.threshold) - 1.0] * layer.blocks for layer in layers}
 

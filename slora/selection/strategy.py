@@ -269,7 +269,7 @@ def require_layers(model: nn.Module) -> dict[str, LoRABlocks]:
 
 
 def _strategy_of(layers: dict[str, LoRABlocks]) -> Strategy | None:
-    return next((layer._mirror.strategy for layer in layers.values() if layer._mirror.strategy is not None), None)
+    return next((layer.gate_cache.strategy for layer in layers.values() if layer.gate_cache.strategy is not None), None)
 
 
 def _take_charge(strategy: Strategy, model: nn.Module) -> dict[str, LoRABlocks]:
@@ -283,11 +283,11 @@ def _take_charge(strategy: Strategy, model: nn.Module) -> dict[str, LoRABlocks]:
     if other is not None:
         _release(other)
     for layer in layers.values():
-        layer._mirror.strategy, layer._mirror.asked = strategy, ""
+        layer.gate_cache.strategy, layer.gate_cache.asked = strategy, ""
     return layers
 
 
 def _release(strategy: Strategy) -> None:
     strategy.leave()
     for layer in strategy.layers.values():
-        layer._mirror.strategy = None
+        layer.gate_cache.strategy = None

@@ -116,7 +116,7 @@ def save(
     state = State(
         settings=settings.to_dict(),
         model=identity,
-        gates_moved={name: layer._mirror.step for name, layer in adapted_layers(model)},
+        gates_moved={name: layer.gate_cache.step for name, layer in adapted_layers(model)},
         freed=[name for name, layer in adapted_layers(model) if layer.released],
         stateless=optimizers.stateless(names),
         random=randomness.values(),
@@ -203,7 +203,8 @@ class Checkpoint:
         for name, buffer in self._buffers.items():
             buffer.copy_(self._saved_buffers[name])
         for name, layer in self._layers.items():
-            layer._mirror.step, layer._activity = self.state.gates_moved[name], None
+            layer.gate_cache.step = self.state.gates_moved[name]
+            layer.discard_activity()
         for layer in self._layers.values():
             layer.activity()
         if self._optimizers is not None:

@@ -150,7 +150,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
     """Put gates and random generators back if an exception passes: what a `Trainer` changes before its first step."""
     randomness, strategy = random_states.present(), at_work(model)
     before = [(m, m.gate.detach().clone(), m.gate.requires_grad, m.gate.grad) for _, m in adapted_layers(model)]
-    notes = {layer._mirror: (layer._mirror.step, layer._mirror.asked) for layer, *_ in before}
+    notes = {layer.gate_cache: (layer.gate_cache.step, layer.gate_cache.asked) for layer, *_ in before}
     try:
         yield
     except BaseException:
@@ -160,9 +160,10 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 layer.gate.copy_(values)
             layer.gate.requires_grad_(requires_grad)
-            layer.gate.grad, layer._activity = grad, None
-        for mirror, (step, asked) in notes.items():
-            mirror.step, mirror.asked, mirror.strategy = step, asked, strategy
+            layer.gate.grad = grad
+            layer.discard_activity()
+        for cache, (step, asked) in notes.items():
+            cache.step, cache.asked, cache.strategy = step, asked, strategy
         randomness.put()
         raise
 

@@ -70,7 +70,7 @@ def trained(model: nn.Sequential, rank: int, world: int, rule: str) -> dict[str,
             optimizer.step()
             optimizer.zero_grad()
         active.append(torch.cat(list(slora.active_blocks(model).values())).tolist())
-    moved = next(adapted_layers(model))[1]._mirror.step
+    moved = next(adapted_layers(model))[1].gate_cache.step
     return {"gates": gate_values(model), "active": active, "output": model(probe()).tolist(), "moved": moved}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slora
-from slora.gates.cache import GateMirror
+from slora.gates.cache import GateCache
 from slora.gates.values import gates
 from slora.layers import LoRABlocks, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
 
@@ -36,8 +36,8 @@ def by_hand(model: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def mirror_of(model: nn.Module) -> GateMirror:
-    return next(iter(adapted_layers(model)))[1]._mirror
+def gate_cache_of(model: nn.Module) -> GateCache:
+    return next(iter(adapted_layers(model)))[1].gate_cache
 
 
 def average(gates: list[nn.Parameter], values: list[Tensor]) -> None:
@@ -149,34 +149,34 @@ def test_a_choice_of_blocks_is_made_among_those_that_are_active(make_mlp: Any) -
 
 def test_looking_again_is_no_move_of_the_gates(make_mlp: Any) -> None:
     model = known(adapted(make_mlp))
-    mirror, x = mirror_of(model), torch.randn(3, 6)
+    cache, x = gate_cache_of(model), torch.randn(3, 6)
     for _ in range(3):
         for mode in (False, True):
             model.train(mode)
             model(x)
             slora.active_blocks(model)
         model.train()
-    assert mirror.step == 0
+    assert cache.step == 0
     swap(model, "copy_to")
     model.eval()(x)
-    assert mirror.step == 1
+    assert cache.step == 1
     model.train()
     torch.optim.SGD(gates(model), lr=0.1).step()
     model.eval()
     model(x)
-    assert mirror.step == 2
+    assert cache.step == 2
 
 
 def test_a_change_of_mode_costs_one_copy_for_the_whole_model(make_mlp: Any) -> None:
     model = known(adapted(make_mlp))
-    copies = mirror_of(model).copies
+    copies = gate_cache_of(model).copies
     for _ in range(3):
         model.train()(torch.randn(3, 6))
-    assert mirror_of(model).copies == copies, "as loops call it at each step"
+    assert gate_cache_of(model).copies == copies, "as loops call it at each step"
     model.eval()
     for _ in range(3):
         model(torch.randn(3, 6))
-    assert mirror_of(model).copies == copies + 1
+    assert gate_cache_of(model).copies == copies + 1
 
 
 # Settings by hand
@@ -197,7 +197,7 @@ def test_a_setting_changed_by_hand_takes_effect_at_the_next_forward(make_mlp: An
     assert not probed(), "nine of ten steps have no probe"
     model.fc1.probe_every = 1
     assert probed()
-    assert mirror_of(model).step == 1
+    assert gate_cache_of(model).step == 1
     y = model(x)
     model.fc1.threshold = 0.0
     assert not torch.equal(model(x), y)
@@ -278,7 +278,7 @@ def test_steps_in_the_backward_train_checkpointed_layers_as_steps_after_it(how: 
         moved.add(tuple(bool(on) for flags in slora.active_blocks(inside).values() for on in flags))
         assert str(slora.active_blocks(inside)) == str(slora.active_blocks(after))
     assert len(moved) > 1, "no block was switched"
-    assert mirror_of(inside).step == mirror_of(after).step
+    assert gate_cache_of(inside).step == gate_cache_of(after).step
     assert keep
 
 

@@ -1,4 +1,4 @@
-"""Gates: the host mirror, the policies for inactive blocks, the probe, and what moves a score."""
+"""Gates: the host cache, the policies for inactive blocks, the probe, and what moves a score."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import slora
 from slora import reference
 from slora.errors import ConfigError, StateError
-from slora.gates.cache import GateMirror
+from slora.gates.cache import GateCache
 from slora.gates.values import gate_values, gates
 from slora.layers import LoRABlocks, SelectiveLoRALinear, adapted_layers
 from slora.ops.flops import count_flops
@@ -31,8 +31,8 @@ def adapted(make_mlp: Callable[..., nn.Module], *widths: int, **config: Any) -> 
     return slora.inject(make_mlp(*widths), slora.SelectiveLoRAConfig(**config))
 
 
-def mirror_of(model: nn.Module) -> GateMirror:
-    return next(iter(adapted_layers(model)))[1]._mirror
+def gate_cache_of(model: nn.Module) -> GateCache:
+    return next(iter(adapted_layers(model)))[1].gate_cache
 
 
 def set_gates(model: nn.Module, *active: bool) -> None:
@@ -56,7 +56,7 @@ def open_blocks(model: nn.Module) -> list[bool]:
 pytestmark = pytest.mark.filterwarnings("ignore::slora.errors.GateRuleWarning")
 
 
-# The mirror
+# The cache
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -73,26 +73,26 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_copy_per_optimizer_step_for_the_whole_model(name: str, make_mlp: Any, randomise: Any) -> None:
     model = randomise(adapted(make_mlp, 6, 6, 6, 6, 6))
-    mirror = mirror_of(model)
+    cache = gate_cache_of(model)
     optimizer = OPTIMIZERS[name](gates(model))
     for step in range(4):
-        before = mirror.copies
+        before = cache.copies
         for _ in range(2):  # gradient accumulation
             (model(torch.randn(3, 6)).sum() + slora.gate_penalty(model)).backward()
-        assert mirror.copies == before + 1
+        assert cache.copies == before + 1
         slora.active_blocks(model)
         slora.summary(model)
-        assert mirror.copies == before + 3, "each looks by itself"
-        assert mirror.step == step
+        assert cache.copies == before + 3, "each looks by itself"
+        assert cache.step == step
         optimizer.step()
         optimizer.zero_grad()
 
 
 def test_injecting_a_model_makes_no_copy_and_its_first_forward_one(vit: nn.Module) -> None:
     model = slora.inject(vit, slora.SelectiveLoRAConfig(r=2))
-    assert mirror_of(model).copies == 0
+    assert gate_cache_of(model).copies == 0
     model(torch.randn(1, 3, 16, 16))
-    assert mirror_of(model).copies == 1
+    assert gate_cache_of(model).copies == 1
 
 
 def test_no_copy_without_an_optimizer_step_or_a_change_of_mode(vit: nn.Module) -> None:
@@ -101,7 +101,7 @@ def test_no_copy_without_an_optimizer_step_or_a_change_of_mode(vit: nn.Module) -
         model.train()(torch.randn(1, 3, 16, 16)).sum().backward()
         with torch.no_grad():
             model(torch.randn(2, 3, 16, 16))
-    assert mirror_of(model).copies == 1
+    assert gate_cache_of(model).copies == 1
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "ProximalGates"])
@@ -194,15 +194,15 @@ def test_a_copy_of_the_model_has_gates_and_a_mirror_of_its_own(copied: Any, make
     x = torch.randn(3, 6)
     y = model(x)
     twin = copied(model)
-    assert mirror_of(twin) is not mirror_of(model)
-    assert len({id(layer._mirror) for _, layer in adapted_layers(twin)}) == 1
-    copies = mirror_of(model).copies
+    assert gate_cache_of(twin) is not gate_cache_of(model)
+    assert len({id(layer.gate_cache) for _, layer in adapted_layers(twin)}) == 1
+    copies = gate_cache_of(model).copies
     assert torch.equal(twin(x), y)
-    assert mirror_of(twin).copies == 1
+    assert gate_cache_of(twin).copies == 1
     set_gates(twin, True, False)
     assert open_blocks(twin) == [True, False]
     assert torch.equal(model(x), y)
-    assert mirror_of(model).copies == copies
+    assert gate_cache_of(model).copies == copies
     assert open_blocks(model) == [True, True]
     set_gates(model, False, False)
     assert open_blocks(twin) == [True, False]
@@ -213,10 +213,10 @@ def test_moving_a_model_to_another_dtype_keeps_its_activity(make_mlp: Any, rando
     set_gates(model, True, False)
     x = torch.randn(3, 6)
     model(x)
-    step = mirror_of(model).step
+    step = gate_cache_of(model).step
     model.to(torch.float64)
     assert open_blocks(model) == [True, False]
-    assert mirror_of(model).step == step, "moving is not an optimizer step"
+    assert gate_cache_of(model).step == step, "moving is not an optimizer step"
     torch.testing.assert_close(model(x.double()).float(), model.to(torch.float32)(x))
 
 
@@ -224,17 +224,17 @@ def test_layers_with_different_thresholds_share_one_copy(make_mlp: Any) -> None:
     model = adapted(make_mlp, 6, 6, 6)
     model.fc1.threshold = 0.2
     assert open_blocks(model) == [True, False]
-    assert mirror_of(model).copies == 1
+    assert gate_cache_of(model).copies == 1
 
 
 def test_a_mirror_does_not_keep_layers_alive(make_mlp: Any) -> None:
     model = adapted(make_mlp, 6, 6, 6)
-    mirror = mirror_of(model)
+    cache = gate_cache_of(model)
     model(torch.randn(1, 6))
     del model.fc1
     set_gates(model, False)
     assert open_blocks(model) == [False]
-    assert len(mirror._layers) == 1
+    assert len(cache._layers) == 1
 
 
 @pytest.mark.gpu
@@ -249,14 +249,14 @@ def test_a_step_on_the_gpu_synchronises_once(make_mlp: Any, randomise: Any) -> N
         optimizer.zero_grad()
 
     step()
-    copies = mirror_of(model).copies
+    copies = gate_cache_of(model).copies
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning, match="synchronizing") as caught:
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert mirror_of(model).copies == copies + 1
+    assert gate_cache_of(model).copies == copies + 1
     assert len([w for w in caught if "synchronizing" in str(w.message)]) == 1
 
 

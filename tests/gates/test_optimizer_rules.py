@@ -18,8 +18,9 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 import slora
-from slora.gates import optimizer_hook, optimizer_rules
+from slora.gates import optimizer_rules
 from slora.gates.values import gates
+from slora.layers import optimizer_hook
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -230,9 +231,9 @@ def test_after_the_first_step_a_right_group_is_read_and_a_wrong_one_not_even_tha
 ) -> None:
     searched: list[Any] = []
     read: list[Any] = []
-    find, fault = optimizer_hook.find_gates, optimizer_rules.fault
+    find, rule_problem = optimizer_hook.find_gates, optimizer_rules.rule_problem
     monkeypatch.setattr(optimizer_hook, "find_gates", lambda groups: searched.append(groups) or find(groups))
-    monkeypatch.setattr(optimizer_rules, "fault", lambda *given: read.append(given) or fault(*given))
+    monkeypatch.setattr(optimizer_rules, "rule_problem", lambda *given: read.append(given) or rule_problem(*given))
     for make, times in ((RIGHT["AdamW"], 4), (WRONG["AdamW"][0], 1)):
         searched.clear()
         read.clear()
@@ -397,7 +398,7 @@ def test_timm_trains_gates_by_its_adamw_of_the_model_and_by_the_groups(vit: nn.M
 
 def test_gate_rule_says_nothing_of_a_group_without_settings() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
-    assert optimizer_rules.fault(optimizer, {}) is None
+    assert optimizer_rules.rule_problem(optimizer, {}) is None
     group: dict[str, Any] = {}
     optimizer_rules.make_readable(optimizer, group)
     assert group == {}

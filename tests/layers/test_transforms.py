@@ -130,11 +130,11 @@ def test_a_compiled_transform_computes_the_same() -> None:
 def test_torch_func_leaves_what_the_model_knows_of_its_gates_alone() -> None:
     model, x = make(), torch.randn(3, 4, dtype=torch.float64)
     y = model(x)
-    mirror = next(iter(adapted_layers(model)))[1]._mirror
-    copies = mirror.copies
+    cache = next(iter(adapted_layers(model)))[1].gate_cache
+    copies = cache.copies
     vmap(grad(losses(model)[0]), in_dims=(None, 0))(trained(make("all")), x)
     assert torch.equal(model(x), y)
-    assert (mirror.copies, mirror.step) == (copies, 0)
+    assert (cache.copies, cache.step) == (copies, 0)
 
 
 def test_autocast_and_whole_state_dicts_go_through_torch_func() -> None:

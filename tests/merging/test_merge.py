@@ -64,7 +64,7 @@ def assert_restored(model: nn.Module, before: dict[str, tuple[int, Tensor]]) -> 
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name][1]), name
     assert not any(
-        layer.merged or layer._kept_weight is not None or layer._kept_update for _, layer in adapted_layers(model)
+        layer.merged or layer.weight_backup is not None or layer.unmerge_updates for _, layer in adapted_layers(model)
     )
 
 
@@ -144,8 +144,8 @@ def test_in_a_clip_only_weights_with_an_active_block_change(randomise: Any) -> N
         for i, on in enumerate(active[name].tolist()):
             rows = slice(i * n, (i + 1) * n)
             assert torch.equal(W[rows], old[rows]) != on, f"block {i} of {name}"
-        assert (layer._kept_weight is not None) == bool(active[name].any())
-        kept += layer._kept_weight is not None
+        assert (layer.weight_backup is not None) == bool(active[name].any())
+        kept += layer.weight_backup is not None
     written = [name for name, p in model.named_parameters() if p._version != versions[name]]
     assert len(written) == kept, "nothing but these weights was written"
     slora.unmerge(model)
@@ -184,8 +184,8 @@ def test_only_weights_that_change_are_copied_and_none_moves(keep: Any, vit: nn.M
     for name, layer in adapted_layers(model):
         changed = not torch.equal(layer.weight, before[f"{name}.weight"][1])
         assert changed == (name in active)
-        assert (layer._kept_weight is not None) == (changed and keep is not None)
-        assert bool(layer._kept_update) == (changed and keep is None)
+        assert (layer.weight_backup is not None) == (changed and keep is not None)
+        assert bool(layer.unmerge_updates) == (changed and keep is None)
     slora.unmerge(model)
     # Addresses are part of captured CUDA graphs.
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == {n: at for n, (at, _) in before.items()}
@@ -209,7 +209,7 @@ def test_without_a_copy_unmerging_comes_within_two_roundings(
         larger = torch.maximum(old.abs(), new.abs())
         allowed = 2 * half_ulp(larger * (1 + torch.finfo(dtype).eps), dtype) + 2 * 4 * 4 * wide.eps
         assert bool(((layer.weight.double() - old).abs() <= allowed).all()), name
-    assert not any(layer.merged or layer._kept_update for _, layer in adapted_layers(model))
+    assert not any(layer.merged or layer.unmerge_updates for _, layer in adapted_layers(model))
 
 
 def test_merging_without_a_copy_survives_a_copy_and_a_move(vit: nn.Module, randomise: Any) -> None:

@@ -126,7 +126,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
         "parameters": [(name, id(p), p.requires_grad, p.dtype) for name, p in model.named_parameters()],
         "values": {name: bits(value.clone()) for name, value in model.state_dict().items()},
-        "notes": (model.__dict__.get("_slora"), [(m._mirror.asked, m.released) for _, m in adapted_layers(model)]),
+        "notes": (model.__dict__.get("_slora"), [(m.gate_cache.asked, m.released) for _, m in adapted_layers(model)]),
     }
 
 

@@ -114,7 +114,7 @@ class Attempt:
         if model is None:
             model = copy.deepcopy(self._start)
             self._before = snapshot(model)
-        moved = [layer._mirror.step for _, layer in adapted_layers(model)]
+        moved = [layer.gate_cache.step for _, layer in adapted_layers(model)]
         randomness = random_states.present()
         trainer = None
         try:
@@ -125,7 +125,7 @@ class Attempt:
         except slora.SLoRAError:
             changed = differences(self._before, snapshot(model))
             assert not changed, f"refused, but the model has another {changed}"
-            assert moved == [layer._mirror.step for _, layer in adapted_layers(model)], "gates have moved"
+            assert moved == [layer.gate_cache.step for _, layer in adapted_layers(model)], "gates have moved"
             assert slora.selection.strategy.at_work(model) is None, "a strategy is at work"
             assert _same(randomness, random_states.present()), "the random generators are others"
             self._ready = model

@@ -140,14 +140,14 @@ def test_numbers_of_numpy_are_numbers(make: Make) -> None:
 
 def test_a_strategy_reads_the_device_once_per_choice(make: Make, batch: Batch) -> None:
     model = make()
-    (mirror,) = {layer._mirror for _, layer in adapted_layers(model)}
+    (cache,) = {layer.gate_cache for _, layer in adapted_layers(model)}
     selection = Budget(model, 2, 12)
-    copies = mirror.copies
+    copies = cache.copies
     optimizer = torch.optim.AdamW(slora.parameter_groups(model, lr=0.01))
     for _ in range(12):
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         optimizer.step()
         selection.step()
     # What it wrote it need not read.
-    assert mirror.copies == copies
+    assert cache.copies == copies
     assert count(model) == 2

@@ -46,7 +46,10 @@ def everything(model: nn.Module) -> list[Any]:
     return [
         {name: value.clone() for name, value in model.state_dict().items()},
         {name: (parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()},
-        [(layer._mirror.step, layer._mirror.asked, layer._mirror.strategy) for _, layer in adapted_layers(model)],
+        [
+            (layer.gate_cache.step, layer.gate_cache.asked, layer.gate_cache.strategy)
+            for _, layer in adapted_layers(model)
+        ],
         random.getstate(),
         (numpy[0], numpy[1].tolist(), *numpy[2:]),  # type: ignore[index, union-attr]
         torch.get_rng_state(),
