@@ -234,9 +234,9 @@ def test_under_autocast_a_read_by_linear_is_a_call_of_the_layer(how: str) -> Non
     with torch.autocast("cpu", torch.bfloat16):
         y = attention(x)
         if how == "called_and_read":
-            hidden = attention.q(x) + attention.q.project(attention.k(x), given=None)
+            hidden = attention.q(x) + attention.q.project(attention.k(x), bias=None)
         else:
-            hidden = attention.both.project(x, given=attention.both_bias)[..., E:]
+            hidden = attention.both.project(x, bias=attention.both_bias)[..., E:]
         expected = attention.out(torch.tanh(hidden))
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, expected)
