@@ -214,7 +214,7 @@ def _compatibility(args: argparse.Namespace) -> int:
 def _gpu(args: argparse.Namespace) -> int:
     from benchmarks import gpu
 
-    return gpu.prove(args)
+    return gpu.validate(args)
 
 
 COMMANDS = {

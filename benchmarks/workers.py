@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
-
-import torch
-
-from benchmarks.timing import first_line
 
 Outcome = dict[str, Any]
 Task = TypeVar("Task")
@@ -37,14 +34,20 @@ def _serve(work: Callable[[Any], Outcome], connection: Connection) -> None:
         try:
             outcome = work(task)
         except Exception as error:
-            outcome = {"state": "failed", "reason": first_line(error)}
-            try:
-                # After an illegal access every call fails.
-                if torch.cuda.is_initialized():
-                    torch.cuda.synchronize()
-            except Exception:
-                usable = False
+            outcome = {"state": "failed", "reason": f"{type(error).__name__}: {error}".partition("\n")[0]}
+            usable = _cuda_works()
         connection.send((outcome, usable))
+
+
+def _cuda_works() -> bool:
+    """Whether the CUDA context, if there is one, can go on: after an illegal access every call fails."""
+    torch = sys.modules.get("torch")
+    try:
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
 
 
 def run(
@@ -66,9 +69,11 @@ def run(
         left = min(each, until - time.monotonic())
         if left <= 0:
             return {"state": NO_TIME}
-        worker = getattr(own, "worker", None) or Worker(work)
-        started.append(worker)
+        worker: Worker | None = getattr(own, "worker", None)
         own.worker = None
+        if worker is None:
+            worker = Worker(work)
+            started.append(worker)
         try:
             worker.connection.send(task)
             if worker.connection.poll(left):

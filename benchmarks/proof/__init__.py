@@ -1,1 +1,0 @@
-"""What the proof on a GPU (`benchmarks/gpu.py`) is made of."""
