@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from benchmarks.contenders import memory
-from benchmarks.proof.process import ROOT
-from benchmarks.results import BenchmarkError, Missing
+from benchmarks.results import ROOT, BenchmarkError, Missing
 
 # Processes that are started: once is enough.
 pytestmark = pytest.mark.slow
