@@ -13,10 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.two_processes import TwoProcesses
+
 # Triton decides when a kernel is defined, its own library of them when it is imported; so this stands before every test
 # file. Without a GPU kernels run in Triton's interpreter on CPU tensors.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Else torch.compile starts a pool of processes, each of which imports torch.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 # Small models: several threads spend most of their time waiting for each other.
 torch.set_num_threads(1)
@@ -59,6 +64,12 @@ def poisoned() -> Iterator[None]:
 def _signals() -> None:
     """Let Ctrl-C act as in a terminal: a shell starts jobs in the background with SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> TwoProcesses:
+    """Return `run(function, *arguments)`: what `function(rank, *arguments)` returns in each of two processes."""
+    return TwoProcesses()
 
 
 @pytest.fixture

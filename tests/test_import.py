@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.once
 
 EXTRAS = (
     "accelerate cli csrc jinja2 kernels matplotlib open_clip peft rich sklearn tensorboard timm torchmetrics "
@@ -49,16 +54,23 @@ print("done")
     assert out.endswith("done\n")
 
 
-def test_importing_slora_loads_no_extra_package() -> None:
-    out = run(f"import torch, sys; before = set(sys.modules); {ALL}; print(*(set(sys.modules) - before))")
-    loaded = {name.partition(".")[0] for name in out.split()}
-    assert loaded & set(EXTRAS) == set()
+@pytest.fixture(scope="module")
+def loaded() -> set[str]:
+    """The modules that all public names load beside those of torch."""
+    code = f"import torch, sys, json; before = set(sys.modules); {ALL}; print(json.dumps([*set(sys.modules) - before]))"
+    return set(json.loads(run(code)))
 
 
-def test_importing_slora_loads_only_the_core() -> None:
-    out = run(f"import sys; {ALL}; print(*(name for name in sys.modules if name.startswith('slora.')))")
-    parts = {name.split(".")[1] for name in out.split()}
-    assert parts & {"cli", "training", "evaluation", "report", "demo", "kernels"} == set()
+def parts(modules: set[str]) -> set[str]:
+    return {name.split(".")[1] for name in modules if name.startswith("slora.")}
+
+
+def test_importing_slora_loads_no_extra_package(loaded: set[str]) -> None:
+    assert {name.partition(".")[0] for name in loaded} & set(EXTRAS) == set()
+
+
+def test_importing_slora_loads_only_the_core(loaded: set[str]) -> None:
+    assert parts(loaded) & {"cli", "training", "evaluation", "report", "demo", "kernels"} == set()
 
 
 def test_importing_slora_does_not_import_torch() -> None:
@@ -102,17 +114,16 @@ def test_training_and_evaluation_are_attributes_of_the_package_that_nothing_impo
 
 
 def test_an_adapted_layer_registers_the_operators() -> None:
-    code = "import torch, slora; slora.SelectiveLoRALinear(4, 4, r=2, lora_alpha=2); print(torch.ops.slora.{})"
-    for name in ("selective_linear", "selective_linear_backward"):
-        assert run(code.format(name)) == f"slora.{name}\n"
+    code = "import torch, slora; slora.SelectiveLoRALinear(4, 4, r=2, lora_alpha=2); ops = torch.ops.slora"
+    assert run(f"{code}; print(ops.selective_linear, ops.selective_linear_backward)").split() == [
+        "slora.selective_linear", "slora.selective_linear_backward",
+    ]  # fmt: skip
 
 
-def test_every_module_of_the_core_is_an_attribute_of_the_package() -> None:
+def test_every_module_of_the_core_is_an_attribute_of_the_package(loaded: set[str]) -> None:
     import slora
 
-    out = run(f"import sys; {ALL}; print(*(name for name in sys.modules if name.startswith('slora.')))")
-    core = {name.split(".")[1] for name in out.split()}
-    assert core <= {*slora._PACKAGES, "config", "errors"}
+    assert parts(loaded) <= {*slora._PACKAGES, "config", "errors"}
     assert set(slora._HOMES) | {name for name in slora.__all__ if name in vars(slora)} == set(slora.__all__)
 
 

@@ -21,6 +21,8 @@ from slora.layers import adapted_layers
 from tests.mutations.adapters import CONFIG, SELECTIVE, WEIGHTS, Tiny, differences, plain, snapshot
 from tests.mutations.limits import limited
 
+pytestmark = pytest.mark.once
+
 BOMB = "(([a-z0-9.]+)+)+!"
 
 

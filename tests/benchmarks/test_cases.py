@@ -245,7 +245,7 @@ def test_a_model_has_inputs_a_loss_and_few_layers(name: str) -> None:
     assert all(isinstance(net.get_submodule(layer), nn.Linear) for layer in model.few(net))
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_clip_has_a_contrastive_loss_and_few_layers_in_both_towers() -> None:
     pytest.importorskip("open_clip")
     model = models.find("clip")

@@ -163,7 +163,7 @@ def test_a_profiler_that_may_not_look_is_skipped_and_one_that_sees_nothing_has_f
         assert gpu_steps.profile(run, 10.0)["state"] == state
 
 
-@pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.usefixtures("no_processes")
 def test_the_stages_are_rehearsed_on_the_cpu_with_the_kernels_interpreted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

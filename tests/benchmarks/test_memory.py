@@ -17,7 +17,7 @@ from benchmarks.contenders import memory
 from benchmarks.results import ROOT, BenchmarkError, Missing
 
 # Processes that are started: once is enough.
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.once
 
 
 def _allocates(mib: int) -> float:
@@ -48,7 +48,7 @@ def test_memory_is_what_a_call_adds_in_a_process_that_has_imported_what_all_impo
     assert memory.in_a_process(_allocates, 64) == pytest.approx(64, rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_a_process_that_dies_is_named_with_its_exit_code() -> None:
     with pytest.raises(BenchmarkError, match="exit code 7: it has ended without an answer"):
         memory.in_a_process(_dies)
@@ -77,7 +77,7 @@ def test_an_interrupt_ends_the_process_without_a_word_of_its_own() -> None:
     assert run.returncode == 1
 
 
-@pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("error", [Missing("no such package"), RuntimeError("a reason")], ids=str)
 def test_what_is_raised_in_the_process_is_raised_here(error: Any) -> None:
     with pytest.raises(type(error) if isinstance(error, Missing) else BenchmarkError, match=str(error)):

@@ -16,6 +16,8 @@ import pytest
 from slora.cli import command_line
 from slora.training import TrainSettings
 
+pytestmark = pytest.mark.once
+
 COMMANDS = ("demo", "finetune", "evaluate", "merge", "inspect", "report", "doctor")
 QUICK = (
     "--model demo/letters_vit --data digits --r 2 --max-steps 4 --batch-size 8 --device cpu --precision fp32 "

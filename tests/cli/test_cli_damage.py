@@ -14,6 +14,8 @@ import pytest
 
 from slora.cli import command_line
 
+pytestmark = pytest.mark.once
+
 COMMANDS = {
     "inspect": ["inspect", "run"],
     "inspect a checkpoint": ["inspect", "run", "--checkpoint", "last"],

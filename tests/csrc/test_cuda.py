@@ -17,7 +17,7 @@ NVCC = merge_kernel.nvcc()
 
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="there is no nvcc; set CUDA_HOME"),
-    pytest.mark.slow,
+    pytest.mark.once,
 ]
 
 

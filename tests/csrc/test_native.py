@@ -37,18 +37,18 @@ def run(program: Path, cases: int, seed: int) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_plan_and_cpu_executor_are_clean_and_exact_on_every_instruction_set(tmp_path: Path) -> None:
     # Without -O2 the compiler contracts no product and sum to a fused one.
     assert "100 cases" in run(built("check_cpu", tmp_path, "-O2", *SANITIZE), 100, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_cpu_executor_keeps_its_bits_as_it_is_built_for_use(tmp_path: Path) -> None:
     run(built("check_cpu", tmp_path, "-O3"), 100, 1000)
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_cuda_kernel_is_right_and_reaches_every_barrier_on_the_host(tmp_path: Path) -> None:
     # As nvcc: numbers of one type may be read as those of another. With -O2 it compiles for longer than it runs.
     run(built("check_kernel", tmp_path, "-O1", "-fno-strict-aliasing", *SANITIZE), 42, 0)

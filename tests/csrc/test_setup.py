@@ -13,6 +13,8 @@ import torch
 
 from slora.merging import extension_info
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 
 

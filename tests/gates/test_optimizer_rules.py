@@ -404,7 +404,7 @@ def test_gate_rule_says_nothing_of_a_group_without_settings() -> None:
     assert group == {}
 
 
-@pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("how", ["default", "optimizers", "override", "schedule"])
 def test_the_trainer_of_transformers(how: str, families: Any, tmp_path: Any, monkeypatch: Any) -> None:
     transformers = pytest.importorskip("transformers")

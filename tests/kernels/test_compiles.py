@@ -49,7 +49,7 @@ def test_the_audit_in_the_tree_is_of_the_kernels_in_the_tree() -> None:
 SAMPLE = ["fused_linear, dx, R=32, 128x256x64", "precomputed_linear, dx, R=256, 128x128x64", "partial_sums, 64 columns"]
 
 
-@pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("name", SAMPLE)
 def test_what_is_compiled_again_comes_out_as_the_audit_has_it(name: str, tmp_path: Path) -> None:
     head, rows = audit.committed()

@@ -939,7 +939,7 @@ def compiled_results(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tens
     return {"y": y.detach(), **found}
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_a_vit_block_compiled_by_inductor_is_one_graph_that_serves_while_gates_move(
     vit: nn.Module, randomise: Any, fresh_dynamo: None
 ) -> None:

@@ -14,7 +14,7 @@ from tests.mutations.trials import run
 
 # Of 2000 mutants of each kind, these reach every place that refuses an adapter, and all but three of those that refuse
 # a checkpoint, which have tests of their own.
-@pytest.mark.slow
+@pytest.mark.once
 @pytest.mark.parametrize("name", KINDS)
 def test_of_800_mutants_each_is_loaded_as_it_says_or_refused_with_nothing_changed(name: str, tmp_path: Path) -> None:
     outcome = run(KINDS[name](), tmp_path / name, range(800))

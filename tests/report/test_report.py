@@ -29,6 +29,8 @@ from slora.report.plots import (
     target_against_retention,
 )
 
+pytestmark = pytest.mark.once
+
 TIMM = {
     f"blocks.{i}.{name}": [i == 1] * blocks
     for i in range(3)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -69,41 +66,20 @@ def test_resuming_with_another_budget_is_refused(make: Make) -> None:
         slora.selection.Gates(make(), 10).load_state_dict(state)
 
 
-SCRIPT = """
-import os, sys
-import torch, torch.distributed as dist
-from torch import nn
-import slora
-from slora.layers import adapted_layers
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-torch.manual_seed(0)
-model = slora.inject(nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)]), slora.SelectiveLoRAConfig(r=1))
-# Each process would choose otherwise by itself: the mean of both scores decides.
-scores = torch.tensor([[9.0, 1, 2, 3, 4, 5], [0.0, 1, 2, 3, 4, 5]])[rank]
-selection = slora.selection.Budget(model, 2, 3, ranking=lambda _: scores)
-for _ in range(3):
-    selection.step()
-print([layer.activity().active != () for _, layer in adapted_layers(model)])
-"""
+def chosen(rank: int) -> list[bool]:
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = slora.inject(nn.Sequential(*[nn.Linear(4, 4) for _ in range(6)]), slora.SelectiveLoRAConfig(r=1))
+    # Each process would choose otherwise by itself: the mean of both scores decides.
+    scores = torch.tensor([[9.0, 1, 2, 3, 4, 5], [0.0, 1, 2, 3, 4, 5]])[rank]
+    selection = slora.selection.Budget(model, 2, 3, ranking=lambda _: scores)
+    for _ in range(3):
+        selection.step()
+    return [layer.activity().active != () for _, layer in adapted_layers(model)]
 
 
-@pytest.mark.slow
-def test_processes_make_the_same_choice(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT], env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True
-        )
-        for rank in (0, 1)
-    ]
-    outputs = [process.communicate(timeout=300)[0].strip() for process in processes]
-    assert outputs == ["[True, False, False, False, False, True]"] * 2
+def test_processes_make_the_same_choice(two_processes: Callable[..., list[Any]]) -> None:
+    assert two_processes(chosen) == [[True, False, False, False, False, True]] * 2
 
 
 def test_a_run_made_longer_by_a_resume_is_still_in_its_selection(make: Make, batch: Batch) -> None:

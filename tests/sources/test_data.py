@@ -17,6 +17,8 @@ from slora import ConfigError, DataError
 from slora.sources.data import InputSpec, open_data
 from slora.sources.data_names import TORCHVISION, check_name, names
 
+pytestmark = pytest.mark.once
+
 DEMO = InputSpec(1, 16, (0.0,), (1.0,), "bilinear")
 
 

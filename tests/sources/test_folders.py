@@ -16,6 +16,8 @@ from slora.sources.batches import make_batches
 from slora.sources.data import InputSpec, open_data
 from slora.sources.folders import image_folder, split
 
+pytestmark = pytest.mark.once
+
 Tree = Callable[..., Path]
 SPEC = InputSpec(3, 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear")
 

@@ -21,6 +21,8 @@ from slora.runs.settings import Method
 from slora.training import checkpoint, merge_run, run, trainer
 from slora.training.evaluate_run import evaluate
 
+pytestmark = pytest.mark.once
+
 QUICK: dict[str, Any] = {
     "model": "demo/letters_vit", "data": "digits", "r": 2, "max_steps": 4, "batch_size": 8, "device": "cpu",
     "precision": "fp32", "log_every": 2, "save_every": 1, "eval_every": 1, "keep_last": 9, "tensorboard": False,

@@ -20,6 +20,8 @@ from slora.runs import rundir
 from slora.runs.rundir import claimed
 from slora.training import TrainSettings, prepare, train
 
+pytestmark = pytest.mark.once
+
 Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
 

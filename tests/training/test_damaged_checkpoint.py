@@ -20,6 +20,8 @@ from slora.runs.checkpoint_state import digests_of
 from slora.training import TrainSettings, checkpoint, prepare, train
 from slora.training.optimizers import Optimizers
 
+pytestmark = pytest.mark.once
+
 Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -380,45 +377,24 @@ def test_a_model_that_returns_an_object_with_logits_is_trained(
     assert train(ready(lambda: Wrapped(make_model()), settings), data, data, settings).accuracy is not None
 
 
-SCRIPT = """
-import os, sys, torch
-from torch import nn
-from slora.training import TrainSettings, prepare, train
-
-torch.set_num_threads(1)
-generator = torch.Generator().manual_seed(3)
-images, labels = torch.rand(64, 16, generator=generator), torch.randint(4, (64,), generator=generator)
-settings = TrainSettings(
-    r=2, max_steps=10, batch_size=16 // int(os.environ.get("WORLD_SIZE", "1")), device="cpu", precision="fp32",
-    optimizer="sgd", lr=0.1, clip_norm=0.0, gate_lr=0.3, penalty=0.2, selection_warmup=0.0, tensorboard=False,
-    modules_to_save=["2"],
-)
-torch.manual_seed(7)
-model = prepare(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4)), settings=settings)
-result = train(model, (images, labels), (images, labels), settings, sys.argv[1])
-total = sum(parameter.double().sum().item() for parameter in model.parameters())
-print(result.accuracy, result.flops, len(result.active_blocks), total)
-"""
+def run_of(rank: int, processes: int, folder: Path) -> list[float]:
+    """The accuracy, FLOPs, blocks and sum of all parameters of a run with 16 images a step in all processes."""
+    generator = torch.Generator().manual_seed(3)
+    images, labels = torch.rand(64, 16, generator=generator), torch.randint(4, (64,), generator=generator)
+    settings = TrainSettings(
+        r=2, max_steps=10, batch_size=16 // processes, device="cpu", precision="fp32", optimizer="sgd", lr=0.1,
+        clip_norm=0.0, gate_lr=0.3, penalty=0.2, selection_warmup=0.0, tensorboard=False, modules_to_save=["2"],
+    )  # fmt: skip
+    torch.manual_seed(7)
+    model = prepare(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4)), settings=settings)
+    result = train(model, (images, labels), (images, labels), settings, folder)
+    total = sum(parameter.double().sum().item() for parameter in model.parameters())
+    return [result.accuracy, result.flops, len(result.active_blocks), total]
 
 
-@pytest.mark.slow
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    pair = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"} for rank in (0, 1)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(tmp_path / folder)],
-            env=shared | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for folder, own in [("one", {}), ("two", pair[0]), ("two", pair[1])]
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
-    one, first, second = ([float(value) for value in out.split()] for out, _ in outputs)
-    assert first == second == pytest.approx(one, rel=1e-6)
+def test_two_processes_compute_what_one_does(two_processes: Callable[..., list[Any]], tmp_path: Path) -> None:
+    first, second = two_processes(run_of, 2, tmp_path / "two")
+    assert first == second == pytest.approx(run_of(0, 1, tmp_path / "one"), rel=1e-6)
     # Only one process writes.
     names = [[path.name for path in sorted((tmp_path / folder).rglob("*"))] for folder in ("one", "two")]
     assert names[0] == names[1]
