@@ -107,10 +107,6 @@ sanitize: say-sanitize ## the native checks with AddressSanitizer and UndefinedB
 mutations: say-mutations $(TEST_STAMP) $(BUILT) ## read CASES=1000 damaged files of every kind: a correct load, or an error and nothing changed
 	@OMP_NUM_THREADS=1 $(RUN)python -m tests.mutations --cases $(CASES)
 
-.PHONY: bench
-bench: say-bench $(TEST_STAMP) $(BUILT) ## time one layer and the operators by themselves with pytest-benchmark
-	@$(RUN)pytest tests/benchmarks/bench_micro.py -q --benchmark-only --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
-
 .PHONY: measure
 measure: say-measure $(TEST_STAMP) $(BUILT) ## run all benchmark cases on the CPU, beside their peers, and write the tables
 	@$(RUN)python -m benchmarks run --case all --device cpu
@@ -127,7 +123,7 @@ clean: ## remove build outputs and caches; environments stay
 
 # The first line of every target that does something: what it is about to do.
 INSTALL := install $(TORCH) and slora into $(VENV) where that is not done yet
-.PHONY: say-demo say-test say-test-only say-lint say-format say-bench say-measure say-sanitize say-mutations say-environment
+.PHONY: say-demo say-test say-test-only say-lint say-format say-measure say-sanitize say-mutations say-environment
 say-demo:
 	@echo "demo: $(INSTALL) (2 to 3 GB to fetch), build what can be built, then run 'slora demo'"
 say-test:
@@ -138,8 +134,6 @@ say-lint:
 	@echo "lint: $(INSTALL), then run ruff, ruff format and mypy"
 say-format:
 	@echo "format: $(INSTALL), then rewrite the sources in the project's format"
-say-bench:
-	@echo "bench: $(INSTALL), then time the micro cases with pytest-benchmark (about a minute)"
 say-measure:
 	@echo "measure: $(INSTALL), then run all benchmark cases on the CPU (half an hour or more on 2 cores) and write their tables"
 say-sanitize:

@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import workers
-from benchmarks.contenders.layer import SCALING, THRESHOLD, Problem, Shape, errors
+from benchmarks.correctness import errors, expected
+from benchmarks.implementations.layer import SCALING, THRESHOLD, Problem, Shape
 from benchmarks.results import environment, folder_name, process_began, write_result
 from benchmarks.timing import ieee_fp32
 from slora.ops.backends import Needs, autotune
@@ -90,7 +91,7 @@ class Case:
         self.expected = dict(problem.exact(updates=True))
         wide = self.expected["y"][0].dtype
         for name, exact, own in zip("ST", low_rank(problem, blocks, wide), (S, T), strict=True):
-            self.expected[name] = exact, own, float(exact.norm())
+            self.expected.update(expected({name: exact}, {name: own}, problem.dtype))
         active = tuple(shape.chosen) if point.host_known else None
         operands = LoRAOperands(problem.A, problem.B, problem.gate, THRESHOLD, SCALING, active)
         x, dy, S, T = (t.new_zeros(shape.M, t.shape[1]).index_copy_(0, self.rows, t) for t in (x, dy, S, T))

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -58,6 +58,10 @@ class Missing(BenchmarkError):
     """An implementation cannot run here; its rows are "skipped" with the reason."""
 
 
+class Wrong(Exception):
+    """An implementation computes something else; its rows are "refused" with the reason, and have no times."""
+
+
 def need(package: str, remedy: str = "install it, or leave out what needs it") -> Any:
     """Import `package`.
 
@@ -77,10 +81,10 @@ def reason_in(*rows: Row) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        state, reason = ("skipped", str(error)) if isinstance(error, Missing) else ("failed", first_line(error))
+        state = {Missing: "skipped", Wrong: "refused"}.get(type(error), "failed")
         for row in rows:
             if not row.keys() & {"skipped", "failed", "refused", "seconds", "forward_backward"}:
-                row.update({state: reason})
+                row[state] = first_line(error) if state == "failed" else str(error)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -305,35 +309,34 @@ class Settings:
 
 @dataclass(frozen=True)
 class Case:
-    """A case by name; `benchmarks/cases/<name>.py` has `run(settings, ceilings)`, which yields rows."""
+    """A case by name; `run(settings, ceilings, name)` of `benchmarks/cases/<module>.py` yields its rows."""
 
     name: str
+    module: str
     summary: str
     devices: tuple[str, ...] = ("cpu", "cuda")
-    packages: tuple[str, ...] = ()
-    """Without these the case cannot run at all."""
 
-    def load(self) -> Callable[[Settings, dict[str, Any]], Iterator[Row]]:
-        """Import the case; only then are its peers imported."""
-        run: Callable[..., Iterator[Row]] = importlib.import_module(f"benchmarks.cases.{self.name}").run
-        return run
+    def run(self, settings: Settings, ceilings: dict[str, Any]) -> Iterator[Row]:
+        """Yield the rows; the module, and with it the peers, is imported here."""
+        rows: Iterator[Row] = importlib.import_module(f"benchmarks.cases.{self.module}").run(
+            settings, ceilings, self.name
+        )
+        return rows
 
 
 CASES = {
     case.name: case
     for case in (
-        Case("linear", "one linear layer: forward, and forward with backward, per shape, beside every peer"),
-        Case("train_step", "one training step of a whole model, beside PEFT, full and frozen", packages=("timm",)),
-        Case("train_memory", "its peak memory, in a process of its own", ("cpu",), packages=("timm",)),
+        Case("linear", "linear", "one linear layer: forward, and forward with backward, per shape, beside every peer"),
+        Case("train_step", "model", "one training step of a whole model, beside PEFT, full and frozen"),
+        Case("train_memory", "model", "its peak memory, in a process of its own", ("cpu",)),
+        Case("merge", "merge", "folding LoRA into all linear layers of a ViT-L/16, beside PEFT and a copy"),
+        Case("inference", "model", "a forward: base, merged, unmerged, PEFT merged and unmerged"),
+        Case("gates", "model", "a training step under each policy for inactive blocks"),
+        Case("host", "host", "host time per layer: tiny tensors on one thread of the CPU", ("cpu",)),
         Case(
-            "merge",
-            "folding LoRA into all linear layers of a ViT-L/16, beside PEFT and a copy",
-            packages=("timm",),
+            "scaling", "linear", "cost against rank, active share and tokens, beside what the model of costs predicts"
         ),
-        Case("inference", "a forward: base, merged, unmerged, PEFT merged and unmerged", packages=("timm",)),
-        Case("gates", "a training step under each policy for inactive blocks", packages=("timm",)),
-        Case("host", "host time per layer: tiny tensors on one thread of the CPU", ("cpu",), packages=("peft",)),
-        Case("scaling", "cost against rank, active share and tokens, beside what the model of costs predicts"),
     )
 }
 
@@ -366,11 +369,8 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
         )
     device = folder_name(settings.device)
     require_writable(RESULTS / device if folder is None else folder)
-    for package in case.packages:
-        need(package)
     # What a case that failed before this one has left.
     release(settings.device)
-    run = case.load()
     ieee_fp32()
     limits = roofline.measure(settings.device, settings.grid, settings.repetitions(7))
     asked = {"grid": settings.grid, "rounds": settings.rounds, "only": list(settings.only), "order_seed": ORDER_SEED}
@@ -382,7 +382,7 @@ def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_pa
         "complete": False,
         "rows": rows,
     }
-    for row in run(settings, limits):
+    for row in case.run(settings, limits):
         rows.append(row)
         if keep_partial:
             write_result(case.name, device, payload, folder)

@@ -6,13 +6,12 @@ Percentages beside the times are of these, not of a data sheet.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
-from benchmarks.timing import Call, interleaved
+from benchmarks.timing import Call, Sampler
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Edge of the square product, and bytes of the copy, by grid.
@@ -22,31 +21,22 @@ SIZES = {
 }
 
 
-def measure(device: str, grid: str, rounds: int, dtypes: Sequence[str] = ("fp32", "bf16")) -> dict[str, Any]:
-    """Return `{"gemm_flops_per_s": {dtype: ...}, "copy_bytes_per_s": ..., ...}`, at the 20th percentile of the times.
+def measure(device: str, grid: str, rounds: int) -> dict[str, Any]:
+    """Return `{"gemm_flops_per_s": {dtype: ...}, "copy_bytes_per_s": ...}`, at the 20th percentile of the times.
 
     The product is of random numbers, because zeros run faster; the copy counts bytes read and bytes written.
     """
     edge, size = SIZES[device][grid]
+
+    def seconds(call: Call) -> float:
+        sampler = Sampler([call], device)
+        # Below the median, since a roofline is what can be reached; the minimum would be an outlier.
+        return statistics.quantiles([sampler() for _ in range(rounds)], n=5, method="inclusive")[0]
+
     rates: dict[str, float] = {}
-    for dtype in dtypes:
+    for dtype in ("fp32", "bf16"):
         a, b = (torch.randn(edge, edge, device=device).to(DTYPES[dtype]) for _ in range(2))
-        out = torch.empty_like(a)
-        calls: dict[str, list[Call]] = {"gemm": [partial(torch.mm, a, b, out=out)]}
-        rates[dtype] = 2 * edge**3 / short(interleaved(calls, device, rounds)["gemm"][0])
-        del a, b, out
+        rates[dtype] = 2 * edge**3 / seconds(partial(torch.mm, a, b, out=torch.empty_like(a)))
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = short(interleaved({"copy": [lambda: target.copy_(source)]}, device, rounds)["copy"][0])
-    return {
-        "gemm_flops_per_s": rates,
-        "copy_bytes_per_s": 2 * size / seconds,
-        "gemm_edge": edge,
-        "copy_bytes": size,
-        "statistic": "20th percentile of the times",
-    }
-
-
-def short(times: Sequence[float]) -> float:
-    """The 20th percentile: below the median, since a roofline is what is reached; the minimum would be an outlier."""
-    return statistics.quantiles(times, n=5, method="inclusive")[0]
+    return {"gemm_flops_per_s": rates, "copy_bytes_per_s": 2 * size / seconds(lambda: target.copy_(source))}

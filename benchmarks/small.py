@@ -1,117 +1,81 @@
 """Small runs of the kernels by themselves, for compute-sanitizer and the profiler: `python -m benchmarks.small WHAT`.
 
-kernels   one layer forward and backward over odd shapes and all patterns of activity, checked
-merge     the batched merge over ragged weights, checked
-all       both
+all       the batched merge over ragged weights, and one layer forward and backward over odd shapes, checked
 profile   one large layer and one large merge, once each
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
 import slora
-from benchmarks.contenders.layer import CONTENDERS, Problem, Shape, mistake
-from benchmarks.results import BenchmarkError
+from benchmarks.correctness import expected, mismatch
+from benchmarks.implementations.layer import IMPLEMENTATIONS, Problem, Shape
 from benchmarks.timing import ieee_fp32
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = "slora, triton"
 
 
-def kernels(device: str) -> None:
-    """Forward and backward by the kernels."""
-    dtypes = ("bf16", "fp32") if device == "cuda" else ("fp32",)
-    for dtype in dtypes:
-        for shape in (
-            Shape(64, 96, 37, 16, 1, 1, dtype),
-            Shape(72, 48, 5, 4, 2, 3, dtype),
-            Shape(40, 64, 130, 20, 4, 4, dtype),
-        ):
-            problem = Problem(shape, device, sets=1)
-            layer = CONTENDERS[KERNELS](problem)
-            # Without the allocator's pools, as the sanitizer wants it, nothing can be captured.
-            for how, call in layer.ways(problem, capture=False).items():
-                wrong = mistake(call(), problem.exact(updates=True), layer.wanted(shape))
-                if wrong:
-                    raise BenchmarkError(f"{KERNELS} at {shape.point}: {how}{wrong}")
-
-
-def merge(device: str) -> None:
-    """The batched merge."""
+def check() -> str | None:
+    """What is wrong with a merge, or with a layer by the kernels, None where nothing is."""
     for dtype in (torch.bfloat16, torch.float32):
-        shapes, rank = ((96, 64), (33, 47), (130, 300), (7, 5)), (16, 4, 40, 3)
-        Ws = [torch.randn(n, k, device=device).to(dtype) for n, k in shapes]
-        As = [torch.randn(r, k, device=device) for (_, k), r in zip(shapes, rank, strict=True)]
-        Bs = [torch.randn(n, r, device=device) for (n, _), r in zip(shapes, rank, strict=True)]
-        exact, allowed = [], []
-        for W, A, B in zip(Ws, As, Bs, strict=True):
-            exact.append(W.double() + 0.5 * (B.double() @ A.double()))
-            size = W.double().abs() + 0.5 * (B.double().abs() @ A.double().abs())
-            # One rounding to the dtype, and the roundings of the sum in fp32 (slora.merging.batched).
-            allowed.append(torch.finfo(dtype).eps * exact[-1].abs() + (A.shape[0] + 2) * 2.0**-24 * size)
+        sizes = ((96, 64, 16), (33, 47, 4), (130, 300, 40), (7, 5, 3))
+        Ws = [torch.randn(n, k, device=DEVICE).to(dtype) for n, k, _ in sizes]
+        As = [torch.randn(r, k, device=DEVICE) for _, k, r in sizes]
+        Bs = [torch.randn(n, r, device=DEVICE) for n, _, r in sizes]
+        terms = list(zip(Ws, As, Bs, strict=True))
+        exact = {f"W{i}": W.double() + 0.5 * (B.double() @ A.double()) for i, (W, A, B) in enumerate(terms)}
+        own = {f"W{i}": (W.float() + 0.5 * (B @ A)).to(dtype) for i, (W, A, B) in enumerate(terms)}
         slora.merging.batched_merge_(Ws, As, Bs, [0.5] * len(Ws))
-        for i, (W, wide, most) in enumerate(zip(Ws, exact, allowed, strict=True)):
-            wrong = int(((W.double() - wide).abs() > most).sum())
-            if wrong:
-                raise BenchmarkError(
-                    f"batched_merge_ of weight {i} in {dtype}: {wrong} of {W.numel()} numbers are wrong"
-                )
+        wrong = mismatch({f"W{i}": W for i, W in enumerate(Ws)}, expected(exact, own, dtype))
+        if wrong:
+            return f"batched_merge_: {wrong}"
+    for name in ("bf16", "fp32") if DEVICE == "cuda" else ("fp32",):
+        for size in ((64, 96, 37, 16, 1, 1), (72, 48, 5, 4, 2, 3), (40, 64, 130, 20, 4, 4)):
+            shape = Shape(*size, name)
+            problem = Problem(shape, DEVICE, sets=1)
+            layer = IMPLEMENTATIONS[KERNELS](problem)
+            for context in (nullcontext, slora.gates_on_device):
+                with context():
+                    found = layer.trained(problem.xs[0], problem.dys[0])
+                wrong = mismatch(found, problem.exact(updates=True), layer.wanted(shape))
+                if wrong:
+                    return f"{KERNELS} at {shape.point}: {wrong}"
+    return None
 
 
-def everything(device: str) -> None:
-    """The merge, then the kernels."""
-    merge(device)
-    print("merge: right", flush=True)
-    kernels(device)
-
-
-def profile(device: str) -> None:
-    """What the profiler looks at: every kernel of one forward and backward, and the merge, all of them warmed up."""
-    large = device == "cuda"
-    shape = Shape(768, 3072, 50432, 16, 1, 1, "bf16") if large else Shape(32, 48, 24, 4, 1, 1, "fp32")
-    problem = Problem(shape, device, sets=1)
-    layer = CONTENDERS[KERNELS](problem)
+def profile() -> str | None:
+    """Every kernel of one forward and backward, and the merge; the profiler sees the second time alone."""
+    large = DEVICE == "cuda"
+    problem = Problem(Shape(768, 3072, 50432, 16, dtype="bf16") if large else Shape(32, 48, 24, 4), DEVICE, sets=1)
+    layer = IMPLEMENTATIONS[KERNELS](problem)
     edge, count = (1024, 96) if large else (16, 2)
-    Ws = [torch.randn(edge, edge, device=device).to(problem.dtype) for _ in range(count)]
-    ranks = (16, 128) if large else (4,)
-    updates = {
-        r: ([torch.randn(r, edge, device=device) for _ in Ws], [torch.randn(edge, r, device=device) for _ in Ws])
-        for r in ranks
-    }
+    Ws = [torch.randn(edge, edge, device=DEVICE).to(problem.dtype) for _ in range(count)]
     for watched in (False, True):
         if large and watched:
             torch.cuda.synchronize()
             torch.cuda.profiler.start()
         layer.trained(problem.xs[0], problem.dys[0])
-        for As, Bs in updates.values():
+        for r in (16, 128) if large else (4,):
+            As, Bs = [torch.randn(r, edge, device=DEVICE)] * count, [torch.randn(edge, r, device=DEVICE)] * count
             slora.merging.batched_merge_(Ws, As, Bs, [1.0] * count)
     if large:
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
-
-
-RUNS: dict[str, Callable[[str], None]] = {"kernels": kernels, "merge": merge, "all": everything, "profile": profile}
+    return None
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run what is named on the GPU, or on the CPU where there is none."""
-    if len(arguments) != 1 or arguments[0] not in RUNS:
-        print(f"name one of {', '.join(RUNS)}", file=sys.stderr)
-        return 2
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Run what is named; 1 where a result is wrong."""
     ieee_fp32()
-    try:
-        RUNS[arguments[0]](device)
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if device == "cuda":
-        torch.cuda.synchronize()
-    print(f"{arguments[0]}: right")
-    return 0
+    wrong = {"all": check, "profile": profile}[arguments[0]]()
+    print(wrong or f"{arguments[0]}: right")
+    return int(wrong is not None)
 
 
 if __name__ == "__main__":

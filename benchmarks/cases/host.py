@@ -6,9 +6,8 @@ it has to compute. A second point has real tensors, where a layer without an act
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -17,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import slora
-from benchmarks.contenders.layer import _AddmmLinear
-from benchmarks.results import Settings, need, reason_in, spread
-from benchmarks.timing import Call, interleaved
+from benchmarks.cases import measuring, take_times
+from benchmarks.implementations.layer import AddmmLinear
+from benchmarks.models import peft_model
+from benchmarks.results import Row, Settings, need, reason_in, spread
+from benchmarks.timing import Call
 
 RANK = 4
 # Calls per repetition: enough for the clock, and over before another process takes the core.
@@ -32,26 +33,15 @@ class _Addmm(nn.Linear):
     def __init__(self, K: int, N: int) -> None:
         super().__init__(K, N)
         self.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(RANK, self.in_features))
-        self.B = nn.Parameter(torch.zeros(self.out_features, RANK))
+        self.A = nn.Parameter(torch.randn(RANK, K))
+        self.B = nn.Parameter(torch.zeros(N, RANK))
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _AddmmLinear.apply(x, self.weight, self.bias, self.A, self.B, 1.0)  # type: ignore[no-untyped-call]
+        y: Tensor = AddmmLinear.apply(x, self.weight, self.bias, self.A, self.B, 1.0)  # type: ignore[no-untyped-call]
         return y
 
 
-def _frozen(K: int, N: int) -> nn.Module:
-    return nn.Linear(K, N).requires_grad_(False)
-
-
-def _peft(K: int, N: int) -> nn.Module:
-    peft = need("peft")
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(K, N)), peft.LoraConfig(r=RANK, target_modules=["0"]))
-    layer: nn.Module = model.base_model.model[0]
-    return layer
-
-
-def _slora(blocks: int, active: bool, inactive: str) -> Callable[[int, int], nn.Module]:
+def _slora(blocks: int = 1, active: bool = True, inactive: str = "frozen") -> Callable[[int, int], nn.Module]:
     def build(K: int, N: int) -> nn.Module:
         layer = slora.SelectiveLoRALinear(K, N * blocks, r=RANK, blocks=blocks, inactive=inactive)
         if not active:
@@ -63,29 +53,67 @@ def _slora(blocks: int, active: bool, inactive: str) -> Callable[[int, int], nn.
 
 def _held(K: int, N: int) -> nn.Module:
     """As `slora.selection.Budget` leaves it: no optimizer moves the gates."""
-    layer = _slora(1, True, "probe")(K, N)
+    layer = _slora(inactive="probe")(K, N)
     slora.freeze_gates(layer)
     return layer
 
 
-class _Launchless(nn.Module):
-    """The layer by the Triton backend, with launches that do nothing: the host's part on a GPU, but for the launches.
-
-    `split`, `precomputed` and the like differ in how many of those there are; the first candidate is taken.
-    """
-
-    def __init__(self, K: int, N: int) -> None:
-        super().__init__()
-        need("triton")
-        self.layer = _slora(1, True, "frozen")(K, N)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer(x)
-        return y
+def _peft(K: int, N: int) -> nn.Module:
+    layer: nn.Module = peft_model(nn.Sequential(nn.Linear(K, N)), RANK, 8, ["0"]).base_model.model[0]
+    return layer
 
 
-@contextlib.contextmanager
-def _launching_nothing() -> Iterator[None]:
+LAUNCHLESS = "slora, Triton without launches"
+IMPLEMENTATIONS: dict[str, Callable[[int, int], nn.Module]] = {
+    "frozen nn.Linear": lambda K, N: nn.Linear(K, N).requires_grad_(False),
+    "addmm function": _Addmm,
+    "PEFT": _peft,
+    "slora": _slora(),
+    "slora, gates held": _held,
+    "slora, three blocks": _slora(blocks=3),
+    "slora, none active": _slora(active=False),
+    "slora, none active, probe": _slora(active=False, inactive="probe"),
+    LAUNCHLESS: _slora(),
+}
+REAL = ("frozen nn.Linear", "slora, none active")
+
+
+def run(settings: Settings, ceilings: dict[str, Any], case: str = "host") -> Iterator[Row]:
+    """Yield the rows of both points."""
+    points = [(4, 16, 16, tuple(IMPLEMENTATIONS)), (788, 384, 1536, REAL)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for M, K, N, names in points[: 1 if settings.grid == "tiny" else None]:
+            with measuring({"M": M, "K": K, "N": N, "r": RANK, "dtype": "fp32"}, names, settings) as rows:
+                calls: dict[str, list[Call]] = {}
+                number = CALLS if M == 4 else 1
+                for name, row in rows.items():
+                    with reason_in(row):
+                        x = torch.randn(M, K).requires_grad_()
+                        calls[name] = [partial(_steps, name, IMPLEMENTATIONS[name](K, N), x, number)]
+                take_times(rows, calls, settings, 201, 20.0)
+                for name in calls:
+                    rows[name]["seconds"] = spread([value / number for value in rows[name]["seconds"]["values"]])
+            yield from rows.values()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _steps(name: str, layer: nn.Module, x: Tensor, number: int) -> None:
+    """Forward and backward, `number` times."""
+    parameters = [x, *layer.parameters()]
+    with _launching_nothing() if name == LAUNCHLESS else nullcontext():
+        dy = torch.ones_like(layer(x).detach())
+        for _ in range(number):
+            layer(x).backward(dy)
+            for parameter in parameters:
+                parameter.grad = None
+
+
+def _launching_nothing() -> ExitStack:
+    """The Triton backend with launches that do nothing: the host's part on a GPU, but for the launches."""
+    need("triton")
     from triton.runtime.jit import JITFunction
 
     from slora.ops import dispatch
@@ -93,76 +121,12 @@ def _launching_nothing() -> Iterator[None]:
     def no_launch(kernel: Any, grid: Any) -> Callable[..., None]:
         return lambda *args, **options: None
 
-    # No mock, whose calls take longer than all of it.
-    def on_the_cpu(*_: Any) -> Any:
+    def on_a_gpu(*_: Any) -> Any:
         return dispatch.TRITON
 
-    with (
-        mock.patch.dict("os.environ", {"SLORA_BACKEND": "triton"}),
-        mock.patch.object(dispatch, "_decided", on_the_cpu),
-        mock.patch.object(JITFunction, "__getitem__", no_launch),
-    ):
-        yield
-
-
-CONTENDERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "frozen nn.Linear": _frozen,
-    "addmm function": _Addmm,
-    "PEFT": _peft,
-    "slora": _slora(1, True, "frozen"),
-    "slora, gates held": _held,
-    "slora, three blocks": _slora(3, True, "frozen"),
-    "slora, none active": _slora(1, False, "frozen"),
-    "slora, none active, probe": _slora(1, False, "probe"),
-    "slora, Triton without launches": _Launchless,
-}
-REAL = ("frozen nn.Linear", "slora, none active")
-
-
-def grid(settings: Settings) -> list[tuple[int, int, int, tuple[str, ...]]]:
-    """`(M, K, N, contenders)`."""
-    tiny = (4, 16, 16, tuple(CONTENDERS))
-    return [tiny] if settings.grid == "tiny" else [tiny, (788, 384, 1536, REAL)]
-
-
-def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of both points."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for M, K, N, names in grid(settings):
-            yield from measure(M, K, N, [name for name in names if settings.wanted(name)], settings)
-    finally:
-        torch.set_num_threads(before)
-
-
-def measure(M: int, K: int, N: int, names: list[str], settings: Settings) -> list[dict[str, Any]]:
-    """Time one forward and backward of each layer."""
-    point = {"M": M, "K": K, "N": N, "r": RANK, "dtype": "fp32"}
-    rows: dict[str, dict[str, Any]] = {name: {"point": point, "contender": name} for name in names}
-    number = CALLS if M * K < 1000 else 1
-    with reason_in(*rows.values()):
-        calls: dict[str, list[Call]] = {}
-        for name in names:
-            with reason_in(rows[name]):
-                calls[name] = [partial(_steps, CONTENDERS[name](K, N), torch.randn(M, K).requires_grad_(), number)]
-        taken = interleaved(calls, "cpu", settings.repetitions(201), False, settings.at_most(20.0), {})
-        for name, (seconds, _) in taken.items():
-            rows[name]["seconds"] = spread([value / number for value in seconds])
-    print(f"  host {' '.join(f'{k}={v}' for k, v in point.items())}", file=sys.stderr, flush=True)
-    return list(rows.values())
-
-
-def _steps(layer: nn.Module, x: Tensor, number: int) -> None:
-    with _launching_nothing() if isinstance(layer, _Launchless) else contextlib.nullcontext():
-        _run_steps(layer, x, number)
-
-
-def _run_steps(layer: nn.Module, x: Tensor, number: int) -> None:
-    parameters = list(layer.parameters())
-    dy = torch.ones_like(layer(x).detach())
-    for _ in range(number):
-        layer(x).backward(dy)
-        x.grad = None
-        for parameter in parameters:
-            parameter.grad = None
+    # No mock of functions, whose calls would take longer than all of it.
+    stack = ExitStack()
+    stack.enter_context(mock.patch.dict("os.environ", {"SLORA_BACKEND": "triton"}))
+    stack.enter_context(mock.patch.object(dispatch, "_decided", on_a_gpu))
+    stack.enter_context(mock.patch.object(JITFunction, "__getitem__", no_launch))
+    return stack

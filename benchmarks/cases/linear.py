@@ -1,211 +1,188 @@
 """One linear layer: forward, and forward with backward, in every way that there is, per shape.
 
 `forward` is that of inference, without a graph. `forward_backward` asks for dx and the gradients of everything the
-contender trains. On a GPU both are replays of a CUDA graph; `eager` is forward and backward launched from Python.
+implementation trains. On a GPU both are replays of a CUDA graph; `eager` is forward and backward launched from Python.
 `peak_over_outputs` is the memory that one forward and backward adds at its peak, over y, S, T and the gradients.
 
-`floor_seconds` is the frozen layer's time with what any update costs beyond it at the ceilings of this run
-(`counting.predicted_seconds`). Of the floor's overhead over frozen `over_floor` is the multiple that a contender takes,
-`of_floor` the part of the floor's speed-up over whatever it is compared with: the floor's time over its own.
+`floor_seconds` is the frozen layer's time with what any update costs beyond it at the rates of this run
+(`counting.predicted_seconds`); `over_floor` is the multiple of the floor's overhead over frozen, `of_floor` the floor's
+time over one's own. On the grid of `scaling`, whose points lie on curves against rank, active share and tokens,
+`predicted` is the same for the algorithm that was taken, `deviation` the time over it, less 1; `update_seconds` is what
+each round took beyond the frozen layer in the same round, `update_deviation` its median over the prediction, less 1.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
 import slora
 from benchmarks import counting
-from benchmarks.contenders import forms
-from benchmarks.contenders.layer import CONTENDERS, FROZEN, PINNED, Layer, Problem, Shape, mistake
-from benchmarks.results import Settings, reason_in, spread
-from benchmarks.timing import interleaved, release, rotation
+from benchmarks.cases import measuring, take_times
+from benchmarks.correctness import mismatch
+from benchmarks.implementations.layer import FROZEN, IMPLEMENTATIONS, Layer, Problem, Shape, taken_algorithm
+from benchmarks.results import Row, Settings, Wrong, reason_in, spread
+from benchmarks.timing import Call, input_sets
+from slora.ops.flops import count_flops
 
 SHAPES = [(768, 768), (768, 2304), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (1280, 5120), (4096, 4096)]
+TARGET_SHAPES = [shape for shape in SHAPES if shape not in ((768, 2304), (4096, 4096))]
 TOKENS = (3152, 12608, 50432)
 RANKS = (4, 16, 64, 128)
-# Blocks of the layer, and how many of them are active: 0, 1/16, 1/4 and all.
-ACTIVE = {"0": (0, 1), "1/16": (1, 16), "1/4": (4, 16), "1": (1, 1)}
-ALL, NONE = ACTIVE["1"], ACTIVE["0"]
-# Those of the quick grid on a GPU, which are the bars and every form; nothing waits there for a compiler of a peer.
-QUICK = {FROZEN, "slora, auto", *PINNED, "PEFT", "addmm function"}
-BAR_SHAPES = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (1280, 5120)]
-
-
-def shape(K: int, N: int, M: int, r: int = 16, active: tuple[int, int] = ALL, dtype: str = "bf16") -> Shape:
-    """A shape by what differs from the usual."""
-    return Shape(K, N, M, r, *active, dtype)
+# Blocks that are active, and of how many.
+ALL, NONE, SOME = (1, 1), (0, 1), ((1, 16), (4, 16))
+CURVES = {FROZEN, "slora, torch", "slora, triton", "slora, auto"}
 
 
 def grid(settings: Settings) -> list[Shape]:
-    """The points in the order in which they matter: a run that is cut short has the bars."""
+    """The points of `linear` in the order in which they matter: a run that is cut short has the targets."""
     if settings.grid == "tiny":
-        return [shape(32, 48, 24, 4, active, dtype) for active in ACTIVE.values() for dtype in ("fp32", "bf16")]
+        return [Shape(32, 48, 24, 4, *active) for active in (ALL, NONE, SOME[1])] + [Shape(32, 48, 24, 4, dtype="bf16")]
     if settings.grid == "full":
-        return [
-            shape(K, N, M, r, active, dtype)
-            for (K, N), M, r, active, dtype in itertools.product(
-                SHAPES, TOKENS, RANKS, ACTIVE.values(), ("bf16", "fp32")
-            )
-        ]
+        whole = itertools.product(SHAPES, TOKENS, RANKS, (ALL, NONE, *SOME), ("bf16", "fp32"))
+        return [Shape(K, N, M, r, *active, dtype) for (K, N), M, r, active, dtype in whole]
     if settings.on_gpu:
-        bars = [shape(K, N, 50432, active=active) for active in (ALL, NONE) for K, N in BAR_SHAPES]
+        targets = [Shape(K, N, 50432, 16, *active, "bf16") for active in (ALL, NONE) for K, N in TARGET_SHAPES]
         if settings.grid == "quick":
-            return bars
-        rest = [shape(768, 3072, 50432, active=ACTIVE[share]) for share in ("1/16", "1/4")]
-        rest += [shape(K, N, 50432) for K, N in SHAPES if (K, N) not in BAR_SHAPES]
-        rest += [shape(768, 3072, M) for M in TOKENS[:2]]
-        rest += [shape(768, 3072, 50432, r) for r in RANKS if r != 16]
-        return bars + rest + [shape(768, 3072, 12608, dtype="fp32")]
+            return targets
+        rest = [Shape(768, 3072, 50432, 16, *active, "bf16") for active in SOME]
+        rest += [Shape(K, N, 50432, 16, dtype="bf16") for K, N in SHAPES if (K, N) not in TARGET_SHAPES]
+        rest += [Shape(768, 3072, M, 16, dtype="bf16") for M in TOKENS[:2]]
+        rest += [Shape(768, 3072, 50432, r, dtype="bf16") for r in RANKS if r != 16]
+        return [*targets, *rest, Shape(768, 3072, 12608, 16)]
     if settings.grid == "quick":
-        return [shape(768, 768, 788, active=active, dtype="fp32") for active in (ALL, NONE)]
-    shapes = SHAPES[:1] + SHAPES[2:4]
-    points = [shape(K, N, 3152, dtype="fp32") for K, N in shapes] + [shape(768, 3072, 3152)]
-    points += [shape(768, 3072, 3152, active=ACTIVE[share], dtype="fp32") for share in ("0", "1/16", "1/4")]
-    return [*points, shape(768, 3072, 3152, 64, dtype="fp32")]
+        return [Shape(768, 768, 788, 16, *active) for active in (ALL, NONE)]
+    points = [Shape(K, N, 3152, 16) for K, N in (SHAPES[0], *SHAPES[2:4])]
+    points += [Shape(768, 3072, 3152, 16, dtype="bf16")]
+    return [*points, *(Shape(768, 3072, 3152, 16, *active) for active in (NONE, *SOME)), Shape(768, 3072, 3152, 64)]
 
 
-def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def curves(settings: Settings) -> list[tuple[str, Shape]]:
+    """`(curve, point)` of `scaling`; every curve has the middle as a point of its own, so that it is one run."""
+    ranks: tuple[int, ...]
+    shares: tuple[int, ...]
+    tokens: tuple[int, ...]
+    K, N, r, ranks, shares = 768, 3072, 16, RANKS, (0, 1, 2, 4, 8, 16)
+    M, dtype, tokens = 3152, "fp32", (788, 1576, 3152, 6304)
+    if settings.on_gpu:
+        M, dtype, tokens = 50432, "bf16", (3152, 12608, 25216, 50432)
+    if settings.grid == "full":
+        ranks, shares = (4, 16, 32, 64, 128, 256), (0, 1, 2, 4, 6, 8, 12, 16)
+    if settings.grid == "quick":
+        ranks, shares, tokens = (16,), (0, 4, 16), tokens[:1]
+    if settings.grid == "tiny":
+        K, N, M, dtype, r, ranks, shares, tokens = 32, 48, 24, "fp32", 4, (2, 4), (0, 4), (8, 24)
+    points = [("active", Shape(K, N, M, r, active, 16, dtype)) for active in shares]
+    points += [("rank", Shape(K, N, M, rank, dtype=dtype)) for rank in ranks]
+    return points + [("tokens", Shape(K, N, tokens_, r, dtype=dtype)) for tokens_ in tokens]
+
+
+def run(settings: Settings, ceilings: dict[str, Any], case: str = "linear") -> Iterator[Row]:
     """Yield the rows of every point; stops between two points when the time is up."""
-    for point in grid(settings):
+    scaling = case == "scaling"
+    names = list(IMPLEMENTATIONS)
+    if scaling:
+        # "auto" is "torch" on a CPU.
+        names = [name for name in names if name in CURVES and (settings.on_gpu or name in (FROZEN, "slora, torch"))]
+    elif settings.grid == "tiny" or (settings.on_gpu and settings.grid != "full"):
+        # Its compiler takes longer than all the rest of a point.
+        names.remove("PEFT, compiled")
+    for curve, shape in curves(settings) if scaling else [("", shape) for shape in grid(settings)]:
         if settings.stop():
             return
-        yield from measure(point, settings, ceilings, contenders(settings))
-        torch._dynamo.reset()
-        release(settings.device)
+        point = {**({"curve": curve} if scaling else {}), **shape.point}
+        with measuring(point, names, settings) as rows:
+            fill(rows, shape, settings, ceilings, scaling)
+        yield from rows.values()
 
 
-def contenders(settings: Settings) -> set[str]:
-    """Who takes part: on a GPU a compiled PEFT takes longer than all the rest of a point, on a CPU forms are shown."""
-    if settings.on_gpu and settings.grid == "quick":
-        return QUICK
-    left_out = {"PEFT, compiled"} if settings.on_gpu else set(PINNED)
-    return set(CONTENDERS) - (left_out if settings.grid not in ("full", "tiny") else set())
-
-
-def measure(
-    point: Shape, settings: Settings, ceilings: dict[str, Any], names: set[str], inference: bool = True
-) -> list[dict[str, Any]]:
-    """Check the contenders called `names`, then time those that are right; the forward alone if `inference`."""
-    wanted = [name for name in CONTENDERS if settings.wanted(name) and name in names]
-    if not wanted:
-        return []
-    rows: dict[str, dict[str, Any]] = {name: {"point": point.point, "contender": name} for name in wanted}
-    with reason_in(*rows.values()):
-        contest(point, settings, ceilings, rows, inference)
-    print(f"  linear {' '.join(f'{k}={v}' for k, v in point.point.items())}", file=sys.stderr, flush=True)
-    return list(rows.values())
-
-
-def contest(
-    point: Shape, settings: Settings, ceilings: dict[str, Any], rows: dict[str, dict[str, Any]], inference: bool
-) -> None:
-    """Fill `rows`, which name the contenders."""
-    element = 4 if point.dtype == "fp32" else 2
-    turns = rotation(point.M * (point.K + point.N) * element, settings.device, most=settings.most_inputs or 16)
-    problem = Problem(point, settings.device, turns.sets)
-    layers: dict[str, Layer] = {}
-    for name in rows:
-        with reason_in(rows[name]):
-            layer = CONTENDERS[name](problem)
-            rows[name].update(checked(layer, problem))
-            if "refused" not in rows[name]:
-                layers[name] = layer
-    take(layers, problem, settings, rows, inference)
+def fill(rows: dict[str, Row], shape: Shape, settings: Settings, ceilings: dict[str, Any], scaling: bool) -> None:
+    """Check the implementations, time those that are right, and set the times beside the roofline and the floor."""
+    element = 4 if shape.dtype == "fp32" else 2
+    sets = 2 if settings.grid == "tiny" else input_sets(shape.M * (shape.K + shape.N) * element)
+    problem, layers = Problem(shape, settings.device, sets), dict[str, Layer]()
+    for name, row in rows.items():
+        with reason_in(row):
+            layer = IMPLEMENTATIONS[name](problem)
+            row.update(checked(layer, problem), input_sets=sets)
+            layers[name] = layer
+    for measure in ["forward"] * (not scaling) + ["forward_backward"] + ["eager"] * settings.on_gpu:
+        calls: dict[str, list[Call]] = {
+            name: [partial(layer.inferred, x) for x in problem.xs]
+            if measure == "forward"
+            else [partial(layer.trained, *pair) for pair in zip(problem.xs, problem.dys, strict=True)]
+            for name, layer in layers.items()
+        }
+        take_times(rows, calls, settings, 31 if settings.on_gpu else 9, 10.0, measure, graphs=measure != "eager")
+        layers = {name: layers[name] for name in calls}
+    frozen = rows.get(FROZEN, {}).get("forward_backward")
     for name, layer in layers.items():
-        row, moved = rows[name], None
-        if layer.form is not None:
-            share = point.share if layer.updates else 1.0
-            moved = counting.bytes_moved(layer.form, point.M, point.N, point.K, element, share)
-            row.update(form=layer.form, bytes=moved)
-        seconds = row["forward_backward"]["median"]
-        row.update(**turns.row, **counting.beside_time(ceilings, point.dtype, seconds, row["flops"], moved))
-        if FROZEN in layers and layer.updates and point.active:
-            row.update(beside_floor(point, seconds, rows[FROZEN]["forward_backward"]["median"], element, ceilings))
+        row = rows[name]
+        seconds, moved = row["forward_backward"]["median"], None
+        if layer.algorithm is not None:
+            share = shape.share if layer.updates else 1.0
+            moved = counting.bytes_moved(layer.algorithm, shape.M, shape.N, shape.K, element, share)
+            row.update(form=layer.algorithm, bytes=moved)
+        if "flops" in row:
+            row.update(counting.beside_roofline(ceilings, shape.dtype, seconds, row["flops"], moved))
+        if frozen and layer.updates:
+            beside_frozen(row, frozen, ceilings, scaling)
 
 
-def beside_floor(
-    point: Shape, seconds: float, frozen: float, element: int, ceilings: dict[str, Any]
-) -> dict[str, float]:
-    """The floor at this point, and a time beside it."""
-    floor = counting.predicted_seconds(
-        frozen, "fused", point.M, point.N, point.K, point.r, point.active, point.share, point.dtype, element, ceilings
-    )
-    return {
-        "floor_seconds": floor, "over_floor": (seconds - frozen) / (floor - frozen), "of_floor": floor / seconds
-    }  # fmt: skip
+def beside_frozen(row: Row, frozen: Row, ceilings: dict[str, Any], scaling: bool) -> None:
+    """Set the time of a row beside the floor, or on a curve beside what the model of costs predicts."""
+    measured, active = row["forward_backward"], not row["point"]["active"].startswith("0")
+    if scaling and "form" in row:
+        predicted = counting.predicted_seconds(frozen["median"], row["form"], row["point"], ceilings)
+        row.update(predicted=predicted, deviation=measured["median"] / predicted - 1)
+        if active:
+            # Round by round: both were taken within moments of each other.
+            beyond = [own - limit for own, limit in zip(measured["values"], frozen["values"], strict=True)]
+            row["update_seconds"] = spread(beyond)
+            row["update_deviation"] = row["update_seconds"]["median"] / (predicted - frozen["median"]) - 1
+    if active:
+        floor = counting.predicted_seconds(frozen["median"], "fused", row["point"], ceilings)
+        over = (measured["median"] - frozen["median"]) / (floor - frozen["median"])
+        row.update(floor_seconds=floor, over_floor=over, of_floor=floor / measured["median"])
 
 
-def take(
-    layers: dict[str, Layer], problem: Problem, settings: Settings, rows: dict[str, dict[str, Any]], inference: bool
-) -> None:
-    """Put the times of `layers` into their rows; one that fails leaves `layers`, and its row has the reason alone."""
-    rounds = settings.repetitions(31 if settings.on_gpu else 9)
-    kinds = [("forward", False, True)] * inference + [("forward_backward", True, True)]
-    kinds += [("eager", True, False)] * settings.on_gpu
-    for kind, backward, graphs in kinds:
-        calls = {name: layer.calls(problem, backward) for name, layer in layers.items()}
-        failed: dict[str, str] = {}
-        taken = interleaved(calls, settings.device, rounds, graphs, settings.at_most(10.0), failed)
-        for name, (seconds, contestant) in taken.items():
-            rows[name][kind] = spread(seconds)
-            if kind != "eager":
-                before = "forward_" * (kind == "forward")
-                rows[name][f"{before}clock"] = contestant.clock
-                if contestant.reason:
-                    rows[name][f"{before}not_captured"] = contestant.reason
-        for name, reason in failed.items():
-            del layers[name]
-            rows[name] = {"point": problem.shape.point, "contender": name, "failed": reason}
+def checked(layer: Layer, problem: Problem) -> Row:
+    """What calls on the first inputs say before any is timed: whether the bits repeat, FLOPs and memory.
 
-
-def checked(layer: Layer, problem: Problem) -> dict[str, Any]:
-    """What one forward and backward says before any is timed: whether it is right, its FLOPs and its memory."""
-    exact, wanted, same, outputs = problem.exact(layer.updates), layer.wanted(problem.shape), True, 0
-    for how, call in layer.ways(problem).items():
-        found = call()
-        wrong = mistake(found, exact, wanted)
-        if wrong:
-            return {"refused": f"{how}{wrong}"}
-        again = call()
+    Raises:
+        Wrong: a result is.
+    """
+    x, dy = problem.xs[0], problem.dys[0]
+    exact, same, outputs = problem.exact(layer.updates), True, 0
+    for context in (nullcontext, slora.gates_on_device):
+        # As launched, and with the device's own gates, as a CUDA graph has them; inference takes paths of its own.
+        with context():
+            found, again, inferred = layer.trained(x, dy), layer.trained(x, dy), layer.inferred(x)
+        for results, wanted in ((found, layer.wanted(problem.shape)), ({"y": inferred}, {"y"})):
+            if wrong := mismatch(results, exact, wanted):
+                raise Wrong(f"{wrong} ({'training' if results is found else 'inference'}, {context.__name__})")
         same &= all(torch.equal(found[name], again[name]) for name in found)
         outputs = sum(t.nbytes for t in found.values())
-    del found, again, call
-    x, dy = problem.xs[0], problem.dys[0]
-    for context in (nullcontext, slora.gates_on_device):
-        # Inference takes paths of its own.
-        with context():
-            wrong = mistake({"y": layer.inferred(x)}, exact, {"y"})
-        if wrong:
-            return {"refused": f"without gradients {wrong}"}
-    result: dict[str, Any] = {"deterministic": int(same)}
-    layer.form = forms.taken_by(lambda: layer.trained(x, dy), problem.device) or layer.form
-    compiled = hasattr(layer.forward, "_orig_mod")
-    result["flops"] = counting.flops(lambda: layer.counted(x, dy)) if not compiled else plain_flops(problem)
+    del found, again, inferred, results
+    result: Row = {"deterministic": int(same)}
+    layer.algorithm = taken_algorithm(lambda: layer.trained(x, dy)) or layer.algorithm
+    # The counter does not see what a compiler has put together.
+    if not hasattr(layer.forward, "_orig_mod"):
+        result["flops"] = count_flops(lambda: layer.counted(x, dy))
     if problem.device == "cuda":
-        kept = 2 * problem.shape.M * problem.shape.active * problem.shape.r * problem.dtype.itemsize
-        result["peak_over_outputs"] = added_peak(layer, problem) / (outputs + kept * layer.updates)
+        low_rank = 2 * problem.shape.M * problem.shape.active * problem.shape.r * problem.dtype.itemsize
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        for context in (nullcontext, slora.gates_on_device):
+            with context():
+                layer.trained(x, dy)
+        torch.cuda.synchronize()
+        added = torch.cuda.max_memory_allocated() - before
+        result["peak_over_outputs"] = added / (outputs + low_rank * layer.updates)
     return result
-
-
-def plain_flops(problem: Problem) -> int:
-    """FLOPs of the eager PEFT layer, for the compiled one, whose products the counter does not see."""
-    layer = CONTENDERS["PEFT"](problem)
-    return counting.flops(lambda: layer.counted(problem.xs[0], problem.dys[0]))
-
-
-def added_peak(layer: Layer, problem: Problem) -> int:
-    """Bytes that one forward and backward adds to what is allocated, at the peak, launched or as a graph has it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    for context in (nullcontext, slora.gates_on_device):
-        with context():
-            layer.trained(problem.xs[0], problem.dys[0])
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before

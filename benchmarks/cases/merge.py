@@ -1,186 +1,243 @@
 """Folding LoRA into all linear layers of a ViT-L/16: slora, PEFT, and what copying as many bytes once costs.
 
-Putting the adapters on is not timed. `device_seconds` is the time between two events on a GPU's stream,
-`added_memory_mib` what one call adds at its peak. `flops` and `bytes` are by formula, the least that the result takes.
-
-All calls work on one set of weights, which is larger than the last cache.
+Putting the adapters on is not timed. Each merged weight is compared with the sum formed in fp64 before any call is
+timed. `device_seconds` is the time between two events on a GPU's stream, with the host far enough ahead;
+`added_memory_mib` what one call adds at its peak, on the CPU in a process of its own. `flops` and `bytes` are by
+formula, the least that the result takes. All calls work on one set of weights, which is larger than the last cache.
 """
 
 from __future__ import annotations
 
-import random
-import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.profiler import DeviceType
 
 import slora
-from benchmarks import counting
-from benchmarks.contenders import memory, merge
-from benchmarks.results import BenchmarkError, Missing, Settings, reason_in, spread
+from benchmarks import memory
+from benchmarks.cases import in_turns, measuring
+from benchmarks.correctness import expected, mismatch
+from benchmarks.counting import beside_roofline
+from benchmarks.models import UPDATE, peft_model, randomise_updates
+from benchmarks.results import BenchmarkError, Row, Settings, Wrong, need, reason_in, spread
 from benchmarks.roofline import DTYPES
-from benchmarks.timing import COMPARABLE_ROUNDS, ORDER_SEED, first_line, release
+from benchmarks.timing import between_events
+from slora.layers import adapted_layers
+from slora.models.inject import unload
+from slora.ops.flops import linear_flops
 
-CONTENDERS = merge.NAMES
-Result = TypeVar("Result")
+
+class Weights:
+    """A model of timm, plain between two calls, and an update of rank `rank` for each of its linear layers."""
+
+    def __init__(self, model: str, dtype: str, rank: int, device: str) -> None:
+        self.name, self.dtype, self.rank, self.device = model, DTYPES[dtype], rank, device
+        self.build()
+
+    def build(self) -> None:
+        """Make the model, anew after a call that has failed and may have left it half adapted."""
+        torch.manual_seed(0)
+        self.net = need("timm").create_model(self.name, num_classes=0).to(self.device, self.dtype).requires_grad_(False)
+        self.names = [name for name, module in self.net.named_modules() if isinstance(module, nn.Linear)]
+        self.As = [torch.randn(self.rank, W.shape[1], device=self.device) for W in self.now()]
+        std = UPDATE * self.rank**-0.5
+        self.Bs = [torch.randn(W.shape[0], self.rank, device=self.device) * std for W in self.now()]
+        self.source = torch.cat([W.flatten() for W in self.now()])
+        self.target = torch.zeros_like(self.source)
+
+    def now(self) -> list[Tensor]:
+        """The weights."""
+        return [self.net.get_parameter(f"{name}.weight") for name in self.names]
+
+    def batched_merge(self) -> None:
+        """The operator alone."""
+        slora.merging.batched_merge_(self.now(), self.As, self.Bs, [1.0] * len(self.names))
+
+    def with_slora(self) -> Any:
+        """The model with slora's blocks on every linear layer, all of them active, three of them on each qkv."""
+        net = slora.inject(self.net, slora.SelectiveLoRAConfig(r=self.rank, lora_alpha=self.rank))
+        randomise_updates(net)
+        return net
+
+    def with_peft(self) -> Any:
+        """The model with PEFT's LoRA on the same layers, in fp32 as slora's: in 16 bits PEFT would round the update."""
+        targets = ["qkv", "proj", "fc1", "fc2"]
+        net = peft_model(self.net, self.rank, self.rank, targets, ("patch_embed.proj",), fp32=True)
+        randomise_updates(net)
+        return net
+
+    @contextmanager
+    def call(self, name: str) -> Iterator[Callable[[], Any]]:
+        """The call that is measured, with its adapters on; afterwards the model is plain."""
+        try:
+            yield IMPLEMENTATIONS[name](self)
+            if any(True for _ in adapted_layers(self.net)):
+                unload(slora.unmerge(self.net))
+        except Exception:
+            self.build()
+            raise
+
+
+# What puts adapters on and returns the call.
+IMPLEMENTATIONS: dict[str, Callable[[Weights], Callable[[], Any]]] = {
+    "copy": lambda weights: partial(weights.target.copy_, weights.source),
+    "slora batched_merge_": lambda weights: weights.batched_merge,
+    "slora merge_and_unload": lambda weights: partial(slora.merge_and_unload, weights.with_slora()),
+    "slora merge, copy kept": lambda weights: partial(slora.merge, weights.with_slora()),
+    "PEFT merge_and_unload": lambda weights: weights.with_peft().merge_and_unload,
+}
 
 
 def grid(settings: Settings) -> list[tuple[str, str, int]]:
     """`(model, dtype, rank)` in the order in which they matter."""
     if settings.grid == "tiny":
         return [("vit_tiny_patch16_224", "fp32", 4)]
-    model = "vit_large_patch16_224"
+    points = [("bf16", 16), *[("bf16", 128)] * (settings.on_gpu or settings.grid == "full"), ("fp32", 16)]
     if settings.grid == "quick":
-        return [(model, "bf16", 16)]
-    points = [(model, "bf16", 16), (model, "fp32", 16)]
-    if settings.on_gpu or settings.grid == "full":
-        points.insert(1, (model, "bf16", 128))
+        points = points[:1]
     if settings.grid == "full":
-        points += [(model, dtype, rank) for dtype in ("bf16", "fp32", "fp16") for rank in (4, 64)]
-    return points
+        points += [(dtype, rank) for dtype in ("bf16", "fp32", "fp16") for rank in (4, 64)]
+    return [("vit_large_patch16_224", *point) for point in points]
 
 
-def run(settings: Settings, ceilings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def run(settings: Settings, ceilings: dict[str, Any], case: str) -> Iterator[Row]:
     """Yield the rows of every point; stops between two points when the time is up.
 
     Raises:
         BenchmarkError: the extension is not there; nothing was timed.
     """
     extension = slora.merging.extension_info()
-    if not extension["available"]:
-        raise BenchmarkError(f"slora._C cannot be used: {extension['reason']}; nothing was timed")
-    if settings.on_gpu and extension["cuda"] is None:
-        raise BenchmarkError("slora._C was built without CUDA; nothing was timed")
+    if not extension["available"] or (settings.on_gpu and extension["cuda"] is None):
+        raise BenchmarkError(
+            f"slora._C cannot be used: {extension['reason'] or 'built without CUDA'}; nothing was timed"
+        )
     for model, dtype, rank in grid(settings):
         if settings.stop():
             return
-        yield from measure(settings, ceilings, model, dtype, rank)
+        with measuring({"model": model, "dtype": dtype, "r": rank}, IMPLEMENTATIONS, settings) as rows, torch.no_grad():
+            fill(rows, settings, ceilings, model, dtype, rank)
+        yield from rows.values()
 
 
-def measure(settings: Settings, ceilings: dict[str, Any], model: str, dtype: str, rank: int) -> list[dict[str, Any]]:
-    """Check every contender, then time those that are right in turns."""
-    point = {"model": model, "dtype": dtype, "r": rank}
-    rows: dict[str, dict[str, Any]] = {
-        name: {"point": point, "contender": name} for name in CONTENDERS if settings.wanted(name)
-    }
-    with reason_in(*rows.values()):
-        contest = Contest(settings, model, dtype, rank, rows)
-        contest.check()
-        contest.time()
-        for row in contest.running():
-            seconds = row.get("device_seconds", row["seconds"])["median"]
-            # Merging computes in fp32, whatever the weights' dtype.
-            row.update(counting.beside_time(ceilings, "fp32", seconds, row["flops"], row["bytes"]))
-        if settings.on_gpu:
-            contest.weigh_on_gpu()
-        else:
-            contest.weigh()
-    print(f"  merge {model} {dtype} r={rank}", file=sys.stderr, flush=True)
-    return list(rows.values())
+def fill(rows: dict[str, Row], settings: Settings, ceilings: dict[str, Any], model: str, dtype: str, rank: int) -> None:
+    """Check the implementations, time those that are right, and measure the memory that they add."""
+    weights = Weights(model, dtype, rank, settings.device)
+    running: dict[str, Callable[[], Callable[[], float]]] = {}
+    for name, row in rows.items():
+        with reason_in(row):
+            check(weights, name)
+            running[name] = lambda name=name: partial(wall_clock, weights, name)  # type: ignore[misc]
+    # A round puts PEFT on a whole model, which takes far longer than the merge.
+    most = 30 if settings.on_gpu else 45
+    for name, (seconds, _) in in_turns(rows, running, settings, 15, most).items():
+        rows[name]["seconds"] = spread(seconds)
+    if settings.on_gpu:
+        # What can be called again and again.
+        events: dict[str, Callable[[], Callable[[], float]]] = {
+            name: partial(partial, between_events, IMPLEMENTATIONS[name](weights), 10e-3)
+            for name in running.keys() & {"copy", "slora batched_merge_"}
+        }
+        for name, (seconds, _) in in_turns(rows, events, settings, 15, most).items():
+            rows[name]["device_seconds"] = spread(seconds)
+    products = sum(linear_flops(W.shape[0], W.shape[1], rank) for W in weights.now())
+    moved, factors = (sum(t.nbytes for t in tensors) for tensors in (weights.now(), [*weights.As, *weights.Bs]))
+    if not settings.on_gpu:
+        # The processes below have models of their own.
+        del weights
+        running.clear()
+    for name, row in rows.items():
+        if "seconds" not in row:
+            continue
+        # The weights read and written, a saved copy written, A and B read.
+        row["flops"] = 0 if name == "copy" else products
+        row["bytes"] = 2 * moved + ("copy kept" in name) * moved + (name != "copy") * factors
+        median = row["device_seconds" if "device_seconds" in row else "seconds"]["median"]
+        # Merging computes in fp32, whatever the weights' dtype.
+        row.update(beside_roofline(ceilings, "fp32", median, row["flops"], row["bytes"]))
+        with reason_in(row):
+            if settings.on_gpu:
+                row.update(on_gpu(weights, name))
+            # A process takes far longer than a tiny merge.
+            elif settings.grid != "tiny" or name == "copy":
+                row["added_memory_mib"] = memory.in_a_process(added_memory, name, model, dtype, rank)
 
 
-class Contest:
-    """The contenders at one point, with their rows. One that fails or is wrong leaves it; its row has the reason."""
+def check(weights: Weights, name: str) -> None:
+    """Compare every weight that one call leaves, and the bits that unmerging has to give back.
 
-    def __init__(self, settings: Settings, model: str, dtype: str, rank: int, rows: dict[str, dict[str, Any]]) -> None:
-        self.settings, self.what, self.rows = settings, (model, dtype, rank), rows
-        self.case = self.fresh()
-        for name, row in rows.items():
-            row.update(flops=self.case.flops(name), bytes=self.case.bytes(name))
-
-    def fresh(self) -> merge.Case:
-        """The model as it is at first."""
-        model, dtype, rank = self.what
-        return merge.Case(model, DTYPES[dtype], rank, self.settings.device)
-
-    def running(self) -> list[dict[str, Any]]:
-        """The rows of those that have not left."""
-        return [row for row in self.rows.values() if "flops" in row]
-
-    def tried(self, name: str, act: Callable[[merge.Case, str], Result]) -> Result | None:
-        """What `act` gives for the model; where it raises, `name` leaves."""
-        try:
-            return act(self.case, name)
-        except Missing as error:
-            state, reason = "skipped", str(error)
-        except Exception as error:
-            state, reason = "failed", first_line(error)
-        self.leave(name, state, reason)
-        return None
-
-    def without_times(self, name: str, state: str, reason: str) -> dict[str, Any]:
-        """The row of a contender that has left."""
-        return {"point": self.rows[name]["point"], "contender": name, state: reason}
-
-    def leave(self, name: str, state: str, reason: str) -> None:
-        """Take a contender out."""
-        self.rows[name] = self.without_times(name, state, reason)
-        # It may have left the model half adapted.
-        del self.case
-        release(self.settings.device)
-        self.case = self.fresh()
-
-    def check(self) -> None:
-        """Refuse who merges wrongly."""
-        for name in list(self.rows):
-            wrong = self.tried(name, merge.Case.mistake)
-            if wrong:
-                self.leave(name, "refused", wrong)
-
-    def time(self) -> None:
-        """Time everyone in turns."""
-        taken: dict[str, dict[str, list[float]]] = {row["contender"]: {} for row in self.running()}
-        start, orders = time.monotonic(), random.Random(ORDER_SEED)
-        most = 30 if self.settings.on_gpu else 45
-        for done in range(self.settings.repetitions(15) + 1):
-            # A round puts PEFT on a whole model, which takes far longer than the merge.
-            if done > COMPARABLE_ROUNDS and (self.settings.over() or time.monotonic() - start > most):
-                break
-            names = [row["contender"] for row in self.running()]
-            for name in orders.sample(names, len(names)):
-                found = self.tried(name, merge.Case.run)
-                for kind, value in (found or {}).items():
-                    if done:  # the first round warms up
-                        taken[name].setdefault(kind, []).append(value)
-        for row in self.running():
-            row.update({kind: spread(values) for kind, values in taken[row["contender"]].items()})
-
-    def weigh(self) -> None:
-        """Measure the memory that a call adds on the CPU, by a process per contender."""
-        # Without the model: both would have to fit.
-        del self.case
-        release(self.settings.device)
-        # A process takes far longer than a tiny merge.
-        for row in self.running()[: 1 if self.settings.grid == "tiny" else None]:
-            try:
-                row["added_memory_mib"] = memory.in_a_process(merge.added_memory, row["contender"], *self.what)
-            except BenchmarkError as error:
-                self.rows[row["contender"]] = self.without_times(row["contender"], "failed", str(error))
-
-    def weigh_on_gpu(self) -> None:
-        """Measure the memory that a call adds on a GPU, and count the launches of the operator."""
-        for row in self.running():
-            name = row["contender"]
-            peak = self.tried(name, added_memory)
-            if peak is not None:
-                row["added_memory_mib"] = peak
-            if peak is not None and name == "slora batched_merge_":
-                launches = self.tried(name, merge.launches)
-                if launches is not None:
-                    row["launches"] = launches
-        del self.case
-        release(self.settings.device)
+    Raises:
+        Wrong: one is wrong.
+    """
+    before = [W.clone() for W in weights.now()]
+    with weights.call(name) as call:
+        if name == "copy":
+            call()
+            if not torch.equal(weights.target, weights.source):
+                raise Wrong("the copy is not what was copied")
+            return
+        updates = weights.Bs, weights.As
+        if name != "slora batched_merge_":
+            layers: list[Any] = [weights.net.get_submodule(layer) for layer in weights.names]
+            updates = zip(*map(factors_of, layers), strict=True)  # type: ignore[assignment]
+        exact, own = {}, {}
+        for layer, W, B, A in zip(weights.names, before, *updates, strict=True):
+            exact[layer] = W.double() + (B.double() @ A.double()).view_as(W)
+            own[layer] = (W.float() + (B @ A).view_as(W)).to(W.dtype)
+        call()
+        wrong = mismatch(dict(zip(weights.names, weights.now(), strict=True)), expected(exact, own, weights.dtype))
+        if wrong:
+            raise Wrong(f"the weight of {wrong}")
+    if "copy kept" in name and not all(map(torch.equal, before, weights.now())):
+        raise Wrong("unmerging does not give the weights back bit for bit")
 
 
-def added_memory(case: merge.Case, name: str) -> float:
-    """MiB of a GPU that one call adds at its peak."""
-    prepare, call = case.contenders[name]
-    with torch.no_grad(), prepare():
+def factors_of(layer: Any) -> tuple[Tensor, Tensor]:
+    """B and A of an adapted layer of slora or PEFT, both of which scale them by 1 here."""
+    if isinstance(layer, slora.SelectiveLoRALinear):
+        return layer.lora_B.detach().clone(), layer.lora_A.detach().clone()
+    return layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach()
+
+
+def wall_clock(weights: Weights, name: str) -> float:
+    """Seconds of one call, up to the end of the work."""
+    wait: Callable[[], object] = torch.cuda.synchronize if weights.device == "cuda" else int
+    with weights.call(name) as call:
+        wait()
+        start = time.perf_counter()
+        call()
+        wait()
+        return time.perf_counter() - start
+
+
+def on_gpu(weights: Weights, name: str) -> Row:
+    """MiB of a GPU that one call adds at its peak; and of the operator, the number of its launches."""
+    with weights.call(name) as call:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        row: Row = {"added_memory_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
+    if name == "slora batched_merge_":
+        profile: Any = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+        with profile:
+            call()
+            torch.cuda.synchronize()
+        started = [e.name for e in profile.events() if e.device_type == DeviceType.CUDA]
+        # The profiler sees nothing without the right to read what the GPU does.
+        if started:
+            row["launches"] = sum(not event.startswith(("Memcpy", "Memset")) for event in started)
+    return row
+
+
+def added_memory(name: str, model: str, dtype: str, rank: int) -> float:
+    """MiB that one call adds on the CPU at its peak, to be measured in a process of its own."""
+    with torch.no_grad(), Weights(model, dtype, rank, "cpu").call(name) as call:
+        before = memory.peak_begins()
+        call()
+        return memory.peak() - before

@@ -1,11 +1,8 @@
-"""Cases refuse what is wrong, and every one says what it measures."""
+"""Every case runs end to end, and what computes something wrong or fails is not timed, while the others are."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,270 +10,136 @@ import torch
 from torch import nn
 
 import slora
-from benchmarks import counting, models, results, roofline, timing
-from benchmarks.cases import inference, linear, scaling, train_step
-from benchmarks.cases import merge as merging
-from benchmarks.contenders import layer as layers
-from benchmarks.contenders.step import Step
-from benchmarks.results import CASES, GRIDS, BenchmarkError, Case, Settings, read_result
-from slora.models.inject import unload
+from benchmarks import memory, models, results, roofline
+from benchmarks.cases import linear, measuring, merge, model
+from benchmarks.correctness import mismatch
+from benchmarks.implementations import layer as layers
+from benchmarks.implementations import training
+from benchmarks.results import BenchmarkError, Row, Settings, read_result
 
 CEILINGS = {"gemm_flops_per_s": {"fp32": 1e9, "bf16": 1e9}, "copy_bytes_per_s": 1e9}
+SHAPES = [layers.Shape(12, 18, 7, 3, *active) for active in ((1, 1), (0, 1), (2, 3), (0, 3))]
+SHAPES.append(layers.Shape(12, 18, 7, 3, dtype="bf16"))
+POINTS = [model.Point("tiny", 2, precision) for precision in ("fp32", "bf16", "amp")]
+FORWARD = model.Point("tiny", 2, "bf16", "forward")
+# A point of every case: enough to see it run.
+FEW = {
+    "linear": "slora",
+    "train_step": "head",
+    "gates": "exact",
+    "train_memory": "head",
+    "inference": "merged",
+    "host": "slora",
+}
 
 
-def test_every_file_of_cases_is_in_the_registry_and_says_what_it_measures() -> None:
-    folder = Path(linear.__file__).parent
-    assert {path.stem for path in folder.glob("[a-z]*.py")} == set(CASES)
-    for name in CASES:
-        module = importlib.import_module(f"benchmarks.cases.{name}")
-        assert module.__doc__
-        assert callable(module.run)
+def _rows(case: str, only: str = "") -> dict[str, Row]:
+    """The rows of the first point of a case, by implementation."""
+    rows: dict[str, Row] = {}
+    for row in results.CASES[case].run(Settings("cpu", "tiny", only=(only,) if only else ()), CEILINGS):
+        if row["contender"] in rows:
+            break
+        rows[row["contender"]] = row
+    return rows
 
 
-def test_the_grid_on_a_gpu_begins_with_the_bars_and_the_full_grid_is_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", list(results.CASES))
+def test_a_tiny_run_of_every_case_writes_a_file_with_times(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("timm")
+    if case == "merge" and not slora.merging.extension_info()["available"]:
+        pytest.skip("slora._C is not built")
+    monkeypatch.setattr(memory, "in_a_process", lambda *arguments: 1.0)
+    for module, arguments in ((model, [case]), (linear, [])):
+        points = module.grid(Settings("cpu", "tiny"), *arguments)[:2]  # type: ignore[attr-defined]
+        monkeypatch.setattr(module, "grid", lambda *_, points=points: points)
+    settings = Settings("cpu", "tiny", only=(FEW[case],) if case in FEW else ())
+    path = results.run_case(results.CASES[case], settings, tmp_path)
+    measures = {"seconds", "forward_backward", "peak_memory_mib"}
+    for row in read_result(path)["rows"]:
+        assert row.keys() & (measures | {"skipped"}), row
+    assert any(row.keys() & measures for row in read_result(path)["rows"])
+
+
+def test_the_default_grid_on_a_gpu_begins_with_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     points = [shape.point for shape in linear.grid(Settings("cuda"))]
-    bars = [(K, N, active) for active in ("1", "0") for K, N in linear.BAR_SHAPES]
-    assert [(p["K"], p["N"], p["active"]) for p in points[:12]] == bars
+    expected = [(K, N, active) for active in ("1", "0") for K, N in linear.TARGET_SHAPES]
+    assert [(p["K"], p["N"], p["active"]) for p in points[:12]] == expected
     assert all((p["M"], p["r"], p["dtype"]) == (50432, 16, "bf16") for p in points[:12])
-    full = {tuple(shape.point.values()) for shape in linear.grid(Settings("cuda", "full"))}
-    assert len(full) == 8 * 3 * 4 * 4 * 2
-    for grid in GRIDS:
-        for case in (linear, scaling, train_step, inference):
-            assert case.grid(Settings("cuda", grid))
+    assert [(p.model, p.batch, p.mode) for p in model.grid(Settings("cuda"))[:2]] == [
+        ("vit-b", 64, "eager"), ("vit-b", 64, "graph")
+    ]  # fmt: skip
 
 
-def test_a_step_is_compiled_on_the_cpu_too() -> None:
-    *eager, compiled = train_step.grid(Settings("cpu"))
-    assert {mode for _, _, _, mode, _ in eager} == {"eager"}
-    assert compiled == (
-        "vit-s", 16, "fp32", "compile", ["frozen, dx everywhere", "PEFT, all", "slora, all active"]
-    )  # fmt: skip
-
-
-def test_a_time_is_set_beside_the_floor_of_its_point() -> None:
-    point = linear.shape(768, 768, 1000)
-    extra = 2 * 2 * 768 * 1000 / 1e9 + 2 * 1000 * 16 * 3 * 2 * 768 / 1e9
-    found = linear.beside_floor(point, 1.0 + 1.7 * extra, 1.0, 2, CEILINGS)
-    assert found["floor_seconds"] == pytest.approx(1.0 + extra)
-    assert found["over_floor"] == pytest.approx(1.7)
-    assert found["of_floor"] == pytest.approx((1.0 + extra) / (1.0 + 1.7 * extra))
-
-
-def test_fp32_is_exact_in_every_product_of_a_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-
-    def case(settings: Settings, limits: object) -> Iterator[dict[str, Any]]:
-        seen.extend([torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision])
-        # The older switch can still be read: PyTorch raises where the two contradict each other.
-        assert not torch.backends.cudnn.allow_tf32
-        yield {"point": {"i": 0}, "contender": "a"}
-
-    monkeypatch.setattr(Case, "load", lambda self: case)
-    monkeypatch.setattr(roofline, "measure", lambda *args: {})
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [switch.fp32_precision for switch in switches]
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.active} of {shape.blocks}, {shape.dtype}")
+@pytest.mark.parametrize("name", [name for name in layers.IMPLEMENTATIONS if name != "PEFT, compiled"])
+def test_every_way_to_compute_a_layer_is_right_or_says_why_it_cannot(name: str, shape: layers.Shape) -> None:
+    problem = layers.Problem(shape, "cpu", sets=1)
     try:
-        for switch in switches:
-            switch.fp32_precision = "tf32"
-        results.run_case(Case("own", ""), Settings("cpu", "tiny"), tmp_path)
-    finally:
-        for switch, precision in zip(switches, before, strict=True):
-            switch.fp32_precision = precision
-    assert seen == ["ieee", "ieee"]
+        layer = layers.IMPLEMENTATIONS[name](problem)
+    except results.Missing as reason:
+        pytest.skip(str(reason))
+    found = layer.trained(problem.xs[0], problem.dys[0])
+    assert mismatch(found, problem.exact(layer.updates), layer.wanted(shape)) is None
+    # By hand, in fp64, for what is wrong in implementation and reference alike.
+    x, W, b = (t.detach().double() for t in (problem.xs[0], problem.W, problem.b))
+    n = shape.N // shape.blocks
+    for i in shape.chosen if layer.updates else ():
+        W[i * n : (i + 1) * n] += layers.SCALING * problem.B[i].double() @ problem.A[i].double()
+    tolerance = 4 * torch.finfo(problem.dtype).eps
+    torch.testing.assert_close(found["y"].double(), x @ W.T + b, rtol=tolerance, atol=20 * tolerance)
+    torch.testing.assert_close(found["dx"].double(), problem.dys[0].double() @ W, rtol=tolerance, atol=20 * tolerance)
 
 
-def test_where_an_adapted_model_computes_something_else_nothing_of_slora_is_timed(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("name", ["y", "dx", "lora_A", "lora_B", "gate"])
+def test_a_mismatch_in_any_result_is_found(name: str) -> None:
+    problem = layers.Problem(SHAPES[0], "cpu", sets=1)
+    layer = layers.IMPLEMENTATIONS["slora, torch"](problem)
+    found, exact, wanted = layer.trained(problem.xs[0], problem.dys[0]), problem.exact(True), layer.wanted(SHAPES[0])
+    assert wanted == set(found)
+    found[name] = found[name] * 1.001 + 1e-3
+    assert str(mismatch(found, exact, wanted)).startswith(f"{name} is off by")
+    found[name] = found[name] * float("nan")
+    assert mismatch(found, exact, wanted) is not None
+    del found[name]
+    assert mismatch(found, exact, wanted) == f"{name} was not computed"
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.precision)
+@pytest.mark.parametrize("name", list(training.TRAINING))
+def test_every_way_to_train_is_right(name: str, point: model.Point) -> None:
+    pytest.importorskip("timm")
+    if name.startswith("PEFT"):
+        pytest.importorskip("peft")
+    run = model.checked(name, point, "cpu")
+    # Nothing was trained by the check, and steps are finite.
+    run(run.model.inputs(2, "cpu", run.dtype))
+    assert all(loss.isfinite() for loss in run.losses)
+
+
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: point.precision)
+def test_a_wrong_result_of_the_layer_is_refused_in_any_precision(
+    point: model.Point, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("timm")
-    assert train_step.injection_mistake(models.find("tiny"), "cpu") is None
-    project = slora.layers.LoRABlocks.project
-    monkeypatch.setattr(slora.layers.LoRABlocks, "project", lambda self, x, *args: 1.001 * project(self, x, *args))
-    settings = Settings("cpu", "tiny", only=("head only", "slora, all active"))
-    rows = train_step.measure(settings, CEILINGS, "tiny", 2, "fp32", "eager", train_step.USUAL)
-    assert "seconds" in rows[0]
-    assert {row.get("refused") for row in rows[1:]} == {"the adapted model does not compute what its base does"}
+    right = slora.ops.apply
+
+    def without_update(x: Any, weight: Any, bias: Any, *rest: Any) -> Any:
+        y = right(x, weight, bias, *rest)
+        # Only slora's reference, which judges, is left alone.
+        return y if slora.ops.dispatch.setting() == "reference" else torch.nn.functional.linear(x, weight, bias) + 0 * y
+
+    monkeypatch.setattr(slora.ops, "apply", without_update)
+    with pytest.raises(results.Wrong, match="is off by"):
+        model.checked("slora, all active", point, "cpu")
+    row = _rows("linear", "slora, torch")["slora, torch"]
+    assert "y is off by" in row["refused"]
+    assert "forward_backward" not in row
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_an_update_that_a_merge_leaves_out_is_not_timed_in_any_dtype(
-    dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("peft")
-    prepare, _ = inference.CONTENDERS["slora, merged"]
-    monkeypatch.setitem(inference.CONTENDERS, "slora, merged", (prepare, unload))
-    rows = {row["contender"]: row for row in inference.measure(
-        Settings("cpu", "tiny"), CEILINGS, models.find("tiny"), 2, dtype
-    )}  # fmt: skip
-    assert "its output is off by" in rows.pop("slora, merged")["refused"]
-    assert all("seconds" in row for row in rows.values())
-    assert "PEFT, merged" in rows
-
-
-def test_updates_that_rounding_hides_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "UPDATE", 1e-4)
-    row: dict[str, object] = {"contender": "slora, merged"}
-    model = models.find("tiny")
-    assert inference.ready(row, model, "bf16", model.inputs(2, "cpu", torch.bfloat16)) is None
-    assert str(row["refused"]).endswith("whether they are there cannot be told")
-
-
-def test_a_step_whose_loss_is_not_finite_is_not_timed_and_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("timm")
-    backward = Step.backward
-
-    def diverges(self: Step, *arguments: object) -> torch.Tensor:
-        loss = backward(self, *arguments)  # type: ignore[arg-type]
-        return loss * float("nan") if slora.gates.gates(self.net) and len(self.losses) == 4 else loss
-
-    monkeypatch.setattr(Step, "backward", diverges)
-    settings = Settings("cpu", "tiny", only=("head only", "slora, none"))
-    rows = train_step.measure(settings, CEILINGS, "tiny", 2, "fp32", "eager", train_step.USUAL)
-    assert "seconds" in rows[0]
-    assert rows[1]["refused"].startswith("the loss of 1 of ")
-    assert "seconds" not in rows[1]
-
-
-COUNTED = {"flops", "flops_per_s", "percent_of_gemm", "compulsory_bytes", "percent_of_copy", "input_sets"}
-
-
-@pytest.mark.parametrize("precision", ["fp32", "amp"])
-def test_a_step_is_counted_beside_its_time(precision: str) -> None:
-    pytest.importorskip("timm")
-    settings = Settings("cpu", "tiny", only=("head only", "slora, none"))
-    rows = train_step.measure(settings, CEILINGS, "tiny", 2, precision, "eager", train_step.USUAL)
-    assert [row["contender"] for row in rows] == ["head only", "slora, none active, frozen"]
-    for row in rows:
-        assert row.keys() >= COUNTED
-        assert row["percent_of_gemm"] == pytest.approx(100 * row["flops"] / row["seconds"]["median"] / 1e9)
-    # Without an active block nothing more is computed than without blocks.
-    assert rows[0]["flops"] == rows[1]["flops"]
-
-
-def test_a_forward_is_counted_beside_its_time() -> None:
-    pytest.importorskip("timm")
-    settings = Settings("cpu", "tiny", only=("base", "slora, all"))
-    base, adapted = inference.measure(settings, CEILINGS, models.find("tiny"), 2, "fp32")
-    assert base.keys() >= COUNTED
-    assert base["percent_of_copy"] == pytest.approx(100 * base["compulsory_bytes"] / base["seconds"]["median"] / 1e9)
-    assert base["flops"] < adapted["flops"]
-    assert base["compulsory_bytes"] < adapted["compulsory_bytes"]
-
-
-def test_a_step_that_cannot_be_counted_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("timm")
-
-    def refuses(call: object) -> int:
-        raise AssertionError("no formula")
-
-    monkeypatch.setattr(counting, "flops", refuses)
-    settings = Settings("cpu", "tiny", only=("head only",))
-    (row,) = train_step.measure(settings, CEILINGS, "tiny", 2, "fp32", "eager", train_step.USUAL)
-    assert row["not_counted"] == "AssertionError: no formula"
-    assert row["seconds"]["median"] > 0
-    assert "percent_of_gemm" not in row
-
-
-def test_a_contender_that_fails_while_it_is_timed_costs_the_others_nothing_and_the_run_says_so(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    def fails_in_the_backward(problem: layers.Problem) -> layers.Layer:
-        layer = layers.addmm_function(problem)
-        trained, calls = layer.trained, iter(range(8))
-
-        def failing(x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
-            if next(calls, None) is None:
-                raise RuntimeError("out of memory")
-            return trained(x, dy)
-
-        layer.trained = failing  # type: ignore[method-assign]
-        return layer
-
-    monkeypatch.setitem(layers.CONTENDERS, "addmm function", fails_in_the_backward)
-    monkeypatch.setattr(linear, "grid", lambda settings: [linear.shape(32, 48, 24, 4, dtype="fp32")])
-    monkeypatch.setattr(roofline, "measure", lambda *args: CEILINGS)
-    settings = Settings("cpu", "tiny", rounds=5, only=("frozen", "addmm"))
-    with pytest.raises(BenchmarkError, match="an implementation failed: addmm function at"):
-        results.run_case(CASES["linear"], settings, tmp_path)
-    result = read_result(tmp_path / "linear.json")
-    rows = {row["contender"]: row for row in result["rows"]}
-    assert rows["frozen F.linear"].keys() >= {"forward", "forward_backward"}
-    assert rows["addmm function"].keys() == {"point", "contender", "failed"}
-    assert result["complete"] is True
-    assert result["settings"]["order_seed"] == timing.ORDER_SEED
-
-
-def test_scaling_gives_the_deviation_from_the_model_of_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Round by round the update takes 0.3, 0.5 and 0.1, whatever the machine does.
-    frozen = iter([[1.0, 1.1, 2.0], [1.2] * 3])
-
-    def times(calls: dict[str, object], *args: object, **kwargs: object) -> dict[str, object]:
-        contestant, limits = type("Contestant", (), {"clock": "wall", "reason": None})(), next(frozen)
-        own = [limit + more for limit, more in zip(limits, (0.3, 0.5, 0.1), strict=True)]
-        return {name: (limits if name == layers.FROZEN else own, contestant) for name in calls}
-
-    monkeypatch.setattr(linear, "interleaved", times)
-    settings = Settings("cpu", "tiny")
-    shapes = [
-        ("rank", layers.Shape(32, 48, 24, 4, 1, 1, "fp32")),
-        ("active", layers.Shape(32, 48, 24, 4, 0, 16, "fp32")),
-    ]
-    monkeypatch.setattr(scaling, "grid", lambda settings: shapes)
-    row, inactive = [row for row in scaling.run(settings, CEILINGS) if row["contender"] == "slora, torch"]
-    # addmm moves 4 MK + 4 MN elements more, and there are six products of rank 4.
-    update = 4 * 4 * 24 * (32 + 48) / 1e9 + 6 * 24 * 4 * (32 + 48) / 1e9
-    assert row["predicted"] == pytest.approx(1.1 + update)
-    assert row["deviation"] == pytest.approx(1.6 / (1.1 + update) - 1)
-    assert row["update_seconds"]["median"] == pytest.approx(0.3)
-    assert row["update_deviation"] == pytest.approx(0.3 / update - 1)
-    assert row["point"]["curve"] == "rank"
-    assert inactive["deviation"] == pytest.approx(1.5 / 1.2 - 1)
-    assert "update_deviation" not in inactive
-
-
-@pytest.mark.parametrize("name", ["tiny", "tiny-llama"])
-def test_a_model_has_inputs_a_loss_and_few_layers(name: str) -> None:
-    model = models.find(name)
-    net = model.build("cpu")
-    loss = model.loss(net, model.inputs(2, "cpu", torch.float32))
-    assert loss.dim() == 0
-    assert loss.isfinite()
-    assert all(isinstance(net.get_submodule(layer), nn.Linear) for layer in model.few(net))
-
-
-@pytest.mark.once
-def test_clip_has_a_contrastive_loss_and_few_layers_in_both_towers() -> None:
-    pytest.importorskip("open_clip")
-    model = models.find("clip")
-    net = model.build("cpu")
-    assert all(isinstance(net.get_submodule(layer), nn.Linear) for layer in model.few(net))
-    loss = model.loss(net, model.inputs(3, "cpu", torch.float32))
-    loss.backward()
-    for tower in ("visual.transformer", "transformer"):
-        weight = net.get_parameter(f"{tower}.resblocks.11.mlp.c_fc.weight")
-        assert weight.grad is not None
-        assert weight.grad.abs().sum() > 0
-
-
-def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(BenchmarkError, match="model 'vit' is unknown"):
-        models.find("vit")
-
-
-def test_steps_in_bf16_are_left_out_where_bf16_is_imitated(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = []
-    monkeypatch.setattr(train_step, "measure", lambda *arguments: measured.append(arguments[4]) or [])
-    rows = list(train_step.run(Settings(), {"gemm_flops_per_s": {"fp32": 250e9, "bf16": 50e9}}))
-    assert set(measured) == {"fp32"}
-    assert {row["point"]["precision"] for row in rows} == {"bf16", "amp"}
-    assert all("at 50 GFLOP/s, in fp32 at 250" in row["skipped"] for row in rows)
-    measured.clear()
-    assert not list(train_step.run(Settings(), {"gemm_flops_per_s": {"fp32": 250e9, "bf16": 450e9}}))
-    assert set(measured) == {"fp32", "bf16", "amp"}
-
-
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_what_only_a_cuda_graph_would_compute_wrongly_is_refused(
     backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,62 +147,158 @@ def test_what_only_a_cuda_graph_would_compute_wrongly_is_refused(
 
     def wrong_on_device(*arguments: Any) -> torch.Tensor:
         y = right(*arguments)
-        # Where the host knows the active blocks, or else with a gradient that is not looked at, nothing is wrong.
+        # Where the host knows the active blocks, nothing is wrong.
         return y * 1.1 if arguments[3].active is None and torch.is_grad_enabled() == backward else y
 
     monkeypatch.setattr(slora.ops, "apply", wrong_on_device)
-    settings = Settings("cpu", "tiny", only=("slora, torch",))
-    (row,) = linear.measure(linear.shape(32, 48, 24, 4, dtype="fp32"), settings, CEILINGS, set(layers.CONTENDERS))
-    assert row["refused"].startswith("with gates on the device y is off" if backward else "without gradients y is off")
-    (row,) = inference.measure(Settings("cpu", "tiny", only=("slora, all",)), CEILINGS, models.find("tiny"), 2, "fp32")
-    assert ("its output is off by" in row.get("refused", "")) == (not backward)
+    row = _rows("linear", "slora, torch")["slora, torch"]
+    assert "y is off by" in row["refused"]
+    assert row["refused"].endswith("gates_on_device)")
 
 
-def _fails(*arguments: Any, **named: Any) -> Any:
-    raise RuntimeError("CUDA out of memory")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_an_update_that_a_merge_leaves_out_is_not_timed_in_any_dtype(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    way = training.INFERENCE["slora, merged"]
+    monkeypatch.setitem(training.INFERENCE, "slora, merged", way._replace(finish=slora.models.inject.unload))
+    with pytest.raises(results.Wrong, match="output is off by"):
+        model.checked("slora, merged", FORWARD._replace(precision=dtype), "cpu")
+    assert model.checked("PEFT, merged", FORWARD._replace(precision=dtype), "cpu")
 
 
-def test_a_point_that_cannot_be_made_costs_no_other_point_anything(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings("cpu", "tiny", only=("PEFT", "copy", "frozen"))
-    monkeypatch.setattr(linear, "Problem", _fails)
-    monkeypatch.setattr(train_step, "injection_mistake", _fails)
-    monkeypatch.setattr(merging.merge, "Case", _fails)
-    found = [
-        linear.measure(linear.shape(32, 48, 24, 4, dtype="fp32"), settings, CEILINGS, set(layers.CONTENDERS)),
-        train_step.measure(settings, CEILINGS, "tiny", 2, "fp32", "eager", train_step.USUAL),
-        inference.measure(settings, CEILINGS, models.find("tiny"), 2, "fp32"),
-        merging.measure(settings, CEILINGS, "vit_tiny_patch16_224", "fp32", 4),
-    ]
-    for rows in found:
-        assert len(rows) >= 2
-        for row in rows:
-            assert row.keys() == {"point", "contender", "failed"}
-            assert row["failed"] == "RuntimeError: CUDA out of memory"
+def test_a_step_whose_loss_is_not_finite_is_not_timed_and_the_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    backward = training.Run._backward
+
+    def diverges(self: training.Run, net: nn.Module, *rest: Any) -> torch.Tensor:
+        loss = backward(self, net, *rest)
+        return loss * float("nan") if len(self.losses) == 4 and isinstance(net.head, nn.Linear) and any(
+            True for _ in slora.layers.adapted_layers(net)) else loss  # fmt: skip
+
+    monkeypatch.setattr(training.Run, "_backward", diverges)
+    rows = {**_rows("gates", "head"), **_rows("gates", "few active, frozen")}
+    assert "seconds" in rows["head only"]
+    assert rows["slora, few active, frozen"]["refused"] == "the loss of a step is not finite"
+    assert "seconds" not in rows["slora, few active, frozen"]
 
 
-def test_on_a_gpu_slora_is_checked_on_the_batch_that_is_timed_where_its_truth_fits() -> None:
-    timed = (SimpleNamespace(device=torch.device("cuda")),)
-    model = SimpleNamespace(inputs=lambda batch, device, dtype: f"{batch} on {device}")
-    seen: list[Any] = []
+def test_flops_and_rates_are_set_beside_a_time() -> None:
+    pytest.importorskip("timm")
+    rows = {**_rows("gates", "head"), **_rows("train_step", "none active")}
+    for row in rows.values():
+        assert row["percent_of_gemm"] == pytest.approx(100 * row["flops"] / row["seconds"]["median"] / 1e9)
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"]["median"])
+    # Without an active block nothing more is computed than without blocks.
+    assert rows["head only"]["flops"] == rows["slora, none active, frozen"]["flops"]
 
-    def check(inputs: Any) -> str | None:
-        seen.append(inputs)
-        return "y is off" if inputs is timed else None
 
-    def found(contender: str, check: Any) -> tuple[str | None, dict[str, Any]]:
-        row = {"contender": contender}
-        seen.clear()
-        return train_step.mistake_in(row, model, timed, torch.float32, check), row  # type: ignore[arg-type]
+def test_a_curve_has_the_deviation_from_the_model_of_costs_and_a_layer_the_floor() -> None:
+    point = layers.Shape(32, 48, 24, 4).point
+    frozen = {"median": 1.1, "values": [1.0, 1.1, 2.0]}
+    row = {"point": point, "form": "addmm", "forward_backward": {"median": 1.6, "values": [1.3, 1.6, 2.1]}}
+    linear.beside_frozen(row, frozen, CEILINGS, scaling=True)
+    # addmm moves 4 MK + 4 MN elements more, and there are six products of rank 4; the floor moves MK + MN.
+    flops = 6 * 24 * 4 * (32 + 48) / 1e9
+    update, floor = (extra * 4 * 24 * (32 + 48) / 1e9 + flops for extra in (4, 1))
+    assert row["predicted"] == pytest.approx(1.1 + update)
+    assert row["deviation"] == pytest.approx(1.6 / (1.1 + update) - 1)
+    # Round by round the update took 0.3, 0.5 and 0.1.
+    assert row["update_seconds"]["median"] == pytest.approx(0.3)
+    assert row["update_deviation"] == pytest.approx(0.3 / update - 1)
+    assert row["over_floor"] == pytest.approx(0.5 / floor)
+    assert row["of_floor"] == pytest.approx((1.1 + floor) / 1.6)
 
-    assert found("slora, all active", check)[0] == "on the batch that is timed y is off"
-    assert seen == ["2 on cuda", timed]
-    assert found("PEFT, all", check)[0] is None
-    assert seen == ["2 on cuda"]
 
-    def too_large(inputs: Any) -> None:
-        if inputs is timed:
-            raise torch.cuda.OutOfMemoryError("no room")
+@pytest.mark.parametrize("state", ["refused", "failed"])
+def test_one_implementation_that_is_wrong_or_fails_costs_the_others_nothing_and_the_run_says_so(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(problem: layers.Problem) -> layers.Layer:
+        layer = layers.addmm_function(problem)
+        trained, calls = layer.trained, iter(range(8))
 
-    assert found("slora, all active", too_large) == (
-        None, {"contender": "slora, all active", "checked_on_two": "OutOfMemoryError: no room"}
-    )  # fmt: skip
+        def failing(x: torch.Tensor, dy: torch.Tensor) -> dict[str, torch.Tensor]:
+            if state == "failed" and next(calls, None) is None:
+                raise RuntimeError("out of memory")
+            return {name: t * (1.1 if state == "refused" else 1) for name, t in trained(x, dy).items()}
+
+        layer.trained = failing  # type: ignore[method-assign]
+        return layer
+
+    monkeypatch.setitem(layers.IMPLEMENTATIONS, "addmm function", broken)
+    monkeypatch.setattr(linear, "grid", lambda settings: [layers.Shape(32, 48, 24, 4)])
+    monkeypatch.setattr(roofline, "measure", lambda *arguments: CEILINGS)
+    said = {"refused": "a wrong result was not timed", "failed": "an implementation failed"}[state]
+    with pytest.raises(BenchmarkError, match=f"{said}: addmm function at"):
+        results.run_case(results.CASES["linear"], Settings("cpu", "tiny", only=("frozen", "addmm")), tmp_path)
+    result = read_result(tmp_path / "linear.json")
+    rows = {row["contender"]: row for row in result["rows"]}
+    assert rows["frozen F.linear"].keys() >= {"forward", "forward_backward"}
+    assert rows["addmm function"].keys() == {"point", "contender", state}
+    assert result["complete"] is True
+
+
+def test_a_point_that_cannot_be_made_costs_no_other_point_anything() -> None:
+    with measuring({"i": 0}, ("a", "b"), Settings("cpu", "tiny")) as rows:
+        rows["a"]["seconds"] = 1.0
+        raise RuntimeError("CUDA out of memory")
+    assert rows["b"] == {"point": {"i": 0}, "contender": "b", "failed": "RuntimeError: CUDA out of memory"}
+    assert "failed" not in rows["a"]
+
+
+@pytest.mark.skipif(not slora.merging.extension_info()["available"], reason="slora._C is not built")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_merge_without_its_update_is_refused_and_the_weights_are_restored(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    weights = merge.Weights("vit_tiny_patch16_224", dtype, 4, "cpu")
+    for name in merge.IMPLEMENTATIONS:
+        merge.check(weights, name)
+    for name in list(merge.IMPLEMENTATIONS)[1:]:
+        right = merge.IMPLEMENTATIONS[name]
+        monkeypatch.setitem(merge.IMPLEMENTATIONS, name, lambda weights, right=right: (right(weights), lambda: None)[1])
+        with pytest.raises(results.Wrong, match="is off by"):
+            merge.check(weights, name)
+        monkeypatch.setitem(merge.IMPLEMENTATIONS, name, right)
+        merge.check(weights, name)
+
+
+def test_steps_in_bf16_are_left_out_where_bf16_is_imitated() -> None:
+    settings, reason = Settings(), model.without_bf16
+    assert "at 50 GFLOP/s, in fp32 at 250" in str(reason(settings, {"gemm_flops_per_s": {"fp32": 250e9, "bf16": 50e9}}))
+    assert reason(settings, {"gemm_flops_per_s": {"fp32": 250e9, "bf16": 450e9}}) is None
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-llama", pytest.param("clip", marks=pytest.mark.once)])
+def test_a_model_has_inputs_a_loss_and_few_layers(name: str) -> None:
+    pytest.importorskip("open_clip" if name == "clip" else "timm")
+    found = models.find(name)
+    net = found.build("cpu")
+    loss = found.loss(net, found.inputs(2, "cpu", torch.float32))
+    assert loss.dim() == 0
+    assert loss.isfinite()
+    few = found.few(net)
+    assert len(few) == (8 if name == "clip" else 4)
+    assert all(isinstance(net.get_submodule(layer), nn.Linear) for layer in few)
+
+
+def _allocates(mib: int) -> float:
+    before = memory.peak_begins()
+    del_me = torch.zeros(mib * 2**18)
+    del del_me
+    return memory.peak() - before
+
+
+def _raises(error: Exception) -> float:
+    raise error
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory of a process is read on Linux only")
+def test_memory_is_what_a_call_adds_in_a_process_of_its_own_and_its_error_is_raised_here() -> None:
+    assert memory.in_a_process(_allocates, 64) == pytest.approx(64, rel=0.05)
+    with pytest.raises(results.Missing, match="no such package"):
+        memory.in_a_process(_raises, results.Missing("no such package"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,13 +92,15 @@ def test_a_target_may_be_a_measure_and_a_slice_of_a_gpu_has_none() -> None:
 
 
 def test_the_targets_of_the_cpu_are_measured_and_the_others_name_what_exists() -> None:
-    from benchmarks.cases import host
-    from benchmarks.contenders import layer, merge, model
+    from benchmarks.cases import host, merge
+    from benchmarks.implementations import layer, training
 
     lines = targets.lines({"cpu": results_in(RESULTS / "cpu")}, ["cpu"])
     assert lines[-1].endswith(" 1 not measured")
-    names = {"host": host.CONTENDERS, "linear": layer.CONTENDERS, "train_step": model.CONTENDERS,
-             "train_memory": model.CONTENDERS, "merge": Path(merge.__file__).read_text()}  # fmt: skip
+    names: dict[str, Any] = {
+        "host": host.IMPLEMENTATIONS, "linear": layer.IMPLEMENTATIONS, "train_step": training.TRAINING,
+        "train_memory": training.TRAINING, "merge": merge.IMPLEMENTATIONS,
+    }  # fmt: skip
     for target in targets.load():
         assert {target.contender, target.against or target.contender} <= {
             name for name in (target.contender, target.against) if name and name in names[target.case]

@@ -33,19 +33,19 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`case(*rows, name="own")` registers a case that yields `rows`; an exception among them is raised."""
     cases = {}
 
-    def register(*rows: Any, name: str = "own") -> None:
-        def steps(settings: Any, limits: Any) -> Iterator[dict[str, Any]]:
-            # fp32 means fp32, and the older switch can still be read.
-            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
-            assert not torch.backends.cudnn.allow_tf32
-            for row in rows:
-                if isinstance(row, BaseException):
-                    raise row
-                yield row
+    def steps(case: results.Case, settings: Any, limits: Any) -> Iterator[dict[str, Any]]:
+        # fp32 means fp32, and the older switch can still be read.
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert not torch.backends.cudnn.allow_tf32
+        for row in cases[case.name]:
+            if isinstance(row, BaseException):
+                raise row
+            yield row
 
-        cases[name] = steps
-        monkeypatch.setitem(results.CASES, name, results.Case(name, "of the test"))
-        monkeypatch.setattr(results.Case, "load", lambda self: cases[self.name])
+    def register(*rows: Any, name: str = "own") -> None:
+        cases[name] = rows
+        monkeypatch.setitem(results.CASES, name, results.Case(name, "", "of the test"))
+        monkeypatch.setattr(results.Case, "run", steps)
         monkeypatch.setattr(roofline, "measure", lambda *args: {"copy_bytes_per_s": 1.0, "gemm_flops_per_s": {}})
 
     return register
@@ -85,13 +85,12 @@ def test_without_a_gpu_a_gpu_is_not_measured(arguments: list[str], tmp_path: Pat
     assert "no CUDA GPU is visible" in capsys.readouterr().err
 
 
-def test_a_case_whose_package_is_missing_says_which(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setitem(sys.modules, "timm", None)
-    assert run("run", "--case", "train_step", *TINY, "--out", tmp_path) == 2
-    assert "timm cannot be imported" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def test_a_package_that_is_missing_is_the_reason_of_the_rows_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    row: dict[str, Any] = {"point": {}, "contender": "PEFT"}
+    with results.reason_in(row):
+        results.need("peft")
+    assert row["skipped"].startswith("peft cannot be imported (ModuleNotFoundError")
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["whole", "partial"])
@@ -192,24 +191,14 @@ def git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_the_source_is_changed_by_new_source_and_not_by_what_the_benchmarks_write(
-    name: str, dirty: bool, tmp_path: Path, git: Any
+    name: str, dirty: bool, tmp_path: Path, git: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text("changed")
     about = results.environment("cpu")
     assert (about["commit"], about["dirty"]) == (git("rev-parse", "HEAD"), dirty)
-
-
-def test_the_commit_of_source_that_is_no_repository_is_unknown(
-    tmp_path: Path, git: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    # The commit of a repository that merely contains the source says nothing.
     monkeypatch.setattr(results, "ROOT", tmp_path / "slora")
     about = results.environment("cpu")
     assert (about["commit"], about["dirty"]) == (None, None)
     assert results.source(about) == "unknown commit"
-
-
-def test_list_names_every_case(capsys: Any) -> None:
-    assert run("list") == 0
-    said = capsys.readouterr().out
-    assert all(name in said for name in results.CASES)

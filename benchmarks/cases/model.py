@@ -1,0 +1,205 @@
+"""Whole models: a training step (forward, loss, backward, optimizer), its memory on the CPU, or a forward.
+
+    train_step    beside PEFT, full fine-tuning and frozen weights
+    gates         the policies for inactive blocks
+    train_memory  peak resident memory of a training step, of a process of its own
+    inference     a forward without gradients: the base model, merged and unmerged
+
+A `probe` implementation probes every tenth step: its measurements are whole cycles of ten steps, divided by ten. Modes
+of a step: "eager", "compile" (the forward and loss under torch.compile) and on a GPU "graph" (the step as one CUDA
+graph). There, `peak_memory_mib` is what the step has allocated at its peak, parameters included.
+
+Before any is timed, the output, or the loss and all gradients, are compared with slora's reference in a wider dtype: on
+a batch of two, and those of slora on a GPU, whose kernels depend on the number of rows, on the batch that is timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import memory
+from benchmarks.cases import measuring, take_times
+from benchmarks.counting import beside_roofline
+from benchmarks.implementations.training import INFERENCE, RANK, TRAINING, Run
+from benchmarks.models import Inputs, find
+from benchmarks.results import Row, Settings, reason_in, spread
+from benchmarks.timing import Call, input_sets, release
+from slora.ops.flops import count_flops
+
+GATES = ("head only", "frozen, dx everywhere", "slora, few active, frozen", "slora, few active, probe",
+         "slora, few active, exact")  # fmt: skip
+USUAL = tuple(name for name in TRAINING if name != "slora, few active, exact")
+# Where the point is the model and not the implementation.
+MAIN = ("frozen, dx everywhere", "full", "PEFT, all", "slora, all active", "slora, few active, frozen")
+COMPILED = ("frozen, dx everywhere", "PEFT, all", "slora, all active")
+# Those of the targets on a GPU.
+TARGETS = (*MAIN, "slora, none active, frozen")
+# A captured step is the same at every replay, so a probe every tenth step is not in it.
+CAPTURED = tuple(name for name in USUAL if "probe" not in name)
+
+
+class Point(NamedTuple):
+    """A point of a grid."""
+
+    model: str
+    batch: int
+    precision: str
+    mode: str = "eager"
+    names: tuple[str, ...] = USUAL
+
+
+def grid(settings: Settings, case: str = "train_step") -> list[Point]:
+    """The points in the order in which they matter."""
+    tiny, quick, full = (settings.grid == grid for grid in ("tiny", "quick", "full"))
+    model, batch = ("vit-b", 256) if settings.on_gpu else ("vit-s", 2 if quick else 16)
+    low = "bf16" if settings.on_gpu else "fp32"
+    if tiny:
+        model, batch, low = "tiny", 2, "fp32"
+    if case == "train_memory":
+        return [Point(model, batch, precision) for precision in ("fp32", "bf16")[: 1 + full]]
+    if case == "gates":
+        return [Point(model, batch, precision, names=GATES) for precision in (low, "amp")[: 1 + full]]
+    if case == "inference":
+        forward = partial(Point, mode="forward", names=tuple(INFERENCE))
+        if settings.on_gpu and not quick and not tiny:
+            return [forward("vit-b", 256, "bf16"), forward("vit-l", 256, "bf16"), forward("vit-b", 1, "bf16")]
+        return [forward(model, batch, low)] + [forward(model, batch, "bf16")] * (not quick)
+    if tiny:
+        points = [Point(model, 2, "fp32"), Point(model, 2, "bf16", names=MAIN), Point(model, 2, "amp", names=MAIN)]
+        return [*points, Point("tiny-llama", 2, "fp32", names=MAIN), Point(model, 2, "fp32", "compile", COMPILED[:1])]
+    if not settings.on_gpu:
+        points = [Point(model, batch, precision) for precision in ("fp32", "bf16", "amp")[: 1 if quick else None]]
+        compiled = ("fp32", "bf16", "amp")[: 0 if quick else None if full else 1]
+        return points + [Point(model, batch, precision, "compile", COMPILED) for precision in compiled]
+    modes = ("eager", "graph")
+    if quick:
+        return [Point(model, batch, low, mode, TARGETS) for batch in (64, 256) for mode in modes]
+    points = [Point(model, 64, low, mode, TARGETS) for mode in modes]
+    points += [
+        Point(model, 256, low),
+        Point(model, 256, low, "graph", CAPTURED),
+        Point("vit-l", 128, low, "graph", MAIN),
+    ]
+    points += [Point("clip", 256, low, names=MAIN), Point("llama-1b", 8, low, names=MAIN)]
+    points += [Point(model, 256, "amp", names=MAIN), Point(model, 256, low, "compile", COMPILED)]
+    if full:
+        points += [Point(model, 32, low, mode, MAIN) for mode in modes]
+        points += [Point("vit-l", 128, precision) for precision in ("bf16", "amp", "fp32")]
+        points += [Point("vit-l", 128, low, "compile", COMPILED)]
+        others = (("llama-1b", 8), ("clip", 256))
+        points += [Point(*other, low, mode, COMPILED) for other in others for mode in ("graph", "compile")]
+    return points
+
+
+def run(settings: Settings, ceilings: dict[str, Any], case: str) -> Iterator[Row]:
+    """Yield the rows of every point; stops between two points when the time is up."""
+    for point in grid(settings, case):
+        if settings.stop():
+            return
+        about = {"model": find(point.model).name, "batch": point.batch, "r": RANK}
+        about["dtype" if case == "inference" else "precision"] = point.precision
+        if case in ("train_step", "gates"):
+            about["mode"] = point.mode
+        with measuring(about, point.names, settings) as rows:
+            reason = without_bf16(settings, ceilings) if point.precision != "fp32" and case != "inference" else None
+            for name, row in rows.items():
+                if reason:
+                    row["skipped"] = reason
+                elif case == "train_memory":
+                    with reason_in(row):
+                        checked(name, point, "cpu")
+                        row["peak_memory_mib"] = memory.in_a_process(step_peak, name, point)
+            if not reason and case != "train_memory":
+                fill(rows, settings, ceilings, point)
+        yield from rows.values()
+
+
+def without_bf16(settings: Settings, ceilings: dict[str, Any]) -> str | None:
+    """Why steps in bf16 are left out: on a processor that only imitates it they take minutes and tell nothing."""
+    rates = ceilings["gemm_flops_per_s"]
+    if settings.on_gpu or settings.grid != "default" or rates["bf16"] >= rates["fp32"] / 2:
+        return None
+    return (
+        f"this processor has no arithmetic in bf16: a product runs at {rates['bf16'] / 1e9:.0f} GFLOP/s, "
+        f"in fp32 at {rates['fp32'] / 1e9:.0f} (--full measures it all the same)"
+    )
+
+
+def fill(rows: dict[str, Row], settings: Settings, ceilings: dict[str, Any], point: Point) -> None:
+    """Check the implementations, then time those that are right in turns."""
+    model, device, on_gpu = find(point.model), settings.device, settings.on_gpu
+    dtype = torch.bfloat16 if point.precision == "bf16" else torch.float32
+    sets = [model.inputs(point.batch, device, dtype)]
+    count = 2 if settings.grid == "tiny" else input_sets(sum(t.nbytes for t in sets[0]))
+    sets += [model.inputs(point.batch, device, dtype) for _ in range(count - 1)]
+    runs: dict[str, Run] = {}
+    for name, row in rows.items():
+        with reason_in(row):
+            release(device)
+            before = torch.cuda.memory_allocated() if on_gpu else 0
+            run = checked(name, point, device)
+            # The counter does not see what a compiler has put together.
+            eager = Run(TRAINING[name], model, point.precision, device, "eager") if point.mode == "compile" else run
+            row.update(flops=round(count_flops(eager, sets[0]) / run.steps), input_sets=count)
+            if on_gpu and point.mode != "forward":
+                torch.cuda.reset_peak_memory_stats()
+                run(sets[0])
+                row["peak_memory_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+            runs[name] = run
+    calls: dict[str, list[Call]] = {name: [OnInputs(run, inputs) for inputs in sets] for name, run in runs.items()}
+    # Compiling for a CPU takes about as long as this.
+    most = 60.0 if point.mode == "forward" else 30.0 if point.mode == "compile" and not on_gpu else 150.0
+    take_times(rows, calls, settings, 11 if on_gpu else 15, most, graphs=point.mode in ("graph", "forward"))
+    for name in calls:
+        row, run = rows[name], runs[name]
+        if not all(bool(loss.isfinite()) for loss in run.losses):
+            del row["seconds"]
+            row["refused"] = "the loss of a step is not finite"
+            continue
+        row["seconds"] = spread([seconds / run.steps for seconds in row["seconds"]["values"]])
+        seconds, (kind, each) = row["seconds"]["median"], model.items
+        row[f"{kind}_per_second"] = point.batch * each / seconds
+        product = "bf16" if point.precision == "amp" else point.precision
+        row.update(beside_roofline(ceilings, product, seconds, row["flops"], None))
+
+
+@dataclass(frozen=True)
+class OnInputs:
+    """A measurement on one set of inputs: a call to be timed."""
+
+    run: Run
+    inputs: Inputs
+
+    def __call__(self) -> None:
+        self.run(self.inputs)
+
+    def settle(self) -> None:
+        """As `Run.settle`."""
+        self.run.settle()
+
+
+def checked(name: str, point: Point, device: str) -> Run:
+    """An implementation that computes what it has to; raises `Wrong` where it does not."""
+    way = (INFERENCE if point.mode == "forward" else TRAINING)[name]
+    run = Run(way, find(point.model), point.precision, device, point.mode)
+    # Compiled code is for one batch, and a probe of a large one reads some of its rows.
+    batches = [point.batch if point.mode == "compile" else 2]
+    if device == "cuda" and name.startswith("slora") and "probe" not in name:
+        batches.append(point.batch)
+    run.check(*(run.model.inputs(batch, device, run.dtype) for batch in dict.fromkeys(batches)))
+    return run
+
+
+def step_peak(name: str, point: Point) -> float:
+    """Peak resident memory of three steps, or of a whole cycle, in MiB; to be measured in a process of its own."""
+    run = Run(TRAINING[name], find(point.model), point.precision, "cpu", point.mode)
+    inputs = run.model.inputs(point.batch, "cpu", run.dtype)
+    memory.peak_begins()
+    for _ in range(3 if run.steps == 1 else 1):
+        run(inputs)
+    return memory.peak()
