@@ -72,6 +72,25 @@ def test_every_import_goes_to_the_own_package_or_to_one_below() -> None:
     assert {name.split(".")[0] for name in _modules()} - {"", "__main__"} == {name.split(".")[0] for name in ORDER}
 
 
+def _assigned(tree: ast.AST) -> Iterator[ast.Attribute]:
+    """Yield every attribute that `tree` assigns to or deletes, in tuples, too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            yield node
+
+
+def test_private_attributes_of_others_are_assigned_by_layers_and_gates_alone() -> None:
+    found = [
+        f"{module}:{target.lineno} {ast.unparse(target)}"
+        for module, path in _modules().items()
+        if module.split(".")[0] not in ("layers", "gates")
+        for target in _assigned(ast.parse(path.read_text(encoding="utf-8")))
+        if any(name.startswith("_") and not name.endswith("__") for name in ast.unparse(target).split(".")[1:])
+        if ast.unparse(target).split(".")[0] not in ("self", "cls")
+    ]
+    assert not found
+
+
 def test_what_slora_imports_at_once_is_small() -> None:
     assert _graph(within_functions=False)[""] == FACADE
 

@@ -38,7 +38,8 @@ from slora.errors import (
 from slora.gates.cache import refresh_gates
 from slora.io.atomic import json_text, text_writer, write_together
 from slora.layers import LoRABlocks, adapted_layers
-from slora.models.inject import adapt, injection
+from slora.models.inject import adapt
+from slora.models.injection import injection
 from slora.models.lost_layers import config_of, refuse_all_lost, refuse_computed, warn_of_lost
 from slora.models.modules_to_save import unsaved
 from slora.module_tree.exclusive import changing, signals_held

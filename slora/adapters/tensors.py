@@ -16,7 +16,7 @@ from slora.adapters.files import CONFIG, PREFIX, SELECTIVE, WEIGHTS, Entry, Sele
 from slora.errors import CheckpointError, StateError
 from slora.io.atomic import earlier
 from slora.io.bounded import require_file
-from slora.models.full_precision import NARROW
+from slora.models.full_precision import DTYPES_16_BIT
 from slora.models.modules_to_save import Saved
 from slora.module_tree.sharded import is_sharded
 from slora.module_tree.wrappers import unwrapped
@@ -193,7 +193,7 @@ def saved_state(
                 f"{folder / WEIGHTS}: {name} has shape {list(value.shape)}, the model's has "
                 f"{list(own.shape)}; build the model with the same number of outputs"
             )
-        widened = not injected and own.dtype in NARROW and (name not in single or not own.dim())
+        widened = not injected and own.dtype in DTYPES_16_BIT and (name not in single or not own.dim())
         dtype = torch.float32 if widened else own.dtype
         values[name] = _converted(value, name, dtype, folder, mask=name in buffers).to(own.device)
         if is_sharded(own) or not own.numel():

@@ -21,11 +21,12 @@ from slora.merging import batched
 from slora.merging.overflow import refuse_overflow
 from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
 from slora.models.adaptable import refuse_parametrized, refuse_replaced_forward
-from slora.models.inject import Injection, refuse_layer, unload
+from slora.models.inject import refuse_layer, unload
+from slora.models.injection import find_injection
 from slora.models.lost_layers import refuse_computed, refuse_fused, warn_of_lost
 from slora.module_tree import sharded
 from slora.module_tree.exclusive import changing, signals_held
-from slora.module_tree.wrappers import named_modules, unwrapped
+from slora.module_tree.wrappers import named_modules
 from slora.selection.strategy import unfinished_selection
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -136,8 +137,8 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
         refuse_layer(model)
         refuse_parametrized(layers)
         refuse_replaced_forward(layers)
-        record = getattr(unwrapped(model), "_slora", None)
-        if isinstance(record, Injection):
+        record = find_injection(model)
+        if record is not None:
             refuse_not_finite(record.saved.tensors(model), record.saved.buffers(model))
         selecting = unfinished_selection(model)
         if selecting:

@@ -1,11 +1,13 @@
 """Whole models: adapting one, its optimizer groups, its summary.
 
-inject.py           adapting a model in place, and taking the adapter off
-targets.py          which layers a config means; adaptable.py: why a module cannot be adapted
+inject.py           adapting a model in place, and removing the blocks again
+injection.py        what `inject` did, noted on the model
+targets.py          which layers a config selects; adaptable.py: why a module cannot be adapted
 modules_to_save.py  what is trained in full; full_precision.py: in fp32
+fused_encoders.py   PyTorch's fused encoder path, which would skip the blocks
 parameter_groups.py optimizer groups
 summary.py          active blocks, parameters, FLOPs
-disabled.py         the base model, for a while
-lost_layers.py      adapted layers that are no part of the model any more
-features.py         what the head of a model sees
+disabled.py         the base model, within a context
+lost_layers.py      layers that were adapted and have been replaced, or never trained
+features.py         the input of a model's head
 """

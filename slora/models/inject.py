@@ -17,32 +17,18 @@ from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention
 from slora.layers.bytecode import Read, methods_of, readers
 from slora.layers.weight_reads import ReadLinear, unwatch, watch
 from slora.models.adaptable import refuse_parametrized, refuse_replaced_forward
-from slora.models.full_precision import Kept, unwiden, widen
+from slora.models.full_precision import keep_in_fp32, restore_dtypes
+from slora.models.fused_encoders import set_fused_encoders
+from slora.models.injection import Injection, find_injection, injected_submodule, set_injection
 from slora.models.modules_to_save import Saved, saved_parts
 from slora.models.targets import candidates, chosen, is_out_proj, refuse_bases, refuse_uncalled
 from slora.module_tree import sharded
 from slora.module_tree.exclusive import changing
 from slora.module_tree.names import inside, no_match
 from slora.module_tree.places import swap
-from slora.module_tree.wrappers import module_at, named_modules, named_parameters, unwrapped
+from slora.module_tree.wrappers import module_at, named_parameters, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
-
-
-class Injection(NamedTuple):
-    """What `inject` did to a model."""
-
-    config: SelectiveLoRAConfig
-    modules_to_save: tuple[str, ...]
-    parameters_to_save: tuple[str, ...] = ()
-    wide: Kept = ()
-    layers: tuple[str, ...] = ()
-    """The layers that were adapted."""
-
-    @property
-    def saved(self) -> Saved:
-        """What is trained in full."""
-        return Saved(self.modules_to_save, self.parameters_to_save)
 
 
 def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
@@ -161,7 +147,7 @@ def adapt(model: Model, plan: Plan) -> Model:
             new[module] = _adapted(kind, module, plan.configs[name], name, gate_cache)
         for parameter in plan.saved.of(model):
             parameter.requires_grad_(True)
-        wide = widen(model, plan.saved)
+        original_dtypes = keep_in_fp32(model, plan.saved)
         gate_cache.trained_in_full = [
             weakref.ref(p) for name in plan.saved.modules for p in module_at(model, name).parameters()
         ]
@@ -171,8 +157,8 @@ def adapt(model: Model, plan: Plan) -> Model:
         module = module_at(model, name)
         unseen = next((layer for layer, one in layers.items() if one.getter), "")
         watch(module, paths, unseen, methods_of(type(module)))
-    _set_fused_encoders(model)
-    unwrapped(model)._slora = Injection(plan.config, *plan.saved, wide, tuple(plan.found))  # type: ignore[assignment]
+    set_fused_encoders(model)
+    set_injection(model, Injection(plan.config, *plan.saved, original_dtypes, tuple(plan.found)))
     return model
 
 
@@ -181,7 +167,7 @@ def _require_plain(model: nn.Module) -> None:
     if adapted:
         raise StateError(
             f"the model is adapted already ({len(adapted)} layers, the first {adapted[0]!r}"
-            f"{f', by slora.inject of its {inner!r}' if (inner := _injected_inside(model)) else ''}); "
+            f"{f', by slora.inject of its {inner!r}' if (inner := injected_submodule(model)) else ''}); "
             f"call slora.unload(model) or slora.merge_and_unload(model) before another inject"
         )
     for name, module in model.named_modules():
@@ -272,11 +258,12 @@ def unload(model: Model) -> Model:
         for module in model.modules():
             unwatch(module)
         swap(model, {layer: layer.plain() for layer in layers})
-        _set_fused_encoders(model)
+        set_fused_encoders(model)
+        record = find_injection(model)
+        if record is not None:
+            set_injection(model, None)
+            restore_dtypes(model, record.original_dtypes)
         plain: Any = unwrapped(model)
-        record = plain.__dict__.pop("_slora", None)
-        if isinstance(record, Injection):
-            unwiden(model, record.wide)
         return plain  # type: ignore[no-any-return]
 
 
@@ -290,41 +277,6 @@ def refuse_layer(model: nn.Module) -> None:
         )
 
 
-def injection(model: nn.Module) -> Injection:
-    """Return what `inject` was called with on `model`.
-
-    Raises:
-        StateError: `model` was not passed to `inject` itself.
-    """
-    found = getattr(unwrapped(model), "_slora", None)
-    if not isinstance(found, Injection):
-        raise StateError(_not_itself(model))
-    return found
-
-
-def _not_itself(model: nn.Module) -> str:
-    kind = type(unwrapped(model)).__name__
-    inner = _injected_inside(model)
-    if inner:
-        plain = all(part.isidentifier() for part in inner.split("."))
-        path = f"model.{inner}" if plain else f"model.get_submodule({inner!r})"
-        return f"{kind} is not adapted itself, its {inner!r} is; pass that module, as in {path}"
-    layers = [name for name, _ in adapted_layers(model)]
-    if layers:
-        return (
-            f"{kind} holds adapted layers, the first {layers[0]!r}, but is not the module that slora.inject was called "
-            f"on; pass that one"
-        )
-    return f"{kind} is not adapted; call slora.inject(model, config) on this very module first"
-
-
-def _injected_inside(model: nn.Module) -> str:
-    """The name of the part of `model` that `inject` was called on, or nothing."""
-    return next(
-        (name for name, m in named_modules(model) if name and isinstance(m.__dict__.get("_slora"), Injection)), ""
-    )
-
-
 def _adapted(
     kind: type[LoRABlocks], module: nn.Module, config: SelectiveLoRAConfig, name: str, gate_cache: GateCache
 ) -> LoRABlocks:
@@ -334,21 +286,3 @@ def _adapted(
     if isinstance(module, nn.MultiheadAttention) and kind is SelectiveLoRAAttention:
         return SelectiveLoRAAttention.from_attention(module, config, name=name, gate_cache=gate_cache)
     return ProjectionAttention.from_attention(module, config, name=name, gate_cache=gate_cache)
-
-
-def _set_fused_encoders(model: nn.Module) -> None:
-    """Keep PyTorch's fused encoder path off wherever it would read weights past the blocks, else restore it."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            _hold(module, "activation_relu_or_gelu", 0, any(True for _ in adapted_layers(module)))
-        elif isinstance(module, nn.TransformerEncoder):
-            _hold(module, "use_nested_tensor", False, any(True for _ in adapted_layers(module)))
-
-
-def _hold(module: nn.Module, attribute: str, value: Any, on: bool) -> None:
-    kept = "_slora_" + attribute
-    if on and kept not in module.__dict__:
-        setattr(module, kept, getattr(module, attribute))
-        setattr(module, attribute, value)
-    elif not on and kept in module.__dict__:
-        setattr(module, attribute, module.__dict__.pop(kept))

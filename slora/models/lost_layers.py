@@ -13,9 +13,9 @@ from slora.config import SelectiveLoRAConfig
 from slora.errors import ReplacedLayerWarning, StateError, UntrainedLayerWarning, quoted
 from slora.layers import LoRABlocks
 from slora.models.adaptable import computed
-from slora.models.inject import Injection, injection
+from slora.models.injection import find_injection, injection
 from slora.module_tree.sharded import full, is_sharded
-from slora.module_tree.wrappers import module_at, unwrapped
+from slora.module_tree.wrappers import module_at
 
 
 def warn_of_lost(model: nn.Module, layers: Mapping[str, LoRABlocks], stacklevel: int) -> None:
@@ -103,9 +103,9 @@ def refuse_fused(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
 
 
 def _replaced(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> dict[str, str]:
-    record = unwrapped(model).__dict__.get("_slora")
+    record = find_injection(model)
     found = {}
-    for name in record.layers if isinstance(record, Injection) else ():
+    for name in record.layers if record is not None else ():
         if name not in layers:
             try:
                 module = module_at(model, name)
