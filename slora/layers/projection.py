@@ -105,9 +105,9 @@ class Projection(BlockState):
         """`project` where a graph is recorded or calls are transformed: the gates on the device decide."""
         if self.released:
             return base(x, weight, bias)
-        if ops.wants_plain():
+        if ops.needs_reference():
             learns = self.inactive != "frozen" and (torch.compiler.is_compiling() or not _is_tracing())
-            return ops.plain(x, weight, bias, self._all_operands(blocks, None), every_gate=learns)
+            return ops.apply_reference(x, weight, bias, self._all_operands(blocks, None), every_gate=learns)
         # Blocks that stay off for good are known to be inactive.
         active = () if not torch.compiler.is_compiling() and self._off_for_good() else None
         operands = self._all_operands(blocks, active)
@@ -236,7 +236,7 @@ class Projection(BlockState):
         # holds the cast until the parameter changes; training holds it from forward to backward anyway.
         if parameter.dtype == dtype:
             return parameter
-        uncached = parameter.requires_grad or torch.compiler.is_compiling() or ops.wants_plain()
+        uncached = parameter.requires_grad or torch.compiler.is_compiling() or ops.needs_reference()
         # FSDP frees the weight after the layer has run; a cached cast would cost the memory that sharding saves.
         uncached = uncached or self._sharded_gate is not None
         if uncached or not torch.is_autocast_cache_enabled():

@@ -2,19 +2,19 @@
 
     layers -> operator.apply -> a backend -> PyTorch calls or kernels
 
-operands.py          `LoRAOperands`: what the blocks of a layer are, in one record
+operands.py          `LoRAOperands`: the blocks of a layer in one record
 operator.py          values and gradients: an autograd function in eager mode, a torch.library operator elsewhere
-gate_probe.py        what inactive gates learn from
-checks.py            what is accepted, and the words of what is not
-dispatch.py          which backend serves
-backends/            `eager`, in PyTorch calls, and `triton`, in kernels, whose form a measurement chooses
-layout.py            rows, blocks and columns, for both
-dropout.py           the mask, drawn from a counter
-flops.py             what it all computes
+gate_probe.py        the gradient of inactive gates
+checks.py            checks of the arguments
+dispatch.py          which backend computes a call
+backends/            `eager`: PyTorch calls; `triton`: kernels and cuBLAS, the fastest algorithm by measurement
+layout.py            views of rows, blocks and columns
+dropout.py           the dropout mask, a function of a counter
+flops.py             FLOP counts
 """
 
 from slora.ops.gate_probe import ProbeGates
 from slora.ops.operands import LoRAOperands
-from slora.ops.operator import apply, plain, selective_linear, wants_plain
+from slora.ops.operator import apply, apply_reference, needs_reference, selective_linear
 
-__all__ = ["LoRAOperands", "ProbeGates", "apply", "plain", "selective_linear", "wants_plain"]
+__all__ = ["LoRAOperands", "ProbeGates", "apply", "apply_reference", "needs_reference", "selective_linear"]

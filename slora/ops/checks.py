@@ -1,4 +1,4 @@
-"""What the operator accepts, checked once for every backend and for fake tensors, so that the message is one text."""
+"""Checks of the operator's arguments: the same for every backend and for fake tensors, with the same messages."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Whether `x` goes with a layer whose operands were checked before: what can differ from call to call."""
+    """Whether `x` fits a layer whose operands were checked with another x: checks what can differ from call to call."""
     return x.dim() > 0 and x.shape[-1] == weight.shape[1] and x.dtype == weight.dtype and x.device == weight.device
 
 
 def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> None:
-    """Raise `ShapeError` unless the arguments fit together; the same text on every backend and under tracing."""
+    """Raise `ShapeError` unless the arguments fit together."""
     if x.dtype not in DTYPES:
         raise ShapeError(f"x has {_kind(x)}; expected one of {', '.join(map(str, DTYPES))}")
     lora_A, lora_B, gate = operands[:3]
@@ -48,7 +48,7 @@ def _check_active(gate: Tensor, threshold: float, active: Sequence[int] | None) 
     if active is None or gate.device.type != "cpu" or torch.compiler.is_compiling() or is_fake(gate):
         return
     if torch._C._current_graph_task_id() != -1:
-        # A forward that is computed again in the backward: the gates may have moved since, its blocks stand.
+        # Activation checkpointing recomputes a forward with the blocks of the first one; gates may have changed since.
         return
     found = (gate >= threshold).nonzero().flatten().tolist()
     if list(active) != found:

@@ -2,15 +2,15 @@
 
 | `SLORA_BACKEND` | on CUDA | on the CPU |
 |---|---|---|
-| `auto` (default) | the fastest form measured for the shape: Triton kernels or PyTorch calls | PyTorch calls |
-| `triton` | Triton kernels, never a measurement | an error, unless `TRITON_INTERPRET=1` |
+| `auto` (default) | the fastest algorithm measured for the shape, of Triton kernels or cuBLAS | PyTorch calls |
+| `triton` | Triton kernels, without a measurement | an error, unless `TRITON_INTERPRET=1` |
 | `torch` | PyTorch calls (`slora.ops.backends.eager`) | the same |
 | `reference` | `slora.reference`, differentiable any number of times | the same |
 
-The kernels serve bf16 and fp16 on GPUs from compute capability 8.0 on, up to 64 blocks of a rank up to 256, and sizes
-that are multiples of 8 (`Triton.supports`); what they do not, fp32 above all, PyTorch calls compute under `auto` and
-`triton` as well. Triton's interpreter serves fp32, too, but multiplies bf16 wrongly: with it, bf16 is an error under
-`triton` and served by PyTorch calls under `auto`.
+The kernels support bf16 and fp16 on GPUs from compute capability 8.0 on, up to 64 blocks of a rank up to 256, and sizes
+that are multiples of 8 (`Triton.supports`). Everything else, fp32 above all, is computed by PyTorch calls under `auto`
+and `triton` as well. Triton's interpreter supports fp32, too, but multiplies bf16 wrongly: with it, bf16 is an error
+under `triton` and computed by PyTorch calls under `auto`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def backend_for(x: Tensor, operands: LoRAOperands | None = None) -> Backend | No
 
 @functools.cache
 def _decided(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend | None:
-    """`backend_for` but for what the backend supports, once for each: a layer asks twice per step."""
+    """The backend for a device and dtype, before `supports` is asked; cached, because a layer asks twice per step."""
     if wanted == "reference":
         return None
     check_device(device, dtype)
@@ -71,7 +71,7 @@ def _decided(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend |
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise where `SLORA_BACKEND=triton` cannot be obeyed for an x on `device`.
+    """Check that `SLORA_BACKEND=triton`, if set, can compute an x on `device`.
 
     Raises:
         ConfigError: x is not on a CUDA device and Triton's interpreter is off, or x is bf16 and it is on.
@@ -97,7 +97,7 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _kernels_serve(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels compute what `check_device` has let pass, by the table above."""
+    """Whether Triton kernels compute this device and dtype by the table above, once `check_device` has passed."""
     wanted, gpu = setting(), device.type == "cuda"
     if wanted == "auto":
         served = gpu and has_triton() and not (interpreting() and dtype == torch.bfloat16)

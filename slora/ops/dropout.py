@@ -1,7 +1,7 @@
 """LoRA dropout from a counter: whether an element of `x` is dropped is a function of (seed, row, column) alone.
 
-Nothing is stored and no generator has a state: forward, input gradient and weight gradients of every backend draw
-the same mask anew. Two neighbouring columns share one 32-bit hash, 16 bits each, so that a kernel can afford to draw
+No mask is stored and no generator has a state: forward, input gradient and weight gradients of every backend compute
+the same mask again. Two neighbouring columns share one 32-bit hash, 16 bits each, so that a kernel can afford to draw
 it inside the main loop of a matrix product. With `mix` a bijection of 32-bit words (Wellons' lowbias32) and a
 64-bit seed whose halves are `low` and `high`:
 
@@ -11,9 +11,9 @@ it inside the main loop of a matrix product. With `mix` a bijection of 32-bit wo
     z = a ^ c;  z = (z ^ z >> 16) * D0;  z = (z ^ z >> 15 ^ b) * D1
     kept:  z >> 16 >= drop  in even columns,  (z ^ z << 16) >> 16 >= drop  in odd ones
 
-All arithmetic is modulo 2^32. The keys cost nothing, there being one per row or column; an element costs about six
-integer instructions. `drop` is the probability in units of 2^-16, and what is kept counts `1 / (1 - drop / 2^16)`:
-the mean is exact, the probability off by at most 2^-17.
+All arithmetic is modulo 2^32. The keys are negligible, one per row or column; an element costs about six integer
+instructions. `drop` is the probability in units of 2^-16, and kept elements are scaled by `1 / (1 - drop / 2^16)`: the
+mean is exact, the probability off by at most 2^-17.
 
 `kernels/dropout.py` computes the same numbers in Triton.
 """
@@ -39,14 +39,14 @@ def drop_units(dropout: float) -> int:
 
 
 def rescaling(dropout: float) -> float:
-    """Return the factor by which kept elements count more: one over the probability that an element is kept."""
+    """Return the factor that kept elements are scaled by: one over the probability that an element is kept."""
     return UNITS / (UNITS - drop_units(dropout))
 
 
-def kept(M: int, K: int, dropout: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
+def keep_mask(M: int, K: int, dropout: float, seed: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the mask `[M, K]` in `dtype` on the device of `seed`: 1 where an element is kept, 0 where it is dropped.
 
-    `seed` is an int64 scalar. It is not read by the host, so a CUDA graph that draws it draws a new mask per replay.
+    `seed` is an int64 scalar. The host does not read it, so a CUDA graph that draws the seed has a new mask per replay.
     """
     device = seed.device
     low, high = seed & _WORD, seed >> 32 & _WORD

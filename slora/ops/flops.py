@@ -1,7 +1,7 @@
-"""FLOPs: of the operator by formula, of any call by counting.
+"""FLOPs: of the operator by formula, of any call by PyTorch's counter.
 
-`register` gives the formulas to PyTorch's own counter, so `torch.utils.flop_counter.FlopCounterMode` sees what a step
-really computes: the active blocks, and nothing below the first of them.
+`register` adds the formulas to PyTorch's counter, so that `torch.utils.flop_counter.FlopCounterMode` counts what a step
+really computes: the active blocks only, and no backward below the first of them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def count_flops(call: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
 
 @functools.cache
 def register() -> None:
-    """Give the formulas to PyTorch's counter. Adapted layers call this when they are made.
+    """Add the formulas to PyTorch's counter. Adapted layers call this when they are made.
 
     Not done at import, because the counter's module imports Triton, which takes longer than all of slora.
     """
@@ -60,7 +60,7 @@ def register() -> None:
         sdpa_flop_count,
     )
 
-    # In place of a tensor a formula gets its shape.
+    # A formula gets the shape of each tensor in place of the tensor.
     @register_flop_formula(torch.ops.slora.selective_linear)
     def forward(x: Any, weight: Any, bias: Any, *blocks: Any, out_shape: Any = None) -> int:
         number, r, K, count = _of_blocks(blocks)
@@ -79,7 +79,7 @@ def register() -> None:
         blocks, r, K = lora_A
         return probe_flops(x[0], lora_B[1] * blocks, K, r, blocks, blocks if present is None else len(present))
 
-    # PyTorch leaves out the product that adds in place.
+    # PyTorch has no formula for the in-place addmm.
     if torch.ops.aten.addmm_ not in flop_registry:
 
         @register_flop_formula(torch.ops.aten.addmm_)

@@ -1,4 +1,4 @@
-"""`LoRAOperands`: what the blocks of one adapted layer are, in one record from the layer to the kernel."""
+"""`LoRAOperands`: the blocks of one adapted layer in one record, from the layer to the kernel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slora.ops.dropout import rescaling
 
 
 class LoRAOperands(NamedTuple):
-    """The blocks of a layer in one call. Field by field the end of the torch.library operator's schema."""
+    """The blocks of a layer in one call. The schema of the torch.library operator ends with the same fields."""
 
     lora_A: Tensor
     """`[blocks, r, K]`, in the dtype of x or fp32; r from 1 to 256."""
@@ -26,8 +26,8 @@ class LoRAOperands(NamedTuple):
     """The factor in front of every update."""
     active: Sequence[int] | None = None
     """The active blocks in rising order where the host knows them, so that nothing has to be read from the device; must
-    agree with `gate`, which is checked on the CPU only. None means "read the gates" and is what `torch.compile` sees,
-    so that a moving gate never changes the graph."""
+    agree with `gate`, which is checked on the CPU only. None means "read the gates on the device"; `torch.compile` sees
+    that, so that a change of a gate never recompiles."""
     dropout: float = 0.0
     """Probability of dropping an element of x on the LoRA path."""
     seed: Tensor | None = None
@@ -57,7 +57,7 @@ class LoRAOperands(NamedTuple):
 
     @property
     def factor(self) -> float:
-        """The scaling with what makes up for dropped elements."""
+        """The scaling, times the rescaling of dropout."""
         return self.scaling * rescaling(self.dropout) if self.dropout else self.scaling
 
     def cast(self, dtype: torch.dtype) -> LoRAOperands:

@@ -1,14 +1,14 @@
 """Values and gradients of the operator behind every adapted layer.
 
-Eager mode goes through a plain autograd function. Where something watches the calls (torch.compile, export, a FLOP
-counter, fake tensors) or differentiates twice, it is the torch.library operator
+Eager mode goes through a `torch.autograd.Function`. Where something observes the calls (torch.compile, export, a FLOP
+counter, fake tensors), or a backward is differentiated, it is the torch.library operator
 
     torch.ops.slora.selective_linear(x, weight, bias, lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
         -> (y, S)
 
 whose schema is `x, weight, bias` and then the fields of `LoRAOperands`. Both call the same backend
-(`slora.ops.dispatch`). `S` is what the backward keeps besides `x`. What torch.func transforms, or torch.jit and
-torch.onnx record, is `plain`: PyTorch calls that they know the rules of.
+(`slora.ops.dispatch`). `S` is saved for the backward besides `x`. Under the transforms of torch.func, and where
+torch.jit or torch.onnx record, `apply_reference` takes its place: PyTorch calls for which they have rules.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from slora.ops.backends import Backend, Gradients, Needs
 from slora.ops.backends.eager import EAGER
 from slora.ops.checks import check_operands
 from slora.ops.dispatch import backend_for, check_device, setting
-from slora.ops.dropout import kept, rescaling
-from slora.ops.layout import masked, rows
+from slora.ops.dropout import keep_mask, rescaling
+from slora.ops.layout import rows, zero_inactive
 from slora.ops.operands import LoRAOperands
 
 _library: Any = torch.library.Library("slora", "DEF")
@@ -68,30 +68,30 @@ def selective_linear(
     supplies it). In the backward only what `requires_grad` asks for is computed.
 
     Raises:
-        ShapeError: shapes, dtypes or devices disagree, or `active` is no rising list of blocks or disagrees with
-            `gate`; names the argument, what it is and what it should be.
+        ShapeError: shapes, dtypes or devices disagree, or `active` is not a rising list of blocks or disagrees with
+            `gate`; names the argument, its value and what is expected.
         ConfigError: `SLORA_BACKEND` is unknown, or asks for kernels that cannot run on the device of `x` or in
             its dtype.
     """
     operands = LoRAOperands(lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
-    if wants_plain():
-        return plain(x, weight, bias, operands)
+    if needs_reference():
+        return apply_reference(x, weight, bias, operands)
     if not torch.compiler.is_compiling():
         check_operands(x, weight, bias, operands)
     return apply(x, weight, bias, operands)
 
 
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> Tensor:
-    """Return what `selective_linear` does, of operands that were checked before; not where `wants_plain`."""
+    """Compute `selective_linear` with operands that were checked already; not to be called where `needs_reference`."""
     if torch.compiler.is_compiling():
         if setting() == "reference":
-            return plain(x, weight, bias, operands)
+            return apply_reference(x, weight, bias, operands)
         return _as_operator(x, weight, bias, operands)
     backend = backend_for(x, operands)
     if backend is None:
-        return plain(x, weight, bias, operands)
+        return apply_reference(x, weight, bias, operands)
     if is_in_torch_dispatch_mode():
-        # Someone watches, who has to see one operator with a schema rather than what computes it.
+        # An observer has to see one operator with a schema rather than the calls that compute it.
         return _as_operator(x, weight, bias, operands)
     if not torch.is_grad_enabled():
         return backend.forward(x, weight, bias, operands.cast(x.dtype))[0]
@@ -106,8 +106,8 @@ def _as_operator(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAO
 
 
 class _Eager(torch.autograd.Function):
-    """`apply(x, weight, bias, lora_A, lora_B, gate, operands, backend)`; A, B and gate are those of `operands`, for
-    autograd."""
+    """`apply(x, weight, bias, lora_A, lora_B, gate, operands, backend)`; A, B and gate are those of `operands`, passed
+    for autograd to see them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
@@ -115,35 +115,35 @@ class _Eager(torch.autograd.Function):
         backend: Backend = rest[4]
         y, S = backend.forward(x, weight, bias, operands.cast(x.dtype))
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*_kept(ctx.needs_input_grad, x, weight, S, operands))
+            ctx.save_for_backward(*_saved_tensors(ctx.needs_input_grad, x, weight, S, operands))
             ctx.call, ctx.backend = operands[3:7], backend
-        # A view made in here could not be changed in place afterwards.
+        # Autograd forbids in-place changes of a view that a custom function returns.
         return y.detach() if y._is_view() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         device = grads[0].device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            # Called inside a context that the forward was not in, which would cast some of the products.
+            # The backward runs under an autocast that the forward was not under, and that would cast some products.
             with torch.autocast(device, enabled=False):
                 return _Eager.backward(ctx, *grads)
-        # Differentiated twice, which the operator refuses, or watched: by the operator.
-        watched = torch.is_grad_enabled() or is_in_torch_dispatch_mode()
-        return *_gradients_of(ctx, grads[0], None if watched else ctx.backend), None, None
+        # By the operator where the backward is itself differentiated, which the operator refuses, or observed.
+        as_operator = torch.is_grad_enabled() or is_in_torch_dispatch_mode()
+        return *_gradients_of(ctx, grads[0], None if as_operator else ctx.backend), None, None
 
 
-def _kept(
+def _saved_tensors(
     needs: Sequence[bool], x: Tensor, weight: Tensor, S: Tensor, operands: LoRAOperands
 ) -> tuple[Tensor | None, ...]:
-    """What the backward needs, the same in eager mode and in the operator: activation checkpointing compares them."""
+    """What is saved for the backward. The same in eager mode and in the operator: activation checkpointing compares."""
     _, need_weight, _, need_A, need_B, need_gate = needs[:6]
-    x_kept = x if need_weight or need_A else None
-    S_kept = S if need_B or need_gate else None
-    return x_kept, weight, S_kept, *operands[:3], operands.seed
+    saved_x = x if need_weight or need_A else None
+    saved_S = S if need_B or need_gate else None
+    return saved_x, weight, saved_S, *operands[:3], operands.seed
 
 
 def _gradients_of(ctx: Any, dy: Tensor, backend: Backend | None) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, bias, A, B and gates for what `_kept` kept, by the backend or by the operator."""
+    """The gradients of x, weight, bias, A, B and gates by `backend`, or by the operator where that is None."""
     x, weight, S, lora_A, lora_B, gate, seed = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
     threshold, scaling, active, dropout = ctx.call
@@ -155,16 +155,16 @@ def _gradients_of(ctx: Any, dy: Tensor, backend: Backend | None) -> tuple[Tensor
         found = torch.ops.slora.selective_linear_backward(dy, x, S, weight, needs, *operands)
         dx, dA, dB, dgate = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
     elif any(needs):
-        dx, dA, dB, dgate = _by(backend, dy, x, S, weight, needs, operands)
+        dx, dA, dB, dgate = _backend_gradients(backend, dy, x, S, weight, needs, operands)
     dW = rows(dy).T @ rows(x) if need_weight else None
     db = rows(dy).sum(0) if need_bias else None
     return dx, dW, db, dA, dB, dgate
 
 
-def _by(
+def _backend_gradients(
     backend: Backend, dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Needs, operands: LoRAOperands
 ) -> Gradients:
-    """The gradients by a backend, in the shape and dtype of what they are of."""
+    """The gradients by a backend, each in the shape and dtype of its tensor."""
     low = operands.cast(dy.dtype)
     dx, dA, dB, dgate = backend.backward(rows(dy), None if x is None else rows(x), S, weight, low, needs)
     if dx is not None and dy.dim() != 2:
@@ -176,22 +176,24 @@ def _by(
     return Gradients(dx, dA, dB, dgate)
 
 
-# Without what `Function.apply` does first, which is to look for transforms of torch.func: `wants_plain` has looked.
+# `Function.apply` without its search for transforms of torch.func: `needs_reference` has made that already.
 _apply: Any = super(torch.autograd.Function, _Eager).apply
 
 
-def wants_plain() -> bool:
-    """Whether torch.func transforms what is called here, or torch.jit or torch.onnx records it."""
+def needs_reference() -> bool:
+    """Whether a transform of torch.func is active, or torch.jit or torch.onnx records."""
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export() or torch._C._are_functorch_transforms_active()
     return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
 
 
-def plain(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands, every_gate: bool = False) -> Tensor:
+def apply_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands, every_gate: bool = False
+) -> Tensor:
     """Return `selective_linear` by `slora.reference`, differentiable any number of times, and by torch.func.
 
-    With `every_gate` inactive gates get their gradient, too, for which what inactive blocks hold is read. Dropout
-    without a seed is PyTorch's own, which obeys the randomness that vmap was asked for.
+    With `every_gate` inactive gates get their gradient, too, which reads the matrices of inactive blocks. Dropout
+    without a seed is PyTorch's own, which follows the `randomness` argument of vmap.
     """
     lora_A, lora_B, gate, threshold, scaling, _, dropout, seed = operands
     x_lora = None
@@ -199,16 +201,16 @@ def plain(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands
         if seed is None:
             x_lora = torch.nn.functional.dropout(x, dropout)
         else:
-            keep = kept(math.prod(x.shape[:-1]), x.shape[-1], dropout, seed, x.dtype)
+            keep = keep_mask(math.prod(x.shape[:-1]), x.shape[-1], dropout, seed, x.dtype)
             x_lora = x * keep.view(x.shape) * rescaling(dropout)
-    # The gate keeps its dtype: rounded to that of x, a score next to the threshold would change sides.
+    # The gate keeps its dtype: rounded to that of x, a score next to the threshold could change sides.
     on = gate >= threshold
     if every_gate:
         A, B = (torch.where(on[:, None, None], t, t.detach()) for t in (lora_A, lora_B))
     else:
         gate = torch.where(on, gate, gate.detach())
-        # What inactive blocks hold is not read: 0 times infinity is not 0.
-        A, B = masked(lora_A, on), masked(lora_B, on)
+        # Zeros in place of the matrices of inactive blocks, which may hold infinity: 0 times infinity is NaN.
+        A, B = zero_inactive(lora_A, on), zero_inactive(lora_B, on)
     y = reference.selective_lora_linear(x, weight, bias, A.to(x.dtype), B.to(x.dtype), gate, threshold, scaling, x_lora)
     return y.to(x.dtype)
 
@@ -223,8 +225,8 @@ def _backward(
     dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Sequence[bool], *blocks: Any
 ) -> tuple[Tensor, ...]:
     operands = LoRAOperands(*blocks)
-    found = _by(backend_for(dy, operands) or EAGER, dy, x, S, weight, Needs(*needs), operands)
-    # An operator returns tensors; what is not needed is an empty one.
+    found = _backend_gradients(backend_for(dy, operands) or EAGER, dy, x, S, weight, Needs(*needs), operands)
+    # An operator cannot return None: an empty tensor stands for a gradient that is not needed.
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
@@ -250,7 +252,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     operands, S = LoRAOperands(*blocks), output[1]
     ctx.mark_non_differentiable(S)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*_kept(ctx.needs_input_grad, x, weight, S, operands))
+    ctx.save_for_backward(*_saved_tensors(ctx.needs_input_grad, x, weight, S, operands))
     ctx.call = operands[3:7]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slora.ops.dropout import kept
+from slora.ops.dropout import keep_mask
 from slora.ops.operands import LoRAOperands
 
 THRESHOLD, SCALING = 0.1, 0.7
@@ -81,7 +81,7 @@ class Problem:
         A, B, _, _, _, host_known, p, seed = self.operands
         M, n, c = len(self.x), self.operands.n, self.operands.factor
         x, W, dy, A, B = (t.to(dtype) for t in (self.x, self.W, self.dy, A, B))
-        masked = x if seed is None else x * kept(*x.shape, p, seed, dtype)
+        masked = x if seed is None else x * keep_mask(*x.shape, p, seed, dtype)
         y, dx = x @ W.T, dy @ W
         if self.bias is not None:
             y += self.bias.to(dtype)
@@ -94,7 +94,7 @@ class Problem:
                 T.append(dy[:, columns] @ B[i])
                 y[:, columns] += c * (S[-1] @ B[i].T)
                 update = c * (T[-1] @ A[i])
-                dx += update if seed is None else update * kept(*x.shape, p, seed, dtype)
+                dx += update if seed is None else update * keep_mask(*x.shape, p, seed, dtype)
                 dA[i], dB[i] = c * (T[-1].T @ masked), c * (dy[:, columns].T @ S[-1])
                 dgate[i] = (dB[i] * B[i]).sum()
             elif host_known is None:

@@ -39,7 +39,7 @@ def test_a_kernel_draws_the_stated_mask(M: int, K: int, seed: int, p: float, dev
     out = torch.full((M, K), float("nan"), device=device)
     seeds = torch.tensor(seed, device=device)
     draw[(triton.cdiv(M, 16), triton.cdiv(K, 32))](seeds, out, M, K, statement.drop_units(p), 16, 32)
-    assert torch.equal(out, statement.kept(M, K, p, seeds, torch.float32))
+    assert torch.equal(out, statement.keep_mask(M, K, p, seeds, torch.float32))
 
 
 COMPILED = """

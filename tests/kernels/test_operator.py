@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from slora import ops, reference
 from slora.layers import SelectiveLoRALinear
 from slora.ops.backends import triton
-from slora.ops.dropout import kept, rescaling
+from slora.ops.dropout import keep_mask, rescaling
 from slora.ops.operands import LoRAOperands
 
 THRESHOLD, SCALING = 0.1, 1.7
@@ -152,7 +152,7 @@ def test_dropout_drops_in_the_backward_what_it_dropped_in_the_forward(
     p: float, host_known: bool, dtype: torch.dtype, device: torch.device, assert_as_exact_as: Any
 ) -> None:
     given, seed = make(device, dtype), torch.tensor(77, device=device)
-    mask = kept(37, 24, p, seed, torch.float64) * rescaling(p)
+    mask = keep_mask(37, 24, p, seed, torch.float64) * rescaling(p)
     dy = torch.randn(37, 48, device=device).to(dtype)
     found = ours(given, dy, active=[0, 2] if host_known else None, dropout=p, seed=seed)
     compare(assert_as_exact_as, given, dy, found, mask)

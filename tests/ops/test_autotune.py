@@ -172,7 +172,7 @@ def test_processes_that_write_at_once_leave_a_whole_file(two_processes: Callable
 def test_a_folder_that_cannot_be_written_to_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SLORA_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="is not remembered: .* Set SLORA_CACHE to a folder"):
+    with pytest.warns(UserWarning, match="is not cached: .* Set SLORA_CACHE to a folder"):
         assert tuning.choose("shape", 100, CPU, SLOW_FIRST) == "addmm"
 
 

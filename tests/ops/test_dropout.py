@@ -18,7 +18,7 @@ from slora.ops import dropout
 
 def signs(M: int, K: int, p: float, seed: int = 1) -> Tensor:
     """The mask shifted and scaled to mean 0 and variance 1."""
-    kept = dropout.kept(M, K, p, torch.tensor(seed), torch.float32).double()
+    kept = dropout.keep_mask(M, K, p, torch.tensor(seed), torch.float32).double()
     p = dropout.drop_units(p) / dropout.UNITS
     return (kept - (1 - p)) / math.sqrt(p * (1 - p))
 
@@ -52,22 +52,22 @@ def by_hand(seed: int, row: int, column: int, drop: int) -> bool:
 
 @pytest.mark.parametrize("seed", [0, 5, -7, 2**62 - 1, 2**40 + 3])
 def test_the_mask_is_the_stated_formula(seed: int) -> None:
-    kept = dropout.kept(7, 13, 0.3, torch.tensor(seed), torch.float32)
+    kept = dropout.keep_mask(7, 13, 0.3, torch.tensor(seed), torch.float32)
     drop = dropout.drop_units(0.3)
     wanted = [[float(by_hand(seed, row, column, drop)) for column in range(13)] for row in range(7)]
     assert kept.tolist() == wanted
 
 
 def test_a_mask_made_in_pieces_is_the_mask_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = dropout.kept(53, 21, 0.4, torch.tensor(3), torch.float32)
+    whole = dropout.keep_mask(53, 21, 0.4, torch.tensor(3), torch.float32)
     monkeypatch.setattr(dropout, "_AT_ONCE", {"cpu": 64})
-    assert torch.equal(dropout.kept(53, 21, 0.4, torch.tensor(3), torch.float32), whole)
+    assert torch.equal(dropout.keep_mask(53, 21, 0.4, torch.tensor(3), torch.float32), whole)
 
 
 @pytest.mark.parametrize(("M", "K"), [(0, 5), (1, 1), (3, 0), (1, 7)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.bool], ids=str)
 def test_the_mask_has_the_shape_and_dtype_asked_for(M: int, K: int, dtype: torch.dtype) -> None:
-    kept = dropout.kept(M, K, 0.5, torch.tensor(1), dtype)
+    kept = dropout.keep_mask(M, K, 0.5, torch.tensor(1), dtype)
     assert kept.shape == (M, K)
     assert kept.dtype == dtype
 
@@ -85,7 +85,7 @@ def test_the_sixteen_bits_of_an_element_are_uniform() -> None:
     M, K = 500, 1000
     shares = [0.0]
     for k in range(1, 256):
-        shares.append(1 - float(dropout.kept(M, K, k / 256, torch.tensor(9), torch.float64).mean()))
+        shares.append(1 - float(dropout.keep_mask(M, K, k / 256, torch.tensor(9), torch.float64).mean()))
     counts = np.diff([*shares, 1.0]) * M * K
     chi2 = float(((counts - M * K / 256) ** 2 / (M * K / 256)).sum())
     # 255 degrees of freedom: mean 255, standard deviation sqrt(510).
@@ -141,10 +141,10 @@ def test_what_is_kept_is_scaled_by_the_probability_that_is_realised(p: float) ->
 
 def test_the_mask_does_not_depend_on_the_state_of_any_generator() -> None:
     torch.manual_seed(1)
-    one = dropout.kept(5, 6, 0.5, torch.tensor(4), torch.float32)
+    one = dropout.keep_mask(5, 6, 0.5, torch.tensor(4), torch.float32)
     state = torch.get_rng_state()
     torch.manual_seed(2)
-    assert torch.equal(dropout.kept(5, 6, 0.5, torch.tensor(4), torch.float32), one)
+    assert torch.equal(dropout.keep_mask(5, 6, 0.5, torch.tensor(4), torch.float32), one)
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -152,5 +152,5 @@ def test_the_mask_does_not_depend_on_the_state_of_any_generator() -> None:
 @pytest.mark.gpu
 def test_the_mask_is_the_same_on_every_device() -> None:
     seed = torch.tensor(12345)
-    there = dropout.kept(333, 77, 0.2, seed.cuda(), torch.float32)
-    assert torch.equal(there.cpu(), dropout.kept(333, 77, 0.2, seed, torch.float32))
+    there = dropout.keep_mask(333, 77, 0.2, seed.cuda(), torch.float32)
+    assert torch.equal(there.cpu(), dropout.keep_mask(333, 77, 0.2, seed, torch.float32))

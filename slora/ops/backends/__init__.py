@@ -1,7 +1,7 @@
-"""Who computes the operator: PyTorch calls (`eager`) or kernels (`triton`), each behind one interface.
+"""What computes the operator: PyTorch calls (`eager`) or kernels (`triton`), behind one interface.
 
-A backend sees operands that were checked, with A and B in the dtype of x (`LoRAOperands.cast`). S is `[M, packed * r]`,
-the same for both: a backward may be another's than the forward was.
+A backend gets operands that were checked, with A and B in the dtype of x (`LoRAOperands.cast`). S is `[M, packed * r]`
+for both, so that one can compute the backward of the other's forward.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from slora.ops.operands import LoRAOperands
 
 
 class Gradients(NamedTuple):
-    """Of one call; None for each that was not asked for. Those of A, B and gates have the dtype of x or a wider one."""
+    """The gradients of one call; None where not needed. Those of A, B and gates have the dtype of x or a wider one."""
 
     x: Tensor | None
     """`[M, K]`."""
@@ -28,7 +28,7 @@ class Gradients(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients are needed."""
 
     x: bool
     lora_A: bool
@@ -42,7 +42,7 @@ class Backend(Protocol):
     name: str
 
     def supports(self, x: Tensor, operands: LoRAOperands | None) -> bool:
-        """Return whether the backend serves rows of `x` (or of dy) and these blocks; `eager` serves all."""
+        """Return whether the backend can compute rows of `x` (or of dy) with these blocks; `eager` can compute all."""
         ...
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> tuple[Tensor, Tensor]:
@@ -56,13 +56,13 @@ class Backend(Protocol):
         those of B and the gates are not."""
         ...
 
-    def sample_rows(self, x: Tensor, m: int, seed: int, shift: Tensor | None) -> Tensor:
+    def sample_rows(self, x: Tensor, m: int, seed: int, seed_offset: Tensor | None) -> Tensor:
         """Return the `[m, K]` rows of `x [M, K]` that `slora.ops.gate_probe.sampled_rows` names."""
         ...
 
     def gate_probe(
         self, dy: Tensor, x: Tensor, operands: LoRAOperands, blocks: Sequence[int] | None, seed: int,
-        shift: Tensor | None,
+        seed_offset: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Return `dgate [blocks]` of the inactive blocks from the sampled rows `x [m, K]`, fp32 (fp64 of fp64).
 

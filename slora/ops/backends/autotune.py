@@ -1,15 +1,15 @@
-"""Which form is the fastest for a shape: measured once, remembered on disk.
+"""Which algorithm is the fastest for a shape: measured once, cached on disk.
 
 `choose` times the candidates with CUDA events the first time that a shape class is seen, and writes the result to
 `forms.json` in the folder `SLORA_CACHE` (default: `slora` in `XDG_CACHE_HOME` or `~/.cache`). An entry holds for one
-device name, one version of torch and of Triton and one text of the kernels. Delete the file to measure again.
+device name, one version of torch and of Triton and one source of the kernels. Delete the file to measure again.
 
-Rows are counted in powers of two, rounded up, and each such number is measured by itself. Times are those of the
-device: several calls are queued behind a delay, so that none waits for Python.
+The number of rows is rounded up to a power of two, and each power is measured by itself. Times are those of the device:
+several calls are queued behind a delay, so that none waits for Python.
 
-During capture of a CUDA graph: the remembered choice, else the default. Warm up for it inside
-`slora.gates_on_device()`, which measures for it. Under `torch.use_deterministic_algorithms` it is always the default,
-because a measurement may turn out otherwise in the next run and another form rounds otherwise.
+During capture of a CUDA graph: the cached choice, else the default. Warm up inside `slora.gates_on_device()`, which
+measures what the graph will run. Under `torch.use_deterministic_algorithms` it is always the default, because the next
+run may measure otherwise, and another algorithm rounds otherwise.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _lock = threading.Lock()
 
 
 def choose(shape: str, M: int, device: torch.device, candidates: Candidates) -> str | None:
-    """Return the name of the fastest of `candidates`, or None where that cannot be known now and the first has to do.
+    """Return the name of the fastest of `candidates`; None during capture if it is not cached: use the first then.
 
     Args:
         shape: the shape class without its rows: operation, sizes, dtypes.
@@ -78,7 +78,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def cache_file() -> Path:
-    """Return the file in which choices are kept, whether or not it exists."""
+    """Return the file of cached choices, whether or not it exists."""
     folder = os.environ.get("SLORA_CACHE")
     if not folder:
         folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "slora")
@@ -95,7 +95,7 @@ def describe_cache() -> str:
 def _times(candidates: Candidates, device: torch.device) -> dict[str, float]:
     """Milliseconds of each candidate; those that the device cannot run are left out.
 
-    One that is too large for the device is nothing to speak of; any other failure is worth a warning, unless all fail.
+    Tiles that are too large for the device are skipped silently; any other failure gives a warning, unless all fail.
     """
     from triton.runtime.errors import OutOfResources
 
@@ -137,19 +137,19 @@ def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def _remember(device: torch.device, key: str, entry: dict[str, Any]) -> None:
-    # What other processes wrote meanwhile is kept. Two that write at the same instant lose one entry, to be measured
-    # again; the file is always one or the other, whole.
+    # Reads the file again, to keep what other processes wrote meanwhile. If two write at the same instant, one entry is
+    # lost and measured again later; the file is complete either way.
     path = cache_file()
     environments = _read(path)
     environments.setdefault(environment(device), {})[key] = entry
     try:
         atomic.write_json(path, {"format": FORMAT, "environments": environments})
     except CheckpointError as error:
-        _warn(f"the measured choice of kernels is not remembered: {error} Set SLORA_CACHE to a folder to write to.")
+        _warn(f"the measured choice of kernels is not cached: {error} Set SLORA_CACHE to a folder to write to.")
 
 
 def _read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """What the file says, by environment; nothing, with a warning, where it is damaged or something else."""
+    """The content of the file, by environment; empty, with a warning, if it is damaged or no such cache."""
     if not path.exists():
         return {}
     try:
@@ -171,7 +171,7 @@ def _warn(message: str) -> None:
 
 @functools.cache
 def environment(device: torch.device) -> str:
-    """Return what a choice holds for: device, versions, the text of the kernels and of the forms."""
+    """Return what a choice is valid for: the device, the versions, and a hash of the kernels and the algorithms."""
     import importlib.metadata
 
     digest, here = hashlib.sha256(), Path(__file__).parent

@@ -1,8 +1,8 @@
-"""The operator in PyTorch calls: the vendor's GEMM for the base, `addmm_` for the update.
+"""The operator in PyTorch calls: `F.linear` for the base, `addmm_` for the update.
 
 The update is added in place to the base product, so nothing of size M x N is allocated beyond `y`, and only
-`x` and `S` have to live until the backward. `S [M, packed * r]` holds the products of the active blocks side by side.
-Where every block is active, all of them are one batched product.
+`x` and `S` are saved for the backward. `S [M, packed * r]` holds the products of the active blocks side by side.
+Where every block is active, one batched product computes all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from slora.ops import dropout as counter
 from slora.ops.backends import Gradients, Needs
 from slora.ops.checks import check_input
-from slora.ops.layout import chosen, columns, masked, rows, scattered
+from slora.ops.layout import block_columns, rows, scatter_blocks, select_blocks, zero_inactive
 from slora.ops.operands import LoRAOperands
 
 
@@ -32,8 +32,8 @@ class Eager:
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> tuple[Tensor, Tensor]:
         """Return `(y [..., N], S)`.
 
-        Where nobody on the host knows the active blocks (`active` None on a GPU), all are computed, with A = B = 0 for
-        the inactive ones.
+        Where the host does not know the active blocks (`active` is None on a GPU), every block is computed, with
+        A = B = 0 for the inactive ones.
         """
         known, active, _ = _known(operands)
         y = base(x, weight, bias)
@@ -71,23 +71,23 @@ class Eager:
             S = _packed(S, operands, active)
         dA, dB, dgate = weight_gradients(dy, x, S, T, known, active, needs)
         if on is not None:
-            # Again, because 0 times what is not finite in x or dy is not 0.
-            dA, dB, dgate = (None if value is None else masked(value, on) for value in (dA, dB, dgate))
+            # Zeroed once more: 0 times infinity in x or dy is NaN.
+            dA, dB, dgate = (None if value is None else zero_inactive(value, on) for value in (dA, dB, dgate))
         return Gradients(dx, dA, dB, dgate)
 
-    def sample_rows(self, x: Tensor, m: int, seed: int, shift: Tensor | None) -> Tensor:
+    def sample_rows(self, x: Tensor, m: int, seed: int, seed_offset: Tensor | None) -> Tensor:
         """Return the rows by PyTorch's indexing."""
         from slora.ops.gate_probe import sampled_rows
 
-        return x[sampled_rows(x.shape[0], m, seed if shift is None else seed + shift, x.device)]
+        return x[sampled_rows(x.shape[0], m, seed if seed_offset is None else seed + seed_offset, x.device)]
 
     def gate_probe(
         self, dy: Tensor, x: Tensor, operands: LoRAOperands, blocks: Sequence[int] | None, seed: int,
-        shift: Tensor | None,
+        seed_offset: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Return `dgate_i = c * <S_i, T_i>` over the sampled rows."""
         if x.shape[0] < dy.shape[0]:
-            dy = self.sample_rows(dy, x.shape[0], seed, shift)
+            dy = self.sample_rows(dy, x.shape[0], seed, seed_offset)
         wide = torch.promote_types(dy.dtype, torch.float32)
         A, B, r = operands.lora_A, operands.lora_B, operands.r
         wanted = range(operands.blocks) if blocks is None else blocks
@@ -96,7 +96,7 @@ class Eager:
         dgate = (S.to(wide) * T.to(wide)).sum((0, 2)).mul_(operands.scaling)
         if blocks is None:
             dgate = dgate * (operands.gate < operands.threshold)
-        return scattered(dgate, operands.blocks, wanted)
+        return scatter_blocks(dgate, operands.blocks, wanted)
 
 
 EAGER = Eager()
@@ -105,7 +105,7 @@ EAGER = Eager()
 def _of_all_blocks(
     dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, operands: LoRAOperands, needs: Needs
 ) -> Gradients:
-    """What most calls are: the backward where every block is active, in as few calls as it takes."""
+    """The backward where every block is active and there is no dropout, the usual case, in as few calls as possible."""
     A, B, c, blocks = operands.lora_A, operands.lora_B, operands.scaling, operands.blocks
     dx = dA = dB = dgate = None
     if needs.x or needs.lora_A:
@@ -143,18 +143,18 @@ def weight_gradients(
     if needs.lora_B or needs.gate:
         dB = _transposed_times_S(dy, S, B, active, c)
         if needs.gate:
-            dgate = _inner_products(dB, chosen(B, active))
+            dgate = _inner_products(dB, select_blocks(B, active))
         dB = dB if needs.lora_B else None
     if len(active) != len(A):
-        dA, dB, dgate = (None if value is None else scattered(value, len(A), active) for value in (dA, dB, dgate))
+        dA, dB, dgate = (None if value is None else scatter_blocks(value, len(A), active) for value in (dA, dB, dgate))
     return dA, dB, dgate
 
 
 def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return `F.linear(x, weight, bias)` with the bits that it has where `weight` is trainable.
+    """Return `F.linear(x, weight, bias)` with the rounding that it has where `weight` is trainable.
 
-    Over rows that are not contiguous PyTorch multiplies a frozen weight batch by batch, which rounds otherwise:
-    merely freezing a model would change its output.
+    If the rows are not contiguous, PyTorch multiplies a frozen weight batch by batch, which rounds differently: only
+    to freeze a model would change its output.
     """
     try:
         if x.dim() <= 2 or (bias is not None and x.is_contiguous()):
@@ -169,14 +169,16 @@ def base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _known(operands: LoRAOperands) -> tuple[LoRAOperands, Sequence[int], Tensor | None]:
-    """The operands, the blocks to compute, and, where only the device knows those that are active, which those are:
-    then every block is computed, the inactive ones with zeros."""
+    """Return the operands, the blocks to compute, and None if the host knows the active blocks.
+
+    Else every block is computed, with zeros for the inactive ones, and the third is a mask `[blocks]` of the active.
+    """
     if operands.active is not None:
         return operands, operands.active, None
     on = operands.gate >= operands.threshold
     if _on_host(on):
         return operands, [i for i, flag in enumerate(on.tolist()) if flag], None
-    A, B = masked(operands.lora_A, on), masked(operands.lora_B, on)
+    A, B = zero_inactive(operands.lora_A, on), zero_inactive(operands.lora_B, on)
     return operands._replace(lora_A=A, lora_B=B), range(operands.blocks), on
 
 
@@ -185,17 +187,17 @@ def _on_host(on: Tensor) -> bool:
 
 
 def _spread(S: Tensor, operands: LoRAOperands, active: Sequence[int]) -> Tensor:
-    """S of the active blocks with columns for as many blocks as the operator's result has them for."""
+    """`S` of the active blocks as `[M, packed * r]`, with zeros for the other packed blocks."""
     if len(active) == operands.packed:
         return S
     wide = S.new_zeros(len(S), operands.packed, operands.r)
-    for place, i in enumerate(active):
-        wide[:, i] = S[:, place * operands.r : (place + 1) * operands.r]
+    for k, i in enumerate(active):
+        wide[:, i] = S[:, k * operands.r : (k + 1) * operands.r]
     return wide.flatten(1)
 
 
 def _packed(S: Tensor, operands: LoRAOperands, active: Sequence[int]) -> Tensor:
-    """The columns of the active blocks of what `_spread` returned."""
+    """The columns of the active blocks: the inverse of `_spread`."""
     if len(active) == operands.packed:
         return S
     return torch.cat([S[:, i * operands.r : (i + 1) * operands.r] for i in active] or [S[:, :0]], 1)
@@ -204,17 +206,17 @@ def _packed(S: Tensor, operands: LoRAOperands, active: Sequence[int]) -> Tensor:
 def _mask(operands: LoRAOperands, like: Tensor) -> Tensor:
     """The dropout mask of zeros and ones, `[M, K]`, in the dtype of `like [M, ...]`."""
     assert operands.seed is not None
-    return counter.kept(like.shape[0], operands.lora_A.shape[2], operands.dropout, operands.seed, like.dtype)
+    return counter.keep_mask(like.shape[0], operands.lora_A.shape[2], operands.dropout, operands.seed, like.dtype)
 
 
 def _stacked(A: Tensor, active: Sequence[int]) -> Tensor:
     """The A matrices of the active blocks on top of each other, `[len(active) * r, K]`."""
-    return chosen(A, active).reshape(len(active) * A.shape[1], A.shape[2])
+    return select_blocks(A, active).reshape(len(active) * A.shape[1], A.shape[2])
 
 
 def _batched(y: Tensor) -> bool:
-    """Whether products of all blocks of `y [M, N]` are one call: not in 16 bits on a CPU, where that takes twice as
-    long."""
+    """Whether to compute all blocks of `y [M, N]` by one batched product: not in 16 bits on a CPU, where it takes twice
+    as long."""
     return y.stride(1) == 1 and (y.is_cuda or y.element_size() > 2)
 
 
@@ -230,7 +232,7 @@ def add_update(y: Tensor, S: Tensor, B: Tensor, active: Sequence[int], c: float)
     elif len(active) == B.shape[0] and _batched(y):
         _by_block(y, B.shape[0]).baddbmm_(_by_block(S, B.shape[0]), B.mT, alpha=c)
     else:
-        for i, y_i, S_i in zip(active, columns(y, B.shape[1], active), S.chunk(len(active), 1), strict=True):
+        for i, y_i, S_i in zip(active, block_columns(y, B.shape[1], active), S.chunk(len(active), 1), strict=True):
             y_i.addmm_(S_i, B[i].T, alpha=c)
 
 
@@ -238,7 +240,7 @@ def _times_B(dy: Tensor, B: Tensor, active: Sequence[int]) -> Tensor:
     """Return `T [M, len(active) * r]`: the columns of each active block of `dy [M, N]`, times B_i."""
     if not active:
         return dy.new_empty(dy.shape[0], 0)
-    parts = [dy_i @ B[i] for i, dy_i in zip(active, columns(dy, B.shape[1], active), strict=True)]
+    parts = [dy_i @ B[i] for i, dy_i in zip(active, block_columns(dy, B.shape[1], active), strict=True)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -246,7 +248,7 @@ def _transposed_times_S(dy: Tensor, S: Tensor, B: Tensor, active: Sequence[int],
     """Return `[len(active), n, r]`: c times the transposed columns of each active block of `dy [M, N]`, times S_i."""
     if not active:
         return B.new_empty(0, *B.shape[1:])
-    triples = zip(active, columns(dy, B.shape[1], active), S.chunk(len(active), 1), strict=True)
+    triples = zip(active, block_columns(dy, B.shape[1], active), S.chunk(len(active), 1), strict=True)
     return torch.stack([_outer(dy_i, S_i, B[i], c) for i, dy_i, S_i in triples])
 
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slora.ops.backends import Gradients, Needs, autotune, eager
-from slora.ops.layout import chosen, fp32_gate, masked, rows
+from slora.ops.layout import fp32_gate, rows, select_blocks, zero_inactive
 from slora.ops.operands import LoRAOperands
 
 # As `kernels/packed.py` and `kernels/configs.py` have them, which import Triton.
@@ -95,22 +95,22 @@ class Triton:
             dA, dB = dA if dA is None else dA[:, :r], dB if dB is None else dB[:, :, :r].contiguous()
         return Gradients(dx, dA, dB, dgate)
 
-    def sample_rows(self, x: Tensor, m: int, seed: int, shift: Tensor | None) -> Tensor:
+    def sample_rows(self, x: Tensor, m: int, seed: int, seed_offset: Tensor | None) -> Tensor:
         """Return the rows by a kernel that draws their numbers: PyTorch's indexing without its dozen small launches."""
         if x.stride(1) != 1:
-            return eager.EAGER.sample_rows(x, m, seed, shift)
+            return eager.EAGER.sample_rows(x, m, seed, seed_offset)
         from slora.kernels import gate_probe
 
-        return gate_probe.sample_rows(x, m, seed, shift)
+        return gate_probe.sample_rows(x, m, seed, seed_offset)
 
     def gate_probe(
         self, dy: Tensor, x: Tensor, operands: LoRAOperands, blocks: Sequence[int] | None, seed: int,
-        shift: Tensor | None,
+        seed_offset: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Return `dgate` by a kernel that finds the inactive blocks and the rows of dy by itself."""
         from slora.kernels import gate_probe, launch
 
-        return gate_probe.gate_probe(launch.aligned(dy), launch.aligned(x), _as_read(operands), seed, shift)
+        return gate_probe.gate_probe(launch.aligned(dy), launch.aligned(x), _as_read(operands), seed, seed_offset)
 
 
 def _as_read(operands: LoRAOperands) -> LoRAOperands:
@@ -180,7 +180,7 @@ class Linear:
         rows, W, bias, operands, forward = self.rows, self.W, self.bias, self.operands, self.forward
         if form.name == "fused":
             return linear.fused(rows, W, bias, operands, *form.tiles, forward=forward)
-        factor = operands.lora_B if forward else chosen(*_zeroed(operands.lora_A, operands)).view(-1, W.shape[1])
+        factor = operands.lora_B if forward else select_blocks(*_zeroed(operands.lora_A, operands)).view(-1, W.shape[1])
         if form.name == "split":
             first, others = form.tiles
             out, low = linear.fused(rows, W, bias, operands, first, forward=forward, first_tile=True)
@@ -267,7 +267,7 @@ def _zeroed(values: Tensor, operands: LoRAOperands) -> tuple[Tensor, Sequence[in
     cuBLAS then computes."""
     if operands.active is not None:
         return values, operands.active
-    return masked(values, operands.gate >= operands.threshold), range(operands.blocks)
+    return zero_inactive(values, operands.gate >= operands.threshold), range(operands.blocks)
 
 
 _FIELDS = ("operation", "K", "N", "blocks", "packed", "r", "dtype", "dropout", "host_known", "options")
