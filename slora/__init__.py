@@ -3,8 +3,8 @@
 A pretrained model gets gated LoRA blocks, training decides which few of them exist, and the rest of the model
 stays what it was. Start with `inject`; `slora.reference` states the mathematics.
 
-What needs torch is imported when it is first asked for, so that the command line answers a typo at once. The operators
-are registered then, too: before you load an exported program, `import slora.layers`.
+Modules that need torch are imported at first use, so that the command line reports a typo at once. The operators are
+registered then, too: before you load an exported program, `import slora.layers`.
 """
 
 import importlib
@@ -97,22 +97,22 @@ _LAZY = {
     "models.summary": "active_blocks summary",
     "selection": "freeze_gates keep_blocks",
 }
-_HOMES = {name: f"slora.{module}" for module, names in _LAZY.items() for name in names.split()}
+_MODULE_OF = {name: f"slora.{module}" for module, names in _LAZY.items() for name in names.split()}
 
-# Packages that `import slora` alone gives as attributes, too.
+# Packages that are attributes after `import slora` alone.
 _PACKAGES = (
     "adapters evaluation gates io layers merging models module_tree ops reference report retention runs selection "
     "sources training"
 ).split()
 
-# Those that a user calls by themselves; all others serve them.
+# Modules that users import from; listed by `dir(slora)`.
 _PUBLIC = "config errors evaluation gates layers merging ops reference report retention selection training".split()
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        if name in _HOMES:
-            value = getattr(importlib.import_module(_HOMES[name]), name)
+        if name in _MODULE_OF:
+            value = getattr(importlib.import_module(_MODULE_OF[name]), name)
             globals()[name] = value
             return value
         if name in _PACKAGES:

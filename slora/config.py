@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 Inactive = Literal["exact", "probe", "frozen"]
 Unit = Literal["blocks", "parameters", "flops"]
 
-# Shares of a run's steps in which every block learns, and in which the choice stands: of `slora.selection.Budget` and
-# of `Gates`. Settings are checked by them without torch.
+# (share of the steps in which every block is trained, share after the choice is made): of `slora.selection.Budget` and
+# of `Gates`. Here, so that settings are checked without importing torch.
 LEAST_SETTLING = 1 / 3
 BUDGET_PHASES = (0.3, 0.6)
 GATES_PHASES = (0.1, LEAST_SETTLING)
@@ -33,8 +33,8 @@ DEPTH_PRICE, DRIFT_PRICE = 0.75, 0.5
 
 
 def phase_ends(steps: int, warmup: float, settling: float) -> tuple[int, int]:
-    """Return the steps after which selection begins and after which the choice stands."""
-    # Even a run of one step gets its choice.
+    """Return the steps after which selection begins and after which the active blocks are final."""
+    # Even a run of one step makes its choice.
     last = max(1, steps - math.ceil(settling * steps - 1e-9))
     return min(round(warmup * steps), last), last
 
@@ -43,8 +43,8 @@ def phase_ends(steps: int, warmup: float, settling: float) -> tuple[int, int]:
 class SelectiveLoRAConfig:
     """Which layers are adapted, with what rank, and how their blocks are selected.
 
-    Fields that PEFT's `LoraConfig` has too carry the same name and meaning. Numbers of NumPy and PyTorch become
-    Python's, collections of names lists.
+    Fields that PEFT's `LoraConfig` has too carry the same name and meaning. NumPy and PyTorch numbers are converted to
+    Python's, collections of names to lists.
 
     Args:
         r: rank of every block, 1 to 256; at most min(in_features, out_features) of its layer.
@@ -196,7 +196,7 @@ def matches_pattern(pattern: str, name: str) -> bool:
 
 
 def check_budget(budget: object, unit: str, n: int | None = None) -> int | float:
-    """Check what can be checked without a model, and with its number of blocks `n` the rest; return a plain number.
+    """Check a budget, against the number of blocks `n` where that is known; return it as an int or a float.
 
     Raises:
         ConfigError: names the budget, its value and what is allowed.
@@ -227,7 +227,7 @@ def check_budget(budget: object, unit: str, n: int | None = None) -> int | float
 
 
 def rounded_up(share: float) -> str:
-    """Return a positive share with four digits, none of it lost."""
+    """Return a positive share with four significant digits, rounded up."""
     digits = 3 - math.floor(math.log10(share))
     return f"{math.ceil(share * 10**digits) / 10**digits:.{digits}f}"
 
@@ -237,7 +237,7 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    # Also in fp32, in which gates are kept and compared.
+    # Finite in fp32 as well, the dtype of the gates.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
@@ -252,7 +252,7 @@ def _check_alpha(name: str, value: float) -> None:
 
 
 def _check_dtype(name: str, value: object) -> None:
-    # Here and below, because everything else in a config can be checked without torch.
+    # Imported here and below, because everything else in a config can be checked without torch.
     import torch
 
     if not isinstance(value, torch.dtype) or not value.is_floating_point:

@@ -38,7 +38,7 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class WriteError(CheckpointError):
-    """A file could not be written: the disk is full, or the folder does not take it."""
+    """A file could not be written: the disk is full, or the folder is not writable."""
 
 
 class BaseModelWarning(UserWarning):
@@ -58,19 +58,19 @@ class ReplacedLayerWarning(UserWarning):
 
 
 class UntrainedLayerWarning(UserWarning):
-    """Training has left adapted layers as they were, as where no forward reaches them."""
+    """Training has not changed adapted layers, for instance because no forward reaches them."""
 
 
 class SkippedLayerWarning(UserWarning):
-    """Linear layers that "all-linear" means could not be adapted."""
+    """Linear layers that "all-linear" selects could not be adapted."""
 
 
 class UnsavedParameterWarning(UserWarning):
-    """Parameters that are trained were not saved with the adapter, because nothing names them."""
+    """Trained parameters were not saved with the adapter, because `modules_to_save` does not name them."""
 
 
 class UnfinishedSelectionWarning(UserWarning):
-    """An adapter was saved before its strategy had made its choice, so that it holds more blocks than asked for."""
+    """An adapter was saved before its strategy had made its choice, so it holds more blocks than asked for."""
 
 
 class DataError(SLoRAError, ValueError):
@@ -85,8 +85,8 @@ class NonFiniteLossError(SLoRAError, FloatingPointError):
     """The loss became NaN or infinite.
 
     Attributes:
-        diverged: whether a lower learning rate may help; it cannot where the data, the base model or the criterion is
-            at fault, which the message then says.
+        diverged: whether a lower learning rate may help; not if the cause is the data, the base model or the
+            criterion, which the message then says.
     """
 
     def __init__(self, message: str, diverged: bool = True) -> None:

@@ -124,7 +124,7 @@ def test_every_module_of_the_core_is_an_attribute_of_the_package(loaded: set[str
     import slora
 
     assert parts(loaded) <= {*slora._PACKAGES, "config", "errors"}
-    assert set(slora._HOMES) | {name for name in slora.__all__ if name in vars(slora)} == set(slora.__all__)
+    assert set(slora._MODULE_OF) | {name for name in slora.__all__ if name in vars(slora)} == set(slora.__all__)
 
 
 def test_every_public_name_is_there_and_documented() -> None:

@@ -153,7 +153,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
             )
         kept_in = content.config.base_dtype if plan else None
         # In the order of the model, which JSON does not keep.
-        ordered = [weights[name] for name in (plan.found if plan else layers)]
+        ordered = [weights[name] for name in (plan.layers if plan else layers)]
         if _sampled(ordered, kept_in) != content.base_digest:
             warnings.warn(
                 f"{folder} was trained on other base weights than this {type(unwrapped(model)).__name__} has: shapes "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slora.adapters.files import Selective
 from slora.errors import CheckpointError, ConfigError, StateError, TargetError
 from slora.layers import LoRABlocks
-from slora.models.inject import Plan, plan_listed, targets_by_name
+from slora.models.inject import Plan, plan_for, targets_by_name
 from slora.module_tree.wrappers import named_modules, unwrapped
 
 
@@ -36,7 +36,7 @@ def injection_plan(model: nn.Module, content: Selective, folder: Path) -> Plan:
     }
     try:
         chosen = targets_by_name(model, content.config)
-        plan = plan_listed(model, content.config, configs)
+        plan = plan_for(model, content.config, configs)
     except (TargetError, ConfigError) as error:
         raise CheckpointError(f"{folder} does not fit this {type(unwrapped(model)).__name__}: {error}") from error
     missing = sorted(chosen - content.layers.keys())

@@ -1,8 +1,8 @@
 """Whether an optimizer moves gates by a rule that can select blocks.
 
-A gate has to move by its own gradient times its rate: the gradient says what its block is worth to the task, and the
-penalty takes the same from each. A rule that divides a gradient by its size, or takes its sign, moves all gates alike.
-The optimizers of torch and timm were tried one by one; `_RULES` holds those that obey the settings that
+A gate has to move by its own gradient times the learning rate: the gradient says what its block is worth to the task,
+and the penalty subtracts the same from each. A rule that divides a gradient by its size, or takes its sign, moves all
+gates alike. The optimizers of torch and timm were tried one by one; `_RULES` holds those that respect the settings that
 `slora.parameter_groups` gives to the gates.
 """
 
@@ -42,9 +42,9 @@ _CONSTANT = (
 
 
 def rule_problem(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
-    """Return what `optimizer` will do to gates in its parameter group `group`, and the remedy; None if it suits them.
+    """Return what is wrong with the rule by which `optimizer` moves the gates in `group`, and the remedy; else None.
 
-    Takes about a microsecond where it does. The settings decide, not the name of the group.
+    Takes about a microsecond if nothing is wrong. The settings decide, not the name of the group.
     """
     rule = _rule(type(optimizer))
     lr, betas = group.get("lr"), group.get("betas") or (0.0,)
@@ -59,7 +59,7 @@ def rule_problem(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
             f"almost together. {_APART}."
         )
     if rule == "adam" and not group.get("eps", 0.0) >= _LARGE_EPS:
-        # Under a schedule the rate it started with; in the first step of a warm-up lr is 0.
+        # Under a schedule: the initial rate, because lr is 0 in the first step of a warm-up.
         rate = float(group.get("initial_lr") or lr or 0.0)
         if not rate:
             return None
@@ -81,7 +81,7 @@ def rule_problem(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
             f"during its warm-up too: useful blocks are switched off with the others. {_OWN_RULE}."
         )
     initial = group.get("initial_lr", lr)
-    # Rates that are tensors may lie on a GPU, which a comparison would wait for.
+    # A rate that is a tensor may be on a GPU, which a comparison would wait for.
     if isinstance(lr, (int, float)) and isinstance(initial, (int, float)) and lr != initial:
         return (
             f"a schedule has changed the rate of the gates in {name} from {_number(initial)} to {_number(lr)}: the "
@@ -91,9 +91,9 @@ def rule_problem(optimizer: Optimizer, group: Mapping[str, Any]) -> str | None:
 
 
 def make_readable(optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Give `group`, which holds gates, the optimizer's own value of each setting that it cannot read as it is.
+    """Replace settings of `group`, which holds gates, that the optimizer cannot read by the optimizer's defaults.
 
-    Such as three betas, or two eps. What it does to gates with them is unknown, as `rule_problem` will say.
+    Some optimizers take three betas, or two eps. What they do to gates is unknown, and `rule_problem` says so.
     """
     for key in ("betas", "eps"):
         if key in optimizer.defaults and _length(optimizer.defaults[key]) != _length(group.get(key)):

@@ -15,9 +15,9 @@ def gate_penalty(model: nn.Module) -> Tensor:
 
     Add `penalty * gate_penalty(model)` to the task loss, after a warm-up: at the start `B = 0`, so the gates
     get no gradient from the task and the penalty alone would move them. Inactive blocks of the policy "frozen"
-    count in the mean but get no gradient: a plain optimizer moves every gate by the same step whatever its
-    value, so a step longer than about the threshold would carry one over zero and back above the threshold.
-    Blocks of the other policies may revive that way; `ProximalGates` stops at zero.
+    count in the mean but get no gradient: under a plain optimizer the penalty makes gates oscillate around zero by
+    one step, and a step longer than about the threshold would switch a block on again. Blocks of the other policies
+    may revive that way; `ProximalGates` stops at zero.
 
     Raises:
         ConfigError: the model has no adapted layer.

@@ -15,7 +15,7 @@ from slora.module_tree.sharded import local
 
 
 class ProximalGates(torch.optim.Optimizer):
-    """Gates' own rule: a gradient step, then a soft threshold that replaces the penalty term of the loss.
+    """Optimizer of the gates: a gradient step, then a soft threshold that replaces the penalty term of the loss.
 
         gate <- gate - lr * grad
         gate <- sign(gate) * max(|gate| - lr * penalty / blocks, 0)
@@ -25,7 +25,7 @@ class ProximalGates(torch.optim.Optimizer):
     oscillate around 0, and unlike Adam it moves a gate by what the penalty asks for rather than by `lr` whatever
     the penalty is. Gates that the policy "frozen" has switched off keep their values.
 
-    Its `zero_grad` is the only one that clears the gates' gradients where another optimizer has the rest.
+    Where another optimizer has the other parameters, call `zero_grad` of both: each clears its own.
 
     Args:
         params: gate parameters, such as `slora.gates.gates(model)`.

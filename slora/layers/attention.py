@@ -1,9 +1,8 @@
 """Attention whose query, key and value share one `in_proj_weight [3E, E]`: three LoRA blocks on it.
 
-`SelectiveLoRAAttention` stands in for `nn.MultiheadAttention`; `ProjectionAttention` adapts any other class
-that reads an `in_proj_weight`, such as open_clip's own. Both keep
-the base's parameter names and add the update to activations, never to the weights. The output projection is a
-`SelectiveLoRALinear` of its own.
+`SelectiveLoRAAttention` replaces `nn.MultiheadAttention`; `ProjectionAttention` adapts any other class that reads an
+`in_proj_weight`, such as open_clip's own. Both keep the base's parameter names and add the update to activations, never
+to the weights. The output projection is a `SelectiveLoRALinear` of its own.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from slora.errors import ConfigError, ShapeError, TargetError
 from slora.gates.cache import GateCache
 from slora.layers.base import LoRABlocks, of_layer
 from slora.layers.fx import record_call
-from slora.layers.weight_reads import watched
+from slora.layers.weight_reads import call_watched
 
 
 class _InProjection(LoRABlocks):
-    """LoRA blocks on `in_proj_weight`, taken over from an attention module in place of it."""
+    """LoRA blocks on the `in_proj_weight` of an attention module."""
 
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
@@ -97,8 +96,8 @@ class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
             query, key, value = _each(lambda t: t.unsqueeze(1), query, key, value)
             key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
         batch_first = batched and self.batch_first
-        # The base computes on [length, batch, E]. On CPU the layout shows in the last bit, so ours is the same
-        # there; on a GPU the copies cost more than that bit is worth.
+        # nn.MultiheadAttention computes on [length, batch, E]. On the CPU the layout affects the last bit, so it is the
+        # same here; on a GPU the copies would cost more than equal bits are worth.
         as_base = query.device.type == "cpu"
         if batch_first and as_base:
             query, key, value = _each(lambda t: t.transpose(0, 1), query, key, value)
@@ -166,9 +165,8 @@ class SelectiveLoRAAttention(_InProjection, nn.MultiheadAttention):
 class ProjectionAttention(_InProjection):
     """Any attention class with an `in_proj_weight [3E, E]`, running its own forward.
 
-    While that forward runs, what it does with `in_proj_weight` sees the blocks (`slora.layers.weight_reads`);
-    everything else is the class's own code. A forward that never reads the weight is refused, rather than skipping the
-    blocks silently.
+    While that forward runs, calls on `in_proj_weight` see the blocks (`slora.layers.weight_reads`); everything else is
+    the class's own code. A forward that never reads the weight is an error: it would skip the blocks silently.
     """
 
     @classmethod
@@ -195,7 +193,7 @@ class ProjectionAttention(_InProjection):
         if any(isinstance(value, Proxy) for value in (*args, *kwargs.values())):
             return record_call(self, *args, **kwargs)
         mine = {self._base_class.__name__: self}
-        result, reached = watched(self._base_class.forward, mine, self, *args, **kwargs)
+        result, reached = call_watched(self._base_class.forward, mine, self, *args, **kwargs)
         if not reached:
             raise TargetError(
                 f"{self._base_class.__name__} does not read self.in_proj_weight, so its LoRA blocks would be skipped; "
@@ -224,7 +222,7 @@ def _rebuild(base: type[nn.Module], state: dict[str, Any]) -> ProjectionAttentio
 def _each(
     change: Callable[[Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Change all three and keep `query is key is value`, which decides how the projection is shared."""
+    """Apply `change` to all three; those that are one tensor stay one, which decides how many products are needed."""
     q = change(query)
     k = q if key is query else change(key)
     return q, k, k if value is key else change(value)
@@ -240,6 +238,7 @@ def _softmax_scores(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _additive(name: str, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A boolean mask, True where masked, as one that is added to the scores; a floating one is that already."""
     if mask is None or mask.is_floating_point():
         return mask
     if mask.dtype != torch.bool:

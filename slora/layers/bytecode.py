@@ -1,4 +1,4 @@
-"""Which modules read the weights of layers inside them, found in the bytecode of their forward and what that calls."""
+"""Which modules read the weights of layers inside them, by the bytecode of their forward and of what that calls."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from slora.layers.weight_reads import QUESTIONS
+from slora.layers.weight_reads import METADATA
 from slora.module_tree.wrappers import named_modules
 
 PRODUCTS = frozenset(("linear", "matmul", "einsum", "addmm", "mm", "bmm", "baddbmm"))
-"""What tells a method that computes with a weight from one that initialises or reports it."""
+"""Calls by which a method that computes with a weight differs from one that initialises or reports it."""
 GETTERS = frozenset(("T", "mT", "H", "mH", "data", "real"))
 
 
@@ -33,8 +33,8 @@ class Read(NamedTuple):
 def readers(model: nn.Module, weights: Mapping[str, str]) -> dict[str, dict[str, Read]]:
     """Return `{module name: {layer name: read}}` for the modules that read `weights`, `{layer name: attribute}`.
 
-    PyTorch's own modules are left out, and so is what only asks for a dtype, a device or a shape. A module whose code
-    takes the weight of something unknown is taken to read those of all layers inside it.
+    PyTorch's own modules are left out, and so are reads of a dtype, a device or a shape alone. If the code takes the
+    weight of an object that cannot be told, the module counts as reading the weights of all layers inside it.
     """
     found: dict[str, dict[str, Read]] = {}
     for name, module in named_modules(model):
@@ -52,13 +52,13 @@ def readers(model: nn.Module, weights: Mapping[str, str]) -> dict[str, dict[str,
 def reads_of(kind: type[nn.Module]) -> frozenset[Read]:
     """The weights that the forward of modules of class `kind` reads, itself or in what it calls.
 
-    So do methods that are called from elsewhere and form products.
+    Other methods count as well if they compute products of a weight: they may be called from elsewhere.
     """
     return _scanned(kind)[0]  # type: ignore[arg-type]  # mypy: a class is hashable
 
 
 def methods_of(kind: type[nn.Module]) -> frozenset[str]:
-    """The names of the methods among those whose own code reads weights, so that they may be called by themselves."""
+    """The names of the methods, other than forward, whose own code reads weights; they may be called by themselves."""
     return _scanned(kind)[1]  # type: ignore[arg-type]  # mypy: a class is hashable
 
 
@@ -78,7 +78,7 @@ def _scanned(kind: type[nn.Module]) -> tuple[frozenset[Read], frozenset[str]]:
         if function in seen:
             continue
         seen.add(function)
-        # What a decorator wraps, it calls.
+        # A decorator calls the function that it wraps.
         called = [getattr(function, "__wrapped__", None), *_cells(function)]
         for code in _codes(function.__code__):
             reads = list(_reads_in(code))
@@ -133,7 +133,7 @@ def _reads_in(code: types.CodeType) -> Iterator[Read]:
             continue
         after = steps[i + 1] if i + 1 < len(steps) else step
         asked = after.argval if _takes_attribute(after) else None
-        if asked in QUESTIONS:
+        if asked in METADATA:
             continue
         path: list[str] = []
         k = i - 1

@@ -1,14 +1,14 @@
 """What `DistributedDataParallel` expects of the blocks: in every backward a gradient of each parameter that it holds.
 
-DDP waits for all of them, also for those of blocks that are off, and for gates that have been taken out of training
-since it was made. With `find_unused_parameters=True` it takes those that are not in the graph of the output for unused,
-and fails if such a one gets a gradient all the same, as a gate does from `slora.gate_penalty`.
+DDP waits for all of them, also for those of inactive blocks, and for gates whose `requires_grad` was switched off since
+it was made. With `find_unused_parameters=True`, parameters that are not in the graph of the output count as unused, and
+DDP fails if one of them gets a gradient all the same, as a gate does from `slora.gate_penalty`.
 
-So inside the forward of a DDP these parameters are inputs of the graph, with an undefined gradient: autograd calls the
-hook of DDP for them and makes no tensor; DDP sums zeros in the buckets that it has anyway.
+So inside the forward of a DDP these parameters are made inputs of the graph, with an undefined gradient: autograd calls
+the hook of DDP for them and allocates nothing; DDP sums zeros in the buckets that it has anyway.
 
-Parameters in the graph carry the gradient down to their layer, also below the first active block. Therefore only gates
-that a penalty in the loss may reach are added with `find_unused_parameters=True`.
+Parameters in the graph make the backward go down to their layer, also below the first active block. Therefore only
+gates that a penalty in the loss may reach are added with `find_unused_parameters=True`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from slora.gates.gated import Gated
 
 
 def with_expected_parameters(layer: Gated, x: Tensor, active: bool) -> Tensor:
-    """Return `x`, in whose graph the parameters of `layer` are that a DDP around it waits for in vain.
+    """Return `x` with those parameters of `layer` in its graph that DDP waits for and that would get no gradient.
 
-    `x` itself outside the forward of a DDP and what checkpointing computes of it again.
+    Outside the forward of a DDP, and its recomputation by activation checkpointing, that is `x` itself.
 
     Args:
-        active: whether a block of the layer is active, whose parameters are in the graph already.
+        active: whether a block of the layer is active: then A, B and trainable gates are in the graph already.
     """
     ddp: Any = DistributedDataParallel._active_ddp_module
     cache = layer.gate_cache
@@ -52,7 +52,7 @@ def with_expected_parameters(layer: Gated, x: Tensor, active: bool) -> Tensor:
     for parameter in held:
         # DDP still waits for what required a gradient when it was made.
         parameter.requires_grad_()
-    # Of the input: the output may be changed in place by what follows, which a view would not allow.
+    # Attached to the input, not to the output: that may be changed in place afterwards, which a view does not allow.
     result: Tensor = _InGraph.apply(x, *wanted)  # type: ignore[no-untyped-call]
     for parameter in held:
         parameter.requires_grad_(False)

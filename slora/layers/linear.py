@@ -82,7 +82,7 @@ class SelectiveLoRALinear(LoRABlocks, nn.Linear):
         return 3 if name.rsplit(".", 1)[-1] == "qkv" and out_features == 3 * in_features else 1
 
     def reset_parameters(self) -> None:
-        """See `LoRABlocks.reset_parameters`; before there are blocks, as `nn.Linear`, whose constructor calls this."""
+        """See `LoRABlocks.reset_parameters`. The constructor of `nn.Linear` calls this before there are blocks."""
         if "gate" in self._parameters:
             LoRABlocks.reset_parameters(self)
         else:

@@ -1,8 +1,8 @@
 """Weights that a forward reads past their layer, as in `F.linear(x, self.qkv.weight, bias)` of the parent.
 
-Such a call never reaches the layer, so its blocks would be skipped. While the forward of a `Reader` runs, a mode
-watches what it does with the weights of adapted layers: `F.linear` becomes `LoRABlocks.project`, with the bias of the
-call; anything else gets `W + c * B @ A` of the active blocks, where forming that is exact enough to train.
+Such a call never reaches the layer, so its blocks would be skipped. While the forward of a `WeightReader` runs, a
+`TorchFunctionMode` intercepts calls on the weights of adapted layers: `F.linear` becomes `LoRABlocks.project`, with the
+bias of the call; any other call gets `W + c * B @ A` of the active blocks, where that is precise enough to train.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from slora.layers.linear import SelectiveLoRALinear
 from slora.module_tree.wrappers import unwrapped
 from slora.reference import indicator
 
-QUESTIONS = frozenset((
+METADATA = frozenset((
     "dtype", "device", "shape", "ndim", "layout", "requires_grad", "grad", "grad_fn", "is_cuda", "is_cpu", "is_meta",
     "is_leaf", "is_quantized", "is_sparse", "itemsize", "nbytes", "names", "size", "dim", "numel", "nelement", "stride",
     "element_size", "is_floating_point", "is_complex", "is_contiguous", "data_ptr", "get_device", "__class__",
 ))  # fmt: skip
-"""What may be asked of a tensor without reading its values."""
+"""Attributes and methods of a tensor that do not read its values."""
 
 
-class Reading(TorchFunctionMode):
-    """Inside, calls on the base weights of `layers`, by name, see the blocks; `reached` tells whether one was made."""
+class WeightReads(TorchFunctionMode):
+    """Inside, calls on the base weights of `layers`, by name, see the blocks; `reached` says whether there was one."""
 
     def __init__(self, layers: Mapping[str, LoRABlocks]) -> None:
         self.layers = layers
         self.reached = False
 
     def __enter__(self) -> Any:
-        # With a method of its own torch.compile takes the frame that enters this whole, or leaves it alone.
+        # A method of its own, so that torch.compile compiles the frame that enters this as a whole or not at all.
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -53,10 +53,10 @@ class Reading(TorchFunctionMode):
             name = self._owner(weight)
             if name is not None and self._owner(x) is None:
                 self.reached = True
-                # What the layer itself does with its weight is no reading.
+                # The layer's own use of its weight is not to be intercepted.
                 with torch._C.DisableTorchFunction():
                     return self.layers[name].project(x, bias=bias)
-        if _name(func) not in QUESTIONS and any(self._owner(value) is not None for value in _flat(args, kwargs)):
+        if _name(func) not in METADATA and any(self._owner(value) is not None for value in _values(args, kwargs)):
             self.reached = True
             args = [self._replaced(value) for value in args]
             kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
@@ -75,24 +75,24 @@ class Reading(TorchFunctionMode):
         name = self._owner(value)
         if name is None:
             return value
-        # A reader inside a reader: the outer one's mode would add the update again.
+        # Where one reader calls another, the mode of the outer one would add the update again.
         with torch._C.DisableTorchFunction():
             return effective_weight(self.layers[name], name, [other for other in self.layers if other != name])
 
 
-def watched(
+def call_watched(
     call: Callable[..., Any], layers: Mapping[str, LoRABlocks], module: nn.Module, *args: Any, **kwargs: Any
 ) -> Any:
-    """Return `call(module, *args, **kwargs)`, in which calls on the weights of `layers`, and of those that `module` is
-    known to read, see the blocks; and whether one was made.
+    """Return `(call(module, *args, **kwargs), reached)`: the result, and whether a call on a weight was intercepted.
 
-    A graph that ran in here would be watched, though its calls were when it was made: products of a weight would get
-    the blocks twice. So where torch.compile does not take all of it into one graph, it makes none.
+    Intercepted are the weights of `layers` and of the layers that `module` is known to read. If torch.compile cannot
+    compile all of it into one graph, it compiles nothing here: a compiled graph contains the intercepted calls
+    already, and when it ran inside the mode the blocks would be added twice.
     """
-    # All in this very frame: one that is called may be compiled by itself, and takes no mode from outside.
+    # All in this frame: a function called from here may be compiled by itself, without the mode around it.
     compiler = None if torch.compiler.is_compiling() else (set_eval_frame(None),)
     try:
-        with Reading({**layers, **layers_read_by(module)}) as mode:
+        with WeightReads({**layers, **layers_read_by(module)}) as mode:
             return call(module, *args, **kwargs), mode.reached
     finally:
         if compiler is not None:
@@ -100,7 +100,7 @@ def watched(
 
 
 class ReadLinear(SelectiveLoRALinear):
-    """A `SelectiveLoRALinear` whose weight another module reads as well: its own products are no reading."""
+    """A `SelectiveLoRALinear` whose weight another module reads as well: its own products are not intercepted."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `[..., out]` for `input [..., in]`."""
@@ -110,8 +110,8 @@ class ReadLinear(SelectiveLoRALinear):
             return self.project(input)
 
 
-class Reader(nn.Module):
-    """Mixed into the class of a module whose forward reads the weights of adapted layers inside it (`watch`)."""
+class WeightReader(nn.Module):
+    """Mixin for a module whose forward reads the weights of adapted layers inside it (`watch`)."""
 
     _slora_reads: dict[str, str]
     _slora_unseen: str
@@ -124,18 +124,18 @@ class Reader(nn.Module):
 def watch(module: nn.Module, names: Mapping[str, str], unseen: str = "", methods: frozenset[str] = frozenset()) -> None:
     """Let the forward of `module` see the blocks of the adapted layers `{path inside module: name}` that it reads.
 
-    The module stays the same object; its class becomes one of the same name that derives from its own. `unseen` is a
-    layer whose weight it reads in a way that torch.compile does not show: an attribute of it, such as `.T`. Its
-    `methods` see the blocks, too, where they are called by themselves, as by a checkpoint that computes them again.
+    The module stays the same object; its class becomes a subclass of the same name. `unseen` is a layer whose weight it
+    reads in a way that torch.compile does not trace: by an attribute of it, such as `.T`. Its `methods` see the blocks,
+    too, where they are called outside the forward, as by activation checkpointing when it recomputes them.
     """
     module._slora_reads, module._slora_unseen = dict(names), unseen  # type: ignore[assignment]
-    if not isinstance(module, Reader | LoRABlocks):
+    if not isinstance(module, WeightReader | LoRABlocks):
         _become(module, _reader_class(type(module), methods))  # type: ignore[arg-type]  # mypy: a class is hashable
 
 
 def unwatch(module: nn.Module) -> None:
-    """Take back what `watch` did."""
-    if isinstance(module, Reader):
+    """Undo `watch`."""
+    if isinstance(module, WeightReader):
         _become(module, _base_of(module))
     for name in ("_slora_reads", "_slora_unseen"):
         module.__dict__.pop(name, None)
@@ -145,7 +145,7 @@ def _become(module: nn.Module, kind: type[nn.Module]) -> None:
     before = type(module)
     module.__class__ = kind
     for name, value in module.__dict__.items():
-        # Where accelerate has put a forward on the instance, it keeps the one of the class.
+        # accelerate puts a `forward` on the instance, and keeps the class's own beside it as a bound method.
         if isinstance(value, types.MethodType) and value.__self__ is module:
             key = value.__func__.__name__
             if getattr(before, key, None) is value.__func__:
@@ -160,7 +160,7 @@ def layers_read_by(module: nn.Module) -> dict[str, LoRABlocks]:
         for key in path.split("."):
             layer = getattr(layer, key)
             if not torch.compiler.is_compiling() and (layer._compiled_call_impl or "dynamo_ctx" in layer.__dict__):
-                # Its graph would be watched.
+                # Its graph would run inside the mode.
                 raise TargetError(
                     f"{type(module).__name__!r} reads the weight of {name!r}, which it holds in a module that is "
                     f"compiled by itself; compile {type(module).__name__!r} as a whole, or list {name!r} in "
@@ -168,7 +168,7 @@ def layers_read_by(module: nn.Module) -> dict[str, LoRABlocks]:
                 )
         if not isinstance(layer, LoRABlocks):
             layer = unwrapped(layer)
-        # Something else may stand there by now.
+        # The layer may have been replaced since.
         if isinstance(layer, LoRABlocks):
             found[name] = layer
     return found
@@ -212,9 +212,9 @@ def effective_weight(layer: LoRABlocks, name: str, others: Sequence[str] = ()) -
 
 
 def _as_trainable(weight: Tensor) -> Tensor:
-    """`weight` with the bits of its products where it is trainable, as the base model's is (`backends.eager.base`).
+    """`weight` so that products round as with a trainable weight, like the base model's (`backends.eager.base`).
 
-    With gradients, that of a layer without blocks would be computed for nothing; a graph or a transform takes none.
+    Only without gradients, where `requires_grad` costs nothing, and outside graphs and transforms.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or _are_functorch_transforms_active() or _is_tracing():
         return weight
@@ -222,7 +222,7 @@ def _as_trainable(weight: Tensor) -> Tensor:
 
 
 def _within_compiled() -> bool:
-    """Whether torch.compile would compile what is called from here, where it could not compile the caller."""
+    """Whether torch.compile would compile functions that are called from here, though it did not compile the caller."""
     return torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
@@ -234,7 +234,7 @@ def _base_of(module: nn.Module) -> type[nn.Module]:
 def _reader_class(base: type[nn.Module], methods: frozenset[str]) -> type[nn.Module]:
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     calls = {name: _watched_method(base, name) for name in ("forward", *sorted(methods))}
-    return type(base.__name__, (Reader, base), {**names, **calls, "_slora_methods": methods})
+    return type(base.__name__, (WeightReader, base), {**names, **calls, "_slora_methods": methods})
 
 
 def _watched_method(base: type[nn.Module], name: str) -> Callable[..., Any]:
@@ -249,7 +249,7 @@ def _watched_method(base: type[nn.Module], name: str) -> Callable[..., Any]:
                 f"torch.compile does not show what is done with an attribute of the weight of {self._slora_unseen!r}, "
                 f"such as .T; write .t(), or list {self._slora_unseen!r} in exclude_modules"
             )
-        return watched(method, {}, self, *args, **kwargs)[0]
+        return call_watched(method, {}, self, *args, **kwargs)[0]
 
     return call
 
@@ -264,7 +264,7 @@ def _arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any
     return input, weight, bias
 
 
-def _flat(args: Any, kwargs: Any) -> Iterator[Any]:
+def _values(args: Any, kwargs: Any) -> Iterator[Any]:
     for value in (*args, *kwargs.values()):
         if type(value) in (list, tuple):
             yield from value
@@ -274,5 +274,5 @@ def _flat(args: Any, kwargs: Any) -> Iterator[Any]:
 
 def _name(func: Any) -> str:
     name: str = getattr(func, "__name__", "")
-    # The getter of an attribute is bound to the attribute.
+    # The getter of an attribute is a method of the attribute's descriptor, which has the name.
     return getattr(getattr(func, "__self__", None), "__name__", name) if name == "__get__" else name

@@ -1,6 +1,10 @@
-"""Folding blocks into base weights: `merge.py` for a model in use, `merge_and_unload` to leave slora behind.
+"""Folding blocks into base weights.
 
-`batched_merge_` and `batched_merge` do it for any list of weights.
+merge.py     `merge`, `unmerge`, `merge_and_unload` of a model
+overflow.py  the check that no merged weight overflows
+batched.py   `batched_merge_`, `batched_merge`: many weights of one device in one call, by the extension
+fallback.py  the same in PyTorch
+terms.py     the arguments of a batched merge, checked
 """
 
 from slora.merging.batched import batched_merge, batched_merge_, extension_info

@@ -112,11 +112,11 @@ def merge_terms_(
         if not extension:
             fallback.merge_(weights, terms, copies)
             return
-        # The extension wants adjacent columns; other layouts go through a copy, made before anything is written.
+        # The extension needs a column stride of 1; other layouts go through a copy, made before anything is written.
         with torch.inference_mode(False), torch.no_grad():
-            standing_in = _adjacent(weights)
-        torch.ops.slora.batched_merge_(standing_in, *_flat(terms, whole), [])
-        for W, merged in zip(weights, standing_in, strict=True):
+            contiguous = _adjacent(weights)
+        torch.ops.slora.batched_merge_(contiguous, *_flat(terms, whole), [])
+        for W, merged in zip(weights, contiguous, strict=True):
             if merged is not W:
                 W.copy_(merged)
 
@@ -153,7 +153,7 @@ def batched_merge(
 def _better_errors(
     weights: Sequence[Tensor], terms: Sequence[Term], names: Sequence[str] | None, *, in_place: bool, whole: bool
 ) -> Iterator[None]:
-    """Where the operator refuses something, say it as `check` does, which knows the names; it would cost each call."""
+    """Replace an error of the operator by that of `check`, which knows the names but would slow every call."""
     try:
         yield
     except Exception:
@@ -197,7 +197,7 @@ _BUILD = "run, in slora's sources: pip install --no-build-isolation --no-deps --
 
 @functools.cache
 def _warn_once(reason: str, remedy: str) -> None:
-    # The line that merges is what the reader knows, not one of slora's or of torch's decorators.
+    # The warning shows the user's line, above the frames of slora and of torch's decorators.
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("slora", "torch"):
         level, frame = level + 1, frame.f_back
@@ -210,7 +210,7 @@ def _warn_once(reason: str, remedy: str) -> None:
 
 
 def _extension_for(weights: Sequence[Tensor], terms: Sequence[Term]) -> bool:
-    """Whether the extension takes these tensors; what is wrong with them is not asked here."""
+    """Whether the extension supports these tensors; not whether they fit together."""
     tensors = [*weights, *(matrix for term in terms for matrix in (term.A, term.B))]
     if not all(map(is_plain, tensors)) or not weights or any(W.dim() != 2 for W in weights):
         return False
@@ -242,7 +242,7 @@ def serves(capability: tuple[int, int], architectures: str) -> bool:
     """Whether code for `architectures`, such as "8.0;9.0;10.0+PTX", runs on a GPU of `capability`."""
     for name in architectures.replace(";", " ").split():
         known = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
-        # Other names, such as "Hopper", are torch's to understand.
+        # Names of other kinds, such as "Hopper", are left to torch.
         if known is None:
             return True
         major, minor = int(known[1]), int(known[2])

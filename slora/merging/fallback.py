@@ -1,4 +1,4 @@
-"""The batched merge in plain PyTorch: where the extension is missing, and for what it leaves out."""
+"""The batched merge in plain PyTorch, where the extension is missing or does not support the tensors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _CHUNK = 1 << 20
 def merge_(weights: Sequence[Tensor], terms: Sequence[Term], copies: Sequence[Tensor] | None = None) -> None:
     """Add all terms to `weights` in place, after `slora.merging.terms.check` has passed.
 
-    The rows that change are kept until the last one is written, so an exception puts them back. `copies` of the
-    weights, where the caller has them, serve for that.
+    The rows that change are backed up until the last one is written, and restored after an exception; from `copies` of
+    the weights where the caller has them.
     """
     work = _by_rows(weights, terms)
-    kept = [copies[i][first:last] if copies else weights[i][first:last].clone() for i, first, last, _ in work]
+    backups = [copies[i][first:last] if copies else weights[i][first:last].clone() for i, first, last, _ in work]
     done = 0
     try:
         with _full_precision(weights):
@@ -32,7 +32,7 @@ def merge_(weights: Sequence[Tensor], terms: Sequence[Term], copies: Sequence[Te
                 done += 1
                 _add(weights[i][first:last], weights[i][first:last], first, covering)
     except BaseException:
-        for (i, first, last, _), before in zip(work[:done], kept, strict=False):
+        for (i, first, last, _), before in zip(work[:done], backups, strict=False):
             weights[i][first:last].copy_(before)
         raise
 

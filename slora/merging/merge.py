@@ -119,7 +119,7 @@ def unmerge(model: Model) -> Model:
 def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
     """Merge and remove every trace of slora, in place; return the model with plain layers and plain keys.
 
-    Of a wrapped model what is in the wrapper is returned: what DDP or torch.compile know of it is out of date.
+    For a wrapped model the module inside the wrapper is returned: what DDP or torch.compile know of it is out of date.
     The weights are written in place, without a copy: whatever can fail does so before the first of them changes, and
     Ctrl-C waits until the last module is plain. A model that is merged already keeps its weights as they are.
 
@@ -170,7 +170,7 @@ class _Call(NamedTuple):
 
 
 def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: float) -> dict[str, list[Update]]:
-    """The updates of all layers with an active block, once it is clear that they can be merged."""
+    """The updates of all layers with an active block, after all checks that they can be merged."""
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise StateError(f"{merged[0]!r} is merged already; call slora.unmerge(model) first")
@@ -254,7 +254,7 @@ def _adapted(model: nn.Module) -> dict[str, LoRABlocks]:
 
 
 def _refuse_shared(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
-    """Raise where writing a weight in place would change what another module, or another name, holds."""
+    """Raise if writing a weight in place would change a tensor of another module, or of another name."""
     changing = {name for name, layer in layers.items() if layer.activity().active}
     held: list[tuple[Span, bool]] = []
     tensor: Any

@@ -1,4 +1,4 @@
-"""Merging that would write NaN or infinity, found from the matrices alone before anything is written."""
+"""Refuse a merge that would write NaN or infinity, by a bound from the matrices, before anything is written."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from slora.merging.batched import batched_merge
 def refuse_overflow(weights: Mapping[str, Tensor], updates: Mapping[str, Sequence[Update]]) -> None:
     """Raise where adding `updates` to finite weights gives values that are not.
 
-    An element changes by at most `|c| r max|A| max|B|`. Below half of half a unit in the last place of the largest
-    number of the dtype (8 for fp16, 1.7e35 for bf16) that cannot carry a finite weight beyond it, whatever the weight
-    is; so no weight is read, but for those where the bound is above.
+    An element changes by at most `|c| r max|A| max|B|`. A change below a quarter of a unit in the last place of the
+    largest number of the dtype (8 for fp16, 1.7e35 for bf16) cannot make any finite weight overflow; only the weights
+    whose bound is above that are merged on trial.
 
     Raises:
         StateError: names the layer, and the matrix or the dtype.
@@ -56,7 +56,7 @@ def _largest(matrices: Sequence[Tensor]) -> dict[int, float]:
     found = {id(matrix): 0.0 for matrix in matrices}
     for (device, _), members in groups.items():
         if device.type == "cpu":
-            # Ten times as fast there as the norm, which is a few launches for all matrices on a GPU.
+            # Ten times as fast on a CPU as _foreach_norm, which is a few launches for all matrices on a GPU.
             ends = torch.stack([end for matrix in members for end in torch.aminmax(matrix)])
             norms = ends.abs().reshape(-1, 2).amax(1)
         else:
@@ -66,7 +66,7 @@ def _largest(matrices: Sequence[Tensor]) -> dict[int, float]:
 
 
 def _harmless(dtype: torch.dtype) -> float:
-    """Half of half a unit in the last place of the largest number of `dtype`."""
+    """A quarter of a unit in the last place of the largest number of `dtype`."""
     info = torch.finfo(dtype)
     # The largest number is just below twice the power of two of which eps is the unit.
     return float(info.max * info.eps / 8)

@@ -1,4 +1,4 @@
-"""What a batched merge is asked to do: terms grouped by weight, and every check, before a byte is written."""
+"""The arguments of a batched merge: terms grouped by weight, and all checks, before anything is written."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def grouped(
 
 
 def real(value: Any) -> float | None:
-    """Return a number, or a tensor of one that autograd does not follow, as a float; None for anything else."""
+    """Return a number, or a tensor of one element that requires no gradient, as a float; None for anything else."""
     if type(value) is float:
         return value
     if isinstance(value, Tensor):
@@ -109,14 +109,14 @@ def _integer(value: Any) -> int | None:
 
 
 def is_plain(tensor: Any) -> bool:
-    """Whether `tensor` is no subclass of Tensor, strided, and holds its numbers as they are."""
+    """Whether `tensor` is a strided Tensor or Parameter, of no subclass, without a pending negation."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_neg()
 
 
 def check(
     weights: Sequence[Tensor], terms: Sequence[Term], names: Sequence[str] | None, *, in_place: bool, whole: bool
 ) -> None:
-    """Refuse what a merge could not do in full; with `whole`, terms that cover a part of the rows as well.
+    """Check that a merge can be done in full; with `whole`, also that every term covers all rows.
 
     Raises:
         ShapeError: sizes, dtypes or devices disagree, or tensors share memory that is written.

@@ -65,14 +65,14 @@ def shared_weights(model: nn.Module, weight_names: Mapping[str, str]) -> dict[st
 
 def _marks(parameter: Tensor) -> Iterator[Any]:
     yield id(parameter)
-    # On meta, and in what only wraps other tensors, nothing lies anywhere.
+    # Tensors on meta, and subclasses that wrap other tensors, have no memory of their own.
     plain = type(parameter) in (Tensor, nn.Parameter) and parameter.layout == torch.strided
     if plain and parameter.device.type != "meta" and parameter.numel():
         yield parameter.device, parameter.data_ptr()
 
 
 def _unfit(module: nn.Module, base: type[nn.Module] | None, weight_name: str, bias_name: str) -> str:
-    """Why blocks cannot be added to `module`, whose class should compute as `base` does; or nothing."""
+    """Why blocks cannot be added to `module`, whose class should have the forward of `base`; or ""."""
     if base is not None and type(module).forward is not base.forward:
         # Quantised, tensor-parallel, ...: it computes something else.
         return f"{_path(module)} has a forward of its own; {_EARLIER}"
@@ -91,7 +91,7 @@ def _unfit(module: nn.Module, base: type[nn.Module] | None, weight_name: str, bi
 
 
 def computed(module: nn.Module, name: str) -> str:
-    """How attribute `name` of `module`, which is no parameter, comes about, and what makes it one again."""
+    """How attribute `name` of `module`, which is not a parameter, is computed, and how to make it one again."""
     if parametrize.is_parametrized(module, name):
         return (
             f"is computed from others at each call; torch.nn.utils.parametrize.remove_parametrizations(module, "
@@ -109,7 +109,7 @@ def computed(module: nn.Module, name: str) -> str:
 
 
 def refuse_parametrized(layers: Mapping[str, LoRABlocks]) -> None:
-    """Raise `StateError` where taking the blocks out of a layer would lose a parametrization of its base."""
+    """Raise `StateError` if removing the blocks of a layer would lose a parametrization of its base."""
     for name, layer in layers.items():
         for part in (layer.weight_name, layer.bias_name):
             if parametrize.is_parametrized(layer, part):
@@ -117,7 +117,7 @@ def refuse_parametrized(layers: Mapping[str, LoRABlocks]) -> None:
 
 
 def refuse_replaced_forward(layers: Mapping[str, LoRABlocks]) -> None:
-    """Raise `StateError` where a forward that was put on a layer since would go on calling it with its blocks."""
+    """Raise `StateError` if a forward was set on a layer after `inject`: it would go on calling the adapted layer."""
     for name, layer in layers.items():
         forward = layer.__dict__.get("forward")
         if forward is None or _is_own(layer, forward) or "_hf_hook" in layer.__dict__:
@@ -139,7 +139,7 @@ def _path(module: nn.Module) -> str:
 
 
 def _odd(value: Tensor) -> str:
-    """Why a parameter is no plain one whose values are what they seem; or nothing."""
+    """Why a parameter is not a plain strided tensor of a dtype that can be adapted; or ""."""
     if type(value) not in (Tensor, nn.Parameter) and not isinstance(value, FakeTensor):
         return f"is a {type(value).__name__}; inject before it is quantised or sharded"
     if value.dtype not in _DTYPES:
@@ -148,7 +148,7 @@ def _odd(value: Tensor) -> str:
 
 
 def _replaced_forward(module: nn.Module) -> str:
-    """Why the forward that stands on the instance itself cannot be taken over; or nothing."""
+    """Why a forward that was set on the instance cannot be kept; or ""."""
     hook = module.__dict__.get("_hf_hook")
     if any(getattr(part, "offload", False) for part in (hook, *getattr(hook, "hooks", ()))):
         return "accelerate offloads its weights; load the model without offloading"
@@ -165,7 +165,7 @@ def _replaced_forward(module: nn.Module) -> str:
 
 
 def _is_own(module: nn.Module, forward: Any) -> bool:
-    """Whether `forward` is what the class of `module` gives anyway."""
+    """Whether `forward` is the bound method of the class of `module`."""
     return (
         isinstance(forward, types.MethodType)
         and forward.__self__ is module

@@ -1,4 +1,4 @@
-"""The base model, for a while."""
+"""`disabled`: run the base model inside a context."""
 
 from __future__ import annotations
 

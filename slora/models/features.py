@@ -1,4 +1,4 @@
-"""Final features: what the head of a model sees."""
+"""Final features: the input of a model's head."""
 
 from __future__ import annotations
 

@@ -21,11 +21,11 @@ from slora.models.full_precision import keep_in_fp32, restore_dtypes
 from slora.models.fused_encoders import set_fused_encoders
 from slora.models.injection import Injection, find_injection, injected_submodule, set_injection
 from slora.models.modules_to_save import Saved, saved_parts
-from slora.models.targets import candidates, chosen, is_out_proj, refuse_bases, refuse_uncalled
+from slora.models.targets import candidates, is_out_proj, refuse_bases, refuse_uncalled, select_targets
 from slora.module_tree import sharded
 from slora.module_tree.exclusive import changing
 from slora.module_tree.names import inside, no_match
-from slora.module_tree.places import swap
+from slora.module_tree.swap import swap
 from slora.module_tree.wrappers import module_at, named_parameters, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,14 +34,15 @@ Model = TypeVar("Model", bound=nn.Module)
 def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
     """Adapt every layer of `model` that `config` targets, in place, and return `model`.
 
-    The model may be in a wrapper, and so may be parts of it; names are those without. DistributedDataParallel has to
-    come after. All base parameters are frozen; trainable are the LoRA matrices, the gates and `config.modules_to_save`.
-    The output is the base model's bit for bit until the first step (`B = 0`), and base parameters keep their
-    names in `state_dict`. Nothing is changed when an error is raised. One case agrees only up to rounding: in
-    eval mode without gradients `nn.MultiheadAttention` and `nn.TransformerEncoder` take fused kernels, which add
-    in another order, until they are adapted; a fused encoder also gives zeros at padded positions, where an
-    adapted one gives numbers that mean nothing. On a GPU the same holds for `batch_first` attention. Modules that
-    `modules_to_save` names in a model of 16 bits are kept, and compute, in fp32 from then on.
+    The model or parts of it may be wrapped; names are those without the wrappers. DistributedDataParallel has to come
+    after. All base parameters are frozen; trainable are the LoRA matrices, the gates and `config.modules_to_save`.
+    Base parameters keep their names in `state_dict`. Nothing is changed when an error is raised. Modules that
+    `modules_to_save` names in a model of 16 bits are cast to fp32, and compute in fp32.
+
+    Until the first step (`B = 0`) the output is the base model's bit for bit, with one exception. In eval mode without
+    gradients `nn.MultiheadAttention` and `nn.TransformerEncoder` run fused kernels, which add in another order, until
+    they are adapted; a fused encoder also gives zeros at padded positions, where an adapted one gives numbers without
+    meaning. On a GPU `batch_first` attention differs by rounding, too.
 
     Raises:
         TargetError: a pattern matches nothing, or a module that cannot be adapted; near names are listed.
@@ -58,7 +59,7 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
             )
         _require_plain(model)
         saved = saved_parts(model, config)
-        kinds, skipped = chosen(model, config)
+        kinds, skipped = select_targets(model, config)
         found = {name: kind for name, kind in kinds.items() if not inside(name, saved.modules)}
         if not found:
             raise TargetError(
@@ -72,10 +73,10 @@ def inject(model: Model, config: SelectiveLoRAConfig | None = None) -> Model:
         adapt(model, _checked(model, config, saved, found, dict.fromkeys(found, config)))
     skipped = {name: reason for name, reason in skipped.items() if not inside(name, saved.modules)}
     if skipped:
-        listed = "; ".join(f"{name!r}: {reason}" for name, reason in list(skipped.items())[:5])
+        names = "; ".join(f"{name!r}: {reason}" for name, reason in list(skipped.items())[:5])
         more = f"; and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         warnings.warn(
-            f'target_modules="all-linear" leaves out linear layers that cannot be adapted: {listed}{more}. List '
+            f'target_modules="all-linear" leaves out linear layers that cannot be adapted: {names}{more}. List '
             f"them in exclude_modules if that is meant",
             SkippedLayerWarning,
             stacklevel=2,
@@ -87,22 +88,22 @@ class Plan(NamedTuple):
     """What `adapt` is to do, checked.
 
     Attributes:
-        config: what the model notes.
+        config: what `injection(model)` will say.
         saved: what is trained in full.
-        found: the layers, and what they become.
-        configs: their settings, by name.
-        reading: what reads their weights past them: `{module name: {layer name: how}}`.
+        layers: the layers to adapt, and the class that each becomes.
+        configs: the config of each layer, by name.
+        readers: the modules that read the weights of layers inside them: `{module name: {layer name: how}}`.
     """
 
     config: SelectiveLoRAConfig
     saved: Saved
-    found: dict[str, type[LoRABlocks]]
+    layers: dict[str, type[LoRABlocks]]
     configs: Mapping[str, SelectiveLoRAConfig]
-    reading: dict[str, dict[str, Read]]
+    readers: dict[str, dict[str, Read]]
 
 
-def plan_listed(model: nn.Module, config: SelectiveLoRAConfig, configs: Mapping[str, SelectiveLoRAConfig]) -> Plan:
-    """Return the plan that adapts the layers that `configs` names, each by its own; no pattern of `config` is run.
+def plan_for(model: nn.Module, config: SelectiveLoRAConfig, configs: Mapping[str, SelectiveLoRAConfig]) -> Plan:
+    """Return the plan that adapts the layers that `configs` names, each by its own config, ignoring `target_modules`.
 
     Raises:
         TargetError: a layer does not exist or cannot be adapted.
@@ -123,7 +124,7 @@ def plan_listed(model: nn.Module, config: SelectiveLoRAConfig, configs: Mapping[
 
 
 def targets_by_name(model: nn.Module, config: SelectiveLoRAConfig) -> set[str]:
-    """Return the names of the layers that `config` targets, without those that only a regular expression tells.
+    """Return the names of the layers that `config` targets; none if a field is a regular expression.
 
     Raises:
         TargetError: an entry matches no layer that can be adapted.
@@ -132,17 +133,17 @@ def targets_by_name(model: nn.Module, config: SelectiveLoRAConfig) -> set[str]:
     if any(isinstance(pattern, str) and pattern != "all-linear" for pattern in patterns):
         return set()
     saved = saved_parts(model, config)
-    return {name for name in chosen(model, config, tied=True).kinds if not inside(name, saved.modules)}
+    return {name for name in select_targets(model, config, tied=True).kinds if not inside(name, saved.modules)}
 
 
 def adapt(model: Model, plan: Plan) -> Model:
-    """Do what `plan`, made for this very model, says, in place, and return `model`."""
+    """Carry out `plan`, which was made for this model, in place, and return `model`."""
     gate_cache = GateCache()
     with unchanged_on_error(model):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         new = {}
-        for name, kind in plan.found.items():
+        for name, kind in plan.layers.items():
             module = module_at(model, name)
             new[module] = _adapted(kind, module, plan.configs[name], name, gate_cache)
         for parameter in plan.saved.of(model):
@@ -152,13 +153,13 @@ def adapt(model: Model, plan: Plan) -> Model:
             weakref.ref(p) for name in plan.saved.modules for p in module_at(model, name).parameters()
         ]
     swap(model, new)
-    for name, layers in plan.reading.items():
+    for name, layers in plan.readers.items():
         paths = {layer.removeprefix(name + "."): layer for layer in layers}
         module = module_at(model, name)
         unseen = next((layer for layer, one in layers.items() if one.getter), "")
         watch(module, paths, unseen, methods_of(type(module)))
     set_fused_encoders(model)
-    set_injection(model, Injection(plan.config, *plan.saved, original_dtypes, tuple(plan.found)))
+    set_injection(model, Injection(plan.config, *plan.saved, original_dtypes, tuple(plan.layers)))
     return model
 
 
@@ -172,7 +173,7 @@ def _require_plain(model: nn.Module) -> None:
         )
     for name, module in model.named_modules():
         kind = type(module)
-        # By its name, so that PEFT need not be there.
+        # By its name, so that PEFT need not be installed.
         if kind.__module__.startswith("peft."):
             raise StateError(
                 f"{f'{name!r} is a' if name else 'the model is a'} {kind.__module__}.{kind.__name__} of PEFT, whose "
@@ -209,7 +210,7 @@ def _readers(model: nn.Module, found: Mapping[str, type[LoRABlocks]]) -> dict[st
     """The modules that read the weights of layers inside them: `{module name: {layer name: how}}`."""
     result = readers(model, {layer: kind.weight_name for layer, kind in found.items()})
     for name, kind in found.items():
-        # A class of attention that calls the forward of PyTorch's, which reads the weight of its output projection.
+        # A subclass of nn.MultiheadAttention with its own forward may call that of PyTorch, which reads this weight.
         if kind is ProjectionAttention and f"{name}.out_proj" in found and is_out_proj(model, f"{name}.out_proj"):
             result.setdefault(name, {})[f"{name}.out_proj"] = Read("out_proj", True, "weight", False)
     for name, layers in result.items():
@@ -224,7 +225,7 @@ def _readers(model: nn.Module, found: Mapping[str, type[LoRABlocks]]) -> dict[st
 
 @contextlib.contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Give the parameters of `model` their values, dtypes and `requires_grad` back if an exception passes."""
+    """Restore the values, dtypes and `requires_grad` of the parameters of `model` if an exception is raised inside."""
     before = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
@@ -236,9 +237,9 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def unload(model: Model) -> Model:
-    """Take all blocks out again, in place, and return the base model, its parameters still frozen.
+    """Remove all blocks, in place, and return the base model, its parameters still frozen.
 
-    Of a wrapped model what is in the wrapper is returned: what DDP or torch.compile know of it is out of date.
+    For a wrapped model the module inside the wrapper is returned: what DDP or torch.compile know of it is out of date.
 
     Raises:
         StateError: the blocks are merged into the weights; unmerge first, or call `slora.merge_and_unload`. Or the
@@ -268,7 +269,7 @@ def unload(model: Model) -> Model:
 
 
 def refuse_layer(model: nn.Module) -> None:
-    """Raise `StateError` where `model` is itself an adapted layer, for which no plain one can be put in place."""
+    """Raise `StateError` if `model` is itself an adapted layer, which nothing holds that could hold a plain one."""
     layer = unwrapped(model)
     if isinstance(layer, LoRABlocks):
         raise StateError(

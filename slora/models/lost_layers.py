@@ -1,4 +1,4 @@
-"""Adapted layers that have no part in the model any more: replaced, computed anew at each call, or never trained."""
+"""Adapted layers whose training is lost: replaced, computed from other parameters at each call, or never trained."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from slora.module_tree.wrappers import module_at
 
 
 def warn_of_lost(model: nn.Module, layers: Mapping[str, LoRABlocks], stacklevel: int) -> None:
-    """Warn of layers that `inject` adapted and that are no adapted layers now, and of those that training left alone.
+    """Warn of layers that `inject` adapted and that were replaced since, and of those that training has not changed.
 
-    The latter have active blocks whose B is all zero, as at the start, while other blocks have moved; each is named
-    once, and not again where the first optimizer step did (`slora.layers.optimizer_hook`).
+    The latter have active blocks whose B is still all zero while that of others is not; each is named once, and not
+    again if it was named at the first optimizer step (`slora.layers.optimizer_hook`).
     """
     replaced = _replaced(model, layers)
     if replaced:
@@ -46,7 +46,7 @@ def warn_of_lost(model: nn.Module, layers: Mapping[str, LoRABlocks], stacklevel:
 
 
 def refuse_all_lost(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
-    """Raise `StateError` where no layer that `inject` adapted is in the model any more."""
+    """Raise `StateError` if all layers that `inject` adapted have been replaced."""
     replaced = {} if layers else _replaced(model, layers)
     if replaced:
         first, kind = next(iter(replaced.items()))
@@ -58,7 +58,7 @@ def refuse_all_lost(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
 
 
 def config_of(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> SelectiveLoRAConfig:
-    """Return the config of an adapted model, which does not mean the layers that were replaced any more."""
+    """Return the config of an adapted model, with the layers that were replaced since in `exclude_modules`."""
     config = injection(model).config
     replaced = _replaced(model, layers)
     if not replaced or isinstance(config.exclude_modules, str):
@@ -67,10 +67,10 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> SelectiveLo
 
 
 def refuse_computed(layers: Mapping[str, LoRABlocks], what: str, weight: bool) -> None:
-    """Raise `StateError` where a parameter of a layer has become the result of others, as by pruning.
+    """Raise `StateError` if a parameter of a layer is computed from others at each forward, as by pruning.
 
-    A forward computes it anew: the last step may not be in it. With `weight` the base weight counts as well, in which
-    what is written would be lost. `what` cannot be done.
+    Its present value may be older than the last optimizer step, and a write to it would be lost. With `weight` the base
+    weight is checked, too. `what` is the consequence, for the message.
     """
     for name, layer in layers.items():
         names = ["lora_A", "lora_B", "gate", *([layer.weight_name] if weight else [])]
@@ -82,9 +82,9 @@ def refuse_computed(layers: Mapping[str, LoRABlocks], what: str, weight: bool) -
 
 
 def refuse_fused(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
-    """Raise `StateError` where a layer that is not adapted holds the weight of an adapted one beside it.
+    """Raise `StateError` if a layer that is not adapted holds a copy of the weight of an adapted one beside it.
 
-    What fused them took the base weights, so that the blocks are not in it, and merging would not bring them there.
+    Projections were fused from the base weights then, without the blocks, and merging would not change the fused one.
     """
     for name, layer in layers.items():
         parent = module_at(model, name.rpartition(".")[0])
@@ -97,8 +97,8 @@ def refuse_fused(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
                 continue
             if bool((other.detach() == weight[0].to(other)).all(1).any()):
                 raise StateError(
-                    f"{key!r} beside {name!r} was fused from its weight, without the blocks, which merging would not "
-                    f"bring there; merge before projections are fused, or remove {key!r}"
+                    f"{key!r} beside {name!r} was fused from its weight, without the blocks, and merging would not "
+                    f"change it; merge before projections are fused, or remove {key!r}"
                 )
 
 

@@ -1,4 +1,4 @@
-"""What `modules_to_save` selects: modules and single parameters that are trained in full and saved with the adapter."""
+"""Modules and single parameters that `modules_to_save` selects: trained in full and saved with the adapter."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from slora.module_tree.wrappers import module_at, named_modules, named_parameter
 
 
 class Saved(NamedTuple):
-    """Full names."""
+    """Full names of what is trained in full."""
 
     modules: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
     """Those in none of `modules`."""
 
     def of(self, model: nn.Module) -> Iterator[nn.Parameter]:
-        """Yield the parameters of `model` that are meant."""
+        """Yield the parameters of `model` that are trained in full."""
         for name in self.modules:
             yield from module_at(model, name).parameters()
         for name in self.parameters:
             yield parameter_at(model, name)
 
     def buffers(self, model: nn.Module) -> set[str]:
-        """Return the names among those of `tensors` that are no parameters."""
+        """Return the names of those of `tensors` that are buffers."""
         return self.tensors(model).keys() - {name for name, _ in named_parameters(model, remove_duplicate=False)}
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return what is meant in `model` by full name: single parameters, then all that modules hold."""
+        """Return `{full name: tensor}`: single parameters, then the parameters and buffers of modules."""
         found: dict[str, Tensor] = {name: parameter_at(model, name) for name in self.parameters}
         for name in self.modules:
             found |= {f"{name}.{key}": value for key, value in state_of(module_at(model, name)).items()}
@@ -40,7 +40,7 @@ class Saved(NamedTuple):
 
 
 def saved_parts(model: nn.Module, config: SelectiveLoRAConfig) -> Saved:
-    """Return what `config.modules_to_save` selects in `model`: modules and parameters whose names match or end so.
+    """Return what `config.modules_to_save` selects in `model`: an entry is a name, or the end of one.
 
     Raises:
         TargetError: an entry matches neither a module nor a parameter; near names are listed.

@@ -1,4 +1,4 @@
-"""Optimizer groups of an adapted model, the gates with a rule of their own."""
+"""`parameter_groups`: optimizer groups of an adapted model, with settings of their own for the gates."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from slora.module_tree.sharded import reshard
 def parameter_groups(
     model: nn.Module, lr: float = 1e-3, gate_lr: float | None = 1e-2, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Return optimizer groups for the trainable parameters of `model`, the gates with a rule of their own.
+    """Return optimizer groups for the trainable parameters of `model`, with settings of their own for the gates.
 
     Groups: "lora" (A and B), "saved" (other trainable matrices), "saved_no_decay" (biases, norms) and "gates";
     empty ones are left out. Adam divides a gradient by its own size, so under it a penalty alone would move
     every gate by `lr` per step however small the penalty is. The group of the gates therefore carries settings
     that make Adam take `lr * grad / (1 + |grad|)`, in effect plain SGD, and switch off momentum in SGD.
 
-    Adam, AdamW, NAdam, RAdam, Adamax, RMSprop and SGD of torch and timm obey them. Any other optimizer steps, too, by
-    its own settings where it cannot read these, and with a `GateRuleWarning`. For it, and for a learning-rate schedule
-    that is not to touch the gates, leave them out by `gate_lr=None` and step `slora.ProximalGates` beside it.
+    Adam, AdamW, NAdam, RAdam, Adamax, RMSprop and SGD of torch and timm respect them. Any other optimizer gives a
+    `GateRuleWarning`, and uses its own settings where it cannot read these. For such an optimizer, and for a
+    learning-rate schedule that should not change the gates' rate, leave the gates out by `gate_lr=None` and step
+    `slora.ProximalGates` beside it.
 
     What `modules_to_save` trains is kept in fp32 if the model had 16 bits at inject, but not if it was cast after it: a
     `NarrowParameterWarning` says so.
@@ -91,8 +92,8 @@ def parameter_groups(
 def trainable_parameters(model: nn.Module) -> int:
     """Return how many elements of the parameters of `model` training can still change.
 
-    Those that require gradients, but for the blocks that are off for good: by the policy "frozen", or because gates
-    stand still.
+    Those that require gradients, except inactive blocks that stay inactive: under the policy "frozen", or with gates
+    that require no gradient.
     """
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     for _, layer in adapted_layers(model):

@@ -23,8 +23,8 @@ _BASE = "the model is the base model, but for modules trained in full, such as t
 def active_blocks(model: nn.Module) -> dict[str, Tensor]:
     """Return `{layer name: bool [blocks] on the CPU}`: which blocks exist under the present gates.
 
-    The gates are read for this, in one copy per device. Call it after writing them where no version counter moves, as
-    `parameter.data.copy_(...)` does, and before a forward in the same mode; everywhere else slora looks by itself.
+    The gates are read for this, in one copy per device. Call it after a write to them that increments no version
+    counter, such as `parameter.data.copy_(...)`, and before a forward in the same mode; slora notices all others.
     """
     refresh_gates(model)
     return {
@@ -58,8 +58,8 @@ class Summary:
         trainable: those that training can still change: `trainable_parameters`.
         gated: whether the threshold can switch blocks off at all, as it cannot where plain LoRA is trained.
         asked: the budget that the blocks were chosen by; empty where the gates decide.
-        selecting: where a strategy stands that has not made its choice yet; else empty.
-        moved: whether the gates differ.
+        selecting: the progress of a strategy that has not made its choice yet; else empty.
+        moved: whether the gates differ from each other.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -132,7 +132,7 @@ def summary(model: nn.Module) -> Summary:
 
 
 def verdict(active: int, blocks: int, asked: str = "", moved: bool = True) -> tuple[str, str]:
-    """Return what a model with none of its `blocks` active, or all, has become, and the remedy; else ("", "").
+    """Return what it means if none of the `blocks` are active, or all, and the remedy; else ("", "").
 
     Args:
         asked: the budget that asked for just that, as "budget=0".

@@ -1,4 +1,4 @@
-"""What a config targets in a model: the layers to adapt, and why others are left out or refused."""
+"""Which layers of a model a config targets, and why others are left out or refused."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def targets(model: nn.Module, config: SelectiveLoRAConfig) -> Kinds:
     Raises:
         TargetError: a pattern matches no layer that can be adapted, or one whose weight is another parameter, too.
     """
-    return chosen(model, config).kinds
+    return select_targets(model, config).kinds
 
 
-def chosen(model: nn.Module, config: SelectiveLoRAConfig, tied: bool = False) -> Candidates:
-    """Return the targets, and why linear layers that "all-linear" would mean are none.
+def select_targets(model: nn.Module, config: SelectiveLoRAConfig, tied: bool = False) -> Candidates:
+    """Return the targets, and why other linear layers that "all-linear" selects cannot be adapted.
 
-    With `tied` a layer that is named may share its weight with another module.
+    With `tied`, layers in `target_modules` may share their weight with another module.
     """
     kinds, reasons = candidates(model)
     if not kinds:
@@ -121,7 +121,7 @@ def is_out_proj(model: nn.Module, name: str) -> bool:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Names of the output heads: by the model's own word (timm, transformers), else by the usual names."""
+    """Names of the output heads: what the model itself returns as such (timm, transformers), and the usual names."""
     heads = [name for name, _ in unwrapped(model).named_children() if name in HEAD_NAMES]
     names = {module: name for name, module in named_modules(model)}
     for module in names:

@@ -1,9 +1,9 @@
 """The modules of any PyTorch model, adapted or not: their names, what wraps them, where they are referred to.
 
-names.py      what an entry of a list of names means
-wrappers.py   names without those of DDP, torch.compile, ...
+names.py      matching of names, and suggestions for a name that matches nothing
+wrappers.py   names without the wrappers of DDP, torch.compile, ...
 sharded.py    parameters that FSDP2 has sharded
-places.py     putting modules in the place of others
-modes.py      training or evaluation, for a while
-exclusive.py  weights are changed by one thread at a time, and completely
+swap.py       replacing modules wherever a model refers to them
+modes.py      a context in evaluation mode
+exclusive.py  changes of weights: one thread at a time, and not interrupted
 """

@@ -1,4 +1,4 @@
-"""What changes weights: one thread at a time, and complete before Ctrl-C and its like are answered."""
+"""Changes of weights: one thread at a time, and not interrupted by Ctrl-C or other signals."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 
 changing = threading.RLock()
 """Held by inject, unload, merge, unmerge, loading and saving. One for all models, since the same layers may be reached
-through a model, its wrapper and a part of it; what holds it takes milliseconds. By the same thread it can be taken
-again."""
+through a model, its wrapper and a part of it; it is held for milliseconds. Reentrant."""
 
 
 class _Held:
-    """Stands in for the handlers of all signals; once `holding` is over it passes signals on."""
+    """Replaces the handlers of all signals: collects signals while `holding`, then passes them on."""
 
     def __init__(self) -> None:
         self.holding = True
@@ -37,7 +36,7 @@ class _Held:
                 signal.signal(number, self)
 
     def release(self) -> None:
-        # An exception that a handler raises keeps none of the others from being put back and called.
+        # The stack goes on after an exception: every handler is restored and called, whatever another one raises.
         self.holding = False
         with contextlib.ExitStack() as stack:
             for number, frame in reversed(self.arrived):

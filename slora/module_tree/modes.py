@@ -1,4 +1,4 @@
-"""The mode of a model, training or evaluation, for a while."""
+"""`evaluating`: a context in evaluation mode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of modules and parameters: what an entry of a list means, and what is near to one that means nothing."""
+"""Names of modules and parameters: what an entry of a list matches, and near names if it matches nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slora.errors import TargetError
 
 
 def ends_with(name: str, ending: str) -> bool:
-    """Whether an entry of a list means `name`: the whole of it, or its last parts."""
+    """Whether `ending` is `name`, or its last components."""
     return name == ending or name.endswith("." + ending)
 
 
@@ -19,7 +19,7 @@ def inside(name: str, parents: Sequence[str]) -> bool:
 
 
 def no_match(field: str, entry: str, names: Sequence[str], what: str = "module") -> TargetError:
-    """Return the error for an entry of `field` that means none of `names`, each of them a `what`."""
+    """Return the error for an entry of `field` that matches none of `names`, each of them a `what`."""
     return TargetError(f"{field} entry {entry!r} matches no {what}; near names are {', '.join(near(entry, names))}")
 
 

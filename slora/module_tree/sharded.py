@@ -21,7 +21,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def refuse(model: nn.Module, what: str) -> None:
-    """Raise `StateError` where a parameter of `model` is sharded; `what` says what cannot be done then, and instead."""
+    """Raise `StateError` if a parameter of `model` is sharded; `what` is the end of the message, with the remedy."""
     reshard(model)
     for name, parameter in model.named_parameters():
         if is_sharded(parameter):
@@ -30,7 +30,7 @@ def refuse(model: nn.Module, what: str) -> None:
 
 @contextlib.contextmanager
 def by_first(sharded: bool) -> Iterator[bool]:
-    """Yield whether this process is to write what all have gathered; where that is so, all go on together after it."""
+    """Yield whether this process writes what all have gathered; if sharded, all processes wait for that at the end."""
     if not sharded:
         yield True
         return

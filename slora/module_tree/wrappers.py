@@ -1,4 +1,4 @@
-"""Modules of a model under the names that they have without the wrappers of other libraries."""
+"""Modules and parameters of a model by their names without the wrappers of other libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slora.errors import StateError
 
-# Where each class keeps what it wraps. By the names of classes, so that nobody's package need be imported.
+# The attribute in which each class keeps the wrapped module. By the names of classes, to import no package for them.
 _WRAPPED = {
     "OptimizedModule": "_orig_mod",
     "ActivationWrapper": "_checkpoint_wrapped_module",
@@ -25,7 +25,7 @@ _WRAPPED = {
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return what `module` runs, if it is a wrapper around one module, however often wrapped; else `module` itself.
+    """Return the module inside the wrappers around `module`, or `module` itself if there are none.
 
     Wrappers are those of torch.compile, DataParallel, DistributedDataParallel, activation checkpointing and averages of
     weights (`torch.optim.swa_utils`, timm).
@@ -51,7 +51,7 @@ def _attribute(kind: Any) -> str:
 
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what `model.named_modules()` would without wrappers, which are left out themselves.
+    """Yield what `model.named_modules()` would if there were no wrappers.
 
     Raises:
         StateError: as `unwrapped`.
@@ -71,7 +71,7 @@ def _walk(module: nn.Module, name: str, seen: set[nn.Module] | None) -> Iterator
 
 
 def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield what `model.named_parameters()` would without wrappers."""
+    """Yield what `model.named_parameters()` would if there were no wrappers."""
     seen: set[nn.Parameter] = set()
     for prefix, module in named_modules(model, remove_duplicate):
         for key, parameter in module._parameters.items():
@@ -110,7 +110,7 @@ def parameter_at(model: nn.Module, name: str) -> nn.Parameter:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return what `model.state_dict()` would without wrappers: tensors that share memory with the model's."""
+    """Return what `model.state_dict()` would if there were no wrappers: tensors that share memory with the model's."""
     tensors: dict[str, Any] = {}
     for name, module in named_modules(model, remove_duplicate=False):
         module._save_to_state_dict(tensors, f"{name}." if name else "", keep_vars=False)

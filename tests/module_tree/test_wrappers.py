@@ -16,6 +16,7 @@ import slora
 from slora.errors import StateError
 from slora.gates.values import gates
 from slora.layers import SelectiveLoRALinear, adapted_layers
+from slora.models.features import final_features
 from slora.module_tree.wrappers import named_modules, named_parameters, state_of
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -329,8 +330,8 @@ def test_the_head_and_the_features_of_a_wrapped_model_are_found(
     running: nn.Module, model: nn.Module, x: Tensor
 ) -> None:
     with torch.no_grad():
-        expected = slora.models.features.final_features(model)(x)
-        _assert_close(slora.models.features.final_features(running)(x), expected, running)
+        expected = final_features(model)(x)
+        _assert_close(final_features(running)(x), expected, running)
 
 
 @pytest.mark.parametrize("name", ["compiled leaves", "checkpointed", "DataParallel"])

@@ -1,4 +1,4 @@
-"""Put modules in the place of others, wherever a model refers to them."""
+"""Replace modules by others, wherever a model refers to them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import nn
 
 
 def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put `new[module]` at every place in `model` where `module` stands.
+    """Replace `module` by `new[module]` wherever `model` refers to it.
 
-    Those are the children of modules, and what modules hold besides: lists and dicts of modules, methods bound to them
-    (`forward` itself, where accelerate has put one on the instance), and partial functions of them.
+    That is among the children of modules, and in their other attributes: lists and dicts of modules, methods bound to
+    them (`forward` itself, where accelerate has set one on the instance), and partial functions of them.
     """
-    # Compiled by itself, a module is bound to its wrapper's forward.
+    # The wrapper of a module that is compiled by itself is bound to its forward: it needs a new one.
     new = dict(new)
     for module in list(model.modules()):
         inner = module._modules.get("_orig_mod")
