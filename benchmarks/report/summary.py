@@ -24,15 +24,20 @@ def steps(cases: Cases) -> dict[str, dict[str, Row]]:
     precision of its own.
     """
     rows = cases["train_step"]["rows"] if "train_step" in cases else []
-    memory = memory_beside(cases)
-    peaks = {(row["point"]["precision"], row["contender"]): row for row in memory["rows"]} if memory else {}
+    memory = memory_beside(cases) or {"rows": []}
+    peaks = {
+        (r["point"]["precision"], r["contender"]): r["peak_memory_mib"]
+        for r in memory["rows"]
+        if "peak_memory_mib" in r
+    }
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
         point, name = row["point"], row["contender"]
         same = all(point[key] == rows[0]["point"][key] for key in ("model", "batch", "r"))
         if "seconds" in row and same and point["mode"] in ("eager", "graph"):
             column = point["precision"] + ", CUDA graph" * (point["mode"] == "graph")
-            found.setdefault(column, {})[name] = {**peaks.get((point["precision"], name), {}), **row}
+            peak = row.get("peak_memory_mib", peaks.get((point["precision"], name)))
+            found.setdefault(column, {})[name] = {**row, **({} if peak is None else {"peak_memory_mib": peak})}
     return found
 
 

@@ -115,9 +115,9 @@ def spelled(point: Mapping[str, Any]) -> str:
 
 def case_table(case: str, rows: Sequence[Row]) -> str:
     """A line per point and implementation that was measured; a point stands in its first line."""
-    ratios, body = RATIOS.get(case, []), []
+    ratios, common, body = RATIOS.get(case, []), shared(rows), []
     for at_point in points(rows):
-        point = {key: value for key, value in at_point[0]["point"].items() if key not in shared(rows)}
+        point = {key: value for key, value in at_point[0]["point"].items() if key not in common}
         for i, row in enumerate(row for row in at_point if not row.keys() & set(NO_TIMES)):
             over = [ratio(row, named(at_point, base), measure) for measure, base, _ in ratios]
             cells = [cell(row, measure) for measure in MEASURES]
