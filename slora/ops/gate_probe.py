@@ -24,10 +24,10 @@ from slora.ops.layout import rows
 from slora.ops.operands import LoRAOperands
 
 _library: Any = torch.library.Library("slora", "FRAGMENT")
-_library.define("sample_rows(Tensor x, int m, int seed, Tensor? seed_offset=None) -> Tensor")
+_library.define("sample_rows(Tensor x, int m, int seed, Tensor? seed_offset) -> Tensor")
 _library.define(
     "gate_probe(Tensor dy, Tensor x, Tensor lora_A, Tensor lora_B, Tensor gate, float threshold, float scaling, "
-    "int[]? blocks, int seed, Tensor? seed_offset=None) -> Tensor"
+    "int[]? blocks, int seed, Tensor? seed_offset) -> Tensor"
 )
 
 
@@ -85,26 +85,24 @@ class ProbeGates(torch.autograd.Function):
         return dy, dgate, None, None, None, None, None, None, None, None, None
 
 
-def _sample_rows(x: Tensor, m: int, seed: int, seed_offset: Tensor | None = None) -> Tensor:
+def _sample_rows(x: Tensor, m: int, seed: int, seed_offset: Tensor | None) -> Tensor:
     check_rows(x.shape[0], m)
     return (backend_for(x) or EAGER).sample_rows(x, m, seed, seed_offset)
 
 
 def _gate_probe(
     dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Tensor, threshold: float, scaling: float,
-    blocks: Sequence[int] | None, seed: int, seed_offset: Tensor | None = None,
+    blocks: Sequence[int] | None, seed: int, seed_offset: Tensor | None,
 ) -> Tensor:  # fmt: skip
     operands = LoRAOperands(lora_A, lora_B, gate, threshold, scaling).cast(dy.dtype)
     return (backend_for(dy, operands) or EAGER).gate_probe(dy, x, operands, blocks, seed, seed_offset)
 
 
-def _sample_rows_fake(x: Tensor, m: int, seed: int, seed_offset: Tensor | None = None) -> Tensor:
+def _sample_rows_fake(x: Tensor, m: int, seed: int, seed_offset: Tensor | None) -> Tensor:
     return x.new_empty(m, x.shape[1])
 
 
-def _gate_probe_fake(
-    dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Tensor, *_: Any, seed_offset: Tensor | None = None
-) -> Tensor:
+def _gate_probe_fake(dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, gate: Tensor, *_: Any) -> Tensor:
     return dy.new_empty(gate.shape, dtype=torch.promote_types(dy.dtype, torch.float32))
 
 

@@ -127,6 +127,6 @@ def test_an_element_of_x_or_dy_may_lie_beyond_2_to_the_31(device: torch.device) 
 
 def test_more_rows_than_the_draw_can_count_are_refused() -> None:
     rows = torch.empty(1, 8).expand(2**30, 8)
-    for draw in (lambda: torch.ops.slora.sample_rows(rows, 512, 0), lambda: sampled_rows(2**30, 512, 0)):
+    for draw in (lambda: torch.ops.slora.sample_rows(rows, 512, 0, None), lambda: sampled_rows(2**30, 512, 0)):
         with pytest.raises(ShapeError, match=r"m=512 of M=1073741824 rows cannot be drawn .* below 2\*\*39"):
             draw()

@@ -346,9 +346,9 @@ def test_opcheck_of_the_kernels(device: torch.device) -> None:
     x, gate = given["x"].detach(), given["gate"].detach()
     A, B = (given[name].detach() for name in ("lora_A", "lora_B"))
     for m in (6, 3):
-        args = (torch.randn(6, 48, device=device), x[:m], A, B, gate, THRESHOLD, SCALING, None, 5)
+        args = (torch.randn(6, 48, device=device), x[:m], A, B, gate, THRESHOLD, SCALING, None, 5, None)
         torch.library.opcheck(torch.ops.slora.gate_probe, args)
-    torch.library.opcheck(torch.ops.slora.sample_rows, (x, 3, 5))
+    torch.library.opcheck(torch.ops.slora.sample_rows, (x, 3, 5, None))
 
 
 # What only a GPU can show.

@@ -63,7 +63,7 @@ def fake(dtype: torch.dtype) -> object:
 
 def probe(dtype: torch.dtype) -> object:
     x, _, _, A, B, gate = arguments(dtype)
-    return torch.ops.slora.gate_probe(torch.zeros(5, 4, dtype=dtype), x, A, B, gate, 0.1, 1.0, [0], 0)
+    return torch.ops.slora.gate_probe(torch.zeros(5, 4, dtype=dtype), x, A, B, gate, 0.1, 1.0, [0], 0, None)
 
 
 CALLS: dict[str, Callable[[torch.dtype], object]] = {
