@@ -1,5 +1,5 @@
 """`python -m slora`: the command line, as torchrun and accelerate launch start it."""
 
-from slora.cli.command_line import main
+from slora.cli.app import main
 
 main()

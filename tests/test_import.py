@@ -99,7 +99,7 @@ from slora import *
 from slora.training import *
 import pickle
 assert pickle.loads(pickle.dumps((inject, SelectiveLoRALinear))) == (slora.inject, slora.SelectiveLoRALinear)
-assert train is slora.training.trainer.train and Interrupted is slora.training.Interrupted
+assert train is slora.training.entry.train and Interrupted is slora.training.Interrupted
 print(hasattr(slora, "injekt"), hasattr(slora.training, "trian"))
 """
     )

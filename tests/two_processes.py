@@ -18,7 +18,13 @@ class TwoProcesses:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(
-            ["torch.distributed.fsdp", "accelerate", "slora.demo.run", "slora.training.run", "tests.two_processes"]
+            [
+                "torch.distributed.fsdp",
+                "accelerate",
+                "slora.demo.run",
+                "slora.training.finetune_run",
+                "tests.two_processes",
+            ]
         )
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:

@@ -1,8 +1,8 @@
-"""Adapters on disk, in PEFT's format.
+"""Adapters on disk: saving and loading, in PEFT's format.
 
-adapter.py  saving and loading
-files.py    the files of an adapter, and `selective.json`
-peft.py     one LoRA pair for each layer, and `adapter_config.json`, as PEFT reads them
-tensors.py  the tensors, checked
+adapter.py  `save_adapter` and `load_adapter`
+files.py    the files of an adapter directory; `selective.json` read and checked
+tensors.py  `adapter_model.safetensors` read, checked and divided among layers and modules
 fit.py      whether an adapter fits a model
+peft.py     each layer as one LoRA pair, and `adapter_config.json`, for PEFT
 """

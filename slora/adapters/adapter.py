@@ -1,12 +1,11 @@
-"""Adapters on disk: `adapter_model.safetensors`, `adapter_config.json` and `selective.json`.
+"""`save_adapter` and `load_adapter`: `adapter_model.safetensors`, `adapter_config.json` and `selective.json`.
 
-The first two use PEFT's names for tensors and settings; the third holds what PEFT does not know: gates,
-threshold, and which base model the adapter belongs to. Only active blocks are written. Several blocks on one
-linear become one LoRA pair of their summed rank: A stacked, B block-diagonal. Nothing is pickled.
+The first two use PEFT's names for tensors and settings; the third holds what PEFT does not know: gates, threshold, and
+which base model the adapter belongs to. Only active blocks are written. Several blocks on one linear layer become one
+LoRA pair of their summed rank: A stacked, B block-diagonal. Nothing is pickled.
 
-Single parameters that `modules_to_save` names stand among the tensors under their own names, not in
-`adapter_config.json`: there PEFT knows of modules only. PEFT 0.21 loads them into the model, so that its output is the
-same, but takes them for the model's own and does not save them again.
+Single parameters named in `modules_to_save` are saved under their own names, but not listed in `adapter_config.json`,
+where PEFT expects modules only. PEFT 0.21 loads them, so its output is the same, but does not save them again.
 """
 
 from __future__ import annotations
@@ -26,7 +25,15 @@ from torch import Tensor, nn
 from slora.adapters.files import CONFIG, FORMAT, PREFIX, SELECTIVE, WEIGHTS
 from slora.adapters.fit import base_weights, check_layers, injection_plan
 from slora.adapters.peft import peft_config, stacked_pair
-from slora.adapters.tensors import block_state, digest_of, forget_earlier, read_adapter, refuse_not_finite, saved_state
+from slora.adapters.tensors import (
+    block_state,
+    digest_of,
+    forget_earlier,
+    read_adapter,
+    refuse_not_finite,
+    saved_state,
+    spread_sample,
+)
 from slora.errors import (
     BaseModelWarning,
     CheckpointError,
@@ -51,19 +58,18 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write the adapter of `model` into `directory`: all files, or none where one of them cannot be written.
+    """Write the adapter of `model` into `directory`: all files, or none if one of them cannot be written.
 
-    Of a model whose parameters `fully_shard` has sharded, all processes call this, and the first one writes.
+    For a model sharded by `fully_shard`, all processes must call this; the first one writes.
 
-    Parameters that require gradients but belong neither to a block nor to `modules_to_save` are not saved: an
-    `UnsavedParameterWarning` names them. A strategy (`slora.selection`) that has not made its choice yet gives an
-    `UnfinishedSelectionWarning`. Layers that were adapted and have been replaced since, or that training left as they
-    were, are named by a `ReplacedLayerWarning` and an `UntrainedLayerWarning`.
+    Warnings: `UnsavedParameterWarning` names parameters that require gradients but belong neither to a block nor to
+    `modules_to_save`; `UnfinishedSelectionWarning` says that a strategy (`slora.selection`) has not chosen yet;
+    `ReplacedLayerWarning` and `UntrainedLayerWarning` name adapted layers that were replaced or got no training.
 
     Raises:
-        StateError: the model is not adapted, is merged, has lost all adapted layers, has pruned matrices, or holds NaN
-            or infinity where it would be saved; names it.
-        WriteError: the folder cannot be written, or the disk is full; an earlier adapter is left as it was.
+        StateError: the model is not adapted, is merged, has lost all adapted layers, has pruned matrices, or a value to
+            save is NaN or infinite; names it.
+        WriteError: the folder cannot be written, or the disk is full; an earlier adapter is unchanged.
     """
     with changing:
         record = injection(model)
@@ -86,7 +92,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     with by_first(any(map(is_sharded, model.parameters()))) as first:
         if first:
             forget_earlier(folder)
-            # The file with the digest last: until then a reader finds the earlier tensors.
+            # The file with the digest last: until it is replaced, readers find the earlier tensors.
             write_together(
                 {
                     folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
@@ -108,8 +114,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if forgotten:
         named = quoted(forgotten)
         warnings.warn(
-            f"not all that requires gradients is saved in {folder}; missing: {named}. Name it "
-            f"in modules_to_save of the config that slora.inject gets, or freeze it",
+            f"some parameters that require gradients are not saved in {folder}: {named}. Name them in modules_to_save "
+            f"of the config for slora.inject, or freeze them",
             UnsavedParameterWarning,
             stacklevel=2,
         )
@@ -118,10 +124,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
     """Load an adapter into `model`, in place, and return it; a plain model is injected first.
 
-    Everything is read and checked before the first parameter changes, and an error leaves the model as it was. The
-    layers are those that the files list, with the ranks, blocks and `lora_alpha` listed: regular expressions from a
-    file are not run. Blocks that were inactive when the adapter was saved get fresh matrices (`B = 0`) and their
-    saved gate. Where a budget chose the blocks, the gates are frozen: the choice stands.
+    Everything is read and checked before the first parameter changes; an error leaves the model unchanged. Layers,
+    ranks, blocks and `lora_alpha` are those listed in the files: regular expressions from a file are not run. Blocks
+    that were inactive when the adapter was saved get new matrices (`B = 0`) and their saved gate. If a budget chose the
+    blocks, the gates are frozen.
 
     Raises:
         CheckpointError: a file is missing or damaged, holds NaN or infinity, or contradicts another, or the adapter
@@ -134,7 +140,7 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         reshard(model)
         layers = dict(adapted_layers(model))
         if layers:
-            # Names in a module around it, or in a part of it, are others.
+            # Raises if `model` is a submodule of the injected model, or contains it: names would differ.
             injection(model)
         weights = base_weights(model, content, folder)
         plan = None if layers else injection_plan(model, content, folder)
@@ -148,16 +154,16 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         values = saved_state(model, saved, tensors, folder, injected=plan is None)
         if tensors:
             raise CheckpointError(
-                f"{folder / WEIGHTS} holds {min(tensors)!r}, which has no place in this model; load it into the plain "
+                f"{folder / WEIGHTS} holds {min(tensors)!r}, which this model does not have; load it into the plain "
                 f"model, or inject with the same modules_to_save"
             )
-        kept_in = content.config.base_dtype if plan else None
-        # In the order of the model, which JSON does not keep.
+        base_dtype = content.config.base_dtype if plan else None
+        # In the order of the model, as when it was saved.
         ordered = [weights[name] for name in (plan.layers if plan else layers)]
-        if _sampled(ordered, kept_in) != content.base_digest:
+        if _digest(ordered, base_dtype) != content.base_digest:
             warnings.warn(
-                f"{folder} was trained on other base weights than this {type(unwrapped(model)).__name__} has: shapes "
-                f"agree, values do not. Load the same pretrained weights first.",
+                f"{folder} was trained on other base weights than this {type(unwrapped(model)).__name__} has: the "
+                f"shapes agree, the values do not. Load the same pretrained weights first.",
                 BaseModelWarning,
                 stacklevel=2,
             )
@@ -166,8 +172,8 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
                 adapt(model, plan)
             for name, layer in adapted_layers(model):
                 layer.gate_cache.asked = content.asked
-                for part, value in states[name].items():
-                    put(getattr(layer, part), value)
+                for key, value in states[name].items():
+                    put(getattr(layer, key), value)
             present = state_of(model) if values else {}
             for name, value in values.items():
                 put(present[name], value)
@@ -177,19 +183,19 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
 
 
 def _parameters(layer: LoRABlocks | None, weight: Tensor) -> dict[str, Tensor]:
-    """What an adapter fills: the parameters of `layer`, or of the one that will adapt `weight`."""
+    """Tensors with dtype and device of the parameters of `layer`, or of the layer that will adapt `weight`."""
     if layer is None:
         return dict.fromkeys(("lora_A", "lora_B", "gate"), weight.new_empty(0, dtype=torch.float32))
-    return {part: getattr(layer, part) for part in (("gate",) if layer.released else ("lora_A", "lora_B", "gate"))}
+    return {key: getattr(layer, key) for key in (("gate",) if layer.released else ("lora_A", "lora_B", "gate"))}
 
 
 def _copy(value: Tensor) -> Tensor:
-    # safetensors refuses tensors that share memory, as tied weights do.
+    # safetensors refuses tensors that share memory, such as tied weights.
     return full(value.detach()).cpu().clone(memory_format=torch.contiguous_format)
 
 
 def selective(model: nn.Module) -> dict[str, Any]:
-    """Return the content of `selective.json`: config, `{layer: r, blocks, active, gate}`, the base's fingerprint.
+    """Return the content of `selective.json`: config, `{layer: r, blocks, active, gate}`, fingerprint of the base.
 
     Raises:
         StateError: the model is not adapted, is merged, or a gate is not finite.
@@ -201,7 +207,7 @@ def selective(model: nn.Module) -> dict[str, Any]:
     asked = next((layer.gate_cache.asked for layer in layers.values()), "")
     return {
         "format": FORMAT,
-        # Only where a budget chose the blocks.
+        # Only if a budget chose the blocks.
         **({"asked": asked} if asked else {}),
         "config": config_of(model, layers).to_dict(),
         "layers": {name: _layer_entry(name, layer) for name, layer in layers.items()},
@@ -210,23 +216,21 @@ def selective(model: nn.Module) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Return what identifies the base of an adapted model: shapes of the adapted weights and a digest of their values.
+    """Return what identifies the base of an adapted model: the shapes of the adapted weights and a digest of values.
 
-    The digest covers up to 256 elements of each weight, rounded to bf16, so it is the same whether the base is
-    kept in fp32 or bf16.
+    The digest covers up to 256 elements of each weight, rounded to bf16, so it is the same for an fp32 and a bf16 base.
     """
     weights = {name: layer.base_weight.detach() for name, layer in adapted_layers(model)}
     shapes = {name: list(weight.shape) for name, weight in weights.items()}
-    return {"class": type(unwrapped(model)).__name__, "shapes": shapes, "digest": _sampled(weights.values())}
+    return {"class": type(unwrapped(model)).__name__, "shapes": shapes, "digest": _digest(weights.values())}
 
 
-def _sampled(weights: Iterable[Tensor], kept_in: torch.dtype | None = None) -> str:
-    """The digest of `weights` that are kept in their own dtype, or will be kept in another."""
+def _digest(weights: Iterable[Tensor], base_dtype: torch.dtype | None = None) -> str:
+    """The digest of `weights`, in their own dtype or cast to `base_dtype`."""
     digest = hashlib.sha256()
     for weight in weights:
-        flat = full(weight).reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 256)][:256]
-        sample = (sample if kept_in is None else sample.to(kept_in)).to(torch.bfloat16).float().cpu()
+        sample = spread_sample(full(weight))
+        sample = (sample if base_dtype is None else sample.to(base_dtype)).to(torch.bfloat16).float().cpu()
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 
@@ -240,6 +244,6 @@ def _layer_entry(name: str, layer: LoRABlocks) -> dict[str, Any]:
         "blocks": layer.blocks,
         "active": list(layer.activity().active),
         "gate": gate,
-        # Not by the pattern that gave it, which is not run from a file.
+        # The value, not the pattern: regular expressions from a file are not run.
         "lora_alpha": layer.lora_alpha,
     }

@@ -1,4 +1,4 @@
-"""The files of an adapter directory, and `selective.json` checked by itself. Nothing here imports torch."""
+"""The files of an adapter directory, and `selective.json`, read and checked. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from slora.errors import CheckpointError
 from slora.io.bounded import absence, as_said, read_json
 
 WEIGHTS, CONFIG, SELECTIVE = "adapter_model.safetensors", "adapter_config.json", "selective.json"
-# What PEFT puts before the names of modules.
+# PEFT's prefix of module names.
 PREFIX = "base_model.model."
 
-# Of selective.json.
+# Version of the format of selective.json.
 FORMAT = 1
 
 
 class Entry(NamedTuple):
-    """What `selective.json` says of one layer."""
+    """The entry of one layer."""
 
     r: int
     lora_alpha: float
@@ -35,13 +35,13 @@ class Selective(NamedTuple):
     """The content of `selective.json`.
 
     Attributes:
-        config: what `inject` was called with. Its patterns are those of a file, and no layer is chosen by them.
-        layers: by name.
-        base_class: name of the class of the model.
-        shapes: of the adapted weights, by the name of the layer.
-        base_digest: of the values of these weights (`slora.adapters.adapter.fingerprint`).
-        asked: the budget that chose the blocks, as in "budget=4"; empty where the gates decided.
-        tensors_digest: of `adapter_model.safetensors`; None in directories written before there was one.
+        config: that of `inject`. Its regular expressions come from a file and are not run.
+        layers: `{name: entry}`.
+        base_class: class name of the model.
+        shapes: of the adapted weights, by layer.
+        base_digest: digest of these weights (`slora.adapters.adapter.fingerprint`).
+        asked: the budget that chose the blocks, such as "budget=4"; empty if the gates decided.
+        tensors_digest: of `adapter_model.safetensors`; None in directories of early versions.
     """
 
     config: SelectiveLoRAConfig
@@ -54,7 +54,7 @@ class Selective(NamedTuple):
 
 
 def read_selective(folder: Path) -> Selective:
-    """Read `selective.json` in `folder` and check what can be checked without a model.
+    """Read `selective.json` in `folder` and check it as far as possible without a model.
 
     Raises:
         CheckpointError: it is missing, damaged, or contradicts itself; names the entry.
@@ -72,7 +72,7 @@ def read_selective(folder: Path) -> Selective:
             )
         fields = _mapping(content, "config")
         for field in ("r", "lora_alpha", "use_rslora", "threshold"):
-            # A default would be another mathematics without a word.
+            # A default would silently change the mathematics.
             _field(fields, field)
         config = SelectiveLoRAConfig.from_dict(fields)
         base = _mapping(content, "base")
@@ -106,7 +106,7 @@ def _entry(name: str, entry: Any, config: SelectiveLoRAConfig, shape: list[int])
     if not 1 <= r <= max(shape):
         raise ValueError(f"'r' is {r}, and the weight has the shape {shape}")
     threshold = _single(config.threshold)
-    # As the gates themselves, which are fp32.
+    # In fp32, like the gates themselves.
     on = tuple(i for i, value in enumerate(gate) if _single(value) >= threshold)
     if active != on:
         raise ValueError(
@@ -119,9 +119,9 @@ def _entry(name: str, entry: Any, config: SelectiveLoRAConfig, shape: list[int])
 
 
 def _alpha_by_pattern(config: SelectiveLoRAConfig, name: str) -> float:
-    """`lora_alpha` of a layer in a directory that does not list it. A pattern that could run for ever is refused."""
+    """`lora_alpha` of a layer whose entry lacks it, by `alpha_pattern`; slow patterns are refused."""
     for pattern in config.alpha_pattern or ():
-        # Without repetition, and with eight alternatives at most, there is little that can be tried.
+        # Without repetition, and with at most eight alternatives, matching takes little time.
         if re.search(r"[*+?{]", pattern) or pattern.count("|") > 8:
             raise ValueError(
                 f"lora_alpha is missing, and alpha_pattern holds {pattern[:80]!r}, which is not run from a file; add "
@@ -131,7 +131,7 @@ def _alpha_by_pattern(config: SelectiveLoRAConfig, name: str) -> float:
 
 
 def _asked(value: Any) -> str:
-    """The budget that was asked for, once it is clear that it is one."""
+    """The requested budget, checked."""
     text = _text("asked", value)
     if text:
         number = re.fullmatch(r"budget=(?:(\d{1,18})|([\d.e-]{1,30}))", text)
@@ -187,14 +187,14 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    """A number that fp32 has, too."""
+    """A number within the range of fp32."""
     if type(value) not in (int, float):
         raise _no(name, value, "a number")
     try:
         number = float(value)
         _single(number)
     except OverflowError as error:
-        raise _no(name, value, "a number that fp32 has") from error
+        raise _no(name, value, "a number within the range of fp32") from error
     if not math.isfinite(number):
         raise _no(name, value, "a finite number")
     return number

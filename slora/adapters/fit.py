@@ -1,4 +1,4 @@
-"""Whether an adapter fits a model, and how a plain model becomes one that it fits."""
+"""Whether an adapter fits a model, and how to inject a plain model so that it does."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from slora.module_tree.wrappers import named_modules, unwrapped
 
 
 def injection_plan(model: nn.Module, content: Selective, folder: Path) -> Plan:
-    """Return how the plain `model` becomes one of the layers listed.
+    """Return the injection of the plain `model` that gives the layers of an adapter.
 
     Raises:
-        CheckpointError: a layer does not fit, or the adapter's config chooses others in this model; names it.
+        CheckpointError: a layer does not fit, or the adapter's config selects other layers in this model; names it.
     """
     configs = {
         name: dataclasses.replace(
@@ -49,7 +49,7 @@ def injection_plan(model: nn.Module, content: Selective, folder: Path) -> Plan:
 
 
 def check_layers(layers: Mapping[str, LoRABlocks], content: Selective, folder: Path) -> None:
-    """Refuse an adapter whose matrices would mean something else in the adapted `layers`.
+    """Check that an adapter was saved from layers like the adapted `layers`.
 
     Raises:
         CheckpointError: names the first layer that differs.
@@ -63,7 +63,7 @@ def check_layers(layers: Mapping[str, LoRABlocks], content: Selective, folder: P
         raise CheckpointError(
             f"{folder} adapts {len(content.layers)} layers, the model {len(layers)}; {odd[0]!r} is {where}"
         )
-    remedy = "load it into the plain model, which is then injected to fit"
+    remedy = "load it into the plain model, which is then injected accordingly"
     for name, layer in layers.items():
         entry = content.layers[name]
         wanted = {
@@ -85,11 +85,11 @@ def check_layers(layers: Mapping[str, LoRABlocks], content: Selective, folder: P
 
 
 def base_weights(model: nn.Module, content: Selective, folder: Path) -> dict[str, Tensor]:
-    """Return what the blocks of each layer listed adapt, or would adapt, once the shapes are those listed.
+    """Return the base weight of each layer of an adapter, after checking its shape.
 
     Raises:
-        CheckpointError: one differs; names it.
-        StateError: the model has no values yet.
+        CheckpointError: a shape differs; names the layer.
+        StateError: the model is on the meta device.
     """
     modules = dict(named_modules(model))
     found = {}

@@ -1,4 +1,4 @@
-"""An adapted model as PEFT sees it: one LoRA pair for each layer with active blocks, and its `adapter_config.json`."""
+"""PEFT's view of an adapted model: one LoRA pair for each layer with active blocks, and `adapter_config.json`."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def stacked_pair(layer: LoRABlocks) -> tuple[Tensor, Tensor]:
 def peft_config(
     config: SelectiveLoRAConfig, layers: Mapping[str, LoRABlocks], modules_to_save: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Return `adapter_config.json`: the active layers as a PEFT LoRA, ranks and alphas of stacked blocks summed."""
+    """Return `adapter_config.json`: the layers with active blocks as a PEFT LoRA, with summed ranks and alphas."""
     ranks, alphas = {}, {}
     for name, layer in layers.items():
         count = len(layer.activity().active)
         if not count:
             continue
-        # PEFT divides alpha by the stacked rank (or its root), so alpha grows with it and the factor stays c.
+        # PEFT divides alpha by the stacked rank (or its root), so alpha grows with it to keep the scaling.
         r, alpha = count * layer.r, layer.lora_alpha * (count**0.5 if config.use_rslora else count)
         if r != config.r:
             ranks[name] = r

@@ -1,4 +1,4 @@
-"""The tensors of an adapter: read, checked, and cut into what each layer and each saved module takes of them."""
+"""The tensors of an adapter: read, checked, and divided among layers and saved modules."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from slora.models.modules_to_save import Saved
 from slora.module_tree.sharded import is_sharded
 from slora.module_tree.wrappers import unwrapped
 
-# Reads of an adapter that another process is saving, one adapter after another.
+# Attempts to read an adapter while another process saves new ones.
 _ATTEMPTS = 8
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 of names, dtypes, shapes and values of tensors on the CPU, whatever their order."""
+    """Return the SHA-256 of names, dtypes, shapes and values of CPU tensors; their order does not matter."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name]
@@ -38,7 +38,7 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 def read_adapter(folder: Path) -> tuple[Selective, dict[str, Tensor]]:
     """Return `selective.json` of the adapter in `folder`, and its tensors.
 
-    Where they do not fit while another process saves there, both are read again.
+    If another process replaces them meanwhile, both are read again.
 
     Raises:
         CheckpointError: see `read_selective` and `read_tensors`.
@@ -56,7 +56,7 @@ def read_adapter(folder: Path) -> tuple[Selective, dict[str, Tensor]]:
 
 
 def _versions(folder: Path) -> list[tuple[int, int] | None]:
-    """What changes when another file gets the name of one of `folder`, or when it has none."""
+    """Inodes and times of the files in `folder`, which change when a file is replaced or removed."""
     found: list[tuple[int, int] | None] = []
     for name in (SELECTIVE, WEIGHTS):
         for path in (folder / name, earlier(folder / name)):
@@ -69,20 +69,20 @@ def _versions(folder: Path) -> list[tuple[int, int] | None]:
 
 
 def read_tensors(folder: Path, digest: str | None) -> dict[str, Tensor]:
-    """Return the tensors of the adapter in `folder`, which have `digest`, where it is known.
+    """Return the tensors of the adapter in `folder`, whose digest is `digest` unless that is None.
 
     Raises:
         CheckpointError: the file is missing or damaged, or not the one that `selective.json` was written with.
     """
     path = folder / WEIGHTS
     if earlier(path).exists():
-        # Saving was cut off. The present file is of the next adapter, unless the digest knows it; only a directory that
-        # was written before there was one has none.
+        # Saving was interrupted: the present file may already be that of the next adapter. The digest tells which one
+        # is meant; without a digest, from an early version, it is the earlier one.
         with contextlib.suppress(CheckpointError):
-            tensors = _read(earlier(path))
+            tensors = read_safetensors(earlier(path))
             if digest in (None, digest_of(tensors)):
                 return tensors
-    tensors = _read(path)
+    tensors = read_safetensors(path)
     if digest not in (None, digest_of(tensors)):
         raise CheckpointError(
             f"{path} holds other tensors than {SELECTIVE} was written with: copy both files of one adapter. Where the "
@@ -91,43 +91,60 @@ def read_tensors(folder: Path, digest: str | None) -> dict[str, Tensor]:
     return tensors
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_safetensors(
+    path: Path, remedy: str = "it may be damaged", error_type: type[CheckpointError] = CheckpointError
+) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Args:
+        remedy: end of the message where the file is unreadable; `error_type` is then raised.
+
+    Raises:
+        CheckpointError: the file is missing, not a regular file, or unreadable.
+    """
     require_file(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    # It has a RuntimeError for a file that is gone by now.
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}); it may be damaged") from error
+    # Unknown dtypes, names or shapes in a damaged header raise Python's own errors; a file removed meanwhile
+    # RuntimeError.
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise error_type(f"{path} is not a readable safetensors file ({str(error)[:200]}); {remedy}") from error
+
+
+def spread_sample(weight: Tensor, count: int = 256) -> Tensor:
+    """Return up to `count` elements of `weight`, spread evenly over it."""
+    flat = weight.reshape(-1)
+    return flat[:: max(1, flat.numel() // count)][:count]
 
 
 def forget_earlier(folder: Path) -> None:
-    """Remove the earlier files that a complete adapter in `folder` leaves where saving was cut off at the very end.
+    """Remove the earlier files in `folder` if saving was interrupted when the adapter was already complete.
 
-    `write_together` would keep them in place of the present ones.
+    `write_together` would restore them in place of the present ones.
     """
     if not earlier(folder / WEIGHTS).exists():
         return
     with contextlib.suppress(CheckpointError):
-        if read_selective(folder).tensors_digest == digest_of(_read(folder / WEIGHTS)):
+        if read_selective(folder).tensors_digest == digest_of(read_safetensors(folder / WEIGHTS)):
             for name in (CONFIG, WEIGHTS):
                 earlier(folder / name).unlink(missing_ok=True)
 
 
 def is_finite(value: Tensor, mask: bool = False) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; a `mask` may hold infinities."""
+    """Whether a tensor holds neither NaN nor infinity; in a `mask` infinities are allowed."""
     if not value.is_floating_point() and not value.is_complex():
         return True
-    # float8 has no such operators.
+    # float8 lacks these operators.
     wide = value.float() if value.itemsize == 1 else value
     if mask or not value.numel() or value.is_complex():
         return not bool(wide.isnan().any()) if mask else bool(wide.isfinite().all())
-    # Both are NaN where one value is, and are found ten times as fast on the CPU.
+    # Ten times as fast on the CPU; both are NaN if any value is.
     return all(bool(end.isfinite()) for end in torch.aminmax(wide))
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], buffers: Collection[str]) -> None:
-    """Refuse tensors that are not finite; `buffers` among them may be masks, which hold infinities.
+    """Refuse tensors that are not finite; those named in `buffers` may be masks with infinities.
 
     Raises:
         StateError: names the first.
@@ -140,11 +157,12 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], buffers: Collection[str]) -
 def block_state(
     name: str, entry: Entry, shape: list[int], like: Mapping[str, Tensor], tensors: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
-    """Take what belongs to one layer out of `tensors`: its parameters by name, ready to be copied into them.
+    """Take the tensors of one layer out of `tensors`; return new values of its parameters by name.
 
     Args:
         shape: of the adapted weight.
-        like: a tensor with the dtype and device of each parameter. Without `lora_A` the layer has freed its matrices.
+        like: a tensor with the dtype and device of each parameter. Without `lora_A` the matrices of the layer were
+            freed.
     """
     state = {"gate": torch.tensor(entry.gate).to(like["gate"])}
     if "lora_A" not in like:
@@ -169,18 +187,18 @@ def block_state(
         for j, i in enumerate(active):
             lora_A[i] = A[j * r : (j + 1) * r]
             lora_B[i] = B[i * n : (i + 1) * n, j * r : (j + 1) * r]
-    for part, value in (("lora_A", lora_A), ("lora_B", lora_B)):
-        state[part] = _converted(value, f"{name}.{part}", like[part].dtype, folder).to(like[part].device)
+    for key, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+        state[key] = _converted(value, f"{name}.{key}", like[key].dtype, folder).to(like[key].device)
     return state
 
 
 def saved_state(
     model: nn.Module, saved: Saved, tensors: dict[str, Tensor], folder: Path, *, injected: bool
 ) -> dict[str, Tensor]:
-    """Take what `modules_to_save` saved out of `tensors`: new values by name, on the device of what they replace.
+    """Take the tensors of `modules_to_save` out of `tensors`: new values by name, on the device of the old ones.
 
     Args:
-        injected: whether the model is adapted already. Where it is not, what has 16 bits will be kept in fp32.
+        injected: whether the model is already adapted. Injection converts 16-bit modules to fp32.
     """
     buffers = saved.buffers(model)
     present, single = saved.tensors(model), set(saved.parameters)
@@ -214,7 +232,7 @@ def _take(tensors: dict[str, Tensor], key: str, folder: Path) -> Tensor:
 
 
 def _converted(value: Tensor, name: str, dtype: torch.dtype, folder: Path, mask: bool = False) -> Tensor:
-    """`value` in `dtype`, which it has, or is another floating-point number of; see `is_finite`."""
+    """`value` converted to `dtype`, if it has that or both are floating-point types, and checked to be finite."""
     if value.dtype != dtype and not (value.is_floating_point() and dtype.is_floating_point):
         raise CheckpointError(f"{folder / WEIGHTS}: {name} has dtype {value.dtype}, expected {dtype}")
     result = value.to(dtype)

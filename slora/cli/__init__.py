@@ -1,5 +1,10 @@
-"""The `slora` command."""
+"""The `slora` command: one file per subcommand, each of which calls one function of the library and prints the result.
 
-from slora.cli.command_line import main
+app.py        `main`, and the options before the subcommand; errors.py: how errors are shown
+demo.py  finetune.py  evaluate.py  merge.py  inspect.py  report.py  doctor.py
+checkpoint_option.py  the option --checkpoint of evaluate, merge and inspect
+"""
+
+from slora.cli.app import main
 
 __all__ = ["main"]

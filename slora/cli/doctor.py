@@ -1,4 +1,4 @@
-"""`slora doctor`: versions, the GPU, which parts of slora are there, and how to get what is missing."""
+"""`slora doctor`: shows versions, the GPU, which parts of slora are installed, and how to install the others."""
 
 from __future__ import annotations
 
@@ -67,10 +67,15 @@ def findings() -> list[str]:
     return lines + (["", "missing:", *(f"  {entry}" for entry in missing)] if missing else ["", "nothing is missing"])
 
 
-def main() -> None:
-    """Print the report; `python -m slora.cli.command_line.doctor` does the same."""
+def doctor() -> None:
+    """Show versions, the GPU, which parts of slora are installed, and how to install the others.
+
+    \b
+    Example:
+        slora doctor
+    """
     print("\n".join(findings()))
 
 
 if __name__ == "__main__":
-    main()
+    doctor()

@@ -3,11 +3,12 @@
 Nothing is downloaded: the letters are rendered from fonts inside matplotlib, the digits come with scikit-learn,
 and the pretrained model is a file in this folder. Read in this order:
 
-    letters.py    what the model knows: 52 rendered letters
-    digits.py     what it is to learn: handwritten digits in the same format
-    model.py      the model and its pretrained weights, `letters_vit.safetensors`
-    pretrain.py   how those weights were made, and how to make them again
-    run.py        the demo: four ways of adapting, what each learned and what it forgot
+    letters.py    the source data: 52 rendered letters
+    digits.py     the target data: handwritten digits in the same format; shifts.py: the same digits, changed
+    model.py      the model and its pretrained weights, `letters_vit.safetensors`; pretrain.py: trains them
+    methods.py    the compared methods, and one training run of each
+    judge.py      the table of results, and whether the aims are met
+    run.py        `slora demo`: all runs; page.py: its HTML report
     registration.py  the model and both data sets by name, for the other commands
 """
 

@@ -1,4 +1,4 @@
-"""The new task: scikit-learn's handwritten digits, in the format of the rendered letters."""
+"""The target data: scikit-learn's handwritten digits, in the format of the rendered letters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FULL_INK = 16.0
 
 
 def digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The 1797 digits, 8 x 8 in 0..16, scaled to [0, 1], enlarged to 16 x 16 and split 70/30 by class.
+    """Return the 1797 digits, 8 x 8 in 0..16, scaled to [0, 1], enlarged to 16 x 16 and split 70/30 by class.
 
     Args:
         seed: any integer from 0 up; orders the training images. The split does not depend on it.

@@ -1,4 +1,4 @@
-"""What the runs of the demo say: the table, the aims, and whether selection beats fixed rules at equal forgetting."""
+"""The results of the demo: the table, the aims, and the comparison with fixed rules at equal forgetting."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Run = Mapping[str, Any]
 # Aim (a): four blocks and a few unlabelled letters against LoRA on all blocks after the same linear probe.
 TARGET_POINTS, FORGETTING_SHARE = 1.0, 0.4
 
-# Aim (b): without any letters, better than each of these at equal forgetting.
+# Aim (b): without letters, better than each of these at equal forgetting.
 FIXED = {
     "last": "the last 4",
     "random": "4 at random",
@@ -36,7 +36,7 @@ def forgetting(run: Run) -> float:
 
 
 def by_seed(result: Result, method: str, value: Callable[[Run], float], scale: float = 1.0) -> list[float]:
-    """Return `value` of a method's runs, one number per seed: the mean over the shifts."""
+    """Return `value` of the runs of a method, one number per seed: the mean over the shifts."""
     runs = [run for run in result["runs"] if run["method"] == method]
     if scale != 1.0:
         runs = [run | entry for run in runs for entry in run["scaled"] if entry["scale"] == scale]
@@ -45,7 +45,7 @@ def by_seed(result: Result, method: str, value: Callable[[Run], float], scale: f
 
 
 def flops(result: Result, method: str) -> float:
-    """Return the FLOPs of a method's training, the mean over the runs that counted them."""
+    """Return the training FLOPs of a method, the mean over the runs that counted them."""
     return fmean(run["flops"] for run in result["runs"] if run["method"] == method and run["flops"])
 
 
@@ -85,14 +85,14 @@ def _row(result: Result, method: str, label: str, scale: float = 1.0) -> list[st
 
 def with_spread(values: Sequence[float], form: str) -> str:
     """Return the mean of `values` and, of more than one, their standard deviation."""
-    # Rounding may leave a minus before a zero.
+    # Rounding may give "-0.00".
     mean = format(fmean(values), form)
     mean = mean.removeprefix("-") if not float(mean) else mean
     return f"{mean} ± {stdev(values):{form.lstrip('+')}}" if len(values) > 1 else mean
 
 
 def aims(result: Result) -> list[str]:
-    """Return one sentence for each aim: met or missed, with the figures, paired over seeds."""
+    """Return a sentence for each aim: met or missed, with values paired over seeds."""
     return [_aim_with_letters(result), *_aims_without_letters(result)]
 
 
@@ -134,8 +134,8 @@ def _aims_without_letters(result: Result) -> list[str]:
 def at_equal_forgetting(result: Result) -> dict[str, list[float]]:
     """Return `{fixed rule: NLL of selective minus that of the rule, one number per seed}`; empty without scaled runs.
 
-    Each method is a curve of NLL over forgetting: the linear probe, its update scaled by each factor, the whole update;
-    all means over the shifts. The two are compared at the forgetting that the one which forgets less ends with.
+    Each method is a curve of NLL over forgetting, from the linear probe over the scaled updates to the whole update,
+    each a mean over the shifts. Two curves are compared where the one that forgets less ends.
     """
     ours = [run for run in result["runs"] if run["method"] == "selective"]
     scales = sorted({entry["scale"] for run in ours for entry in run["scaled"]})
@@ -161,7 +161,7 @@ def at_equal_forgetting(result: Result) -> dict[str, list[float]]:
 
 
 def _read_off(curve: Sequence[tuple[float, float]], at: float) -> float:
-    """The lowest NLL that a curve has at a forgetting of at most `at`, interpolated."""
+    """The lowest NLL of a curve at a forgetting of at most `at`, interpolated."""
     ordered = sorted(curve)
     best = np.minimum.accumulate([nll for _, nll in ordered])
     return float(np.interp(at, [lost for lost, _ in ordered], best))

@@ -1,6 +1,6 @@
-"""Rendered letters: the data the demo's model was pretrained on, made on the spot instead of downloaded.
+"""The source data: rendered letters, on which the demo's model was pretrained; generated, not downloaded.
 
-Every glyph of every font is turned once into a signed distance field. On a distance field stroke thickness is
+Every glyph of every font is converted once to a signed distance field. On a distance field stroke thickness is
 an offset and blur is the width of a ramp, so one batched affine resampling makes images that differ in font,
 size, rotation, shear, position, thickness and softness.
 """

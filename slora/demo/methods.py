@@ -1,8 +1,7 @@
-"""The ways of adapting that the demo compares, and one training of each.
+"""The methods that the demo compares, and one training run of each.
 
-Each starts from the same weights and sees the same batches. `blocks` is what a method may train beside the head: none,
-all 36, or four that a rule names, which are then the only ones from the first step to the last. Only the selective
-methods choose their four by themselves.
+All start from the same weights and see the same batches. Beside the head a method trains no blocks, all 36, or four,
+which a fixed rule chooses before the first step. Only the selective methods choose their four blocks themselves.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from slora.training import TrainSettings, prepare, train
 BUDGET = 4
 SMOOTHING = 0.1
 
-# What all methods share: the same number of the same batches under the same schedule.
+# Settings of all methods: the same number of the same batches with the same schedule.
 COMMON: dict[str, Any] = {
     "max_steps": 200,
     "batch_size": 32,
@@ -44,19 +43,19 @@ COMMON: dict[str, Any] = {
     "progress": False,
 }
 
-# `slora demo --quick`: shows that everything works; its figures mean nothing.
+# `slora demo --quick`: shows that everything works; its results mean nothing.
 QUICK: dict[str, Any] = {"max_steps": 10, "head_first": 5, "log_every": 2}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way of adapting.
+    """A compared method.
 
     Attributes:
-        label: as the table names it.
+        label: its name in the table.
         own: settings beside `COMMON`.
-        rule: for a fixed choice of blocks: `(names of all blocks, seed) -> positions to train`.
-        retain: whether features of 64 unlabelled letters are held.
+        rule: a fixed choice of blocks: `(names of all blocks, seed) -> numbers of those to train`.
+        retain: whether features of 64 unlabelled letters are distilled.
     """
 
     label: str
@@ -77,15 +76,15 @@ def _late_fc1(blocks: list[str], seed: int) -> list[int]:
     return [i for i, name in enumerate(blocks) if name.endswith("fc1")][-BUDGET:]
 
 
-# Chosen on training images that no run trains on (`task(..., validation=True)`, mostly "noisy" and "mnist", two seeds
-# that the demo does not use); the test images took no part. All blocks: rank 8 and 5e-3 read most without the losses of
-# 1e-2 (2 points more on "noisy", five times the letters lost); rank 16 is there at the rate that loses no more. Four
-# blocks, whatever chose them: rank 8 or 16, rates of 5e-3 to 2e-2, with or without a held rate; for selection also its
-# phases, weights of the distillation of 0.5 to 3, and rankings with prices on drift and, on one seed and all shifts, on
+# These were chosen on training images that no run trains on (`task(..., validation=True)`, mostly "noisy" and "mnist",
+# two seeds that the demo does not use), not on test images. All blocks: rank 8 with 5e-3 was the most accurate without
+# the forgetting of 1e-2 (2 points more on "noisy", five times the letters lost); rank 16 has the rate that forgets as
+# much. Four blocks, whatever chose them: rank 8 or 16, rates of 5e-3 to 2e-2, with or without a constant phase; for
+# selection also its phases, distillation weights of 0.5 to 3, and prices on drift and, with one seed on all shifts, on
 # depth.
 _ALL = {"method": "lora", "lr": 5e-3, "r": 8, "lora_alpha": 8}
 _WIDER = {"r": 16, "lora_alpha": 16}
-# With the schedule that a budget has by itself.
+# With the default schedule of a budget.
 _FOUR = {**_WIDER, "lr": 1e-2, "lr_hold": 0.4}
 
 METHODS: dict[str, Method] = {
@@ -101,17 +100,17 @@ METHODS: dict[str, Method] = {
     "selective-distilled": Method("selective 4 + distillation", {**_FOUR, "budget": BUDGET}, retain=True),
 }
 
-# Left to the full run: the default one is to take three minutes.
+# Only in the full run: the default one should take three minutes.
 ONLY_FULL = ("rank-16", "late-fc1")
 
-# The full run judges the update of these scaled as well, as when it is merged with `--scale` (WiSE-FT, arXiv
-# 2109.01903); the default run only LoRA's on all blocks, by HALF.
+# Methods whose update is also evaluated scaled, as if merged with `--scale` (WiSE-FT, arXiv 2109.01903), in the full
+# run; the default run does so only for LoRA on all blocks, with HALF.
 SCALED = ("head-first", "rank-16", "last", "random", "late-fc1", "selective")
 SCALES = (0.25, 0.5, 0.75)
 HALF = 0.5
 
-# Letters that pretraining never saw: (images per class, seed) of those that vote, fewer in the default run, of those to
-# be named, and of those whose features are held.
+# Letters that pretraining never saw: (images per class, seed) of those that vote in k-NN, of the queries, and of those
+# for distillation.
 FULL_BANK, BANK, QUICK_BANK = (50, 101), (25, 101), (6, 101)
 QUERIES, RETAINED = (40, 102), (2, 104)
 QUICK_QUERIES = (3, 102)
@@ -121,7 +120,7 @@ NEIGHBOURS, TEMPERATURE = 20, 0.07
 
 @dataclass(frozen=True)
 class Source:
-    """The letters, and what the pretrained model makes of them.
+    """The letters, and the accuracy of the pretrained model on them.
 
     Attributes:
         knn: accuracy of weighted k-NN on its features, 0 to 1.
@@ -137,7 +136,7 @@ class Source:
 
 
 def source(quick: bool = False, full: bool = False) -> Source:
-    """Render the letters and ask the pretrained model about them."""
+    """Render the letters and evaluate the pretrained model on them."""
     bank = letters(*(QUICK_BANK if quick else FULL_BANK if full else BANK))
     queries = letters(*(QUICK_QUERIES if quick else QUERIES))
     retained = letters(*RETAINED)[0]
@@ -149,7 +148,7 @@ def source(quick: bool = False, full: bool = False) -> Source:
 
 
 def pretrained() -> nn.Module:
-    """Return the letter reader with a head of zeros for the ten digits."""
+    """Return the pretrained model with a head of zeros for the ten digits."""
     model: Any = load_pretrained(10)
     for block in model.blocks:
         # On a CPU and 17 tokens the explicit softmax trains a quarter faster than the fused attention.
@@ -159,7 +158,7 @@ def pretrained() -> nn.Module:
 
 def settings_of(method: str, seed: int = 0, quick: bool = False) -> TrainSettings:
     """Return the settings of one run."""
-    # Counting FLOPs takes as long as many a step, and seeds differ little in them.
+    # Counting FLOPs takes time, and they differ little between seeds.
     own = {"seed": seed, "count_flops": seed == 0}
     return TrainSettings.from_dict(COMMON | METHODS[method].own | (_quick(method) if quick else {}) | own)
 
@@ -181,8 +180,8 @@ def run_method(
 
     `accuracy` (0 to 1) and `nll` (nats, labels smoothed as in training) are on the target's test images; `knn` and
     `head` are the points of accuracy lost on letters by k-NN on the features and by the original head. `kept` counts
-    the trained parameters that make up the result, `flops` are of all training steps (None of other seeds than the
-    first) and `seconds` their time. `scaled` has the first four again for each of `scales`.
+    the trained parameters of the result, `flops` are of all training steps (None for seeds other than the first), and
+    `seconds` is their time. `scaled` holds the first four again for each of `scales`.
     """
     settings, chosen = settings_of(method, seed, quick), METHODS[method]
     training, test = task(shift, seed, validation)
@@ -248,7 +247,7 @@ def _batches(pair: Pair) -> Iterable[Pair]:
 
 @contextlib.contextmanager
 def _scaled(model: nn.Module, scale: float) -> Iterator[None]:
-    """Scale the update of the model while inside: merged with that factor, then taken out again bit for bit."""
+    """Merge the update with a factor inside the context, and unmerge it bit for bit afterwards."""
     if scale == 1.0:
         yield
         return

@@ -1,4 +1,4 @@
-"""The page of the demo: tables, and figures of target against retention, of the blocks kept, and of the cost."""
+"""The HTML report of the demo: tables, and figures of target against retention, chosen blocks, and cost."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any
 
 from slora.demo.judge import HEADINGS, aims, by_seed, flops, forgetting, rows
 from slora.demo.methods import BUDGET, COMMON, METHODS, NEIGHBOURS, TEMPERATURE
+from slora.report.block_map import block_map
+from slora.report.charts import bars, curves, target_against_retention
 from slora.report.page import Picture, Section, Table, write_page
-from slora.report.plots import bars, block_map, curves, save_png, target_against_retention
+from slora.report.style import save_png
 
 Result = Mapping[str, Any]
 
-# In the figures.
+# Names of the methods in figures.
 SHORT = {
     "linear": "linear probe",
     "lora": "LoRA, all",
@@ -31,8 +33,8 @@ SHORT = {
 NOTE = (
     "Mean ± standard deviation over seeds. Blocks: active at the end, of 36. NLL: cross-entropy on the test images in "
     "nats, labels smoothed as in training. Lost: points of accuracy on letters that pretraining never saw, of weighted "
-    f"k-NN on the features (k = {NEIGHBOURS}, temperature {TEMPERATURE}) and of the original head. Parameters: trained "
-    "and part of the result. TFLOP, of the first seed, and seconds: of the training steps."
+    f"k-NN on the features (k = {NEIGHBOURS}, temperature {TEMPERATURE}) and of the original head. Parameters: those "
+    "trained that belong to the result. TFLOP, of the first seed, and seconds: of the training steps."
 )
 
 
@@ -40,15 +42,15 @@ def write_report(result: Result, out: Path) -> Path:
     """Write `report.html`, `blocks.png` and `scatter.png` into `out` and return the path of the page.
 
     Raises:
-        CheckpointError: a file cannot be written; names it and the cause.
+        WriteError: a file cannot be written; names it and the cause.
     """
     blocks, scatter = _block_map(result), _scatter(result)
     save_png(blocks.figure, out / "blocks.png")
     save_png(scatter.figure, out / "scatter.png")
     sections = [
-        Section("What came out", points=aims(result), table=Table(HEADINGS, rows(result), NOTE)),
+        Section("Results", points=aims(result), table=Table(HEADINGS, rows(result), NOTE)),
         Section("Target, retention and blocks", pictures=[scatter, blocks]),
-        Section("What it cost", pictures=_costs(result)),
+        Section("Cost", pictures=_costs(result)),
         Section("Over the run", pictures=_curves(result)),
     ]
     if len(result["shifts"]) > 1:
@@ -67,13 +69,13 @@ def lead(result: Result) -> str:
     seeds = len({run["seed"] for run in result["runs"]})
     before = result["source_before"]
     text = (
-        f"A small vision transformer that reads rendered letters is fine-tuned on handwritten digits "
-        f"({', '.join(result['shifts'])}; {seeds} {'seeds' if seeds > 1 else 'seed'}). What it forgets is measured on "
-        f"letters: before fine-tuning the model reads {100 * before['head']:.1f} % of them, k-NN on its features "
-        f"{100 * before['knn']:.1f} %."
+        f"A small vision transformer that classifies rendered letters is fine-tuned on handwritten digits "
+        f"({', '.join(result['shifts'])}; {seeds} {'seeds' if seeds > 1 else 'seed'}). Forgetting is measured on "
+        f"letters: before fine-tuning the model classifies {100 * before['head']:.1f} % of them correctly, k-NN on its "
+        f"features {100 * before['knn']:.1f} %."
     )
     if result["quick"]:
-        text += " This was a quick run: it shows that everything works, its figures mean nothing."
+        text += " This was a quick run: it shows that everything works, its results mean nothing."
     return text
 
 
@@ -100,15 +102,15 @@ def _scatter(result: Result) -> Picture:
         f"{lost['selective-distilled']:.1f} points of letters lost; LoRA on all: {reached['head-first']:.1f} %, "
         f"{lost['head-first']:.1f}"
     )
-    caption = "Up is better at the new task, right remembers more. Small marks: single seeds; bars: standard deviation."
+    caption = "Up: better on the new task. Right: less forgetting. Small marks: single seeds; bars: standard deviation."
     return Picture(target_against_retention(points, before, title, SHORT), f"Scatter plot. {title}.", caption)
 
 
 def _block_map(result: Result) -> Picture:
     runs = [run for run in result["runs"] if run["method"] == "selective-distilled"]
     blocks = runs[0]["blocks"]
-    title = f"The {BUDGET} of {blocks} blocks that selection keeps" + (f", {len(runs)} runs" if len(runs) > 1 else "")
-    caption = "One cell per LoRA block. The number in a cell: how many runs (seeds and shifts) keep the block."
+    title = f"The {BUDGET} of {blocks} blocks that selection chooses" + (f", {len(runs)} runs" if len(runs) > 1 else "")
+    caption = "One cell per LoRA block. The number in a cell: how many runs (seeds and shifts) choose the block."
     return Picture(
         block_map([run["block_map"] for run in runs], title), f"Map of layers by projections. {title}.", caption
     )
@@ -139,15 +141,15 @@ def _curves(result: Result) -> list[Picture]:
         ]
         for method in ("selective", "selective-distilled")
     }
-    title = f"All blocks learn, then they go one after another, then {BUDGET} settle"
+    title = f"All blocks train, then they are switched off one by one until {BUDGET} are left"
     return [Picture(curves(lines, title, "active blocks", labels=SHORT, zero=True), f"{title}. Curves over steps.")]
 
 
 def _settings_table(settings: Mapping[str, Mapping[str, Any]]) -> Table:
     names = dict.fromkeys([*COMMON, *(name for method in METHODS.values() for name in method.own)])
-    # A JSON file has them by the alphabet.
+    # In the order of METHODS: JSON files may be sorted.
     settings = {method: settings[method] for method in METHODS}
     table: list[Sequence[str]] = [
         [name, *("" if of[name] is None else str(of[name]) for of in settings.values())] for name in names
     ]
-    return Table(["setting", *(SHORT[method] for method in settings)], table, "All else: the defaults.")
+    return Table(["setting", *(SHORT[method] for method in settings)], table, "Other settings have their defaults.")

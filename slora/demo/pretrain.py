@@ -1,6 +1,6 @@
-"""Makes the demo's pretrained weights from nothing: `python -m slora.demo.pretrain`, about ten minutes on two cores.
+"""Trains the demo's pretrained weights from scratch: `python -m slora.demo.pretrain`, ten minutes on two cores.
 
-Every epoch renders new letters, so the model never sees an image twice and has nothing to overfit.
+Every epoch renders new letters, so the model never sees an image twice and cannot overfit.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ _TRAINING_SEEDS = 1_000_000
 def evaluate(
     model: VisionTransformer, bank: tuple[Tensor, Tensor], queries: tuple[Tensor, Tensor]
 ) -> tuple[float, float]:
-    """Accuracy of the head and of weighted k-NN (20 neighbours) on the queries, both from 0 to 1.
+    """Return the accuracies of the head and of weighted k-NN (20 neighbours) on the queries, from 0 to 1.
 
     Args:
         bank: images [b, 1, 16, 16] that vote in k-NN, and their labels [b].
-        queries: images [q, 1, 16, 16] to name, and their labels [q].
+        queries: images [q, 1, 16, 16] to classify, and their labels [q].
     """
     bank_features, bank_labels = features(model, [bank])
     query_features, query_labels = features(model, [queries])
     with torch.no_grad():
-        named = model.head(query_features).argmax(dim=1)
+        predicted = model.head(query_features).argmax(dim=1)
     knn = knn_accuracy(bank_features, bank_labels, query_features, query_labels, k=(NEIGHBOURS,))
-    return (named == query_labels).float().mean().item(), knn[NEIGHBOURS]
+    return (predicted == query_labels).float().mean().item(), knn[NEIGHBOURS]
 
 
 def pretrain(epochs: int, seed: int) -> tuple[VisionTransformer, dict[str, str]]:
-    """Train on rendered letters and report to standard output.
+    """Train on rendered letters and print the progress.
 
     Returns:
-        The model, its weights rounded to float16 as the checkpoint stores them, and the checkpoint's metadata:
+        The model, its weights rounded to float16 as in the checkpoint, and the metadata of the checkpoint:
         `seed`, `epochs`, and the `accuracy` and `knn_accuracy` of the rounded weights on held-out letters.
 
     Raises:
@@ -74,8 +74,8 @@ def pretrain(epochs: int, seed: int) -> tuple[VisionTransformer, dict[str, str]]
     torch.manual_seed(seed)
     model = build(len(CLASSES))
     for module in model.blocks.modules():
-        # timm draws weights of standard deviation 0.02, which suits width 768; at width 96 the first epochs are
-        # then wasted. Measured after four, at a rate of 1e-3: accuracy 0.33 instead of 0.67.
+        # timm's standard deviation of 0.02 suits width 768; at width 96 it wastes the first epochs. After four of
+        # them at a learning rate of 1e-3 the accuracy is 0.33 instead of 0.67.
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
     no_decay = [p for p in model.parameters() if p.ndim < 2]
@@ -121,7 +121,7 @@ def pretrain(epochs: int, seed: int) -> tuple[VisionTransformer, dict[str, str]]
 
 
 def write(model: VisionTransformer, metadata: dict[str, str], path: Path) -> None:
-    """Write the weights in float16, and the metadata, as one safetensors file; `path` is never half a file.
+    """Write the weights in float16, and the metadata, atomically as one safetensors file.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: train, then write the checkpoint."""
     parser = argparse.ArgumentParser(
         prog="python -m slora.demo.pretrain",
-        description="Re-make the demo's pretrained weights: a vision transformer taught to read rendered letters.",
+        description="Train the demo's pretrained weights again: a vision transformer that classifies rendered letters.",
     )
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="checkpoint to write (default: %(default)s)")
     parser.add_argument(
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of initial weights and images (default: %(default)s)")
     options = parser.parse_args(arguments)
     if not os.access(options.out.parent, os.W_OK):
-        # Found out now rather than after ten minutes of training.
+        # Fail now rather than after ten minutes of training.
         parser.error(f"--out {options.out}: its folder is missing or cannot be written; choose another")
     try:
         model, metadata = pretrain(options.epochs, options.seed)

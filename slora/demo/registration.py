@@ -1,4 +1,4 @@
-"""The demo's model and data sets, under the names that the commands know them by. Imports no torch by itself."""
+"""Registers the demo's model and data sets by name. Imports torch only when they are used."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def _model(classes: int, pretrained: bool, img_size: int | None, model_args: Map
     from slora.demo.letters import IMAGE_SIZE
     from slora.demo.model import build, load_pretrained
     from slora.sources.data import InputSpec
-    from slora.sources.models import Built, in_words
+    from slora.sources.models import Built, arguments_text
 
     if model_args or img_size not in (None, IMAGE_SIZE):
         raise ConfigError(
-            f"{MODEL} has no choices and takes images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, but "
-            f"{in_words(img_size, model_args)} was given; leave it out"
+            f"{MODEL} takes no arguments and images of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, but "
+            f"{arguments_text(img_size, model_args)} was given; remove it"
         )
     model = load_pretrained(classes) if pretrained else build(classes)
     return Built(model, InputSpec(1, IMAGE_SIZE, (0.0,), (1.0,), "bilinear"))

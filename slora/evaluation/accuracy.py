@@ -1,4 +1,4 @@
-"""Accuracy of a classifier."""
+"""Accuracy and loss of a classifier."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ class Accuracy:
     """Shares from 0 to 1, over `count` images.
 
     Attributes:
-        top1: images whose label is the model's first choice.
-        top5: images whose label is among its first five (or all, where there are fewer classes).
-        per_class: mean over the classes present of the share of their images named rightly, the usual measure
-            for Pets and Flowers.
+        top1: top-1 accuracy.
+        top5: top-5 accuracy (top-n with n < 5 classes).
+        per_class: mean of the accuracies per class, over the classes present; usual for Pets and Flowers.
         loss: mean cross-entropy.
     """
 
@@ -36,7 +35,7 @@ class Accuracy:
 def accuracy(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str = "cpu"
 ) -> Accuracy:
-    """Evaluate a classifier in evaluation mode and leave it in the mode it was in.
+    """Evaluate a classifier in evaluation mode; its mode is restored afterwards.
 
     Args:
         batches: `(images [n, ...], labels [n])`; moved to `device`, where the model is.
@@ -82,10 +81,10 @@ def accuracy(
 def tally(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> Tensor:
     """Return `[correct, sum of losses, count]` over `batches`; the model is left in evaluation mode.
 
-    The light form for use between training steps: sums over processes are the sums of their tallies.
+    For use during training: totals of several processes can be added.
     """
     model.eval()
-    # Apple's GPUs have no float64.
+    # MPS has no float64.
     wide = torch.float32 if torch.device(device).type == "mps" else torch.float64
     totals = torch.zeros(3, dtype=wide, device=device)
     for images, labels in batches:

@@ -1,4 +1,4 @@
-"""Weighted k-NN on features: how much of a data set the features alone tell apart, without any trained head.
+"""Weighted k-NN on features: how well features separate the classes of a data set, without a trained head.
 
 As in DINO (Caron et al. 2021, arXiv 2104.14294): features are L2-normalised, the k nearest training images by
 cosine similarity vote for their class with weight `exp(similarity / 0.07)`.
@@ -18,7 +18,7 @@ from slora.models.features import final_features
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 
-# Similarities held at a time, 256 MB in fp32.
+# Similarities per chunk: 256 MB in fp32.
 _CHUNK_ELEMENTS = 1 << 26
 
 
@@ -28,22 +28,22 @@ def features(
 ) -> tuple[Tensor, Tensor]:
     """Return `(features [n, d] fp32, labels [n])` on `device`, of a model in evaluation mode.
 
-    The features are those of `slora.models.features.final_features`. The model is left in the mode it was in.
+    The features are those of `slora.models.features.final_features`. The mode of the model is restored.
 
     Raises:
-        ConfigError: the model has no final features that slora finds.
+        ConfigError: slora does not find final features in the model.
         DataError: there is no image.
     """
     embed = final_features(model)
     training = model.training
     model.eval()
     try:
-        parts = [(embed(images.to(device)).float(), labels.to(device)) for images, labels in batches]
+        found = [(embed(images.to(device)).float(), labels.to(device)) for images, labels in batches]
     finally:
         model.train(training)
-    if not parts:
-        raise DataError("there is no image to take features of; give at least one")
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    if not found:
+        raise DataError("there is no image to compute features of; give at least one")
+    return torch.cat([x for x, _ in found]), torch.cat([labels for _, labels in found])
 
 
 @torch.no_grad()
@@ -55,14 +55,14 @@ def knn_accuracy(
     k: Sequence[int] = NEIGHBOURS,
     temperature: float = TEMPERATURE,
 ) -> dict[int, float]:
-    """Return `{k: share of queries named rightly}`, from 0 to 1.
+    """Return `{k: accuracy}`, the share of queries classified correctly.
 
-    Memory stays bounded: similarities are formed for a few queries at a time.
+    Memory is bounded: similarities are computed for a chunk of queries at a time.
 
     Args:
         bank: features of the images that vote, `[b, d]`; normalised here.
         bank_labels: their classes, `[b]` integers from 0.
-        queries: features of the images to name, `[q, d]`.
+        queries: features of the images to classify, `[q, d]`.
         query_labels: their classes, `[q]`.
         k: numbers of neighbours; each from 1 to b.
         temperature: divides the similarity in the exponent of a vote.

@@ -1,7 +1,7 @@
-"""Files and values, without torch: written whole or not at all, read within bounds.
+"""Files and values, without torch: written completely or not at all, read with limits.
 
-atomic.py      files that are either the old one or the new one
-bounded.py     files that may have come from elsewhere
-yaml_files.py  YAML
-plain.py       numbers, names and collections of any library as Python's own
+atomic.py      writing files: after a kill, a file is the old one or the new one
+bounded.py     reading files that may come from elsewhere
+yaml_files.py  reading YAML
+plain.py       scalars and collections of other libraries as Python's own
 """

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of one."""
+"""Writing files: after a kill or a full disk, a file is the old one or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from typing import Any
 from slora.errors import WriteError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# Seconds in which a temporary file may not be locked yet.
-_YOUNG = 60
-
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+# Seconds in which the writer of a temporary file may not have locked it yet.
+_YOUNG = 60
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
     """Call `write(temporary)` and rename the result to `path`, flushed to disk first.
 
-    A kill at any instant leaves the previous file. The temporary file is removed when `write` fails.
+    A kill at any time leaves the previous file. The temporary file is removed if `write` fails.
 
     Raises:
         WriteError: the disk is full or the folder cannot be written; names the file, the cause and the remedy.
@@ -36,40 +36,40 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], None]
 
 
 def write_together(writes: Mapping[str | os.PathLike[str], Callable[[Path], None]]) -> None:
-    """Do the same for several files that belong together: none is renamed before all of them are on disk.
+    """Write several files that belong together: none is renamed before all of them are on disk.
 
-    The last of them is what makes the others valid. Until it has its name, the earlier versions of the others are kept
-    as `earlier(path)`, so that a kill between two renames loses neither: a reader that finds the last file at odds with
-    another one takes that one's earlier version. What is kept already is not kept again, but stays.
+    The last file makes the others valid. Until it is renamed, the previous versions of the others exist as
+    `earlier(path)`, so a kill between two renames loses nothing: a reader that finds another file inconsistent with the
+    last one uses the earlier version. An existing `earlier(path)` is not overwritten.
 
     Raises:
-        WriteError: the disk is full or the folder cannot be written; all files are what they were.
+        WriteError: the disk is full or the folder cannot be written; all files are unchanged.
     """
     staged: list[tuple[Path, Path]] = []
     target = Path()
-    held = contextlib.ExitStack()
+    locks = contextlib.ExitStack()
     try:
         for path, write in writes.items():
             target = Path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            staged.append((_staged(target, write, held), target))
+            staged.append((_staged(target, write, locks), target))
         _rename(staged)
         _remove_left(staged)
     except OSError as error:
         raise cannot_write(error.filename2 or target, error) from error
     except Exception as error:
-        # safetensors reports a full disk with an exception of its own.
+        # safetensors reports a full disk with its own exception.
         if type(error).__module__.startswith("safetensors"):
             raise cannot_write(target, error) from error
         raise
     finally:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
-        held.close()
+        locks.close()
 
 
 def _rename(staged: Sequence[tuple[Path, Path]]) -> None:
-    """Give staged files their names, the last one at the end; or none of them."""
+    """Rename staged files to their targets, the last one at the end; on an error, none of them."""
     others = staged[:-1]
     undo: list[Callable[[], None]] = []
     try:
@@ -93,13 +93,13 @@ def _rename(staged: Sequence[tuple[Path, Path]]) -> None:
                 action()
         raise
     _sync_folders(staged)
-    # In reverse, so that what the first one was is known as long as anything is kept.
+    # In reverse: as long as any earlier version exists, that of the first file does.
     for _, target in reversed(others):
         earlier(target).unlink(missing_ok=True)
 
 
 def _remove_left(staged: Sequence[tuple[Path, Path]]) -> None:
-    """Remove temporary files of the same targets that killed processes have left: old ones that nobody has locked."""
+    """Remove temporary files of the same targets that killed processes have left: old and not locked."""
     for _, target in staged:
         for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
             with contextlib.suppress(OSError):
@@ -112,7 +112,7 @@ def _remove_left(staged: Sequence[tuple[Path, Path]]) -> None:
 
 
 def _locked(descriptor: int) -> bool:
-    """Lock a file for as long as it is open, and say whether that was possible."""
+    """Lock a file while it is open, and return whether that was possible."""
     try:
         import fcntl
 
@@ -123,15 +123,15 @@ def _locked(descriptor: int) -> bool:
 
 
 def earlier(path: Path) -> Path:
-    """Return where the earlier version of a file is while `write_together` is at work."""
+    """Return the path of the earlier version of a file during `write_together`."""
     return path.with_name(f".{path.name}.earlier")
 
 
-def _staged(target: Path, write: Callable[[Path], None], held: contextlib.ExitStack) -> Path:
-    """The content of `target` on disk, under a temporary name beside it, locked until `held` is closed."""
+def _staged(target: Path, write: Callable[[Path], None], locks: contextlib.ExitStack) -> Path:
+    """The new content of `target` on disk, under a temporary name beside it, locked until `locks` is closed."""
     descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     if _locked(descriptor):
-        held.callback(os.close, descriptor)
+        locks.callback(os.close, descriptor)
     else:
         os.close(descriptor)
     temporary = Path(name)
@@ -162,26 +162,26 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def text_writer(text: str) -> Callable[[Path], None]:
-    """Return what `write_atomically` calls to write `text` in UTF-8."""
-    return lambda path: _write_text(path, text)
+    """Return a function for `write_atomically` that writes `text` in UTF-8."""
 
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    return write
 
 
 def cannot_write(
     path: str | os.PathLike[str],
     error: Exception,
     then: str = "",
-    note: str = "What stood there is unchanged.",
+    note: str = "The file is unchanged.",
 ) -> WriteError:
-    """Return the error to raise where `error` kept `path` from being written: cause, remedy `then`, `note`.
+    """Return the error for a `path` that could not be written: cause, remedy, `then`, `note`.
 
     Args:
-        error: what the system said, or safetensors on its behalf.
+        error: of the system, or of safetensors.
         then: what to do after the remedy, such as ", then resume the run".
-        note: a sentence about what is still there.
+        note: a sentence about the existing files.
     """
     reason = getattr(error, "strerror", None) or error
     number = _errno(error)
@@ -198,19 +198,19 @@ def cannot_write(
 def _errno(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return error.errno
-    # safetensors has the number in its text only.
+    # safetensors has the number only in its message.
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
 
 
 def _parents(path: str | os.PathLike[str]) -> list[Path]:
-    """The folders above `path` that exist, or should be ones, the outermost first."""
+    """The existing parents of `path`, the outermost first."""
     return [parent for parent in reversed(Path(path).parents) if parent.exists()]
 
 
 def umask() -> int:
-    """Return the permissions that new files of this process do not get."""
-    # Reading the umask is only possible by setting it.
+    """Return the umask of this process."""
+    # It can only be read by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,7 +1,7 @@
-"""Files that may have come from elsewhere: only regular ones are read, no larger and no deeper than they can be.
+"""Reading files that may come from elsewhere: only regular files, with limits on size, nesting and digits.
 
-A pipe or a device in place of a file would be read for ever, and text that is nested thousands of levels deep, or holds
-a number of thousands of digits, breaks what works with it later. Nothing here imports torch.
+A pipe or a device in place of a file could be read for ever; text nested thousands of levels deep, or a number of
+thousands of digits, breaks later code. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 
 from slora.errors import CheckpointError
 
-# Of what is small by nature. The largest JSON file, the state of a long run, has a few MB.
+# Bytes. The largest JSON file, the state of a long run, has a few MB.
 LARGEST = 64 << 20
 
-# What slora writes is nested six levels deep.
+# Levels of nesting; slora writes six.
 DEEPEST = 32
 
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-_KINDS = {
+_FILE_TYPES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a device",
@@ -34,10 +34,10 @@ _KINDS = {
 
 
 def require_file(path: str | os.PathLike[str]) -> None:
-    """Check that `path` is a regular file, or a link to one, before something else opens it.
+    """Check that `path` is a regular file, or a link to one.
 
     Raises:
-        CheckpointError: it is missing, or something else: a folder, a pipe, a device.
+        CheckpointError: it is missing, or a folder, a pipe or a device.
     """
     os.close(_opened(path))
 
@@ -46,18 +46,20 @@ def read_bytes(path: str | os.PathLike[str], largest: int = LARGEST) -> bytes:
     """Return the content of a regular file of at most `largest` bytes.
 
     Raises:
-        CheckpointError: it is missing, larger, cannot be read, or is no regular file.
+        CheckpointError: it is missing, larger, cannot be read, or is not a regular file.
     """
     with os.fdopen(_opened(path), "rb") as file:
         try:
             content = bytearray()
-            # Not by its size: files that the system makes up have none.
+            # Not by its size: that of files such as those in /proc is 0.
             while len(content) <= largest and (chunk := file.read(1 << 20)):
                 content += chunk
         except OSError as error:
             raise _unreadable(path, error) from error
     if len(content) > largest:
-        raise CheckpointError(f"{path} is larger than {largest / (1 << 20):g} MiB, which no such file is; remove it")
+        raise CheckpointError(
+            f"{path} is larger than {largest / (1 << 20):g} MiB, too large for such a file; remove it"
+        )
     return bytes(content)
 
 
@@ -104,25 +106,25 @@ def parse_json(text: str) -> Any:
             break
     else:
         raise ValueError(f"it is nested more than {DEEPEST} levels deep")
-    if _HALF.search(text):
-        # The half of a character can be neither printed nor written again; UnicodeEncodeError is a ValueError.
+    if _SURROGATE.search(text):
+        # A lone surrogate can be neither printed nor written. UnicodeEncodeError is a ValueError.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
 def absence(path: Path) -> str:
-    """Return why there is nothing at `path`, as the end of a sentence about it."""
+    """Return why `path` cannot be found, as the end of a sentence."""
     try:
         os.stat(path)
     except FileNotFoundError:
         return "does not exist"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    return "is there by now"
+    return "exists now"
 
 
 def as_said(value: Any) -> str:
-    """Return a value from JSON as a message shows it, what is long or nested by its kind."""
+    """Return a JSON value for a message: objects and lists by their type, long text cut."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
     text = "null" if value is None else repr(value)
@@ -147,7 +149,7 @@ def _number(text: str) -> float:
 
 
 def _opened(path: str | os.PathLike[str]) -> int:
-    """A descriptor of a regular file. Opening a pipe does not wait for its other end."""
+    """A descriptor of a regular file; opening a pipe does not block."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError as error:
@@ -157,7 +159,7 @@ def _opened(path: str | os.PathLike[str]) -> int:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise CheckpointError(f"{path} is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}, expected a file")
+        raise CheckpointError(f"{path} is {_FILE_TYPES.get(stat.S_IFMT(mode), 'not a regular file')}, expected a file")
     return descriptor
 
 

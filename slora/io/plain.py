@@ -1,4 +1,4 @@
-"""Numbers, names and collections of any library as Python's own, which JSON and checkpoints hold. Without torch."""
+"""Scalars and collections of other libraries as Python's own types, for JSON and checkpoints. Without torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from slora.errors import ConfigError
 
 
 def plain(value: Any) -> Any:
-    """Return a scalar (of NumPy, of PyTorch, a fraction, a kind of string) as bool, int, float or str.
+    """Return a scalar (of NumPy or PyTorch, a fraction, a str subclass) as bool, int, float or str.
 
-    Anything else is returned as it is.
+    Anything else is returned unchanged.
     """
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         try:
             value = value.item()
         except RuntimeError:
-            # On meta there is no value.
+            # On the meta device there is no value.
             return value
     if isinstance(value, bool):
         return value
@@ -33,22 +33,23 @@ def plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Return `repr(value)`, but of an integer that fills lines only how long it is."""
+    """Return `repr(value)` for a message: of a huge integer its size, of a long text the first 200 characters."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"<an integer of {value.bit_length()} bits>"
-    return repr(value)
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def plain_mapping(value: Any) -> Any:
-    """Return a mapping between scalars as a dict of `plain` ones; anything else as it is."""
+    """Return a mapping between scalars as a dict of `plain` ones; anything else unchanged."""
     return {plain(key): plain(entry) for key, entry in value.items()} if isinstance(value, Mapping) else value
 
 
 def plain_names(field: str, value: Any, expected: str) -> Any:
-    """Return a collection of names as a list, a set in the order of the alphabet; a string or None as it is.
+    """Return a collection of names as a list, a set sorted; a string or None unchanged.
 
     Raises:
-        ConfigError: it is neither; says what is `expected` of `field`.
+        ConfigError: it is something else; the message names `field` and what is `expected`.
     """
     value = plain(value)
     if value is None or isinstance(value, str):
@@ -61,6 +62,6 @@ def plain_names(field: str, value: Any, expected: str) -> Any:
 
 
 def plain_list(values: Iterable[Any]) -> list[Any]:
-    """Return `values`, `plain`, as a list, those of a set in the order of the alphabet."""
+    """Return `values`, made `plain`, as a list; those of a set sorted."""
     entries = [plain(value) for value in values]
     return sorted(entries, key=str) if isinstance(values, (set, frozenset)) else entries

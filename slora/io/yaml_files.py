@@ -1,4 +1,4 @@
-"""Settings in YAML, from anyone: a mapping of scalars and of a few lists, and nothing that costs more to read."""
+"""Reading settings from YAML files of any origin: mappings of scalars, lists and mappings, with limits."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 from slora.errors import CheckpointError, ConfigError
 from slora.io.bounded import read_text
 
-# A rank for each of a thousand layers is half of it.
+# Bytes; ranks for a thousand layers take half of it.
 LARGEST = 256 << 10
 
-# A mapping of lists or of mappings is two levels deep; what is not settings is told so by its field.
+# Levels of nesting; settings have two.
 DEEPEST = 8
 
+# Digits of a number.
 LONGEST = 40
 
 
@@ -44,8 +45,8 @@ def parse_yaml(text: str) -> Any:
     """Return the value of YAML text without aliases.
 
     Raises:
-        ValueError: it is not YAML, is nested more than 8 levels deep, refers to a part of itself, or holds a number
-            of more than 40 digits.
+        ValueError: it is not YAML, is nested more than 8 levels deep, holds an alias, or a number of more than 40
+            digits.
     """
     import yaml
 
@@ -53,9 +54,9 @@ def parse_yaml(text: str) -> Any:
         depth = 0
 
         def compose_node(self, parent: Any, index: Any) -> Any:
-            # Each level of a few aliases multiplies what the one below stands for.
+            # Nested aliases expand exponentially.
             if self.check_event(yaml.AliasEvent):
-                raise ValueError("it refers to a part of itself by *; write that out")
+                raise ValueError("it holds an alias (*); write the value out")
             self.depth += 1
             if self.depth > DEEPEST:
                 raise ValueError(f"it is nested more than {DEEPEST} levels deep")
@@ -66,15 +67,15 @@ def parse_yaml(text: str) -> Any:
         def construct_scalar(self, node: Any) -> Any:
             if not isinstance(node, yaml.ScalarNode):
                 return super().construct_scalar(node)
-            # Digits and colons are a number to the base 60, which takes the square of their length.
+            # Numbers to the base 60, digits with colons, take quadratic time.
             if node.tag.endswith((":int", ":float")) and len(node.value) > LONGEST:
                 raise ValueError(f"it holds a number of {len(node.value)} digits")
-            # The half of a character can be neither printed nor written again; UnicodeEncodeError is a ValueError.
+            # A lone surrogate can be neither printed nor written. UnicodeEncodeError is a ValueError.
             node.value.encode("utf-8")
             return super().construct_scalar(node)
 
     try:
         return yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError, ArithmeticError, LookupError, AttributeError, TypeError) as error:
-        # Scalars that are not what their tag says, such as `!!bool no number`, get Python's own errors.
+        # Scalars that contradict their tag, such as `!!bool no number`, raise Python's own errors.
         raise ValueError(str(error) or type(error).__name__) from error

@@ -1,4 +1,4 @@
-"""The figure of all gates over the steps of a run, which shows how its blocks were chosen."""
+"""The figure of all gates over the steps of a run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from slora.report.plots import TICK_STEPS, by_cell, colour_of, figure_style, framed
+from slora.report.cells import by_cell
+from slora.report.style import TICK_STEPS, colour_of, figure_style, framed
 
-# Colours of the kinds of layers in the order in which data pass them; a seventh kind begins anew with dashes.
+# Colours of the projections, in the order of the data flow; from the seventh on they repeat with dashed lines.
 _COLOURS = ("lora", "sky", "selective", "gold", "full", "linear")
 
 
@@ -20,13 +21,13 @@ def gate_curves(
 ) -> Figure:
     """Draw the gate of every block over steps, coloured by the projection that the block adapts.
 
-    A gate that ends active is a strong line with a filled mark at its end, one that ends inactive a faint line without.
+    A gate that ends active is a strong line with a dot at its end, one that ends inactive a faint line.
 
     Args:
         steps: of the records, in increasing order.
         gates: `{layer name: one sequence over steps per block}`.
-        threshold: a horizontal line; None where it is not known, and all lines are then alike.
-        title: what is to be seen.
+        threshold: drawn as a horizontal line; None if unknown, and then all lines look alike.
+        title: what the figure shows.
 
     Raises:
         ValueError: there is no step or no gate.
@@ -34,17 +35,17 @@ def gate_curves(
     if not steps or not gates:
         raise ValueError("no gates to draw: give at least one step and one layer")
     cells = by_cell(gates)
-    kinds = list(dict.fromkeys(column for _, column in cells))
+    projections = list(dict.fromkeys(column for _, column in cells))
     looks: dict[str, tuple[str, Any]] = {
-        kind: (colour_of(_COLOURS[i % len(_COLOURS)]), "solid" if i < len(_COLOURS) else (0, (4, 1.5)))
-        for i, kind in enumerate(kinds)
+        projection: (colour_of(_COLOURS[i % len(_COLOURS)]), "solid" if i < len(_COLOURS) else (0, (4, 1.5)))
+        for i, projection in enumerate(projections)
     }
-    # The more lines, the fainter each.
+    # More lines are drawn fainter.
     crowd = min(1.0, (36 / len(cells)) ** 0.5)
     with figure_style():
         figure, axes = framed(title, 4.2)
-        for (_, kind), values in cells.items():
-            colour, dashes = looks[kind]
+        for (_, projection), values in cells.items():
+            colour, dashes = looks[projection]
             active = threshold is None or values[-1] >= threshold
             axes.plot(
                 steps, values, color=colour, linestyle=dashes, linewidth=1.5 if active else 0.9,
@@ -61,14 +62,14 @@ def gate_curves(
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=TICK_STEPS))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
         entries = [
-            Line2D([], [], color=colour, linestyle=dashes, linewidth=1.8, label=kind)
-            for kind, (colour, dashes) in looks.items()
+            Line2D([], [], color=colour, linestyle=dashes, linewidth=1.8, label=projection)
+            for projection, (colour, dashes) in looks.items()
         ]
         if threshold is not None:
             line = axes.axhline(threshold, color=colour_of("ink"), linewidth=1.1, linestyle=(0, (4, 2)), zorder=3)
             line.set_label(f"threshold {threshold:g}")
             entries.append(line)
-        columns = max(1, min(7, 62 // (4 + max(map(len, kinds)))))
+        columns = max(1, min(7, 62 // (4 + max(map(len, projections)))))
         figure.legend(
             handles=entries, loc="outside lower center", ncols=columns, fontsize=8.5, handlelength=1.6,
             columnspacing=1.2,

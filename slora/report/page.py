@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else: text, tables and figures, the figures as SVG inside it."""
+"""A report as one self-contained HTML file: text, tables and figures, these as inline SVG."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 import slora
 from slora.io.atomic import write_text
-from slora.report.plots import PALETTE
+from slora.report.style import PALETTE
 
 _FONTS = re.compile(r"'DejaVu Sans'[^;\"]*")
 _IDS = re.compile(r'(\bid="|href="#|url\(#)')
@@ -24,7 +24,7 @@ _IDS = re.compile(r'(\bid="|href="#|url\(#)')
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column names the row, the others hold figures."""
+    """Cells as text; the first column names the row, the others hold numbers."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -33,7 +33,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, what it shows for those who cannot see it, and how it is to be read."""
+    """A figure with its alternative text and a caption."""
 
     figure: Figure
     alt: str
@@ -42,7 +42,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading with paragraphs, a list, a table and pictures, in this order; `folded` is closed until clicked."""
+    """A heading with paragraphs, a list, a table and pictures, in this order; `folded` sections open on a click."""
 
     heading: str
     text: Sequence[str] = ()
@@ -57,10 +57,10 @@ def render(title: str, lead: str, sections: Sequence[Section], footer: str = "",
 
     Args:
         title: of the page, and its first heading.
-        lead: the sentences under it: what this is and what came out.
+        lead: the sentences under it, with the main results.
         sections: the rest, in order.
-        footer: the last line; the version of slora is put before it.
-        alert: what the reader has to know before anything else, in red above the lead.
+        footer: the last line, after the version of slora.
+        alert: a warning in red above the lead.
     """
     source = files("slora.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -86,7 +86,7 @@ def write_page(
 
 
 def inline_svg(figure: Figure, alt: str, name: str) -> Markup:
-    """Return `figure` as an SVG element to stand inside HTML.
+    """Return `figure` as an SVG element for HTML.
 
     Its text is text, its colours are the page's CSS variables, and its ids begin with `name`, which must differ
     between the figures of a page.
@@ -105,7 +105,7 @@ def inline_svg(figure: Figure, alt: str, name: str) -> Markup:
 
 
 def scaled(value: float) -> str:
-    """Return `value` to three digits with the prefix of its unit: 1.23e12 is `1.23 T`."""
+    """Return `value` to three digits with an SI prefix: 1.23e12 is `1.23 T`."""
     for power, prefix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(value) >= 10**power:
             return f"{value / 10**power:.3g} {prefix}"

@@ -1,7 +1,7 @@
-"""Retention: what holds a model to what it knew while it learns something new.
+"""Retention: keeps a model from forgetting while it is fine-tuned.
 
-distillation.py   `Distillation`: final features of a few unlabelled samples stay where the base model has them
-generic.py        samples for it where there are none: noise and shuffled patches
+distillation.py   `Distillation`: keeps the final features of a few unlabelled samples close to those of the base model
+generic.py        `generic_samples`: samples for it if there are none, noise and shuffled patches
 """
 
 from slora.retention.distillation import Distillation

@@ -1,4 +1,4 @@
-"""`Distillation`: a loss term that holds final features of unlabelled samples to those of the base model."""
+"""`Distillation`: a loss term that keeps the features of unlabelled samples close to those of the base model."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from slora.module_tree.modes import evaluating
 
 
 class Distillation:
-    """Call it in each step and add what it returns to the loss.
+    """A loss term; call it in each step and add the result to the loss.
 
         keep = slora.retention.Distillation(model, old_images)
         for x, y in loader:
             loss = criterion(model(x), y) + keep()
 
     The value is `weight * mean_z ||f(z) - f_base(z)||^2 / mean_z ||f_base(z) - mean f_base||^2` over `batch_size` of
-    the samples: drift of the final features, as a share of their variance. (Learning without Forgetting, arXiv
-    1606.09282, holds the old outputs on new samples; here it is the features, which need no old head, on old samples.)
-    The base features are computed once, with the blocks switched off.
+    the samples: the drift of the final features relative to their variance. (Learning without Forgetting, arXiv
+    1606.09282, distils outputs on new samples; this distils features, which need no old head, on old samples.) The base
+    features are computed once, with the blocks switched off.
 
     Args:
         model: adapted by `slora.inject`; not a wrapper around it.
-        samples: inputs of what the model is to keep, `[n, ...]`, n at least 2; without labels. A few dozen serve.
-        weight: of the term in the loss.
+        samples: unlabelled inputs of the old data, `[n, ...]`, n at least 2. A few dozen are enough.
+        weight: of the loss term.
         features: `samples -> [n, d]`; by default `slora.models.features.final_features(model)`.
         batch_size: samples in a step.
-        every: steps between two that have the term; its weight is then `every` times as large.
-        seed: of the order in which samples are drawn.
+        every: only every so many steps have the term, with a weight `every` times as large.
+        seed: of the order of the samples.
 
     Raises:
-        ConfigError: a value is out of range, or the model has no final features that slora finds.
+        ConfigError: a value is out of range, or slora does not find final features in the model.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Distillation:
         if not isinstance(samples, Tensor):
             raise ConfigError(f"samples are a {type(samples).__name__}, not a tensor; stack them: torch.stack(images)")
         if len(samples) < 2:
-            raise ConfigError(f"samples has {len(samples)} of at least 2 samples; a few dozen serve")
+            raise ConfigError(f"samples holds {len(samples)} samples, fewer than 2; a few dozen are enough")
         weight, batch_size, every = plain(weight), plain(batch_size), plain(every)
         if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
             raise ConfigError(f"weight={weight!r} is negative or not a finite number; use 0 or more")
@@ -65,7 +65,9 @@ class Distillation:
         if features is not None and not callable(features):
             raise ConfigError(f"features={features!r} is not a function from samples to features [n, d]")
         if not any(True for _ in adapted_layers(model)):
-            raise ConfigError("the model has no adapted layer, so no features of a base model; call slora.inject first")
+            raise ConfigError(
+                "the model has no adapted layer to switch off for its base features; call slora.inject first"
+            )
         self.model, self.weight, self.every, self.seed = model, weight, every, seed
         self.batch_size = min(batch_size, len(samples))
         self.features = final_features(model) if features is None else features
@@ -73,35 +75,35 @@ class Distillation:
         self.samples = samples.to(device)
         self.base = self._of_base(model)
         if self.base.dim() != 2:
-            raise ConfigError(f"features of shape {list(self.base.shape)}; expected [n, d]: pool them first")
+            raise ConfigError(f"features have shape {list(self.base.shape)}, expected [n, d]; pool them first")
         variance = (self.base - self.base.mean(0)).square().sum(1).mean()
-        # Samples that all look the same to the model have no scale of their own.
+        # For samples with equal features the variance is no scale.
         self.scale = torch.where(variance > 1e-12, variance, self.base.square().sum(1).mean().clamp(min=1e-12))
         self.calls = 0
 
     @torch.no_grad()
     def _of_base(self, model: nn.Module) -> Tensor:
         with evaluating(model), disabled(model):
-            return torch.cat([self.features(part).float() for part in self.samples.split(256)])
+            return torch.cat([self.features(chunk).float() for chunk in self.samples.split(256)])
 
     def __call__(self, step: int | None = None) -> Tensor:
-        """Return the term of this step, a scalar; 0 without any work at those in between.
+        """Return the term of this step, a scalar; 0, without computation, in steps without the term.
 
         Args:
-            step: number of the step, which alone decides the samples; by default calls are counted.
+            step: number of the step, which determines the samples; by default calls are counted.
         """
         if step is None:
             step, self.calls = self.calls, self.calls + 1
         if step % self.every or not self.weight:
             return self.base.new_zeros(())
         rows = self._rows(step // self.every)
-        # In evaluation mode, as the base features are: dropout would look like drift.
+        # In evaluation mode, like the base features: dropout would count as drift.
         with evaluating(self.model):
             drift = (self.features(self.samples[rows]).float() - self.base[rows]).square().sum(1).mean()
         return self.weight * self.every * drift / self.scale
 
     def _rows(self, draw: int) -> Tensor:
-        # Each sample comes up once before any comes up again.
+        # Every sample is drawn once before any is drawn again.
         per_pass = len(self.samples) // self.batch_size
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw // per_pass)
         order = torch.randperm(len(self.samples), generator=generator)

@@ -1,4 +1,4 @@
-"""Samples for retention where a user has none: inputs that are of no data set."""
+"""Generic samples for retention, if a user has no old data: noise and shuffled patches."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from slora.errors import ConfigError
 
 
 def generic_samples(images: Tensor, count: int = 64, *, patch: int = 4, seed: int = 0) -> Tensor:
-    """Return `count` inputs made from `images`: half of them noise, half with their patches shuffled.
+    """Return `count` inputs made from `images`: half of them noise, half with shuffled patches.
 
-    Noise is normal, with the mean and standard deviation of each channel. Shuffled patches keep what is local and lose
-    what is depicted.
+    Noise is normal, with the mean and standard deviation of each channel. Shuffled patches keep local structure and
+    lose the content.
 
     Args:
         images: some inputs of the model, `[n, c, h, w]`.
-        count: samples to make.
-        patch: size of a patch in pixels; a border of less than one is cut off the shuffled part and left as it is.
-        seed: of what is drawn.
+        count: number of samples.
+        patch: size of a patch in pixels; a border narrower than that is not shuffled.
+        seed: of the random choices.
 
     Returns:
         `[count, c, h, w]`, dtype and device of `images`.

@@ -1,7 +1,7 @@
-"""`state.json` of a checkpoint: what it holds, and a reader that takes nothing else. Nothing here imports torch.
+"""`state.json` of a checkpoint, and a reader that checks every value. Nothing here imports torch.
 
-Beside it and the tensors stands `sha256sums.txt`, in the form of `sha256sum`: a file that is not what was
-written is told from one that is. Who forges files can forge their digests, so every value is checked as well.
+`sha256sums.txt`, in the format of `sha256sum`, detects damaged files. It does not protect against forged ones, so
+values are checked as well.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from slora.errors import CheckpointError, DamagedCheckpointError
-from slora.io.bounded import parse_json, read_bytes, read_text, require_file
+from slora.io.bounded import as_said, parse_json, read_bytes, read_text, require_file
 
 STATE, TENSORS, DIGESTS = "state.json", "tensors.safetensors", "sha256sums.txt"
 FORMAT = 3
 
-# Of the digests.
+# Bytes of `sha256sums.txt`.
 LARGEST = 1 << 12
 
 _NAME = re.compile(r"step-(\d+)", re.ASCII)
@@ -29,17 +29,17 @@ _NAME = re.compile(r"step-(\d+)", re.ASCII)
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands, but for its tensors.
+    """The state of a run, except its tensors.
 
     Attributes:
         settings: `TrainSettings.to_dict`.
-        model: `checkpoint.fingerprint`.
-        gates_moved: how often the gates have moved, by layer: the seed of the probes.
-        freed: layers whose matrices the policy "frozen" has freed.
-        stateless: parameters without a gradient so far, of which optimizers know nothing.
+        model: `slora.training.fingerprint.fingerprint`.
+        gates_moved: how often the gates have moved, by layer; it seeds the probes.
+        freed: layers whose matrices were freed under inactive="frozen".
+        stateless: parameters without optimizer state, because they had no gradient so far.
         random: `RandomStates.values`.
         step: optimizer steps taken, of `steps`.
-        processes: in which the run is computed.
+        processes: number of processes of the run.
         selection: `Strategy.state_dict`, or None.
         result: the fields of `TrainResult`.
     """
@@ -58,7 +58,7 @@ class State:
 
 
 def step_of(path: Path) -> int:
-    """Return the step in a checkpoint's name; -1 where it has another name."""
+    """Return the step in the name of a checkpoint folder; -1 for other names."""
     match = _NAME.fullmatch(path.name)
     return int(match.group(1)) if match else -1
 
@@ -74,10 +74,10 @@ def digests_of(*paths: Path) -> str:
 
 
 def check_digest(path: Path) -> None:
-    """Check that a file of a checkpoint is what was written.
+    """Check that a file of a checkpoint has the digest that was written with it.
 
     Raises:
-        CheckpointError: it is not, or is no file, or its digest is missing.
+        CheckpointError: it has another, is not a file, or its digest is missing.
     """
     try:
         require_file(path)
@@ -86,12 +86,12 @@ def check_digest(path: Path) -> None:
         raise DamagedCheckpointError(f"{error}; use another checkpoint") from error
     if f"{_digest(path)}  {path.name}" not in lines:
         raise DamagedCheckpointError(
-            f"{path} is not what was written: its SHA-256 is another than in {DIGESTS}; use another checkpoint"
+            f"{path} is damaged: its SHA-256 is not the one in {DIGESTS}; use another checkpoint"
         )
 
 
 def read_state(folder: Path) -> State:
-    """Return the state of a checkpoint, every value of it of its type and within its bounds.
+    """Return the state of a checkpoint, with the type and range of every value checked.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of another version of slora; names the value.
@@ -104,19 +104,19 @@ def read_state(folder: Path) -> State:
         raise DamagedCheckpointError(f"{path} is not readable JSON ({error}); use another checkpoint") from error
     number = content.get("format") if isinstance(content, dict) else None
     if type(number) is not int:
-        raise DamagedCheckpointError(f"{path} is damaged: it names no format; use another checkpoint")
+        raise DamagedCheckpointError(f"{path} is damaged: its format number is missing; use another checkpoint")
     if number != FORMAT:
         raise CheckpointError(
-            f"{path} has format {number}, and this version of slora reads {FORMAT}; go on with the version that wrote "
-            f"it, or start a new run"
+            f"{path} has format {number}, and this version of slora reads {FORMAT}; resume with the version that "
+            f"wrote it, or start a new run"
         )
     for name, holds in _FIELDS.items():
         if name not in content or not holds(content[name]):
-            found = "is missing" if name not in content else f"is {_short(content[name])}"
+            found = "is missing" if name not in content else f"is {as_said(content[name])}"
             raise DamagedCheckpointError(f"{path} is damaged: {name!r} {found}; use another checkpoint")
     for name in content:
         if name not in _FIELDS and name != "format":
-            raise DamagedCheckpointError(f"{path} is damaged: it holds {_short(name)}; use another checkpoint")
+            raise DamagedCheckpointError(f"{path} is damaged: it holds {as_said(name)}; use another checkpoint")
     state = State(**{name: content[name] for name in _FIELDS})
     if contradiction := _contradiction(state, step_of(folder)):
         raise DamagedCheckpointError(f"{path} is damaged: {contradiction}; use another checkpoint")
@@ -124,7 +124,7 @@ def read_state(folder: Path) -> State:
 
 
 def _contradiction(state: State, named: int) -> str:
-    """What cannot be true of a run that is where the state says it is."""
+    """The first contradiction between values of a state; empty if there is none."""
     step, result, selection = state.step, state.result, state.selection
     if named not in (-1, step):
         return f"'step' is {step} in a folder named after step {named}"
@@ -132,17 +132,17 @@ def _contradiction(state: State, named: int) -> str:
         return f"'step' is {step} of {state.steps}"
     asked = state.settings.get("max_steps")
     if asked is not None and asked != state.steps:
-        return f"'steps' is {state.steps}, and max_steps is {_short(asked)}"
+        return f"'steps' is {state.steps}, and max_steps is {as_said(asked)}"
     for name, value in (("taken", step), ("steps", state.steps)):
         if selection is not None and selection.get(name) != value:
-            return f"{name!r} of 'selection' is {_short(selection.get(name))} at step {step} of {state.steps}"
+            return f"{name!r} of 'selection' is {as_said(selection.get(name))} at step {step} of {state.steps}"
     if (result["best_step"] is None) != (result["best_accuracy"] is None) or (result["best_step"] or 0) > step:
         return f"'best_step' is {result['best_step']} at step {step}"
     noted = [at for at, _ in result["active_blocks"]]
     if any(at > step for at in noted) or noted != sorted(set(noted)):
-        return f"'active_blocks' of 'result' are of other steps than those up to {step}"
+        return f"'active_blocks' of 'result' has steps that are not increasing or beyond {step}"
     if any(len(blocks) != len(state.gates_moved) for _, blocks in result["active_blocks"]):
-        return "'active_blocks' of 'result' are of another number of layers"
+        return "'active_blocks' of 'result' has another number of layers"
     return ""
 
 
@@ -154,24 +154,19 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
-
-
 def is_count(value: Any) -> bool:
-    """Whether a value from JSON is a number of something."""
+    """Whether a JSON value is an integer from 0 to 2**53 - 1."""
     return type(value) is int and 0 <= value < 1 << 53
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from JSON is a number that a double holds."""
+    """Whether a JSON value is a finite number within the range of a double."""
     return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
 
 
-def all_are(holds: Callable[[Any], bool], value: Any, least: int = 0) -> bool:
-    """Whether a value from JSON is a list of `least` or more entries that are all as asked for."""
-    return isinstance(value, list) and len(value) >= least and all(map(holds, value))
+def all_are(holds: Callable[[Any], bool], value: Any) -> bool:
+    """Whether a JSON value is a list whose entries all satisfy `holds`."""
+    return isinstance(value, list) and all(map(holds, value))
 
 
 def _is_names(value: Any) -> bool:
@@ -191,7 +186,7 @@ def _is_model(value: Any) -> bool:
 
 
 def _is_noted(value: Any) -> bool:
-    """`[step, [the numbers of the active blocks, for each layer]]`."""
+    """Whether it is `[step, [numbers of the active blocks, for each layer]]`."""
     return (
         isinstance(value, list)
         and len(value) == 2
@@ -205,7 +200,7 @@ def _is_share(value: Any) -> bool:
 
 
 _RESULT: dict[str, Callable[[Any], bool]] = {
-    # Written at the end of a run only.
+    # Filled only at the end of a run.
     "history": lambda value: value == [],
     "accuracy": lambda value: value is None or _is_share(value),
     "best_accuracy": lambda value: value is None or _is_share(value),

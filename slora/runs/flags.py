@@ -1,4 +1,4 @@
-"""`TrainSettings` as command-line flags: one for each field, with its sentence and its default."""
+"""`TrainSettings` as command-line flags: one for each field, with its description and default."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from slora.runs.settings import TrainSettings
 
-# Users ask for blocks; how many a layer has is for few of them.
+# For users `--blocks` is the budget; blocks per layer are rarely set.
 FLAGS = {"budget": ("--blocks", "--budget"), "blocks": ("--blocks-per-layer",)}
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Return `command` with a flag for every field of `TrainSettings` in place of its `**settings`."""
 
-    def called(**given: Any) -> None:
-        command(**given)
+    def called(**arguments: Any) -> None:
+        command(**arguments)
 
     hints = typing.get_type_hints(command, include_extras=True)
     parameters = [
@@ -44,7 +44,7 @@ def _flag(name: str, hint: Any, sentence: str, default: Any) -> Any:
 
     flags = FLAGS.get(name, ("--" + name.replace("_", "-"),))
     help = f"{sentence} [default: {_shown(default)}]"
-    # None stands for "not given": then a config file, or the default, decides.
+    # None means that the flag was not used: then a config file, or the default, decides.
     if get_origin(hint) is Literal:
         return Annotated[str | None, typer.Option(*flags, help=help, metavar="|".join(get_args(hint)))]
     kinds = [option for option in get_args(hint) or (hint,) if option is not type(None)]

@@ -1,4 +1,4 @@
-"""What became of the blocks of a run, and why: for a run that ends with none of them active, or with all."""
+"""Why a run ended with no block active, or with all, and what to change."""
 
 from __future__ import annotations
 
@@ -14,23 +14,22 @@ Records = Sequence[Mapping[str, Any]]
 
 _SETTINGS = ("gate_init", "threshold", "gate_lr", "penalty")
 
-# Where a gate that is off stays off, another policy is worth naming.
 _NO_RETURN = "Under inactive='frozen' no block comes back: try inactive='probe'. Or: "
 
 
 def explained(active: int, blocks: int, settings: Mapping[str, Any], records: Records) -> str:
-    """Return what a run without an active block, or with all, has made of its model, the likely cause and the remedy.
+    """Return, for a run that ended with no block active or with all, what that means, the likely cause and the remedy.
 
-    Empty for other runs and for methods without gates. For a budget, which leaves what was asked for, it says that.
+    Empty for other runs and for methods without gates. With a budget it only says that this was asked for.
 
     Args:
         active: active blocks at the end, of `blocks`.
-        settings: those of `config.yaml`; without them, or without records, the cause is left out.
+        settings: those of `config.yaml`; without them, or without records, no cause is given.
         records: those of `metrics.jsonl`.
     """
     asked = settings.get("asked") or ("" if settings.get("budget") is None else f"budget={settings['budget']}")
     what, remedy = verdict(active, blocks, str(asked))
-    # An adapter tells its method by the threshold alone.
+    # In an adapter only the threshold tells "lora" from "selective".
     selects = settings.get("method", "selective") == "selective" and settings.get("threshold", 0.0) > ALWAYS_ACTIVE
     if not what or not selects:
         return ""
@@ -48,14 +47,17 @@ def explained(active: int, blocks: int, settings: Mapping[str, Any], records: Re
         f"The penalty alone takes (gate_init - threshold) * blocks / (gate_lr * penalty) = {shown} steps to switch a "
         f"block off, and acted for {acted:,}"
     )
-    # The remedy makes it half of the steps: time to switch blocks off, and some left for the others to resist.
+    # The remedy aims at half of the steps: enough to switch blocks off, but not all before the task can keep some.
     factor = 2 * needed / acted
     if active and needed > acted:
         remedy = f"Train longer, or set gate_lr={_one_digit(gate_lr * factor, up=True)}."
     elif active:
-        why, remedy = f"{why}: the task holds every gate up", "Raise penalty."
+        why, remedy = f"{why}: the task keeps every gate above the threshold", "Raise penalty."
     elif needed > acted:
-        why, remedy = f"{why}: the task itself took the gates down, or steps too long", "Lower lr or gate_lr."
+        why, remedy = (
+            f"{why}: the task itself lowered the gates, or the learning rates are too high",
+            "Lower lr or gate_lr.",
+        )
     else:
         remedy = f"Set penalty={_one_digit(penalty * factor, up=False)}." if factor < 1 else "Lower penalty."
         remedy += " Or end the selection earlier (settling)."
@@ -65,7 +67,7 @@ def explained(active: int, blocks: int, settings: Mapping[str, Any], records: Re
 
 
 def penalty_steps(settings: Mapping[str, Any], records: Records) -> int:
-    """Return for how many steps of a run that came to its end the penalty acted."""
+    """Return for how many steps of a finished run the penalty acted."""
     steps = max((int(record["step"]) for record in records), default=0)
     if not steps or not settings["penalty"]:
         return 0
@@ -78,13 +80,13 @@ def penalty_steps(settings: Mapping[str, Any], records: Records) -> int:
 
 
 def _one_digit(value: float, up: bool) -> str:
-    """A positive number with one digit, rounded up or down: to the nearest it could be what was set before."""
+    """A positive number with one digit, rounded up or down so that it differs from the present value."""
     unit = 10.0 ** math.floor(math.log10(value))
     return f"{(math.ceil if up else math.floor)(round(value / unit, 6)) * unit:.1g}"
 
 
 def not_finite(records: Records) -> str:
-    """Return what was not finite in a run and at which step; empty where everything was."""
+    """Return what was not finite in a run and at which step; empty if everything was finite."""
     for record in records:
         if "error" in record:
             return str(record["error"])

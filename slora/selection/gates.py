@@ -1,4 +1,4 @@
-"""`Gates`: the paper's way. Scores learn, a penalty pulls them down, a threshold decides; how many stay is not set."""
+"""`Gates`: the paper's method. Scores are trained under a penalty, and a threshold decides which blocks are active."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from slora.config import GATES_PHASES
 from slora.errors import ConfigError
 from slora.gates.penalty import gate_penalty
 from slora.io.plain import plain
-from slora.selection.strategy import Strategy, hold
+from slora.selection.strategy import Strategy, stop_training_gates
 
 WARMUP, SETTLING = GATES_PHASES
 
 
 class Gates(Strategy):
-    """Blocks stay while their learnable score is at least the threshold; after the selection phase gates stand still.
+    """A block is active while its trained score is at least the threshold; after the selection phase gates are frozen.
 
         selection = slora.selection.Gates(model, steps=300, penalty=1.0)
         for x, y in loader:
@@ -26,21 +26,21 @@ class Gates(Strategy):
             optimizer.step()
             selection.step()
 
-    Gates learn from the first step, without a penalty during the warm-up. They need a rule of their own: the
-    optimizer's group from `slora.parameter_groups`, or `slora.ProximalGates` with `selection.weight` as its penalty
-    in place of the term in the loss. How many blocks are left follows from penalty, rate and length of the run; for a
-    number of blocks use `Budget`.
+    Gates train from the first step, without a penalty during the warm-up. They need an optimizer group of their own,
+    from `slora.parameter_groups`, or `slora.ProximalGates` with `selection.weight` as its penalty instead of the term
+    in the loss. How many blocks remain follows from penalty, learning rate and run length; for an exact number use
+    `Budget`.
 
     Args:
         model: adapted by `slora.inject`.
         steps: optimizer steps of the run.
         penalty: weight of the mean of |gate| during the selection phase.
         warmup: share of the steps without penalty.
-        settling: share of the steps at the end in which gates stand still; at least a third.
+        settling: share of the steps at the end in which gates are frozen; at least a third.
 
     Raises:
         ConfigError: a value is out of range.
-        StateError: the model has no adapted layer, or another strategy is at work on it.
+        StateError: the model has no adapted layer, or has another active strategy.
     """
 
     name: ClassVar[str] = "gates"
@@ -70,17 +70,17 @@ class Gates(Strategy):
         return self.weight * gate_penalty(self.model) if self.weight else 0.0
 
     def start(self) -> None:
-        """Let the gates learn, from the values that they have."""
+        """Train the gates, from the values that they have."""
         for layer in self.layers.values():
             layer.gate.requires_grad_(not layer.released)
 
     def _choose(self) -> None:
         if self.taken == self.last:
-            hold(self.layers)
+            stop_training_gates(self.layers)
 
     def _settle(self) -> None:
-        hold(self.layers)
+        stop_training_gates(self.layers)
 
     def _restore(self, state: dict[str, Any]) -> None:
         if self.taken >= self.last:
-            hold(self.layers)
+            stop_training_gates(self.layers)

@@ -1,4 +1,4 @@
-"""What every strategy is: three phases of a run, one call after each optimizer step, and a state to resume from."""
+"""`Strategy`, the interface of all strategies, and `freeze_gates`. A model has at most one active strategy."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ Phase = Literal["warm-up", "selection", "settling"]
 class Strategy(ABC):
     """Chooses blocks over a run of `steps` optimizer steps, in three phases.
 
-    - warm-up: every block learns.
+    - warm-up: all blocks train.
     - selection: blocks are switched off.
-    - settling: the choice stands, and the blocks that are left go on learning.
+    - settling: the choice is final, and the remaining blocks train on.
 
-    Make it after `slora.inject` and call `step` after every optimizer step. A model has one strategy at a time.
+    Create it after `slora.inject` and call `step` after every optimizer step. A model has one strategy at a time.
 
     Args:
-        model: adapted by `slora.inject`; a wrapper around it will do (torch.compile, DDP).
+        model: adapted by `slora.inject`; may be wrapped (torch.compile, DDP).
         steps: optimizer steps of the run.
-        warmup: share of the steps in which every block learns.
-        settling: share of the steps at the end in which the choice stands; at least a third.
+        warmup: share of the steps in which all blocks train.
+        settling: share of the steps at the end in which the choice is final; at least a third.
 
     Attributes:
         taken: calls of `step` so far.
         first: steps after which selection begins.
-        last: steps after which the choice stands.
+        last: steps after which the choice is final.
 
     Raises:
-        ConfigError: a value is out of range, or warm-up and settling leave no room.
-        StateError: the model has no adapted layer, is merged, or another strategy is at work on it.
+        ConfigError: a value is out of range, or warm-up and settling are longer than the run.
+        StateError: the model has no adapted layer, is merged, or has another active strategy.
     """
 
     name: ClassVar[str]
@@ -50,20 +50,24 @@ class Strategy(ABC):
     def __init__(self, model: nn.Module, steps: int, warmup: float, settling: float) -> None:
         steps, warmup, settling = plain(steps), plain(warmup), plain(settling)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise ConfigError(f"steps={steps!r} is not a number of optimizer steps; use those of the run, 1 or more")
+            raise ConfigError(
+                f"steps={steps!r} is not a number of optimizer steps; use the steps of the run, 1 or more"
+            )
         if not isinstance(warmup, (int, float)) or not 0 <= warmup <= 1:
             raise ConfigError(f"warmup={warmup!r} is not a share of the steps; use a number from 0 to 1")
         if not isinstance(settling, (int, float)) or not LEAST_SETTLING - 1e-9 <= settling <= 1:
             raise ConfigError(
-                f"settling={settling!r} is not a share from 1/3 to 1 of the steps, in which the blocks that are left "
-                f"go on learning"
+                f"settling={settling!r} is not a share from 1/3 to 1 of the steps, in which the remaining blocks train "
+                f"on"
             )
         if warmup + settling > 1 + 1e-9:
-            raise ConfigError(f"warmup={warmup:g} and settling={settling:.3g} are more than the run; lower one of them")
+            raise ConfigError(
+                f"warmup={warmup:g} and settling={settling:.3g} are longer than the run; lower one of them"
+            )
         self.model, self.steps, self.warmup, self.settling = model, steps, warmup, settling
         self.first, self.last = phase_ends(self.steps, warmup, settling)
         self.taken = 0
-        self.layers = _take_charge(self, model)
+        self.layers = _attach(self, model)
         self.start()
 
     @property
@@ -80,23 +84,22 @@ class Strategy(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Prepare the gates for the first step; called when the strategy is made."""
+        """Prepare the gates for the first step; called by the constructor."""
 
     def step(self) -> None:
-        """Choose for the next step. Call it after every optimizer step: not after each part of an accumulated one.
+        """Update the choice of blocks. Call it after every optimizer step, not after each accumulated backward.
 
-        Calls beyond `steps` change nothing, the choice stands; the first of them gives a `UserWarning`.
+        Calls beyond `steps` change nothing; the first of them gives a `UserWarning`.
 
         Raises:
-            StateError: the strategy gave way to another one, or `slora.freeze_gates` ended it.
+            StateError: the strategy has ended, or the model is merged.
         """
-        self._require_charge()
+        self._require_active()
         self.taken += 1
         if self.taken == self.steps + 1:
             warnings.warn(
-                f"step() was called more often than steps={self.steps} of this {type(self).__name__}: make it with the "
-                f"steps of the whole run, and call step() once per optimizer step, not for each part of an accumulated "
-                f"one",
+                f"step() was called more often than steps={self.steps} of this {type(self).__name__}: create it with "
+                f"the steps of the whole run, and call step() once per optimizer step, not per accumulated backward",
                 stacklevel=2,
             )
         if self.taken <= self.last:
@@ -104,39 +107,39 @@ class Strategy(ABC):
 
     @abstractmethod
     def _choose(self) -> None:
-        """Act after step number `taken`, up to `last`."""
+        """Choose blocks after step number `taken`, which is at most `last`."""
 
     def finish(self) -> None:
-        """End the strategy: the choice stands, and another strategy may follow.
+        """End the strategy and keep its choice; another strategy may follow.
 
         Raises:
             StateError: the choice is not made yet, because `step` was called too seldom.
         """
-        self._require_charge()
+        self._require_active()
         if self.taken < self.last:
             raise StateError(
                 f"finish() after {self.taken} of {self.steps} steps, but the choice of blocks is made by step "
-                f"{self.last}: call step() after every optimizer step, or make the strategy with the steps of the run "
-                f"(slora.keep_blocks chooses at once)"
+                f"{self.last}: call step() after every optimizer step, or create the strategy with the steps of the "
+                f"run (slora.keep_blocks chooses at once)"
             )
         self._settle()
-        _release(self)
+        _detach(self)
 
     @abstractmethod
     def _settle(self) -> None:
-        """Put the choice back where something else has changed the gates since, such as an earlier state dict."""
+        """Restore the choice, in case something has changed the gates since, such as loading a state dict."""
 
     def unfinished(self) -> str:
-        """Return what stands between the model and the strategy's choice, as a sentence; else the empty string."""
+        """Return why the active blocks are not the strategy's final choice, as a clause; empty if they are."""
         if self.taken >= self.last:
             return ""
         return (
             f"the choice of blocks is not made yet: {type(self).__name__} has taken {self.taken} of {self.steps} steps "
-            f"and completes it at step {self.last}"
+            f"and chooses up to step {self.last}"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, in JSON's types; the blocks' own parameters are the model's."""
+        """Return what a resumed run needs beside the state dict of the model, as JSON values."""
         return {
             "strategy": self.name,
             "steps": self.steps,
@@ -148,9 +151,9 @@ class Strategy(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, which `state_dict` of a strategy made with the same arguments returned.
+        """Continue from `state`, which `state_dict` of a strategy with the same arguments returned.
 
-        Only `steps` may differ, where a run becomes longer or shorter: the phases follow the new number.
+        Only `steps` may differ: the phases of a longer or shorter run follow the new number.
 
         Raises:
             ConfigError, CheckpointError: see `check_state`; nothing has changed then.
@@ -160,13 +163,13 @@ class Strategy(ABC):
         self._restore(state)
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Check that `load_state_dict` can go on from `state`; changes nothing.
+        """Check that `load_state_dict` accepts `state`; changes nothing.
 
         Raises:
             ConfigError: the state is of another strategy, or an argument differs; names it with both values.
-            CheckpointError: a value cannot be one of such a strategy; names it.
+            CheckpointError: a value is invalid; names it.
         """
-        self._require_charge()
+        self._require_active()
         for key, value in self.state_dict().items():
             if key in self.progress:
                 continue
@@ -174,28 +177,27 @@ class Strategy(ABC):
             if before != value:
                 raise ConfigError(
                     f"the state to resume from has {key}={repr(before)[:60]}, this {type(self).__name__} "
-                    f"{key}={value!r}; resume with the former, or start a new run"
+                    f"{key}={value!r}; resume with the first, or start a new run"
                 )
         for key in ("steps", "taken", "last"):
             _require_count(state, key)
         require_value(state, "steps", state["steps"] > 0)
-        # Of the run that was, which may have been longer or shorter.
+        # Of the earlier run, which may have been longer or shorter.
         require_value(state, "last", state["last"] == phase_ends(state["steps"], self.warmup, self.settling)[1])
 
     @abstractmethod
     def _restore(self, state: dict[str, Any]) -> None:
-        """Set the gates as after step number `taken`; the choice is due where that is beyond `last`."""
+        """Set the gates as they were after step number `taken`, chosen where that is `last` or later."""
 
     def leave(self) -> None:  # noqa: B027
-        """Take back what the strategy has attached to the model; called when it is over."""
+        """Remove what the strategy has attached to the model; called when it ends."""
 
-    def _require_charge(self) -> None:
-        if any(layer.merged for layer in self.layers.values()):
-            raise StateError("the model is merged, so its blocks cannot be chosen; call slora.unmerge(model) first")
+    def _require_active(self) -> None:
+        _refuse_merged(self.layers)
         if _strategy_of(self.layers) is not self:
             raise StateError(
-                f"this {type(self).__name__} is over (finish, slora.freeze_gates or slora.keep_blocks ended it); make "
-                f"a new one"
+                f"this {type(self).__name__} has ended (by finish, slora.freeze_gates or slora.keep_blocks); create a "
+                f"new one"
             )
 
 
@@ -204,10 +206,10 @@ def _require_count(state: dict[str, Any], key: str) -> None:
 
 
 def require_value(state: dict[str, Any], key: str, holds: bool) -> None:
-    """Refuse a state whose entry `key` cannot be what it should.
+    """Refuse a state whose entry `key` is invalid.
 
     Raises:
-        CheckpointError: names the entry and its value.
+        CheckpointError: `holds` is False; names the entry and its value.
     """
     if not holds:
         raise DamagedCheckpointError(
@@ -215,40 +217,39 @@ def require_value(state: dict[str, Any], key: str, holds: bool) -> None:
         )
 
 
-def at_work(model: nn.Module) -> Strategy | None:
-    """Return the strategy that is at work on `model`, or None."""
+def active_strategy(model: nn.Module) -> Strategy | None:
+    """Return the strategy that chooses the blocks of `model`, or None."""
     return _strategy_of(dict(adapted_layers(model)))
 
 
-def release(model: nn.Module) -> None:
-    """End the strategy that is at work on `model`, if there is one, with the gates as they are."""
-    strategy = at_work(model)
+def end_strategy(model: nn.Module) -> None:
+    """End the active strategy of `model`, if there is one; the gates keep their values."""
+    strategy = active_strategy(model)
     if strategy is not None:
-        _release(strategy)
+        _detach(strategy)
 
 
 def unfinished_selection(model: nn.Module) -> str:
-    """Return what stands between `model` and the choice of its strategy, as a sentence; else the empty string."""
-    strategy = at_work(model)
+    """Return why the active blocks of `model` are not its strategy's final choice, as a clause; empty if they are."""
+    strategy = active_strategy(model)
     return "" if strategy is None else strategy.unfinished()
 
 
 def freeze_gates(model: nn.Module) -> None:
-    """Keep the choice of blocks as it is: no optimizer moves a gate any more, and a strategy at work ends.
+    """Stop training the gates, so that the active blocks stay what they are; an active strategy ends.
 
-    What inactive blocks would learn is not computed any more either. Every gate keeps its value;
-    `layer.gate.requires_grad_()` lets one move again.
+    No gate gradients are computed any more. `layer.gate.requires_grad_()` trains a gate again.
 
     Raises:
         StateError: the model has no adapted layer.
     """
     layers = require_layers(model)
-    release(model)
-    hold(layers)
+    end_strategy(model)
+    stop_training_gates(layers)
 
 
-def hold(layers: dict[str, LoRABlocks]) -> None:
-    """Take the gates out of training."""
+def stop_training_gates(layers: dict[str, LoRABlocks]) -> None:
+    """Make the gates of `layers` need no gradient, and drop the gradients they have."""
     for layer in layers.values():
         layer.gate.requires_grad_(False)
         layer.gate.grad = None
@@ -263,31 +264,35 @@ def require_layers(model: nn.Module) -> dict[str, LoRABlocks]:
     layers = dict(adapted_layers(model))
     if not layers:
         raise StateError("the model has no adapted layer; call slora.inject(model, config) first")
+    _refuse_merged(layers)
+    return layers
+
+
+def _refuse_merged(layers: dict[str, LoRABlocks]) -> None:
     if any(layer.merged for layer in layers.values()):
         raise StateError("the model is merged, so its blocks cannot be chosen; call slora.unmerge(model) first")
-    return layers
 
 
 def _strategy_of(layers: dict[str, LoRABlocks]) -> Strategy | None:
     return next((layer.gate_cache.strategy for layer in layers.values() if layer.gate_cache.strategy is not None), None)
 
 
-def _take_charge(strategy: Strategy, model: nn.Module) -> dict[str, LoRABlocks]:
+def _attach(strategy: Strategy, model: nn.Module) -> dict[str, LoRABlocks]:
     layers = require_layers(model)
     other = _strategy_of(layers)
     if other is not None and other.taken < other.last:
         raise StateError(
-            f"a {type(other).__name__} is at work on this model (step {other.taken} of {other.steps}); one strategy at "
-            f"a time: end it with slora.freeze_gates(model), or leave the second one out"
+            f"a {type(other).__name__} is active on this model (step {other.taken} of {other.steps}), and a model has "
+            f"one strategy at a time: end it with slora.freeze_gates(model), or leave the second one out"
         )
     if other is not None:
-        _release(other)
+        _detach(other)
     for layer in layers.values():
         layer.gate_cache.strategy, layer.gate_cache.asked = strategy, ""
     return layers
 
 
-def _release(strategy: Strategy) -> None:
+def _detach(strategy: Strategy) -> None:
     strategy.leave()
     for layer in strategy.layers.values():
         layer.gate_cache.strategy = None

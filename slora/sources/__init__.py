@@ -1,6 +1,8 @@
-"""Models and data sets by name.
+"""Models and data sets by name, and the batches of a run.
 
-model_names.py, model_args.py, models.py   `timm/...`, `open_clip/...`, `demo/...`
-data_names.py, data.py, folders.py         data sets of torchvision, image folders
-batches.py                                 which images form which step
+registry.py                  models and data sets that other packages add, such as those of `slora.demo`
+model_names.py, model_args.py, models.py   `timm/...`, `open_clip/...` and registered models
+data_names.py, data.py, folders.py         data sets of torchvision, image folders and registered data sets
+batches.py                   the batches of an epoch, in an order that depends on the seed alone
+optional.py                  imports of timm, open_clip and torchvision
 """

@@ -1,11 +1,11 @@
-"""Which images form which step.
+"""The batches of an epoch.
 
-The order of an epoch, and the augmentation of each image in it, follow from (seed, epoch, image) alone: not from
-the number of reading processes, and not from where a resumed run starts. Tensors stay in memory, on the training
-device where they fit, and cost one `index_select` per batch; anything else is read through a `DataLoader`.
+The order of an epoch, and the augmentation of each image in it, depend only on (seed, epoch, image): not on the number
+of DataLoader workers, nor on where a resumed run starts. Tensors stay in memory, on the training device if they fit,
+and cost one `index_select` per batch; other data sets are read by a `DataLoader`.
 
-A data set may raise `DamagedImage` for an image that cannot be read. In training the next readable image takes its
-place, so that every step keeps its size; an evaluation leaves it out.
+A data set may raise `DamagedImage` for an image that cannot be read. In training the next readable image replaces it,
+so every batch has its full size; an evaluation skips it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ DAMAGED_SHARE = 0.01
 
 _log = logging.getLogger("slora")
 
-# Tensors up to this size are copied to the training device once.
+# Bytes. Tensors up to this size are copied to the training device once.
 _RESIDENT_BYTES = 4 << 30
 
 
 class Batches(Protocol):
-    """A data set cut into batches of `(images [n, ...], labels [n] int64)` on the training device."""
+    """A data set in batches of `(images [n, ...], labels [n] int64)` on the training device."""
 
     count: int
     """Images in the data set."""
@@ -51,9 +51,9 @@ class Order:
     Args:
         count: images in the data set.
         batch_size: images per batch and process.
-        seed: of the permutation; None keeps the order of the data set and the last, smaller batch.
+        seed: of the permutation; None keeps the order of the data set, and a smaller last batch.
         rank: number of this process, from 0.
-        world: number of processes; each takes its own part of every batch.
+        world: number of processes; each takes its share of every batch.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None, rank: int = 0, world: int = 1) -> None:
@@ -93,7 +93,7 @@ class TensorBatches:
 
 
 class DamagedImage(Exception):
-    """Raised by a data set's `__getitem__` for an image that cannot be read; takes its name and the reason."""
+    """Raised by `__getitem__` of a data set for an image that cannot be read; holds its name and the reason."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)
@@ -101,10 +101,10 @@ class DamagedImage(Exception):
 
 
 class Damage:
-    """The images of a data set that could not be read: named once each, counted, too many refused.
+    """The images of a data set that could not be read: each is logged once, and too many are an error.
 
     Args:
-        total: images in the data set; above 1 % of them an error is raised.
+        total: images in the data set; more than 1 % of them is an error.
     """
 
     def __init__(self, total: int) -> None:
@@ -112,10 +112,10 @@ class Damage:
         self.found: dict[str, str] = {}
 
     def add(self, *images: DamagedImage) -> None:
-        """Note images; each is named in a warning the first time.
+        """Add images; each is logged as a warning the first time.
 
         Raises:
-            DataError: more than 1 % of the images are damaged; some are named.
+            DataError: more than 1 % of the images are damaged; names some of them.
         """
         new = {image.name: image.reason for image in images if image.name not in self.found}
         self.found |= new
@@ -130,7 +130,7 @@ class Damage:
 
 
 class _Samples(Dataset[Any]):
-    """`dataset` drawn by `(epoch, index)`, with torch's generator seeded for each image."""
+    """`dataset` indexed by `(epoch, index)`, with torch's generator seeded for each image."""
 
     def __init__(self, dataset: Dataset[Any], count: int, seed: int | None) -> None:
         self.dataset, self.count, self.seed = dataset, count, seed
@@ -144,7 +144,7 @@ class _Samples(Dataset[Any]):
             for i in range(self.count):
                 torch.manual_seed(_mixed(self.seed, epoch, index + i + 1))
                 sample = self._read((index + i) % self.count, damaged)
-                # Beyond the share that is refused there is no use in looking further.
+                # More damaged images than this are an error anyway.
                 if sample is not None or i > DAMAGED_SHARE * self.count:
                     return sample, damaged
         return None, damaged
@@ -168,7 +168,7 @@ class LoadedBatches:
     def __init__(self, dataset: Dataset[Any], order: Order, device: torch.device, num_workers: int) -> None:
         self.count, self.order, self.device, self.num_workers = order.count, order, device, num_workers
         self.samples = _Samples(dataset, order.count, order.seed)
-        # Shared between the parts of one data set, where it brings its own.
+        # One count for training and evaluation data, if the data set has it.
         self.damage: Damage = getattr(dataset, "damage", None) or Damage(order.count)
 
     def __len__(self) -> int:
@@ -187,7 +187,7 @@ class LoadedBatches:
             num_workers=min(self.num_workers, len(keys)),
             collate_fn=_collate,
             pin_memory=self.device.type == "cuda",
-            # A generator of its own: the default would draw a number from torch's for each pass.
+            # Its own generator: the default would draw from torch's global one in each epoch.
             generator=torch.Generator(),
         )
         for batch, damaged in loader:
@@ -207,14 +207,14 @@ def make_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Batches:
-    """Cut `data` into batches: shuffled, whole batches only with a `seed`, else in order and complete.
+    """Return `data` in batches: with a `seed` shuffled and without a smaller last batch, else in order and complete.
 
     Args:
         data: `(images, labels)`, a `TensorDataset` of the two, or a map-style data set of `(image, label)`.
 
     Raises:
         DataError: the data set is empty, or images and labels differ in number.
-        ConfigError: there are fewer images than one step takes.
+        ConfigError: there are fewer images than in one batch of all processes.
     """
     tensors = data if isinstance(data, tuple) else data.tensors if isinstance(data, TensorDataset) else None
     count = len(tensors[0]) if tensors is not None else len(data)  # type: ignore[arg-type]

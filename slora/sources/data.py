@@ -1,4 +1,4 @@
-"""Data sets, opened by name, and the transforms between their images and a model's input."""
+"""`open_data`: data sets by name, and the transforms from their images to a model's input."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
-from slora.errors import DataError, MissingDependencyError
+from slora.errors import DataError
 from slora.sources.batches import Damage, DamagedImage, Data
 from slora.sources.data_names import FOLDER, TORCHVISION, Entry, check_name
 from slora.sources.folders import UNREADABLE, described, image_folder, name_of, split
+from slora.sources.optional import first_line, imported
 from slora.sources.registry import DATA
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The images that a model takes: `[channels, size, size]` fp32, `(value in [0, 1] - mean) / std`."""
+    """The input format of a model: `[channels, size, size]` fp32, `(value in [0, 1] - mean) / std`."""
 
     channels: int = 3
     size: int = 224
@@ -29,20 +30,20 @@ class InputSpec:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     interpolation: str = "bicubic"
     crop: float = 1.0
-    """Share of an evaluation image's shorter side that the model sees."""
+    """Centre crop of evaluation images, as a share of the shorter side."""
 
 
 @dataclass
 class Source:
-    """An opened data set, its images not yet in the form of a model's input.
+    """An opened data set, its images not yet transformed to a model's input.
 
     Attributes:
         name: as `names()` lists it.
         classes: names of the classes, or their numbers.
         training: images to train on, or to vote in k-NN: `(PIL image or [c, h, w] tensor, label)`.
         evaluation: images to evaluate on.
-        augment: the augmentation that "auto" means.
-        damage: images that could not be read; counts on as they come up.
+        augment: the augmentation used for "auto".
+        damage: images that could not be read so far.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Source:
     damage: Damage = field(default_factory=lambda: Damage(0))
 
     def data(self, spec: InputSpec, augment: str = "none", *, training: bool) -> Data:
-        """Return the training or evaluation images as `spec` asks for, augmented unless `augment` is "none"."""
+        """Return the training or evaluation images in the format `spec`, augmented unless `augment` is "none"."""
         raw = self.training if training else self.evaluation
         augment = self.augment if augment == "auto" else augment
         if isinstance(raw, TensorDataset) and augment == "none" and _fits(raw.tensors[0], spec):
@@ -62,9 +63,9 @@ class Source:
 
 
 def open_data(name: str, root: str | Path = "data", download: bool = True) -> Source:
-    """Open a data set by name, downloaded into `root` where it is missing and `download` allows it.
+    """Open a data set by name; a missing one is downloaded into `root` if `download` is true.
 
-    Those of `registry`, such as `digits` and `letters` of `slora.demo`, are made on the spot.
+    Registered data sets, such as `digits` and `letters` of `slora.demo`, are generated.
 
     Raises:
         ConfigError: the name is unknown.
@@ -78,8 +79,8 @@ def open_data(name: str, root: str | Path = "data", download: bool = True) -> So
     if name in DATA:
         return DATA[name]()
     entry = TORCHVISION[name]
-    parts = [_opened(name, entry, Path(root), download, options) for options in entry.training]
-    classes, training = _class_names(parts[0], entry.classes), _joined(parts)
+    splits = [_opened(name, entry, Path(root), download, options) for options in entry.training]
+    classes, training = _class_names(splits[0], entry.classes), _joined(splits)
     if entry.evaluation:
         evaluation = _joined([_opened(name, entry, Path(root), download, options) for options in entry.evaluation])
     else:
@@ -90,7 +91,7 @@ def open_data(name: str, root: str | Path = "data", download: bool = True) -> So
 
 
 class Transformed(Dataset[tuple[Tensor, int]]):
-    """`raw` with `transform` applied to its images; an unreadable one raises `DamagedImage`."""
+    """`raw` with `transform` applied to its images; unreadable ones raise `DamagedImage`."""
 
     def __init__(self, raw: Any, transform: Callable[[Any], Tensor], damage: Damage) -> None:
         self.raw, self.transform, self.damage = raw, transform, damage
@@ -107,12 +108,12 @@ class Transformed(Dataset[tuple[Tensor, int]]):
 
 
 def as_input(image: Image.Image, spec: InputSpec) -> Tensor:
-    """Return an image as `spec` asks for, `[c, h, w]`, not augmented."""
+    """Return an image in the format `spec`, `[c, h, w]`, not augmented."""
     return _transform(spec, "none")(image)
 
 
 class ToColour:
-    """A PIL image or tensor with 1 or 3 channels, whatever it had."""
+    """Converts a PIL image or tensor to 1 or 3 channels."""
 
     def __init__(self, channels: int) -> None:
         self.channels = channels
@@ -128,11 +129,11 @@ class ToColour:
 
 
 def _transform(spec: InputSpec, augment: str) -> Callable[[Any], Tensor]:
-    v2 = _torchvision("transforms.v2")
+    v2 = imported("torchvision.transforms.v2")
     mode = getattr(v2.InterpolationMode, spec.interpolation.upper(), v2.InterpolationMode.BICUBIC)
     steps: list[Any] = [ToColour(spec.channels)]
     if augment == "none":
-        # The whole image, squeezed to a square, where the model was trained on whole images.
+        # Without a crop: the whole image, resized to a square.
         if spec.crop >= 1.0:
             steps.append(v2.Resize((spec.size, spec.size), interpolation=mode, antialias=True))
         else:
@@ -153,7 +154,7 @@ def _fits(images: Tensor, spec: InputSpec) -> bool:
 
 
 def _class_names(dataset: Any, count: int) -> tuple[str, ...]:
-    """The names that torchvision gives to the classes, or their numbers where it has none."""
+    """The class names of a torchvision data set, or numbers if it has none."""
     names = getattr(dataset, "classes", None)
     if not isinstance(names, (list, tuple)) or len(names) != count:
         return tuple(str(number) for number in range(count))
@@ -161,17 +162,17 @@ def _class_names(dataset: Any, count: int) -> tuple[str, ...]:
     return tuple(name if isinstance(name, str) else ", ".join(name) for name in names)
 
 
-def _joined(parts: list[Any]) -> Any:
-    return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+def _joined(splits: list[Any]) -> Any:
+    return splits[0] if len(splits) == 1 else ConcatDataset(splits)
 
 
 def _opened(name: str, entry: Entry, root: Path, download: bool, options: dict[str, Any]) -> Any:
-    kind = getattr(_torchvision("datasets"), entry.kind)
+    dataset = getattr(imported("torchvision.datasets"), entry.kind)
     if entry.downloads:
         options = {**options, "download": download}
     try:
-        return kind(str(root), **options)
-    # Each data set reports a missing, broken or unreachable file in its own way.
+        return dataset(str(root), **options)
+    # Each data set reports a missing, damaged or unreachable file with other exceptions.
     except Exception as error:
         if entry.downloads and not download:
             remedy = f"run again with --download, or put its files into {root}"
@@ -179,20 +180,4 @@ def _opened(name: str, entry: Entry, root: Path, download: bool, options: dict[s
             remedy = f"check the network and the free space, or put its files into {root} and use --no-download"
         else:
             remedy = f"it cannot be downloaded: put its archives into {root}"
-        raise DataError(f"data set {name!r} could not be opened in {root} ({_first_line(error)}); {remedy}") from error
-
-
-def _torchvision(module: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(f"torchvision.{module}")
-    except (ImportError, RuntimeError) as error:
-        raise MissingDependencyError(
-            f'torchvision cannot be imported ({_first_line(error)}); pip install "slora[train]"'
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise DataError(f"data set {name!r} could not be opened in {root} ({first_line(error)}); {remedy}") from error

@@ -1,4 +1,4 @@
-"""Names of data sets, and what is known of each before it is opened. Nothing here imports torch."""
+"""Names of data sets, and how torchvision opens them. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from slora.sources.registry import DATA
 
 @dataclass(frozen=True)
 class Entry:
-    """A data set of torchvision: its class, its splits as keyword arguments, and what augmentation suits it."""
+    """A data set of torchvision: its class, its splits as keyword arguments, and a suitable augmentation."""
 
     kind: str
     classes: int
     training: tuple[dict[str, Any], ...]
     evaluation: tuple[dict[str, Any], ...]
-    """Empty where the data set has no split of its own; then 10 % of each class are set apart."""
+    """Empty if the data set has no split; then 10 % of each class are held out."""
     augment: str = "crop-flip"
     downloads: bool = True
 
@@ -41,7 +41,7 @@ TORCHVISION = {
     "eurosat": Entry("EuroSAT", 10, ({},), ()),
     "flowers102": _split("Flowers102", 102, "train+val", "test"),
     "food101": _split("Food101", 101, "train", "test"),
-    # A mirrored sign or digit is another one.
+    # Flipped, a sign or digit has another meaning.
     "gtsrb": _split("GTSRB", 43, "train", "test", augment="crop"),
     "imagenet": _split("ImageNet", 1000, "train", "val", downloads=False),
     "mnist": _flag("MNIST", 10, augment="none"),
@@ -54,15 +54,15 @@ GENERIC = "generic"
 
 
 def names() -> list[str]:
-    """Return every name that `open_data` takes; `imagefolder:PATH` is one more."""
+    """Return all names that `open_data` takes, except `imagefolder:PATH`."""
     return sorted([*TORCHVISION, *DATA])
 
 
 def check_name(name: str | None) -> str:
-    """Return `name` in the form of `names()`; early, before anything is loaded.
+    """Return `name` as `names()` spells it: an early check, before anything is loaded.
 
     Raises:
-        ConfigError: the name is unknown; near names are listed.
+        ConfigError: the name is unknown; lists near names.
     """
     if not name:
         raise ConfigError(f"no data set was named; use one of {', '.join(names())} or imagefolder:PATH")
@@ -81,12 +81,12 @@ def check_name(name: str | None) -> str:
 
 
 def is_folder(name: str) -> bool:
-    """Whether `retain_data` means a folder: one that is there and has not the name of a data set."""
+    """Whether `retain_data` means a folder: it exists and is not the name of a data set."""
     return name not in names() and Path(name).expanduser().is_dir()
 
 
 def check_retained(name: str | None) -> None:
-    """Check `retain_data`; early, before anything is loaded.
+    """Check `retain_data`, before anything is loaded.
 
     Raises:
         ConfigError: it is neither "generic", nor a folder, nor a data set.

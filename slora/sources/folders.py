@@ -1,4 +1,4 @@
-"""Image folders: one subfolder per class, split into training and evaluation where the folder does not say how."""
+"""Image folders: one subfolder per class; without a validation folder, a split is made."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from slora.sources.batches import Damage, DamagedImage
 
 EVALUATION_SHARE = 0.1
 
-# Up to this many headers are read before training; a larger folder shows its damaged images as they come up.
+# Folders up to this size are checked for damaged images before training, larger ones during it.
 _CHECKED_AT_ONCE = 100_000
 
-# What Pillow raises for files that are cut short, empty, or no image at all.
+# Raised by Pillow for files that are truncated, empty, or not images.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def image_folder(path: Path) -> tuple[Dataset[Any], Dataset[Any], tuple[str, ...], Damage]:
     """Open `path/train/CLASS/*` and `path/val/CLASS/*`; without `val`, or without both, a split is made.
 
-    The split is 90/10 within each class and follows from the file names alone. Headers of the files are read;
-    damaged files are left out.
+    The split is 90/10 within each class and depends only on the file names. File headers are read; damaged files are
+    skipped.
 
     Returns:
         `(training, evaluation, classes, damage)`: data sets of `(PIL image, label)`.
@@ -56,7 +56,7 @@ def image_folder(path: Path) -> tuple[Dataset[Any], Dataset[Any], tuple[str, ...
     folders = [training] if evaluation is None else [training, evaluation]
     damage = Damage(sum(len(folder.samples) for folder in folders))
     for folder in folders:
-        _leave_out_damaged(folder, damage)
+        _skip_damaged(folder, damage)
     if evaluation is not None:
         return training, evaluation, classes, damage
     train_rows, eval_rows = split([label for _, label in training.samples])
@@ -64,7 +64,7 @@ def image_folder(path: Path) -> tuple[Dataset[Any], Dataset[Any], tuple[str, ...
 
 
 def split(labels: Sequence[int], share: float = EVALUATION_SHARE) -> tuple[list[int], list[int]]:
-    """Return rows for training and for evaluation: `share` of each class, at least one where it has two images.
+    """Return the rows for training and for evaluation: `share` of each class, at least one if it has two images.
 
     The same labels give the same rows.
     """
@@ -81,13 +81,13 @@ def split(labels: Sequence[int], share: float = EVALUATION_SHARE) -> tuple[list[
 
 
 def name_of(dataset: Any, index: int) -> str:
-    """Return the file behind an item of a data set, or its number where that is not known."""
+    """Return the file name of an item of a data set, or its number if that is unknown."""
     if isinstance(dataset, Subset):
         return name_of(dataset.dataset, dataset.indices[index])
     if isinstance(dataset, ConcatDataset):
-        part = bisect.bisect_right(dataset.cumulative_sizes, index)
-        first = dataset.cumulative_sizes[part - 1] if part else 0
-        return name_of(dataset.datasets[part], index - first)
+        number = bisect.bisect_right(dataset.cumulative_sizes, index)
+        first = dataset.cumulative_sizes[number - 1] if number else 0
+        return name_of(dataset.datasets[number], index - first)
     for attribute in ("samples", "_image_files", "_images", "_samples"):
         files = getattr(dataset, attribute, None)
         if files is not None and len(files) == len(dataset):
@@ -106,22 +106,22 @@ def _opened(root: Path) -> Any:
     empty = [name for label, name in enumerate(folder.classes) if label not in present]
     if empty:
         raise DataError(
-            f"the class folder {root / empty[0]} has no image with a known ending ({', '.join(folder.extensions)}); "
+            f"the class folder {root / empty[0]} has no image with a known extension ({', '.join(folder.extensions)}); "
             f"remove it or add images"
         )
     return folder
 
 
-def _leave_out_damaged(folder: Any, damage: Damage) -> None:
+def _skip_damaged(folder: Any, damage: Damage) -> None:
     if len(folder.samples) > _CHECKED_AT_ONCE:
         return
     with ThreadPoolExecutor(8) as pool:
         reasons = list(pool.map(_header_damage, [file for file, _ in folder.samples]))
     checked = list(zip(folder.samples, reasons, strict=True))
     damage.add(*(DamagedImage(file, reason) for (file, _), reason in checked if reason is not None))
-    kept = [sample for sample, reason in checked if reason is None]
-    folder.samples = kept
-    folder.targets = [label for _, label in kept]
+    intact = [sample for sample, reason in checked if reason is None]
+    folder.samples = intact
+    folder.targets = [label for _, label in intact]
 
 
 def _header_damage(file: str) -> str | None:
@@ -133,7 +133,7 @@ def _header_damage(file: str) -> str | None:
 
 
 def described(error: Exception) -> str:
-    """Return why an image cannot be read, without its name."""
+    """Return why an image cannot be read."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
     return str(getattr(error, "strerror", None) or error) or type(error).__name__

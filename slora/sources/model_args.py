@@ -12,15 +12,15 @@ from slora.io.yaml_files import parse_yaml
 
 Scalar = str | int | float | bool | None
 
-# What create_model gets from other settings, from the data, or from the trainer.
+# Arguments of create_model that come from other settings, from the data, or from the trainer.
 _SET_BY_SLORA = "model_name pretrained num_classes img_size force_image_size device precision jit".split()
 
-# A number that YAML takes for a string.
+# A number that YAML reads as a string.
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 def arguments(value: Any) -> dict[str, Scalar] | None:
-    """Return a mapping, or its form as a flag, "key=value,key=value" in YAML scalars; None where it is neither."""
+    """Return a mapping, or a flag such as "key=value,key=value" with YAML scalars as a mapping; None for others."""
     if isinstance(value, str):
         pairs = [entry.partition("=") for entry in value.split(",")]
         if not all(equals for _, equals, _ in pairs):
@@ -44,7 +44,7 @@ def _is_scalar(entry: object) -> bool:
 
 
 def check_keys(keys: Iterable[str]) -> None:
-    """Refuse arguments that have a setting of their own.
+    """Refuse arguments that slora sets by itself.
 
     Raises:
         ConfigError: names the argument.

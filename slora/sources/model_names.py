@@ -1,4 +1,4 @@
-"""Names of models: `timm/NAME`, `open_clip/ARCH[:PRETRAINED]`, and those of `registry`. Nothing here imports torch."""
+"""Names of models: `timm/NAME`, `open_clip/ARCH[:PRETRAINED]` and registered ones. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ SOURCES = ("timm", "open_clip")
 
 
 def source_of(name: str | None) -> tuple[str, str]:
-    """Return `(source, the rest of the name)`, as far as the form of the name tells.
+    """Return `(source, the rest of the name)`; only the names of registered models are checked completely.
 
     Raises:
-        ConfigError: the name has no known source, or a package that registers models no such one; near names are
-            listed.
+        ConfigError: the source is unknown, or has no such registered model; lists near names.
     """
     forms = ["timm/NAME", "open_clip/ARCH:PRETRAINED", *MODELS]
     if not name:
@@ -38,7 +37,7 @@ def check_known(what: str, name: str, names: Iterable[str], prefix: str = "") ->
     """Refuse a name that is not among `names`.
 
     Raises:
-        ConfigError: near names are listed.
+        ConfigError: the name is unknown; lists near names.
     """
     known = list(names)
     if name not in known:

@@ -1,4 +1,4 @@
-"""Models, built by name: `timm/NAME`, `open_clip/ARCH[:PRETRAINED]`, and those of `registry`."""
+"""`build`: models by name, `timm/NAME`, `open_clip/ARCH[:PRETRAINED]` and registered ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from slora.errors import CheckpointError, ConfigError, MissingDependencyError
+from slora.errors import CheckpointError, ConfigError
 from slora.sources.data import InputSpec
 from slora.sources.model_names import SOURCES, check_known, source_of
+from slora.sources.optional import first_line, imported
 from slora.sources.registry import MODELS
 
 
 class Built(NamedTuple):
-    """A model with a classifier head, and the images it takes."""
+    """A model with a classifier head, and its input format."""
 
     model: nn.Module
     input: InputSpec
@@ -26,7 +27,7 @@ class Built(NamedTuple):
 class ClipClassifier(nn.Module):
     """The image tower of an open_clip model and a linear head on its embedding.
 
-    Has timm's `forward_features` and `forward_head`, so that k-NN finds the embedding.
+    Has timm's `forward_features` and `forward_head`, from which k-NN gets the embedding.
     """
 
     def __init__(self, visual: nn.Module, features: int, classes: int) -> None:
@@ -40,7 +41,7 @@ class ClipClassifier(nn.Module):
         return embedding
 
     def forward_head(self, embedding: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits `[n, classes]`, or with `pre_logits` what the head sees."""
+        """Return the logits `[n, classes]`, or with `pre_logits` the input of the head."""
         if pre_logits:
             return embedding
         logits: Tensor = self.head(embedding)
@@ -52,17 +53,17 @@ class ClipClassifier(nn.Module):
 
 
 def check_name(name: str | None, pretrained: bool = False) -> tuple[str, str, str]:
-    """Return `(source, architecture, tag)` of a model's name; early, before anything is loaded.
+    """Return `(source, architecture, tag)` of a model's name: an early check, before anything is loaded.
 
     Raises:
-        ConfigError: the source, the architecture or the tag is unknown; near names are listed.
+        ConfigError: the source, the architecture or the tag is unknown; lists near names.
         MissingDependencyError: the package it comes from is not installed.
     """
     source, rest = source_of(name)
     if source not in SOURCES:
         return source, rest, ""
     if source == "timm":
-        timm = _imported("timm")
+        timm = imported("timm")
         architecture, _, tag = rest.partition(".")
         if architecture.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
             return source, rest, ""
@@ -71,7 +72,7 @@ def check_name(name: str | None, pretrained: bool = False) -> tuple[str, str, st
             tags = [full.partition(".")[2] for full in timm.list_pretrained(architecture + ".*")]
             check_known(f"pretrained tag of timm/{architecture}", tag, tags)
         return source, architecture, tag
-    open_clip = _imported("open_clip")
+    open_clip = imported("open_clip")
     architecture, _, tag = rest.partition(":")
     check_known("model", architecture, open_clip.list_models(), prefix="open_clip/")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
@@ -79,12 +80,12 @@ def check_name(name: str | None, pretrained: bool = False) -> tuple[str, str, st
         check_known(f"pretrained tag of open_clip/{architecture}", tag, tags)
     elif pretrained:
         some = ", ".join(f"open_clip/{architecture}:{each}" for each in tags[:5]) or "none is known for it"
-        raise ConfigError(f"pretrained open_clip weights have a name; write one of {some}")
+        raise ConfigError(f"pretrained open_clip weights need a tag; write one of {some}")
     return source, architecture, tag
 
 
 def new_head(name: str, pretrained: bool, classes: int) -> bool:
-    """Whether `build` puts a fresh head on pretrained features."""
+    """Whether `build` puts a new head on pretrained features."""
     source, architecture, tag = check_name(name, pretrained)
     if source == "open_clip":
         return bool(tag)
@@ -92,7 +93,7 @@ def new_head(name: str, pretrained: bool, classes: int) -> bool:
         return False
     if name in MODELS:
         return classes != MODELS[name].classes()
-    config = _imported("timm").models.get_pretrained_cfg(f"{architecture}.{tag}" if tag else architecture)
+    config = imported("timm").models.get_pretrained_cfg(f"{architecture}.{tag}" if tag else architecture)
     return config is None or config.num_classes != classes
 
 
@@ -105,17 +106,16 @@ def build(
 ) -> Built:
     """Build a model with a head of `classes` outputs, on the CPU in fp32.
 
-    Weights that are not pretrained, the head's among them, come from torch's global generator. An open_clip name
+    Weights that are not pretrained, such as those of a new head, come from torch's global generator. An open_clip name
     with a tag is always pretrained.
 
     Args:
-        img_size: side of the images in pixels; None for the model's own. A timm model that takes images of any size,
-            such as a ResNet, is then given images of this one.
+        img_size: side of the images in pixels; None for the model's default.
         model_args: more keyword arguments of `timm.create_model` or `open_clip.create_model`.
 
     Raises:
-        ConfigError: the name is unknown (near names are listed), or the model does not take `img_size` or
-            `model_args`, which are named.
+        ConfigError: the name is unknown (near names are listed), or the model does not take `img_size` or an entry
+            of `model_args`; names it.
         CheckpointError: the pretrained weights could not be fetched or read.
         MissingDependencyError: the package it comes from is not installed.
     """
@@ -129,7 +129,7 @@ def build(
 
 
 def _timm(name: str, classes: int, pretrained: bool, img_size: int | None, model_args: dict[str, Any]) -> Built:
-    timm = _imported("timm")
+    timm = imported("timm")
     channels = model_args.get("in_chans")
     if channels not in (None, 1, 3):
         raise ConfigError(f"model_args holds in_chans={channels!r}, but images have 1 or 3 channels; use one of these")
@@ -137,17 +137,17 @@ def _timm(name: str, classes: int, pretrained: bool, img_size: int | None, model
     def create(**size: int) -> Any:
         return timm.create_model(name, pretrained=pretrained, num_classes=classes, **size, **model_args)
 
-    with _in_words(f"timm/{name}", pretrained, img_size, model_args):
+    with _explaining(f"timm/{name}", pretrained, img_size, model_args):
         try:
             model = create() if img_size is None else create(img_size=img_size)
         except TypeError as error:
             if img_size is None or _unexpected(error) != "img_size":
                 raise
-            # A model that takes images of any size has no argument for it.
+            # Models for any image size, such as ResNets, do not have the argument.
             model = create()
     config = timm.data.resolve_model_data_config(model)
-    usual, height, width = config["input_size"]
-    channels = channels or usual
+    default, height, width = config["input_size"]
+    channels = channels or default
     mean, std = (_per_channel(config[key], channels) for key in ("mean", "std"))
     size = img_size or max(height, width)
     return Built(model, InputSpec(channels, size, mean, std, config["interpolation"], config["crop_pct"]))
@@ -158,9 +158,9 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
 
 
 def _open_clip(architecture: str, tag: str, classes: int, img_size: int | None, model_args: Mapping[str, Any]) -> Built:
-    open_clip = _imported("open_clip")
+    open_clip = imported("open_clip")
     name = f"open_clip/{architecture}:{tag}" if tag else f"open_clip/{architecture}"
-    with _in_words(name, bool(tag), img_size, model_args):
+    with _explaining(name, bool(tag), img_size, model_args):
         clip = open_clip.create_model(architecture, pretrained=tag or None, force_image_size=img_size, **model_args)
     visual = clip.visual
     size = visual.image_size[0] if isinstance(visual.image_size, (tuple, list)) else visual.image_size
@@ -174,7 +174,7 @@ def _open_clip(architecture: str, tag: str, classes: int, img_size: int | None, 
 
 @torch.no_grad()
 def _width(visual: Any, size: int) -> int:
-    """The size of the image embedding; towers from timm do not say it themselves."""
+    """The size of the image embedding, by a forward pass if the tower does not state it, as those from timm."""
     width = getattr(visual, "output_dim", None)
     if isinstance(width, int):
         return width
@@ -184,35 +184,24 @@ def _width(visual: Any, size: int) -> int:
     return int(embedding.shape[-1])
 
 
-def _imported(package: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except (ImportError, RuntimeError) as error:
-        raise MissingDependencyError(
-            f'{package} cannot be imported ({str(error).strip().splitlines()[0]}); pip install "slora[train]"'
-        ) from error
-
-
 @contextlib.contextmanager
-def _in_words(name: str, pretrained: bool, img_size: int | None, model_args: Mapping[str, Any]) -> Iterator[None]:
-    """Say of what fails inside whether `img_size` and `model_args` or the pretrained weights are to blame."""
+def _explaining(name: str, pretrained: bool, img_size: int | None, model_args: Mapping[str, Any]) -> Iterator[None]:
+    """Turn errors inside into ones that name `img_size`, `model_args` or the pretrained weights as the cause."""
     try:
         yield
     except Exception as error:
-        given = in_words(img_size, model_args)
+        arguments = arguments_text(img_size, model_args)
         key = _unexpected(error)
         if key in model_args:
             raise ConfigError(
-                f"model_args holds {key!r}, which {name} does not take; use arguments of that model, or leave it out"
+                f"model_args holds {key!r}, which {name} does not take; use arguments of that model, or remove it"
             ) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if given and not pretrained:
-            raise ConfigError(f"{name} cannot be built with {given} ({reason}); use other values") from error
-        if given and "state_dict" in reason:
+        reason = first_line(error)
+        if arguments and not pretrained:
+            raise ConfigError(f"{name} cannot be built with {arguments} ({reason}); use other values") from error
+        if arguments and "state_dict" in reason:
             raise ConfigError(
-                f"the pretrained weights of {name} do not fit it with {given}; leave these out, or train without "
+                f"the pretrained weights of {name} do not fit it with {arguments}; remove these, or train without "
                 f"pretrained weights"
             ) from error
         if not pretrained:
@@ -220,14 +209,14 @@ def _in_words(name: str, pretrained: bool, img_size: int | None, model_args: Map
         raise _not_fetched(name, reason) from error
 
 
-def in_words(img_size: int | None, model_args: Mapping[str, Any]) -> str:
-    """Return what was asked of a model beside its name, as in "img_size=32, depth=3"; empty for nothing."""
+def arguments_text(img_size: int | None, model_args: Mapping[str, Any]) -> str:
+    """Return the arguments of a model as text, such as "img_size=32, depth=3"; empty if there are none."""
     size = {} if img_size is None else {"img_size": img_size}
     return ", ".join(f"{key}={value!r}" for key, value in {**size, **model_args}.items())
 
 
 def _unexpected(error: Exception) -> str | None:
-    """The keyword argument that a call did not take, by the words of Python's own error."""
+    """The unexpected keyword argument that a `TypeError` names."""
     found = re.search(r"unexpected keyword argument '(\w+)'", str(error)) if isinstance(error, TypeError) else None
     return found[1] if found else None
 
@@ -235,5 +224,5 @@ def _unexpected(error: Exception) -> str | None:
 def _not_fetched(name: str, reason: str) -> CheckpointError:
     return CheckpointError(
         f"the pretrained weights of {name} could not be fetched or read ({reason}); check the network, or put them "
-        f"into the hub's cache, or train without pretrained weights"
+        f"into the cache of the hub, or train without pretrained weights"
     )

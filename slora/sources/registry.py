@@ -1,4 +1,4 @@
-"""Models and data sets that other packages add to those known by name, as `slora.demo` does. Imports no torch."""
+"""Models and data sets that other packages register by name, such as `slora.demo`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class Model(NamedTuple):
-    """A model that is built by a function of its own."""
+    """How to build a registered model."""
 
     build: Callable[[int, bool, int | None, Mapping[str, Any]], Built]
     """`(classes, pretrained, img_size, model_args)`: the arguments of `slora.sources.models.build`."""
     classes: Callable[[], int]
-    """How many outputs the head of its pretrained weights has."""
+    """Returns the number of outputs of the head in its pretrained weights."""
 
 
 MODELS: dict[str, Model] = {}
@@ -24,10 +24,10 @@ DATA: dict[str, Callable[[], Source]] = {}
 
 
 def register_model(name: str, model: Model) -> None:
-    """Make `model` known as `name`, written `source/model`."""
+    """Register `model` as `name`, of the form `source/model`."""
     MODELS[name] = model
 
 
 def register_data(name: str, opened: Callable[[], Source]) -> None:
-    """Make the data set that `opened` returns known as `name`, of lower-case letters and digits."""
+    """Register the data set that `opened` returns as `name`, of lower-case letters and digits."""
     DATA[name] = opened

@@ -1,16 +1,17 @@
 """Training: from a model and a data set to an adapter, or to fully trained weights for comparison.
 
-    methods.py       what is trainable: selective, lora, full, linear
-    optimizers.py    learning rates over the run, and the gates' own rule
-    strategies.py    which blocks stay: the strategy that the settings ask for; head_first.py: the head alone, before
-    retained.py      samples of what the model is to keep
-    trainer.py       the loop: `train`; process.py: accelerate and signals around it, measure.py: losses and time,
-                     nonfinite.py: which layer is not finite first
-    checkpoint.py    what a run needs to go on; random_states.py: its random generators
-    run.py           the `finetune` command, which fills the run directory (`slora.runs`)
-    evaluate_run.py  the `evaluate` command; merge_run.py: the `merge` command
+methods.py       which parameters are trained: selective, lora, full, linear
+optimizers.py    the optimizers of weights and gates, and the learning rate schedule
+strategies.py    the selection strategy that the settings ask for; retained.py: images for distillation
+head_first.py    trains a new head alone before the run
+entry.py         `train`: checks everything, then runs the trainer; result.py: what it returns
+trainer.py       the loop; process.py: accelerate and signals; measure.py: losses, time, FLOPs, active blocks
+nonfinite.py     what a loss that is not finite comes from
+checkpoint_save.py  checkpoint_load.py  fingerprint.py  random_states.py  what a run resumes from
+finetune_run.py  the `finetune` command, which fills a run directory (`slora.runs`)
+run_model.py     the model of a run, for the commands that read one: evaluate_run.py and merge_run.py
 
-Read in this order. Nothing here is imported by the core of slora; it needs `pip install "slora[train]"`.
+Needs `pip install "slora[train]"`; the core of slora does not import it.
 """
 
 import importlib
@@ -19,18 +20,19 @@ from typing import TYPE_CHECKING, Any
 from slora.runs.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from slora.training.entry import train
     from slora.training.head_first import train_head
     from slora.training.methods import prepare
-    from slora.training.trainer import Interrupted, TrainResult, train
+    from slora.training.result import Interrupted, TrainResult
 
 __all__ = ["Interrupted", "TrainResult", "TrainSettings", "prepare", "train", "train_head"]
 
-# What needs torch, imported when it is first asked for.
+# Imported at first use, because they import torch.
 _HOMES = {
-    "Interrupted": "slora.training.trainer",
-    "TrainResult": "slora.training.trainer",
+    "Interrupted": "slora.training.result",
+    "TrainResult": "slora.training.result",
     "prepare": "slora.training.methods",
-    "train": "slora.training.trainer",
+    "train": "slora.training.entry",
     "train_head": "slora.training.head_first",
 }
 

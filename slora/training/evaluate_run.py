@@ -1,4 +1,4 @@
-"""The `evaluate` command: what a fine-tuned model can do now, and what it still knows, before and after."""
+"""The `evaluate` command: accuracy on the new data, and k-NN on other data before and after fine-tuning."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from slora.evaluation.accuracy import accuracy
 from slora.evaluation.knn import NEIGHBOURS, features, knn_accuracy
 from slora.io.atomic import write_json
 from slora.models.disabled import disabled
+from slora.runs.checkpoint_folders import chosen
 from slora.runs.rundir import EVALUATION, read_settings
 from slora.runs.settings import TrainSettings
 from slora.sources.batches import make_batches
 from slora.sources.data import InputSpec, Source, open_data
 from slora.sources.data_names import check_name
-from slora.training import checkpoint
-from slora.training.run import build, load_result, rebuild
+from slora.training.run_model import build, load_result, rebuild
 
 
 def evaluate(
@@ -34,15 +34,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a run, write `evaluation.json` into its directory, and return the same.
 
-    Accuracy is that of the trained model on the evaluation images of the run's data set. With `source`, weighted
-    k-NN on its features: images of the source's training part vote, those of its evaluation part are named; once
-    with the model as it was before fine-tuning and once as it is now.
+    Accuracy is that of the trained model on the evaluation images of the run's data set. With `source`, also weighted
+    k-NN on the features of that data set, with the model before and after fine-tuning: its training images vote, its
+    evaluation images are classified.
 
     Args:
-        source: data set that the model knew before; None evaluates accuracy only.
+        source: data set of the pretraining; None evaluates accuracy only.
         k: numbers of neighbours.
-        which: None for the result of a finished run; else one of the checkpoints of a run, finished or not: "best",
-            "last" or the number of a step. Its file is `evaluation-step-<step>.json`.
+        which: None for the result of a finished run; else a checkpoint of a run, finished or not: "best", "last" or a
+            step number. Its file is `evaluation-step-<step>.json`.
         overrides: settings of the run to change, such as `data_root` or `eval_batch_size`.
 
     Returns:
@@ -57,7 +57,7 @@ def evaluate(
         DataError: a data set is missing or damaged.
     """
     settings = read_settings(run_dir).replace(**overrides)
-    folder = None if which is None else checkpoint.chosen(run_dir, which)
+    folder = None if which is None else chosen(run_dir, which)
     if source is not None:
         source = check_name(source)
     model, spec, own = build(settings)
@@ -94,22 +94,22 @@ def evaluate(
 def _before(
     model: nn.Module, settings: TrainSettings, classes: int
 ) -> tuple[nn.Module, contextlib.AbstractContextManager[Any]]:
-    """The model as it was before fine-tuning, to be used inside the context."""
+    """The model before fine-tuning, and the context to use it in."""
     if settings.method in ("selective", "lora") and settings.modules_to_save is None:
         return model, disabled(model)
-    # Other weights than those of the blocks and the head have changed, or none: built anew, from the same start.
+    # Other weights than blocks and head were trained, so the initial model is built again.
     return rebuild(settings, classes).model, contextlib.nullcontext()
 
 
 def _knn(
     model: nn.Module, source: Source, spec: InputSpec, k: Sequence[int], settings: TrainSettings, device: torch.device
 ) -> dict[int, float]:
-    parts: list[Tensor] = []
+    found: list[Tensor] = []
     for training in (True, False):
         data = source.data(spec, training=training)
         batches = make_batches(data, settings.eval_batch_size, device, num_workers=settings.workers())
-        parts += features(model, batches.epoch(), device)
-    return knn_accuracy(parts[0], parts[1], parts[2], parts[3], k)
+        found += features(model, batches.epoch(), device)
+    return knn_accuracy(found[0], found[1], found[2], found[3], k)
 
 
 def _device(settings: TrainSettings) -> torch.device:

@@ -1,7 +1,7 @@
-"""Head first: a new head is trained alone, on features computed once, before any block moves.
+"""Head first: a new head is trained alone, on features computed once, before any block is trained.
 
-A head that starts at random sends noise back into the blocks; after a linear probe they start from what the features
-already tell apart (linear probing then fine-tuning, arXiv 2202.10054).
+The gradients of a random head would disturb the features; after linear probing they disturb them less (linear probing
+then fine-tuning, arXiv 2202.10054).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from slora.module_tree.wrappers import module_at
 
 HEAD_LR = 1e-2
 
-# Steps that a new head gets where nothing else is asked for.
+# Default number of steps for a new head.
 STEPS = 100
 
 
@@ -38,17 +38,16 @@ def train_head(
 ) -> None:
     """Train the head of `model` for `steps` steps of AdamW with a cosine schedule, in place.
 
-    Costs one forward pass over as many of the batches as the steps need, at most all of them.
+    Costs one forward pass over the first `steps` batches, or over all if there are fewer.
 
     Args:
-        model: prepared for training; its blocks are left as they are.
+        model: prepared for training; its blocks do not change.
         batches: `(inputs, labels)` of one pass over the training data, such as a `DataLoader`; on the model's device.
         criterion: `(logits, labels) -> scalar`.
-        gather: in several processes, each with batches of its own: makes of a tensor of this one that of all, one after
-            another, such as `accelerate.Accelerator().gather`.
+        gather: concatenates a tensor over all processes, such as `accelerate.Accelerator().gather`.
 
     Raises:
-        ConfigError: the model has not one head that is trained and whose output is the model's, or `batches` is empty.
+        ConfigError: the model has no single trained head whose output is the model's, or `batches` is empty.
     """
     name = _head_of(model)
     head = module_at(model, name)
@@ -60,14 +59,14 @@ def train_head(
             if not features and not torch.equal(head(seen), logits_of(output)):
                 raise ConfigError(
                     f"training the head first needs a head whose output is the model's, but {type(model).__name__} "
-                    f"goes on after {name!r}; leave it out (head_first=0)"
+                    f"computes more after {name!r}; switch it off (head_first=0)"
                 )
             features.append(gather(seen))
             labels.append(gather(targets))
             if len(features) == steps:
                 break
     if not features:
-        raise ConfigError("batches holds none, so there is nothing to train the head on; pass a DataLoader or a list")
+        raise ConfigError("batches is empty, so there is nothing to train the head on; pass a DataLoader or a list")
     size = len(features[0])
     x, y = torch.cat(features), torch.cat(labels)
     optimizer = AdamW([parameter for parameter in head.parameters() if parameter.requires_grad], weight_decay=0.0)
@@ -99,6 +98,6 @@ def _head_of(model: nn.Module) -> str:
     if len(trained) != 1:
         raise ConfigError(
             f"training the head first needs one output head that is trained, but {type(model).__name__} has "
-            f"{trained or 'none'}; name it in modules_to_save, or leave it out (head_first=0)"
+            f"{trained or 'none'}; name it in modules_to_save, or switch it off (head_first=0)"
         )
     return trained[0]

@@ -1,17 +1,23 @@
-"""What is measured while a run goes on: losses without waiting for the device, and the time of training steps."""
+"""Measurements during a run: losses without synchronisation, the time of training steps, the active blocks."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from slora.layers import LoRABlocks
+from slora.ops.flops import count_flops
+from slora.training.result import Blocks
+
 
 class Window:
-    """Losses, hits and gradient norms of the steps since the last record, kept on the device until it is read."""
+    """Losses, correct predictions and gradient norms since the last record, on the device until they are read."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.losses = torch.zeros(size, device=device)
@@ -21,11 +27,11 @@ class Window:
 
     @property
     def full(self) -> bool:
-        """Whether it has to be read."""
+        """Whether it must be read before the next `add`."""
         return self.filled == len(self.losses)
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Take in a forward pass."""
+        """Add a forward pass."""
         self.losses[self.filled] = loss.detach()
         self.filled += 1
         if logits.dim() == 2 and labels.dim() == 1:
@@ -33,14 +39,14 @@ class Window:
             self.seen += len(labels)
 
     def add_norm(self, norm: Tensor) -> None:
-        """Take in the norm of a step's gradient; a NaN stays."""
+        """Add the gradient norm of a step; the largest is read, and NaN if there was one."""
         self.norm = norm if self.norm is None else torch.maximum(self.norm, norm)
 
     def read(self, mean: Callable[[Tensor], Tensor]) -> tuple[list[float], float | None, float | None]:
-        """Return `(losses, accuracy, largest gradient norm)` and start afresh.
+        """Return `(losses, accuracy, largest gradient norm)` and reset.
 
         Args:
-            mean: makes of a tensor of this process the mean over all.
+            mean: averages a tensor over all processes.
         """
         losses = mean(self.losses[: self.filled]).tolist()
         accuracy = mean(self.hits.float()).item() / self.seen if self.seen else None
@@ -54,8 +60,8 @@ class Window:
 class Clock:
     """Time spent in training steps.
 
-    Steps whose FLOPs are counted run slower, so they weigh as much as the mean of the others; where there are no
-    others, their own time stands.
+    Steps whose FLOPs are counted run slower, so they count as the mean of the other steps; if there are no others, as
+    measured.
     """
 
     def __init__(self, seconds: float, steps: int) -> None:
@@ -68,14 +74,14 @@ class Clock:
         self.steps += 1
 
     def read(self) -> None:
-        """Take in the time since the last reading."""
+        """Add the time since the last reading."""
         now = time.perf_counter()
         self.elapsed += now - self.since
         self.since = now
 
     @contextlib.contextmanager
     def excluded(self) -> Iterator[None]:
-        """Leave out the step inside."""
+        """Exclude the step inside the context, whose FLOPs are counted."""
         self.read()
         yield
         before, self.since = self.since, time.perf_counter()
@@ -83,8 +89,8 @@ class Clock:
         self.counted += 1
 
     @contextlib.contextmanager
-    def apart(self) -> Iterator[None]:
-        """Count what happens inside once, not as a part of each step."""
+    def once_only(self) -> Iterator[None]:
+        """Count the time inside once, not towards the time per step."""
         self.read()
         yield
         before, self.since = self.since, time.perf_counter()
@@ -92,7 +98,7 @@ class Clock:
 
     @contextlib.contextmanager
     def paused(self, device: torch.device) -> Iterator[None]:
-        """Leave out what happens inside."""
+        """Exclude the time inside the context."""
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         self.read()
@@ -109,3 +115,60 @@ class Clock:
         """Seconds in all steps of the run."""
         measured = self.steps - self.counted
         return self.earlier + self.once + (self.elapsed * self.steps / measured if measured else self.slow)
+
+
+class Flops:
+    """FLOPs of all processes, by `slora.ops.flops.count_flops`; 0 everywhere if not `enabled`."""
+
+    def __init__(self, enabled: bool, processes: int, clock: Clock) -> None:
+        self.enabled, self.processes, self.clock = enabled, processes, clock
+        self._known: dict[Hashable, int] = {}
+
+    def of(self, function: Callable[..., object], *args: Any) -> int:
+        """Call `function` and return its FLOPs."""
+        if self.enabled:
+            return count_flops(function, *args) * self.processes
+        function(*args)
+        return 0
+
+    def of_step(self, work: Hashable, function: Callable[..., object], *args: Any) -> int:
+        """Call `function` and return its FLOPs, which are counted once for each `work`."""
+        if not self.enabled or work in self._known:
+            function(*args)
+            return self._known.get(work, 0)
+        with self.clock.excluded():
+            self._known[work] = self.of(function, *args)
+        return self._known[work]
+
+
+class BlockLog:
+    """The active blocks over a run, noted when they change.
+
+    Args:
+        layers: the adapted layers by name.
+        noted: `TrainResult.active_blocks`, which grows.
+    """
+
+    def __init__(self, layers: Mapping[str, LoRABlocks], noted: list[tuple[int, Blocks]]) -> None:
+        self.layers, self.noted = layers, noted
+
+    def note(self, step: int) -> bool:
+        """Note the active blocks if they have changed, and return whether they have."""
+        blocks = {name: layer.activity().active for name, layer in self.layers.items()}
+        if not blocks or (self.noted and self.noted[-1][1] == blocks):
+            return False
+        self.noted.append((step, blocks))
+        return True
+
+    def record(self, step: int, gates: Mapping[str, Sequence[float]], first: bool) -> dict[str, Any]:
+        """Return the entries of a record about blocks and `gates`; the first record lists the active blocks."""
+        changed = self.note(step) or first
+        blocks = self.noted[-1][1]
+        record: dict[str, Any] = {
+            "active": sum(map(len, blocks.values())),
+            "blocks": sum(layer.blocks for layer in self.layers.values()),
+            "mean_gate": fmean(abs(value) for scores in gates.values() for value in scores),
+        }
+        if changed:
+            record["active_blocks"] = {name: list(active) for name, active in blocks.items()}
+        return record

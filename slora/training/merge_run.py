@@ -1,4 +1,4 @@
-"""The `merge` command: a run or an adapter as one file of plain weights, which says what it is."""
+"""The `merge` command: writes a run or an adapter as one file of plain weights, with metadata."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.io.atomic import write_atomically
 from slora.layers import adapted_layers
 from slora.merging import merge_and_unload
-from slora.runs import rundir
+from slora.runs import results, rundir
+from slora.runs.checkpoint_folders import chosen
 from slora.runs.settings import TrainSettings
 from slora.sources import models
-from slora.training import checkpoint
-from slora.training.run import load_result, rebuild, rebuild_for
+from slora.training.run_model import load_result, rebuild, rebuild_for
 
 
 def merge_adapter(
@@ -35,34 +35,34 @@ def merge_adapter(
 ) -> int:
     """Merge the adapter in `folder` into its model, write `out`, and return the number of blocks merged.
 
-    The file says in its metadata, all of it strings, what it holds: `safe_open(out, "pt").metadata()` has
+    The file has metadata, all of them strings: `safe_open(out, "pt").metadata()` holds
 
         format              "pt"
-        slora_version       of the slora that wrote the file
+        slora_version       that wrote the file
         model               as for `models.build`
-        pretrained          "true" or "false": what the training started from
-        img_size            pixels on a side of the model's images, where it was chosen
-        model_args          JSON object, where there are some
+        pretrained          "true" or "false": whether training started from pretrained weights
+        img_size            side of the model's images in pixels, if it was set
+        model_args          JSON object, if there are any
         active_blocks       number of blocks merged
         scale               factor on the update
-        base_fingerprint    digest of the base weights, `slora.adapters.adapter.fingerprint`; not of runs without blocks
+        base_fingerprint    digest of the base weights, `slora.adapters.adapter.fingerprint`; only with blocks
         data, method        of the run
         classes             JSON list of the classes' names, in the order of the outputs
 
-    The last three are those of a run; an adapter directory alone does not know them.
+    The last three only of a run: an adapter directory does not hold them.
 
     Args:
-        folder: an adapter directory, or a run directory, which knows its model.
+        folder: an adapter directory, or a run directory, which names its model.
         out: safetensors file for the plain state dict.
         model_name: as for `models.build`; None for that of the run.
-        pretrained: whether the adapter belongs to pretrained weights; a run knows it.
-        classes: outputs of the head; None for those of the run, or of the head that the adapter holds.
+        pretrained: whether the adapter belongs to pretrained weights; a run directory says so itself.
+        classes: outputs of the head; None for those of the run, or of the head in the adapter.
         scale: factor on the update.
-        which: None for the result of a finished run; else one of the checkpoints of a run, finished or not: "best",
-            "last" or the number of a step. Then runs without blocks give their plain weights.
+        which: None for the result of a finished run; else a checkpoint of a run, finished or not: "best", "last" or a
+            step number. A checkpoint of a run without blocks gives its plain weights.
 
     Raises:
-        ConfigError: `out` exists, the run has no blocks, or the model or the number of classes is not known.
+        ConfigError: `out` exists, the run has no blocks, or the model or the number of classes is unknown.
         CheckpointError: the run is not finished or has no such checkpoint, the adapter is missing, damaged, or of
             another model, or a weight that would be written is not finite.
         WriteError: the disk is full or the folder cannot be written.
@@ -75,15 +75,15 @@ def merge_adapter(
     if model_name is None:
         raise ConfigError(f"{folder} is an adapter without its run; name its model, such as timm/vit_base_patch16_224")
     settings = settings.replace(model=model_name, pretrained=pretrained or settings.pretrained)
-    labels = rundir.labels(folder) if run else None
+    labels = results.labels(folder) if run else None
     classes = classes or (len(labels) if labels else None)
     if which is None:
-        model = _with_adapter(rundir.adapter_of(folder), settings, classes)
+        model = _with_adapter(results.adapter_of(folder), settings, classes)
     else:
         model = _with_checkpoint(folder, which, settings, classes)
     layers = dict(adapted_layers(model))
     if not layers and scale != 1.0:
-        raise rundir.without_blocks(folder, settings.method, f"that scale={scale} could act on; leave it out")
+        raise results.without_blocks(folder, settings.method, f"that scale={scale} could act on; leave it out")
     count = sum(len(layer.activity().active) for layer in layers.values())
     metadata = _of_model(settings) | {"active_blocks": str(count), "scale": str(scale)}
     if run:
@@ -99,18 +99,18 @@ def merge_adapter(
 
 
 def _refuse_not_finite(model: nn.Module) -> None:
-    """Refuse weights of the base, too, which merging does not read: reading them is little beside writing them."""
+    """Refuse weights that are not finite, including those that merging does not read."""
     trained = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, value in model.state_dict().items():
         if not is_finite(value, name not in trained):
             raise CheckpointError(
-                f"{name!r} would be written with NaN or infinity, which the base model or the result of the run holds; "
-                f"check the pretrained weights, or take an earlier checkpoint (--checkpoint)"
+                f"{name!r} holds NaN or infinity, from the base model or from the result of the run; check the "
+                f"pretrained weights, or merge an earlier checkpoint (--checkpoint)"
             )
 
 
 def _of_model(settings: TrainSettings) -> dict[str, str]:
-    """What the file says of the model before it was trained, and of who wrote it."""
+    """The metadata about the base model and the version of slora."""
     values = {
         "format": "pt",
         "slora_version": __version__,
@@ -125,7 +125,7 @@ def _of_model(settings: TrainSettings) -> dict[str, str]:
 
 
 def _with_checkpoint(run_dir: Path, which: str, settings: TrainSettings, classes: int | None) -> nn.Module:
-    folder = checkpoint.chosen(run_dir, which)
+    folder = chosen(run_dir, which)
     models.check_name(settings.model, settings.pretrained)
     model = rebuild_for(run_dir, settings) if classes is None else rebuild(settings, classes).model
     return load_result(model, settings, run_dir, folder)
@@ -136,7 +136,7 @@ def _with_adapter(adapter: Path, settings: TrainSettings, classes: int | None) -
     model = rebuild(settings, classes or _classes_in(adapter)).model
     try:
         with warnings.catch_warnings():
-            # A file of weights that fit nothing is of no use to anyone, so here it is an error.
+            # Merged into the wrong base the file would be useless, so here this is an error.
             warnings.simplefilter("error", BaseModelWarning)
             return load_adapter(model, adapter)
     except BaseModelWarning as error:
@@ -144,10 +144,10 @@ def _with_adapter(adapter: Path, settings: TrainSettings, classes: int | None) -
 
 
 def _classes_in(adapter: Path) -> int:
-    """The outputs of the head that an adapter holds."""
+    """The number of outputs of the head in an adapter."""
     content, tensors = read_adapter(adapter)
     weights = [f"{PREFIX}{name}.weight" for name in content.config.modules_to_save or ()]
     shapes = [tensors[key].shape for key in weights if key in tensors and tensors[key].dim() > 0]
     if not shapes:
-        raise ConfigError(f"{adapter} holds no classifier head; say how many outputs the model has with --classes")
+        raise ConfigError(f"{adapter} holds no classifier head; give the number of outputs of the model with --classes")
     return int(shapes[-1][0])

@@ -1,4 +1,4 @@
-"""The four methods: which parameters of a model are trained."""
+"""`prepare`: makes trainable what one of the four methods trains."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def prepare(model: Model, method: Method | None = None, settings: TrainSettings | None = None) -> Model:
-    """Make trainable what `method` trains, in place, and return `model`.
+    """Make the parameters that `method` trains trainable, in place, and return `model`.
 
     - "selective": gated LoRA blocks (`slora.inject`) and the classifier head.
-    - "lora": the same blocks, all active for good: gates are 1 and not trained.
+    - "lora": the same blocks, always active: gates are 1 and not trained.
     - "full": every parameter.
     - "linear": the classifier head only.
 
-    Initial values of `lora_A` come from torch's global generator: seed it first for a repeatable run.
+    `lora_A` is initialised from torch's global generator: seed it first for a repeatable run.
 
     Args:
         method: one of the above; None for `settings.method`.
-        settings: the adapter's knobs, and `modules_to_save` where the head is not to be found by itself.
+        settings: those of the adapter, and `modules_to_save` if the head is not found automatically.
 
     Raises:
         ConfigError: the method is unknown, or "linear" finds no head.
@@ -54,7 +54,7 @@ def prepare(model: Model, method: Method | None = None, settings: TrainSettings 
 
 
 def heads_of(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the output heads of `model` that have parameters, none inside another."""
+    """Return the names of the output heads of `model` that have parameters; none is inside another."""
     names = dict.fromkeys(head_names(model))
     owned = [name for name in names if any(True for _ in module_at(model, name).parameters())]
     return tuple(name for name in owned if not any(name.startswith(other + ".") for other in owned))

@@ -1,4 +1,4 @@
-"""Learning rates over the run, and the optimizers: one for weights, one for gates."""
+"""The optimizers of a run, one for weights and one for gates, and the learning rate schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slora.runs.settings import TrainSettings
 
 
 def lr_scale(step: int, steps: int, warmup: int, floor: float = 0.0, hold: int = 0) -> float:
-    """Return the factor on every learning rate at `step` (from 0) of a run of `steps` steps.
+    """Return the factor on the learning rates of the weights at `step` (from 0) of a run of `steps` steps.
 
     `(step + 1) / warmup` during the warm-up, 1 up to step `hold`, then `floor + (1 - floor) * (1 + cos(pi * t)) / 2`,
     where t goes from 0 to 1 at `steps`.
@@ -34,10 +34,10 @@ class Optimizers:
     """The optimizers of a run.
 
     Attributes:
-        weights: rule of LoRA matrices, heads and, under method "full", everything; with `gate_rule="sgd"` it has
-            a group of its own for the gates.
+        weights: optimizes LoRA matrices, heads and, under method "full", everything; with `gate_rule="sgd"` it also
+            has a group for the gates.
         gates: `slora.ProximalGates` under `gate_rule="proximal"`, else None.
-        penalty_in_loss: whether the penalty has to be added to the loss.
+        penalty_in_loss: whether the loss needs the penalty term.
     """
 
     def __init__(self, model: nn.Module, settings: TrainSettings) -> None:
@@ -47,7 +47,7 @@ class Optimizers:
         if proximal:
             groups = [group for group in groups if group["name"] != "gates"]
         if settings.optimizer == "adamw":
-            # One fused call instead of a loop over small tensors: also on a CPU most of the cost of a step.
+            # Fused: a loop over many small tensors would take most of the step, also on a CPU.
             self.weights: Optimizer = AdamW(groups, lr=settings.lr, fused=True)
         else:
             groups = [{"momentum": settings.momentum, **group} for group in groups]
@@ -62,9 +62,9 @@ class Optimizers:
         return [self.weights] if self.gates is None else [self.weights, self.gates]
 
     def set(self, scale: float, penalty: float) -> None:
-        """Set the learning rates of the weights to `scale` times their highest values, and the weight of the penalty.
+        """Set the learning rates of the weights to `scale` times their peak values, and the weight of the penalty.
 
-        The rate of the gates is constant: a penalty then moves them by the same at every step.
+        The learning rate of the gates is constant, so that the penalty moves them by the same at every step.
         """
         for optimizer, highest in zip(self.all, self._highest, strict=True):
             for group, lr in zip(optimizer.param_groups, highest, strict=True):
@@ -75,11 +75,11 @@ class Optimizers:
                 group["penalty"] = penalty
 
     def release(self, model: nn.Module) -> int:
-        """Free what the policy "frozen" has switched off for good (`slora.release_frozen`); return the bytes."""
+        """Free layers that inactive="frozen" has switched off (`slora.release_frozen`); return the freed bytes."""
         return release_frozen(model, *self.all)
 
     def parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Return `(weights, gates)`: what is clipped together."""
+        """Return `(weights, gates)`, which are clipped separately."""
         weights: list[nn.Parameter] = []
         own: list[nn.Parameter] = []
         for optimizer in self.all:
@@ -101,19 +101,19 @@ class Optimizers:
         }
 
     def stateless(self, names: Mapping[Tensor, str]) -> list[str]:
-        """Return the parameters that have had no gradient so far, so that `state` has nothing of them."""
+        """Return the parameters without optimizer state, because they have had no gradient so far."""
         return [
             names[parameter]
             for optimizer in self.all
             for group in optimizer.param_groups
             for parameter in group["params"]
-            if _kept(optimizer, group) and not optimizer.state.get(parameter)
+            if _state_entries(optimizer, group) and not optimizer.state.get(parameter)
         ]
 
     def check_state(
         self, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor], stateless: Collection[str], step: int
     ) -> None:
-        """Check that `tensors` are what `state` returns after `step` steps of these optimizers; changes nothing.
+        """Check that `tensors` can be what `state` returns after `step` steps of these optimizers; changes nothing.
 
         Optimizers themselves check nothing: a fused one writes past the end of a state that is too small.
 
@@ -121,7 +121,7 @@ class Optimizers:
             stateless: parameters that had no gradient so far.
 
         Raises:
-            ValueError: a tensor is missing or too many, or has another shape or dtype, or a value that no step gives.
+            ValueError: a tensor is missing, unknown, of another shape or dtype, or has an impossible value.
         """
         unread = dict(tensors)
         for i, optimizer in enumerate(self.all):
@@ -130,14 +130,14 @@ class Optimizers:
                     name = names[parameter]
                     if name in stateless:
                         continue
-                    for key, like in _kept(optimizer, group).items():
+                    for key, like in _state_entries(optimizer, group).items():
                         value = unread.pop(f"{i}.{name}.{key}", None)
                         _check_entry(f"{key!r} of {name!r}", value, parameter if like is None else like, key, step)
         if unread:
             raise ValueError(f"it holds {min(unread)!r}, which these optimizers do not have")
 
     def load_state(self, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned, checked by `check_state`; parameters without an entry start afresh."""
+        """Load what `state` returned, checked by `check_state`; parameters without an entry start without state."""
         for i, optimizer in enumerate(self.all):
             state: dict[int, dict[str, Any]] = {}
             index = 0
@@ -151,8 +151,8 @@ class Optimizers:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def _kept(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Tensor | None]:
-    """What `optimizer` keeps of each parameter of a group, with an example of it; None is the parameter itself."""
+def _state_entries(optimizer: Optimizer, group: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """The state of a parameter by key, as a tensor of its shape and dtype; None stands for those of the parameter."""
     if isinstance(optimizer, AdamW):
         return {"step": torch.zeros((), dtype=torch.float32), "exp_avg": None, "exp_avg_sq": None}
     if isinstance(optimizer, SGD):
@@ -171,11 +171,6 @@ def _check_entry(what: str, value: Tensor | None, like: Tensor, key: str, step: 
     if not bool(torch.isfinite(value).all()):
         raise ValueError(f"{what} is not finite")
     if key == "exp_avg_sq" and bool((value < 0).any()):
-        raise ValueError(f"{what} is negative, which no mean of squares is")
+        raise ValueError(f"{what} is negative, which a mean of squares cannot be")
     if key == "step" and not (1 <= value.item() <= step and value.item() == int(value.item())):
         raise ValueError(f"{what} is {value.item():g} after {step} steps")
-
-
-def finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Return the name of the first tensor that has a NaN or an infinity, or None."""
-    return next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)

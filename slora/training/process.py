@@ -1,4 +1,4 @@
-"""The process that a run lives in: accelerate around it, and the signals that stop it."""
+"""accelerate, the processes of a run, and the signals that stop it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 
 def meet(settings: TrainSettings) -> PartialState:
-    """Wait for the other processes that torchrun or `accelerate launch` has started, and return what joins them."""
+    """Join the processes that torchrun or `accelerate launch` has started, and return their shared state."""
     from accelerate.state import PartialState
 
     return PartialState(cpu=settings.device == "cpu")
 
 
 def of_first(value: T) -> T:
-    """Return what the first process has for `value`."""
+    """Return the first process's `value` in all processes."""
     from accelerate.utils import broadcast_object_list
 
     values = [value]
@@ -38,14 +38,14 @@ def of_first(value: T) -> T:
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
-    """Return an `Accelerator` with the precision, accumulation and device that `settings` ask for."""
+    """Return an `Accelerator` with the precision, accumulation and device of `settings`."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
 
     cpu = settings.device == "cpu"
     if meet(settings).num_processes == 1:
-        # accelerate keeps one state per process; a second run may ask for another precision or device.
+        # accelerate has one state per process, but a second run may have another precision or device.
         AcceleratorState._reset_state(reset_partial_state=True)
     precision = settings.precision
     if precision == "auto":
@@ -55,13 +55,13 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
         mixed_precision="bf16" if precision == "bf16" else "no",
         gradient_accumulation_steps=settings.gradient_accumulation,
         cpu=cpu,
-        # With DDP's defaults gradients would go down to the first layer, whatever is active.
+        # With DDP's defaults gradients would reach the first layer whatever is active.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 
 
 def leave() -> None:
-    """Part from the other processes, at the end of all work."""
+    """Leave the process group, at the end of all work."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -70,7 +70,7 @@ def leave() -> None:
 def prepared(
     accelerator: Accelerator, model: nn.Module, optimizers: list[torch.optim.Optimizer]
 ) -> Iterator[tuple[nn.Module, list[Any]]]:
-    """Yield model and optimizers as accelerate wraps them; afterwards the model is as it came."""
+    """Yield model and optimizers as accelerate wraps them; afterwards the model is unwrapped again."""
     before = set(model.__dict__)
     training = model.training
     wrapped, *wrapped_optimizers = accelerator.prepare(model, *optimizers)
@@ -85,10 +85,10 @@ def prepared(
 
 @contextlib.contextmanager
 def interruptible(request: Callable[[], None]) -> Iterator[None]:
-    """Call `request` at the first Ctrl-C or SIGTERM inside the context; the second acts as without it.
+    """Call `request` at the first Ctrl-C or SIGTERM inside the context; the second has its usual effect.
 
-    A signal that is ignored, as Ctrl-C is by a shell's jobs in the background, stays ignored. Signals reach the main
-    thread only; elsewhere they act as without it, too.
+    A signal that is ignored, such as Ctrl-C in a background job of a shell, stays ignored. Outside the main thread,
+    which alone receives signals, the context has no effect.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -113,7 +113,7 @@ def interruptible(request: Callable[[], None]) -> Iterator[None]:
 
 
 def train_mode(model: nn.Module) -> None:
-    """Put `model` into training mode, but for frozen batch norms: their statistics belong to the base model."""
+    """Put `model` into training mode, except frozen batch norms, whose statistics belong to the base model."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(

@@ -1,4 +1,4 @@
-"""The random generators of a process: what a run has to put back to go on as if it had not stopped."""
+"""The states of the random generators of a process: saved and restored by a resumed run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Words of a Mersenne Twister, the generator of all three on the CPU.
+# State words of a Mersenne Twister, which all three use on the CPU.
 WORDS = 624
 
-# The head of torch's state on the CPU: seed, words left before the next round, whether it is seeded, the next word.
+# Header of torch's CPU state: seed, words left in this round, whether it is seeded, index of the next word.
 _HEAD = np.dtype([("seed", "<u8"), ("left", "<i4"), ("seeded", "<i4"), ("next", "<u8")])
 
 
@@ -26,8 +26,8 @@ class RandomStates(NamedTuple):
     torch: Tensor
     cuda: dict[int, Tensor]
 
-    def put(self) -> None:
-        """Put all generators back; those of GPUs that are not there are left out."""
+    def restore(self) -> None:
+        """Set all generators to these states; GPUs that do not exist are skipped."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
@@ -37,13 +37,13 @@ class RandomStates(NamedTuple):
                     torch.cuda.set_rng_state(self.cuda[i], i)
 
     def values(self) -> dict[str, Any]:
-        """Return what is no tensor of the first two, in JSON's types."""
+        """Return the entries of the first two that are not tensors, as JSON values."""
         version, _, gauss = self.python
         name, _, _, has_gauss, cached = self.numpy
         return {"python": [version, gauss], "numpy": [name, int(has_gauss), float(cached)]}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the words of all: "python", "numpy", "torch", and "cuda.<number>" for each GPU."""
+        """Return the state words: "python", "numpy", "torch", and "cuda.<number>" for each GPU."""
         numpy = [*self.numpy[1].tolist(), self.numpy[2]]
         return {
             "python": torch.tensor(self.python[1], dtype=torch.int64),
@@ -54,7 +54,7 @@ class RandomStates(NamedTuple):
 
 
 def present() -> RandomStates:
-    """Return the states of the generators now."""
+    """Return the present states."""
     return RandomStates(
         random.getstate(),
         np.random.get_state(legacy=True),  # type: ignore[arg-type]
@@ -64,12 +64,12 @@ def present() -> RandomStates:
 
 
 def parsed(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RandomStates:
-    """Return the states that `RandomStates.values` and `tensors` gave, checked so far that `put` cannot fail.
+    """Return the states that `RandomStates.values` and `tensors` returned, checked so that `restore` cannot fail.
 
-    Nothing else checks them all: a generator with a position beyond its words reads what stands behind them.
+    The generators do not check them: one with a position beyond its words reads past their end.
 
     Raises:
-        ValueError: they are none; names the generator.
+        ValueError: a state is missing or invalid; names the generator.
     """
     for kind, count in (("python", 2), ("numpy", 3)):
         _require(kind, isinstance(values.get(kind), list) and len(values[kind]) == count and kind in tensors)
@@ -91,7 +91,7 @@ def parsed(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> RandomSt
 
 
 def _words(name: str, state: Tensor) -> list[int]:
-    """Check the state of a Mersenne Twister, its words and its position among them, and return it."""
+    """Check and return the state of a Mersenne Twister: its words, and its position among them."""
     _require(name, state.dtype == torch.int64 and state.shape == (WORDS + 1,))
     words: list[int] = state.tolist()
     _require(name, all(0 <= word < 1 << 32 for word in words) and words[-1] <= WORDS and any(words[:-1]))
@@ -103,14 +103,14 @@ def _of_torch(state: Tensor) -> Tensor:
     like = generator.get_state()
     _require("torch", state.dtype == like.dtype and state.shape == like.shape)
     head = np.frombuffer(state.numpy().tobytes(), _HEAD, count=1)[0]
-    # Fresh, or `next` words are used of a round.
+    # Freshly seeded, or `next` words of a round are used.
     fresh = head["left"] == 1 and head["next"] == 0
     _require("torch", fresh or (head["left"] >= 1 and head["left"] + int(head["next"]) == WORDS + 1))
     try:
         generator.set_state(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"the state of the random generator 'torch' is not one that it can have ({reason})") from error
+        raise ValueError(f"the state of the random generator 'torch' is invalid ({reason})") from error
     _require("torch", torch.equal(generator.get_state(), state))
     return state.clone()
 
@@ -118,7 +118,7 @@ def _of_torch(state: Tensor) -> Tensor:
 def _of_a_gpu(name: str, state: Tensor) -> Tensor:
     _require(name[:40], state.dtype == torch.uint8 and state.shape == (16,))
     seed_and_offset = state.clone()
-    # A Philox generator takes four numbers at a time.
+    # The offset of a Philox generator is a multiple of 4.
     _require(name, int(seed_and_offset.view(torch.int64)[1]) % 4 == 0)
     return seed_and_offset
 
@@ -129,4 +129,4 @@ def _is_finite(value: Any) -> bool:
 
 def _require(name: str, holds: bool) -> None:
     if not holds:
-        raise ValueError(f"the state of the random generator {name!r} is missing or not one that it can have")
+        raise ValueError(f"the state of the random generator {name!r} is missing or invalid")

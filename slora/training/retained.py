@@ -1,4 +1,4 @@
-"""What `retain_data` names: unlabelled images of what a model is to keep, as its input."""
+"""The images of `retain_data`, on which distillation keeps the features, as inputs of the model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def retained_images(settings: TrainSettings, spec: InputSpec, source: Source) ->
     images of `source`.
 
     Raises:
-        ConfigError: `retain_data` names nothing.
+        ConfigError: `retain_data` is not the name of anything.
         DataError: there are fewer than two images, or the data set cannot be opened.
     """
     name, count = settings.retain_data, settings.retain_samples
@@ -45,7 +45,7 @@ def retained_images(settings: TrainSettings, spec: InputSpec, source: Source) ->
 
 
 def _first(data: Any, count: int) -> Tensor:
-    """Up to `count` images of a data set, spread evenly over it; damaged ones are left out."""
+    """Up to `count` images of a data set, spread evenly over it; damaged ones are skipped."""
     images = []
     for index in _spread(len(data), count):
         try:

@@ -1,4 +1,4 @@
-"""The strategy that settings ask for, and the samples that its ranking is measured on."""
+"""`strategy`: the selection strategy that settings ask for, and the samples that its ranking uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slora.retention import generic_samples
 from slora.runs.settings import TrainSettings
 from slora.selection import Budget, Gates, SoloGain, Strategy, budget, gates
 
-# Training images that solo gains are measured on, and samples that the drift is.
+# Training images for the loss of `SoloGain`, and samples for its drift.
 SAMPLE, DRIFT_SAMPLE = 128, 64
 
 
@@ -32,18 +32,18 @@ def strategy(
     autocast: Callable[[], contextlib.AbstractContextManager[object]],
     retains: bool = False,
 ) -> Strategy | None:
-    """Return the strategy of a run of `steps` steps, at work on `model`.
+    """Return the active strategy of a run of `steps` steps on `model`.
 
-    None where the method has none, and without a budget where the gates are frozen: the choice is made.
+    None for methods without selection, and if there is no budget and the gates are frozen.
 
     Args:
-        sample: returns that many training images with their labels, the same ones at every call.
+        sample: returns a number of training images with their labels, the same ones at every call.
         criterion: `(logits, labels) -> scalar`.
-        autocast: the context that the model runs in.
-        retains: whether samples of what the model knew hold its features.
+        autocast: returns the context that the model runs in.
+        retains: whether the run distils features on old samples.
 
     Raises:
-        ConfigError: the budget is out of range, or a drift is asked for of a model without final features.
+        ConfigError: the budget is out of range, or `drift_price` is set for a model without final features.
     """
     if settings.method != "selective":
         return None
@@ -65,7 +65,7 @@ def strategy(
         price = (DRIFT_PRICE if retains else 0.0) if price is None else price
         depth = (0.0 if retains else DEPTH_PRICE) if depth is None else depth
         if price:
-            # Found out now rather than when selection begins.
+            # Fail now rather than when selection begins.
             try:
                 final_features(model)
             except ConfigError as error:
@@ -81,7 +81,7 @@ def strategy(
         settling=budget.SETTLING if settings.settling is None else settings.settling,
     )
     if settings.budget_unit == "flops":
-        # A share that keeps no block is found out now rather than after the first step.
+        # Fail now, not after the first step, if the share is too small.
         with torch.no_grad(), evaluating(model), autocast():
             model(sample(1)[0])
         chosen.check_rows()
@@ -110,7 +110,7 @@ class _Measured:
     def generic(self) -> Tensor:
         images = self.images[0]
         if images.dim() != 4:
-            # Inputs that are no images have no patches.
+            # Inputs that are not images have no patches.
             return images[:DRIFT_SAMPLE]
         patch = max(1, min(images.shape[2:]) // 4)
         return generic_samples(images, DRIFT_SAMPLE, patch=patch, seed=self.seed)

@@ -295,7 +295,7 @@ def test_single_parameters_are_saved_and_loaded_by_slora_and_peft(
 def test_a_parameter_that_does_not_fit_is_named(trained: Any, fresh: Any, tmp_path: Path) -> None:
     slora.save_adapter(scaled_and_trained(fresh, trained, ["logit_scale"]), tmp_path)
     other = slora.inject(Scaled(fresh()), small())
-    with pytest.raises(CheckpointError, match=r"holds 'base_model.model.logit_scale', which has no place"):
+    with pytest.raises(CheckpointError, match=r"holds 'base_model.model.logit_scale', which this model does not have"):
         slora.load_adapter(other, tmp_path)
     edit_tensors(tmp_path, lambda tensors: tensors.update({"base_model.model.logit_scale": torch.zeros(2)}))
     with pytest.raises(CheckpointError, match=r"logit_scale has shape \[2\], the model's has \[\]"):
@@ -315,7 +315,7 @@ def test_what_is_trained_but_not_saved_is_named_in_a_warning(trained: Any, fresh
     with pytest.warns(slora.UnsavedParameterWarning) as caught:
         slora.save_adapter(model, tmp_path / "some")
     (warning,) = caught
-    assert "missing: 'logit_scale', 'visual.norm.weight', 'visual.norm.bias'. Name it in modules_to_save" in str(
+    assert ": 'logit_scale', 'visual.norm.weight', 'visual.norm.bias'. Name them in modules_to_save" in str(
         warning.message
     )
     assert warning.filename == __file__
@@ -418,7 +418,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "a tensor too many": (
         lambda f: edit_tensors(f, lambda t: t.update({"base_model.model.head.weight": torch.zeros(5, 24)})),
-        ["holds 'base_model.model.head.weight', which has no place in this model"],
+        ["holds 'base_model.model.head.weight', which this model does not have"],
     ),
 }  # fmt: skip
 
@@ -507,7 +507,7 @@ def test_settings_without_effect_on_the_output_may_differ(
 def test_a_trained_head_is_not_dropped_silently(trained: Any, fresh: Any, image: Tensor, tmp_path: Path) -> None:
     slora.save_adapter(trained(modules_to_save=["head"]), tmp_path)
     adapted = slora.inject(fresh(), small())
-    assert_refused(adapted, tmp_path, image, "holds 'base_model.model.head.bias', which has no place in this model")
+    assert_refused(adapted, tmp_path, image, "holds 'base_model.model.head.bias', which this model does not have")
     slora.save_adapter(trained(), tmp_path)
     adapted = slora.inject(fresh(), small(modules_to_save=["head"]))
     assert_refused(adapted, tmp_path, image, "lacks 'base_model.model.head.weight'")

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from slora.cli import command_line
+from slora.cli import app
+from slora.cli.inspect import block_table
 from slora.training import TrainSettings
 
 pytestmark = pytest.mark.once
@@ -57,7 +58,7 @@ def slora(
     def run(*arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["slora", *arguments])
         with pytest.raises(SystemExit) as caught:
-            command_line.main()
+            app.main()
         out, err = capsys.readouterr()
         return Outcome(code=caught.value.code or 0, out=out, err=err)
 
@@ -79,7 +80,7 @@ def test_the_help_of_each_command_suffices(slora: Callable[..., Outcome], comman
     assert outcome.code == 0
     assert "Example" in outcome.out
     assert f"slora {command}" in outcome.out.split("Example")[1]
-    group: Any = typer.main.get_command(command_line.app())
+    group: Any = typer.main.get_command(app.app())
     for parameter in group.commands[command].params:
         if parameter.name != "help":
             assert parameter.help, parameter.name
@@ -173,7 +174,7 @@ def test_a_traceback_is_shown_when_asked_for(
         monkeypatch.setenv("SLORA_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["slora", *arguments])
     with pytest.raises(CheckpointError):
-        command_line.main()
+        app.main()
 
 
 def test_zero_is_no_wish_for_a_traceback(slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,13 +198,13 @@ def test_a_wrong_option_is_reported_by_the_parser(slora: Callable[..., Outcome])
 def test_without_the_training_extra_one_sentence_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command_line, "typer", None)
+    monkeypatch.setattr(app, "typer", None)
     with pytest.raises(SystemExit) as caught:
-        command_line.main()
+        app.main()
     assert caught.value.code == 2
     assert capsys.readouterr().err == (
         'this command needs the training extra; install it with: pip install "slora[train]". '
-        "Without it there is slora doctor\n"
+        "Without it only slora doctor works\n"
     )
 
 
@@ -244,7 +245,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(
         outcome = slora("finetune", *QUICK)
     assert outcome.code == 130
     assert "checkpoints/step-00000003 is complete" in outcome.out
-    command = outcome.out.strip().rpartition("Go on with: slora ")[2].split()
+    command = outcome.out.strip().rpartition("Resume with: slora ")[2].split()
     assert command == ["finetune", "--resume", "runs/letters_vit-digits-selective"]
     outcome = slora(*command)
     assert outcome.code == 0, outcome.err
@@ -257,7 +258,7 @@ def test_evaluate_shows_accuracy_and_what_is_still_known(slora: Callable[..., Ou
     assert outcome.code == 0, outcome.err
     assert "accuracy on digits (40 images)" in outcome.out
     assert "k-NN on letters (52 images, 208 vote)" in outcome.out
-    assert outcome.out.splitlines()[-1] == "put it on the page of the run with: slora report run"
+    assert outcome.out.splitlines()[-1] == "add it to the report of the run with: slora report run"
     rows = [line.split() for line in outcome.out.splitlines()[-3:-1]]
     assert [row[0] for row in rows] == ["5", "10"]
     assert all(len(row) == 4 for row in rows)
@@ -324,7 +325,7 @@ def test_inspect_and_merge_name_what_a_run_without_blocks_holds(slora: Callable[
     for outcome in (slora("inspect", "run"), slora("merge", "run", "--out", "x.safetensors")):
         assert outcome.code == 2
         assert f"run was trained with method={method}, which has no LoRA blocks" in outcome.err
-        assert outcome.err.rstrip().endswith("is a plain model already: run/model/model.safetensors")
+        assert outcome.err.rstrip().endswith("is already a plain model: run/model/model.safetensors")
 
 
 def test_inspect_and_merge_of_an_unfinished_run_say_how_to_go_on(slora: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -332,11 +333,11 @@ def test_inspect_and_merge_of_an_unfinished_run_say_how_to_go_on(slora: Callable
     (tmp_path / "run/adapter").rename(tmp_path / "gone")
     for outcome in (slora("inspect", "run"), slora("merge", "run", "--out", "x.safetensors")):
         assert outcome.code == 2
-        assert "the run is not finished; go on with: slora finetune --resume run" in outcome.err
+        assert "the run is not finished; continue it with: slora finetune --resume run" in outcome.err
     (tmp_path / "run/checkpoints").rename(tmp_path / "gone too")
     for outcome in (slora("inspect", "run"), slora("merge", "run", "--out", "x.safetensors")):
         assert outcome.code == 2
-        assert "go on with: slora finetune --config run/config.yaml --out run" in outcome.err
+        assert "continue it with: slora finetune --config run/config.yaml --out run" in outcome.err
 
 
 def test_a_run_of_one_step_took_time_and_is_not_called_steps(slora: Callable[..., Outcome]) -> None:
@@ -351,7 +352,7 @@ def test_a_run_of_one_step_took_time_and_is_not_called_steps(slora: Callable[...
 def test_layers_are_listed_in_the_order_of_their_numbers() -> None:
     entry = {"r": 2, "blocks": 2, "active": [1], "gate": [0.0, 0.2]}
     layers = {f"blocks.{number}.fc": entry for number in (0, 1, 10, 2)}
-    table = command_line._table(layers, {name: [8, 4] for name in layers})
+    table = block_table(layers, {name: [8, 4] for name in layers})
     assert [line.split()[0] for line in table.splitlines()[1:-1]] == [f"blocks.{n}.fc" for n in (0, 1, 2, 10)]
     assert "4 -> 8" in table
     assert ".#" in table
@@ -427,7 +428,7 @@ def without_torch(*arguments: str) -> tuple[int, str]:
     code = (
         f"import sys; sys.argv = {['slora', *arguments]!r}\n"
         f"import slora.cli\n"
-        f"try:\n    slora.cli.command_line.main()\n"
+        f"try:\n    slora.cli.app.main()\n"
         f"finally:\n    assert 'torch' not in sys.modules\n    print([m for m in {HEAVY!r} if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
@@ -468,11 +469,11 @@ def test_settings_that_a_resumed_run_has_to_keep_are_checked_without_torch(
     assert "was written with batch_size=8, this run has 9" in output
     code, output = without_torch("finetune", *QUICK, "--out", "run")
     assert code == 2
-    assert "run holds a run already" in output
+    assert "run already holds a run" in output
     for command in (["inspect", "run"], ["merge", "run", "--out", "x"], ["evaluate", "run"]):
         code, output = without_torch(*command, "--checkpoint", "bset")
         assert code == 2
-        assert "checkpoint='bset' is neither best nor last nor the number of a step" in output
+        assert "checkpoint='bset' is neither best nor last nor a step number" in output
     code, output = without_torch("evaluate", "run", "--source", "lettters")
     assert code == 2
     assert "near names are letters" in output
@@ -488,7 +489,7 @@ def test_the_version_is_stated_once(slora: Callable[..., Outcome], monkeypatch: 
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert __version__ not in text
     assert 'version = {attr = "slora.__version__"}' in text
-    monkeypatch.setattr(command_line, "typer", None)
+    monkeypatch.setattr(app, "typer", None)
     assert slora("--version").out == f"slora {__version__}\n"
 
 
@@ -511,7 +512,7 @@ def test_every_command_line_of_the_readme_is_understood() -> None:
     import click
     from typer.main import get_command
 
-    from slora.cli.command_line import app
+    from slora.cli.app import app
 
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     block = text.split("## The command line")[1].split("```")[1]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from slora.cli import command_line
+from slora.cli import app
 
 pytestmark = pytest.mark.once
 
@@ -76,7 +76,7 @@ DAMAGE: list[tuple[str, str, Callable[[Path], object], tuple[str, ...]]] = [
 def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A finished run on few digits."""
     from slora.demo import digits as module
-    from slora.training import run
+    from slora.training import finetune_run
 
     whole = module.digits
 
@@ -92,7 +92,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "digits", few)
-        run.finetune(settings, out=folder)
+        finetune_run.finetune(settings, out=folder)
         (folder / "evaluation.json").write_text("{}")
         yield folder
 
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_one_line_of_every_command_that_reads_it(
         monkeypatch.setattr(sys, "argv", ["slora", *COMMANDS[command]])
         begin = time.monotonic()
         with pytest.raises(SystemExit) as caught:
-            command_line.main()
+            app.main()
         said = capsys.readouterr().err.strip().splitlines()
         assert caught.value.code == 2, command
         assert Path(name).name in said[-1], command

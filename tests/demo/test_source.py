@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from slora.demo import digits as digits_module
 from slora.demo import letters as letters_module
 from slora.demo.digits import digits
 from slora.demo.letters import letters
-from slora.demo.model import CHECKPOINT, build, load_pretrained, pretrained_metadata
+from slora.demo.model import CHECKPOINT, build, load_pretrained
 from slora.demo.pretrain import evaluate, main, write
 from slora.errors import CheckpointError, ConfigError
 
@@ -114,12 +115,17 @@ def test_digits_name_the_bad_seed() -> None:
         digits(seed=-3)
 
 
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
 def test_the_checkpoint_is_small() -> None:
     assert CHECKPOINT.stat().st_size <= 1_500_000
 
 
 def test_the_checkpoint_reads_new_letters_as_well_as_it_records() -> None:
-    recorded = pretrained_metadata()
+    recorded = metadata(CHECKPOINT)
     accuracy, knn_accuracy = evaluate(load_pretrained(), bank=letters(40, seed=11), queries=letters(20, seed=12))
     assert accuracy >= float(recorded["accuracy"]) - RECORDED_MARGIN
     assert knn_accuracy >= float(recorded["knn_accuracy"]) - RECORDED_MARGIN
@@ -151,7 +157,7 @@ def test_what_is_written_is_read_back_rounded_to_float16(tmp_path: Path) -> None
     loaded = load_pretrained(path=path)
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
-    assert pretrained_metadata(path) == {"seed": "4"}
+    assert metadata(path) == {"seed": "4"}
     assert list(tmp_path.iterdir()) == [path], "a temporary file was left behind"
 
 
@@ -171,23 +177,26 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: py
 
 def test_a_missing_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
     path = tmp_path / "absent.safetensors"
-    with pytest.raises(CheckpointError, match=r"absent\.safetensors are missing.*python -m slora\.demo\.pretrain"):
+    with pytest.raises(CheckpointError, match=r"absent\.safetensors does not exist.*python -m slora\.demo\.pretrain"):
         load_pretrained(path=path)
-    with pytest.raises(CheckpointError, match="missing"):
-        pretrained_metadata(path)
 
 
 def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
     path = tmp_path / "half.safetensors"
     path.write_bytes(CHECKPOINT.read_bytes()[:100_000])
-    with pytest.raises(CheckpointError, match=r"half\.safetensors are unreadable"):
+    with pytest.raises(
+        CheckpointError, match=r"half\.safetensors cannot be loaded .*is not a readable safetensors file"
+    ):
         load_pretrained(path=path)
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     write(build(10), {}, path)
-    with pytest.raises(CheckpointError, match=r"other\.safetensors does not hold the demo's model"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"(?s)other\.safetensors cannot be loaded .*size mismatch.*python -m slora\.demo\.pretrain",
+    ):
         load_pretrained(path=path)
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import slora.demo  # noqa: F401 (registers its model and data sets)
 from slora import CheckpointError
-from slora.runs.recorder import read_metrics
-from slora.training import run
+from slora.runs.metrics import read_metrics
+from slora.training import finetune_run
 
 # The command line, which starts processes.
 pytestmark = pytest.mark.once
@@ -52,7 +52,7 @@ def torchrun(*arguments: str) -> Ended:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Ended]:
     """A run of one process, the same in two, and what the latter printed."""
     folder = tmp_path_factory.mktemp("runs")
-    one, _ = run.finetune({**SETTINGS, "batch_size": 32}, out=folder / "one")
+    one, _ = finetune_run.finetune({**SETTINGS, "batch_size": 32}, out=folder / "one")
     # JSON is YAML.
     config = folder / "two.yaml"
     config.write_text(json.dumps({**SETTINGS, "batch_size": 16}), encoding="utf-8")
@@ -89,7 +89,7 @@ def test_the_first_process_alone_writes_and_prints(runs: tuple[Path, Path, Ended
 
 
 def resumed(rank: int, folder: Path) -> None:
-    run.finetune({}, resume=folder)
+    finetune_run.finetune({}, resume=folder)
 
 
 def test_a_run_in_two_processes_is_resumed_by_two_and_by_no_other_number(
@@ -101,8 +101,8 @@ def test_a_run_in_two_processes_is_resumed_by_two_and_by_no_other_number(
     for path in ("adapter", "checkpoints/step-00000006"):
         shutil.rmtree(broken / path)
     (broken / "result.json").unlink()
-    with pytest.raises(CheckpointError, match=r"is of a run in 2 processes, this one has 1: .*--nproc_per_node 2"):
-        run.finetune({}, resume=broken, out=tmp_path / "alone")
+    with pytest.raises(CheckpointError, match=r"is of a run in 2 processes, this one has 1, so .*--nproc_per_node 2"):
+        finetune_run.finetune({}, resume=broken, out=tmp_path / "alone")
     two_processes(resumed, broken)
     assert_equal_runs(two, broken)
 
@@ -111,4 +111,4 @@ def test_an_error_ends_all_processes_and_is_said_once(runs: tuple[Path, Path, En
     ended = torchrun("--config", str(runs[1].parent / "two.yaml"), "--out", str(runs[1]))
     assert ended.code != 0
     assert ended.err.count("error: ") == 1
-    assert "holds a run already" in ended.err
+    assert "already holds a run" in ended.err

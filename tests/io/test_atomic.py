@@ -92,7 +92,7 @@ def test_what_the_system_refuses_becomes_an_error_that_names_the_file_and_the_re
         temporary.write_text("ha")
         raise error
 
-    message = rf"a\.txt could not be written \({error.strerror}\); {remedy}\. What stood there is unchanged\."
+    message = rf"a\.txt could not be written \({error.strerror}\); {remedy}\. The file is unchanged\."
     with pytest.raises(WriteError, match=message):
         write_atomically(path, write)
     assert path.read_text() == "old"

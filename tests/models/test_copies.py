@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import slora
 from slora.gates.values import gates
 from slora.layers import adapted_layers
-from slora.selection.strategy import at_work
+from slora.selection.strategy import active_strategy
 
 CONFIG = slora.SelectiveLoRAConfig(r=2, target_modules=["fc0", "fc1"], modules_to_save=["fc2"])
 
@@ -145,8 +145,8 @@ def test_a_strategy_stays_with_the_original(how: str, build: Any) -> None:
     model = build()
     budget = slora.selection.Budget(model, 1, steps=2, warmup=0.0, settling=0.5)
     twin = COPIED[how](model)
-    assert at_work(model) is budget
-    assert at_work(twin) is None
+    assert active_strategy(model) is budget
+    assert active_strategy(twin) is None
     for _ in range(2):
         budget.step()
     assert sum(actives(model)) == 1

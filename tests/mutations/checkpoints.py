@@ -19,8 +19,9 @@ import slora
 from slora.layers import adapted_layers
 from slora.runs.checkpoint_state import DIGESTS, STATE, TENSORS
 from slora.training import TrainSettings, prepare, random_states, train
+from slora.training.entry import unchanged_on_error
 from slora.training.process import make_accelerator
-from slora.training.trainer import Trainer, unchanged_on_error
+from slora.training.trainer import Trainer
 from tests.mutations.adapters import bits, differences, snapshot
 from tests.mutations.generator import Files, read
 from tests.mutations.trials import Kind
@@ -75,7 +76,7 @@ def _files(settings: TrainSettings, seed: int) -> Files:
             train(fresh(settings), data(), data(), settings.replace(seed=seed), folder)
             files = read(Path(folder) / "checkpoints" / NAME)
     finally:
-        randomness.put()
+        randomness.restore()
     return files
 
 
@@ -126,7 +127,7 @@ class Attempt:
             changed = differences(self._before, snapshot(model))
             assert not changed, f"refused, but the model has another {changed}"
             assert moved == [layer.gate_cache.step for _, layer in adapted_layers(model)], "gates have moved"
-            assert slora.selection.strategy.at_work(model) is None, "a strategy is at work"
+            assert slora.selection.strategy.active_strategy(model) is None, "a strategy is active"
             assert _same(randomness, random_states.present()), "the random generators are others"
             self._ready = model
             return False
@@ -138,7 +139,7 @@ class Attempt:
             for optimizer in trainer.optimizers.all:
                 optimizer.step()
         finally:
-            randomness.put()
+            randomness.restore()
         return True
 
 

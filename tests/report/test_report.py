@@ -13,21 +13,15 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from slora import report
 from slora.config import SelectiveLoRAConfig
 from slora.errors import CheckpointError, ConfigError
-from slora.report import write_report
+from slora.report import run_page, write_report
+from slora.report.block_map import block_map
+from slora.report.cells import grid_position
+from slora.report.charts import bars, curves, target_against_retention
 from slora.report.gates import gate_curves
 from slora.report.page import Picture, Section, Table, inline_svg, render, scaled
-from slora.report.plots import (
-    PALETTE,
-    bars,
-    block_map,
-    curves,
-    grid_position,
-    save_png,
-    target_against_retention,
-)
+from slora.report.style import PALETTE, save_png
 
 pytestmark = pytest.mark.once
 
@@ -101,14 +95,14 @@ EVALUATION = {
 }  # fmt: skip
 
 
-def test_the_page_of_an_evaluated_run_shows_what_it_can_do_and_what_it_still_knows(run_dir: Path) -> None:
+def test_the_page_of_an_evaluated_run_shows_accuracy_and_forgetting(run_dir: Path) -> None:
     plain = write_report(run_dir).read_text(encoding="utf-8")
-    assert "still knows" not in plain
+    assert "Forgetting" not in plain
     (run_dir / "evaluation.json").write_text(json.dumps(EVALUATION))
     html = write_report(run_dir).read_text(encoding="utf-8")
     assert_self_contained(html)
     text = " ".join(re.sub(r"<[^>]+>", " ", html).split())
-    assert "Accuracy on digits, 1,540 images: 97.04 % for the first choice, 99.00 % among the first five" in text
+    assert "Accuracy on digits, 1,540 images: top-1 97.04 %, top-5 99.00 %, mean over classes" in text
     assert "on the features of letters, where 5,200 images vote on 2,600 others" in text
     assert "neighbours k before (%) after (%) change (points) 10 99.08 98.50 -0.58 200 99.23 99.31 +0.08" in text
     assert html.count("<svg") == plain.count("<svg") + 1
@@ -396,7 +390,7 @@ def test_a_run_without_an_active_block_is_shown_in_red_with_cause_and_remedy(run
     (run_dir / "config.yaml").write_text("method: selective\n" + rates)
     html = changed(run_dir, active=0, penalty=1.0)
     alert = html[html.index('<p class="alert" role="alert">') : html.index('<p class="lead">')]
-    assert "This run is dead: no block is active: the model is the base model" in alert
+    assert "This run failed: no block is active: the model is the base model" in alert
     assert "= 1.8 steps to switch a block off, and acted for 28. Set penalty=0.1." in alert
     assert ".alert { color: var(--alert);" in html
 
@@ -426,7 +420,7 @@ def test_a_run_that_was_not_finite_is_shown_in_red(run_dir: Path, record: dict[s
 def test_a_run_that_was_not_finite_before_its_first_record_gets_a_page_that_says_so(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "error": "the loss is inf at step 3"}\n')
     html = write_report(tmp_path).read_text(encoding="utf-8")
-    assert "This run is dead: the loss is inf at step 3. Lower lr" in html
+    assert "This run failed: the loss is inf at step 3. Lower lr" in html
     assert '<p class="lead">3 steps.</p>' in html
     assert "Over the run" not in html
 
@@ -463,7 +457,7 @@ def test_records_from_before_gates_were_recorded_are_left_out(run_dir: Path) -> 
 def test_the_page_of_a_long_run_stays_small(run_dir: Path) -> None:
     with_gates(run_dir, 1000)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    figure = report._gates(records, 0.1)[0].figure
+    figure = run_page._gates(records, 0.1)[0].figure
     lines = [line for line in figure.axes[0].lines if line.get_gid() == "gate"]
     assert all(200 <= len(line.get_xdata()) <= 400 and line.get_xdata()[-1] == 1000 for line in lines)
 

@@ -108,7 +108,7 @@ def test_models_of_timm_and_others_offer_their_features() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"samples": samples(1)}, "samples has 1 of at least 2 samples"),
+        ({"samples": samples(1)}, "samples holds 1 samples, fewer than 2"),
         ({"samples": [1, 2]}, "samples are a list, not a tensor"),
         ({"weight": -1.0}, "weight=-1.0"),
         ({"weight": float("nan")}, "weight=nan"),
@@ -117,7 +117,7 @@ def test_models_of_timm_and_others_offer_their_features() -> None:
         ({"every": 2.5}, "every=2.5"),
         ({"weight": "a"}, "weight='a'"),
         ({"features": 3}, "features=3 is not a function"),
-        ({"features": lambda x: x.unflatten(1, (2, 4))}, r"features of shape \[10, 2, 4\]; expected \[n, d\]"),
+        ({"features": lambda x: x.unflatten(1, (2, 4))}, r"features have shape \[10, 2, 4\], expected \[n, d\]"),
     ],
 )
 def test_bad_input_is_refused_by_name(arguments: dict[str, object], message: str) -> None:

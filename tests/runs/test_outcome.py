@@ -42,7 +42,9 @@ def test_too_short_a_run_gets_the_rate_that_takes_half_of_its_steps() -> None:
 
 
 def test_gates_that_the_task_holds_up_want_a_penalty() -> None:
-    assert explained(36, 36, SETTINGS, records(1000)).endswith("the task holds every gate up. Raise penalty.")
+    assert explained(36, 36, SETTINGS, records(1000)).endswith(
+        "the task keeps every gate above the threshold. Raise penalty."
+    )
 
 
 def test_a_penalty_that_no_block_resists_gets_a_smaller_one() -> None:

@@ -12,7 +12,9 @@ import pytest
 from rich.console import Console
 
 from slora import CheckpointError
-from slora.runs.recorder import Recorder, described, read_metrics
+from slora.runs.metrics import read_metrics
+from slora.runs.progress_bar import described
+from slora.runs.recorder import Recorder
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
@@ -47,7 +49,7 @@ def test_a_line_that_is_no_record_is_left_out_and_said(
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(f'{{"step": 1, "loss": 2.0}}\n{line}\n{{"step": 3}}\n'.encode("utf-8", "surrogateescape"))
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}, {"step": 3}]
-    assert "left out 1 of 3 lines, which are no records: line 2" in caplog.text
+    assert "skipped 1 of 3 lines, which are not valid records: line 2" in caplog.text
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from slora import ConfigError
 from slora.gates.values import gates
 from slora.layers import adapted_layers
 from slora.selection import Budget, SoloGain, keep_blocks, update_norm
-from slora.selection.ranking import depths
+from slora.selection.solo_gain import depths
 from tests.selection.stepping import Batch, Make, N, flags, run
 
 
@@ -84,13 +84,13 @@ def test_a_loss_that_is_no_scalar_is_refused_and_the_gates_are_left_as_they_were
     make: Make, loss: Callable[[], Any], found: str
 ) -> None:
     model = make()
-    with pytest.raises(ConfigError, match=f"the loss of SoloGain returned {found}; it has to be a scalar"):
+    with pytest.raises(ConfigError, match=f"the loss of SoloGain returned {found}; expected a scalar"):
         keep_blocks(model, 2, ranking=SoloGain(loss))
     assert all((gate == 0.15).all() for gate in gates(model))
 
 
 def test_a_ranking_of_nothing_but_nan_is_refused(make: Make) -> None:
-    with pytest.raises(ConfigError, match="gives no block a number"):
+    with pytest.raises(ConfigError, match="returned NaN for every block"):
         keep_blocks(make(trained=True), 2, ranking=lambda _: torch.full((N,), float("nan")))
 
 

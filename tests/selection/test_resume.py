@@ -60,7 +60,7 @@ def test_a_run_made_shorter_by_a_resume_gets_its_choice_all_the_same(make: Make,
 
 def test_resuming_with_another_budget_is_refused(make: Make) -> None:
     state = Budget(make(), 4, 10).state_dict()
-    with pytest.raises(ConfigError, match="has budget=4, this Budget budget=3; resume with the former"):
+    with pytest.raises(ConfigError, match="has budget=4, this Budget budget=3; resume with the first"):
         Budget(make(), 3, 10).load_state_dict(state)
     with pytest.raises(ConfigError, match="has strategy='budget', this Gates strategy='gates'"):
         slora.selection.Gates(make(), 10).load_state_dict(state)

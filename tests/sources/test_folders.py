@@ -73,7 +73,7 @@ def test_a_folder_that_is_missing_empty_or_of_one_class_is_refused(tmp_path: Pat
         image_folder(tmp_path / "flat")
     root = image_tree(4)
     (root / "empty").mkdir()
-    with pytest.raises(DataError, match="empty has no image with a known ending"):
+    with pytest.raises(DataError, match="empty has no image with a known extension"):
         image_folder(root)
     shutil.rmtree(root / "empty")
     shutil.rmtree(root / "light")

@@ -137,8 +137,8 @@ def test_an_open_clip_tower_takes_images_of_another_size_and_more_arguments(tiny
         ("clip", 24, {"dept": 3}, "holds 'dept', which open_clip/ViT-tiny-test does not take"),
         ("timm/vit_tiny_patch16_224", 64, {"depth": "x"}, "cannot be built with img_size=64, depth='x' "),
         ("timm/vit_tiny_patch16_224", None, {"in_chans": 4}, "in_chans=4, but images have 1 or 3 channels"),
-        ("demo/letters_vit", 32, {}, "takes images of 16 x 16 pixels, but img_size=32 was given; leave it out"),
-        ("demo/letters_vit", None, {"depth": 3}, "has no choices .* but depth=3 was given; leave it out"),
+        ("demo/letters_vit", 32, {}, "and images of 16 x 16 pixels, but img_size=32 was given; remove it"),
+        ("demo/letters_vit", None, {"depth": 3}, "takes no arguments .* but depth=3 was given; remove it"),
     ],
 )
 def test_what_a_model_does_not_take_is_named(
@@ -157,5 +157,5 @@ def test_pretrained_weights_that_do_not_fit_the_arguments_are_told_from_a_networ
         raise RuntimeError("Error(s) in loading state_dict for VisionTransformer:\n\tUnexpected key(s)")
 
     monkeypatch.setattr(timm, "create_model", misfit)
-    with pytest.raises(ConfigError, match=r"weights of timm/vit_tiny_patch16_224 do not fit it with depth=2; leave"):
+    with pytest.raises(ConfigError, match=r"weights of timm/vit_tiny_patch16_224 do not fit it with depth=2; remove"):
         build("timm/vit_tiny_patch16_224", 7, pretrained=True, model_args={"depth": 2})

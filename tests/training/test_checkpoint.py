@@ -20,7 +20,9 @@ from torch import Tensor, nn
 import slora.selection
 from slora import CheckpointError, ConfigError, WriteError
 from slora.layers import adapted_layers
-from slora.training import TrainResult, TrainSettings, checkpoint, prepare, train
+from slora.runs import checkpoint_folders
+from slora.training import TrainResult, TrainSettings, checkpoint_save, prepare, train
+from slora.training.fingerprint import fingerprint
 from slora.training.optimizers import Optimizers
 
 Factory = Callable[[], nn.Module]
@@ -108,7 +110,7 @@ def test_a_checkpoint_is_safetensors_and_json_and_holds_no_frozen_weight(
     make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path
 ) -> None:
     train(started(make_model, settings), data, None, settings, tmp_path)
-    folder = checkpoint.newest(tmp_path)
+    folder = checkpoint_folders.newest(tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["sha256sums.txt", "state.json", "tensors.safetensors"]
     json.loads((folder / "state.json").read_text())
     names = {
@@ -126,7 +128,7 @@ def test_the_last_checkpoints_and_the_most_accurate_are_kept(
 ) -> None:
     settings = settings.replace(max_steps=10, save_every=1, eval_every=1, keep_last=2, method="full", lr=0.3)
     result = train(started(make_model, settings), data, data, settings, tmp_path)
-    kept = {int(path.name.removeprefix("step-")) for path in checkpoint.checkpoints(tmp_path / "checkpoints")}
+    kept = {int(path.name.removeprefix("step-")) for path in checkpoint_folders.checkpoints(tmp_path / "checkpoints")}
     assert kept == {9, 10, result.best_step}
     assert all(not path.name.startswith(".") for path in (tmp_path / "checkpoints").iterdir())
 
@@ -137,7 +139,7 @@ def saved_once(
     """A run with one checkpoint at step 12, and a function that writes another at a later step."""
     model = started(make_model, settings)
     train(model, data, None, settings, folder)
-    identity = checkpoint.fingerprint(model)
+    identity = fingerprint(model)
     optimizers = Optimizers(model, settings)
     selection = slora.selection.Gates(model, 16)
 
@@ -146,9 +148,9 @@ def saved_once(
         progress = {"step": step, "steps": 16, "processes": 1, "selection": state}
         progress["result"] = dataclasses.asdict(TrainResult())
         longer = settings.replace(max_steps=16)
-        return checkpoint.save(folder / "checkpoints", model, optimizers, longer, identity, progress)
+        return checkpoint_save.save_checkpoint(folder / "checkpoints", model, optimizers, longer, identity, progress)
 
-    return checkpoint.newest(folder), save
+    return checkpoint_folders.newest(folder), save
 
 
 @pytest.mark.parametrize("stage", ["first tensors", "tensors", "flushes", "rename", "removal"])
@@ -167,7 +169,7 @@ def test_a_process_killed_while_it_writes_leaves_the_last_good_checkpoint(
             os._exit(9)
 
         if stage == "first tensors":
-            checkpoint.save_file = die  # type: ignore[attr-defined]
+            checkpoint_save.save_file = die  # type: ignore[attr-defined]
         elif stage == "tensors":
             Path.write_text = die  # type: ignore[method-assign]
         elif stage == "flushes":
@@ -175,11 +177,11 @@ def test_a_process_killed_while_it_writes_leaves_the_last_good_checkpoint(
         elif stage == "rename":
             os.replace = die
         else:
-            checkpoint.shutil.rmtree = die  # type: ignore[attr-defined]
+            checkpoint_save.shutil.rmtree = die  # type: ignore[attr-defined]
         save(13)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    newest = checkpoint.newest(tmp_path)
+    newest = checkpoint_folders.newest(tmp_path)
     if stage == "removal":
         assert newest.name == "step-00000013"
     else:
@@ -205,7 +207,7 @@ def test_a_full_disk_is_named_with_the_remedy_and_the_last_good_checkpoint_stays
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    target = {"tensors": (checkpoint, "save_file"), "state": (Path, "write_text"), "flush": (os, "fsync")}[where]
+    target = {"tensors": (checkpoint_save, "save_file"), "state": (Path, "write_text"), "flush": (os, "fsync")}[where]
     monkeypatch.setattr(*target, full)
     with pytest.raises(CheckpointError) as caught:
         save(13)
@@ -227,7 +229,7 @@ def test_the_first_checkpoint_that_does_not_fit_says_to_start_again(
     def full(*args: Any, **kwargs: Any) -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint_save, "save_file", full)
     with pytest.raises(WriteError, match=r"then start the run again\. No checkpoint was written before it\."):
         train(prepare(make_model(), settings=settings), data, None, settings, tmp_path)
 
@@ -258,7 +260,7 @@ def test_a_real_limit_on_the_size_of_files_is_reported_as_a_full_disk_is(
             save(13)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert checkpoint.newest(tmp_path) == good
+    assert checkpoint_folders.newest(tmp_path) == good
 
 
 class Wider(nn.Module):
@@ -274,7 +276,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_changes_nothing(
     make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path
 ) -> None:
     train(started(make_model, settings), data, None, settings, tmp_path)
-    folder = checkpoint.newest(tmp_path)
+    folder = checkpoint_folders.newest(tmp_path)
 
     def resumed(model: nn.Module, settings: TrainSettings = settings) -> None:
         before = state_of(model)
@@ -303,7 +305,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name_and_changes_nothing(
     narrow = settings.replace(r=1)
     with pytest.raises(CheckpointError, match=r"'first\.lora_A' has shape"):
         resumed(prepare(make_model(), settings=narrow), narrow)
-    with pytest.raises(CheckpointError, match=r"was written with batch_size=8, this run has 4; resume with the former"):
+    with pytest.raises(CheckpointError, match=r"was written with batch_size=8, this run has 4; resume with the first"):
         resumed(started(make_model, settings), settings.replace(batch_size=4))
 
 
@@ -313,7 +315,7 @@ def test_a_damaged_checkpoint_is_named(
     make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path, name: str, damage: str
 ) -> None:
     train(started(make_model, settings), data, None, settings, tmp_path)
-    path = checkpoint.newest(tmp_path) / name
+    path = checkpoint_folders.newest(tmp_path) / name
     content = path.read_bytes()
     path.unlink()
     if damage != "missing":
@@ -329,11 +331,11 @@ def test_a_run_directory_with_later_checkpoints_is_not_written_into(
     train(started(make_model, settings), data, None, settings, tmp_path)
     metrics = (tmp_path / "metrics.jsonl").read_bytes()
     for start in (None, tmp_path / "checkpoints/step-00000004"):
-        with pytest.raises(ConfigError, match=r"holds step-00000012 already; resume from that, or choose another"):
+        with pytest.raises(ConfigError, match=r"already holds step-00000012; resume from that, or choose another"):
             train(started(make_model, settings), data, None, settings, tmp_path, resume=start)
     assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
 def test_a_folder_without_checkpoints_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint; give a run directory"):
-        checkpoint.newest(tmp_path)
+        checkpoint_folders.newest(tmp_path)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from slora import CheckpointError, ConfigError
-from slora.cli import command_line
+from slora.cli import inspect, merge
 from slora.layers import adapted_layers
-from slora.runs import rundir
+from slora.runs import checkpoint_folders, checkpoint_state, rundir
 from slora.runs.checkpoint_state import digests_of
 from slora.runs.settings import Method
-from slora.training import checkpoint, merge_run, run, trainer
+from slora.training import finetune_run, merge_run, run_model, trainer
 from slora.training.evaluate_run import evaluate
 
 pytestmark = pytest.mark.once
@@ -50,14 +50,14 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[int, nn.Module]:
     import copy
 
     seen: dict[int, nn.Module] = {}
-    save = checkpoint.save
+    save = trainer.save_checkpoint
 
     def copying(folder: Path, model: nn.Module, *others: Any) -> Path:
         path = save(folder, model, *others)
-        seen[checkpoint.step_of(path)] = copy.deepcopy(model).eval()
+        seen[checkpoint_state.step_of(path)] = copy.deepcopy(model).eval()
         return path
 
-    monkeypatch.setattr(trainer.checkpoint, "save", copying)
+    monkeypatch.setattr(trainer, "save_checkpoint", copying)
     return seen
 
 
@@ -68,18 +68,18 @@ def images() -> torch.Tensor:
 @pytest.mark.parametrize("method", ["selective", "lora", "full", "linear"])
 def test_a_checkpoint_computes_what_the_model_did_at_its_step(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watched(monkeypatch)
-    folder, _ = run.finetune({**QUICK, "method": method})
-    settings = run.read_settings(folder)
+    folder, _ = finetune_run.finetune({**QUICK, "method": method})
+    settings = rundir.read_settings(folder)
     for step in (1, 3):
-        model = run.load_result(
-            run.rebuild_for(folder, settings), settings, folder, checkpoint.chosen(folder, str(step))
+        model = run_model.load_result(
+            run_model.rebuild_for(folder, settings), settings, folder, checkpoint_folders.chosen(folder, str(step))
         )
         with torch.no_grad():
             assert torch.equal(model.eval()(images()), seen[step](images()))
         out = Path(f"{step}.safetensors")
         count = merge_run.merge_adapter(folder, out, which=str(step))
         assert count == sum(len(layer.activity().active) for _, layer in adapted_layers(seen[step]))
-        plain = run.rebuild(settings, 10).model.eval()
+        plain = run_model.rebuild(settings, 10).model.eval()
         plain.load_state_dict(load_file(out))
         with torch.no_grad():
             torch.testing.assert_close(plain(images()), seen[step](images()), rtol=1e-4, atol=1e-5)
@@ -91,7 +91,7 @@ def test_an_interrupted_run_is_evaluated_merged_and_inspected_from_its_checkpoin
 ) -> None:
     monkeypatch.setattr("slora.training.trainer._cross_entropy", lambda smoothing: Breaking(at=4))
     with pytest.raises(RuntimeError, match="power cut"):
-        run.finetune(QUICK, out=Path("cut"))
+        finetune_run.finetune(QUICK, out=Path("cut"))
     cut = Path("cut")
     assert not (cut / rundir.RESULT).exists()
     result = evaluate(cut, which="last")
@@ -103,9 +103,11 @@ def test_an_interrupted_run_is_evaluated_merged_and_inspected_from_its_checkpoin
     assert not (cut / "evaluation.json").exists()
     best = max(accuracy, key=lambda step: accuracy[step])
     assert evaluate(cut, which="best")["accuracy"]["top1"] == pytest.approx(accuracy[best])
-    assert run.blocks_of(cut, "2")[0] == "step-00000002"
+    assert run_model.blocks_of(cut, "2")[0] == "step-00000002"
     assert merge_run.merge_adapter(cut, Path("cut.safetensors"), which="last") > 0
-    with pytest.raises(CheckpointError, match=r"\(--checkpoint last takes .*\): the run is not finished; go on with"):
+    with pytest.raises(
+        CheckpointError, match=r"\(--checkpoint last uses .*\): the run is not finished; continue it with"
+    ):
         evaluate(cut)
 
 
@@ -124,7 +126,7 @@ class Breaking:
 
 def change(folder: Path, best_step: int | None) -> None:
     """Let the newest checkpoint of a run name another step as its best."""
-    state = checkpoint.newest(folder) / "state.json"
+    state = checkpoint_folders.newest(folder) / "state.json"
     content = json.loads(state.read_text())
     content["result"] |= {"best_step": best_step, "best_accuracy": None if best_step is None else 0.5}
     state.write_text(json.dumps(content))
@@ -132,21 +134,21 @@ def change(folder: Path, best_step: int | None) -> None:
 
 
 def test_best_is_the_step_that_the_run_says_it_is() -> None:
-    folder, result = run.finetune(QUICK)
-    assert checkpoint.chosen(folder, "best").name == f"step-{result.best_step:08d}"
-    assert checkpoint.chosen(folder, "last").name == "step-00000004"
-    assert checkpoint.chosen(folder, "2").name == "step-00000002"
+    folder, result = finetune_run.finetune(QUICK)
+    assert checkpoint_folders.chosen(folder, "best").name == f"step-{result.best_step:08d}"
+    assert checkpoint_folders.chosen(folder, "last").name == "step-00000004"
+    assert checkpoint_folders.chosen(folder, "2").name == "step-00000002"
     change(folder, best_step=3)
-    assert checkpoint.chosen(folder, "best").name == "step-00000003"
+    assert checkpoint_folders.chosen(folder, "best").name == "step-00000003"
 
 
 def test_blocks_freed_by_frozen_are_shown_and_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = watched(monkeypatch)
     settings = {"inactive": "frozen", "gate_lr": 40.0, "penalty": 0.3, "selection_warmup": 0.0}
-    folder, _ = run.finetune({**QUICK, **settings, "max_steps": 3})
+    folder, _ = finetune_run.finetune({**QUICK, **settings, "max_steps": 3})
     freed = [name for name, layer in adapted_layers(seen[3]) if layer.released]
     assert freed
-    _, content = run.blocks_of(folder, "3")
+    _, content = run_model.blocks_of(folder, "3")
     for name, layer in adapted_layers(seen[3]):
         assert content["layers"][name]["gate"] == layer.gate.tolist()
         assert content["layers"][name]["active"] == list(layer.activity().active)
@@ -154,21 +156,23 @@ def test_blocks_freed_by_frozen_are_shown_and_merged(monkeypatch: pytest.MonkeyP
 
 
 def test_what_cannot_be_meant_is_named_with_the_checkpoints_there_are(tmp_path: Path) -> None:
-    folder, _ = run.finetune({**QUICK, "max_steps": 2})
+    folder, _ = finetune_run.finetune({**QUICK, "max_steps": 2})
     with pytest.raises(CheckpointError, match=r"has no checkpoint of step 7; there are 1, 2$"):
-        checkpoint.chosen(folder, "7")
+        checkpoint_folders.chosen(folder, "7")
     with pytest.raises(ConfigError, match=r"checkpoint='bets' is neither best nor last .*; there are 1, 2$"):
-        checkpoint.chosen(folder, "bets")
-    best = checkpoint.chosen(folder, "best")
+        checkpoint_folders.chosen(folder, "bets")
+    best = checkpoint_folders.chosen(folder, "best")
     shutil.rmtree(best)
-    with pytest.raises(CheckpointError, match=rf"most accurate at step {checkpoint.step_of(best)}, of which it keeps"):
-        checkpoint.chosen(folder, "best")
-    unevaluated, _ = run.finetune({**QUICK, "max_steps": 1, "method": "linear"})
+    with pytest.raises(
+        CheckpointError, match=rf"most accurate at step {checkpoint_state.step_of(best)}, which has no checkpoint"
+    ):
+        checkpoint_folders.chosen(folder, "best")
+    unevaluated, _ = finetune_run.finetune({**QUICK, "max_steps": 1, "method": "linear"})
     change(unevaluated, best_step=None)
     with pytest.raises(CheckpointError, match="was not evaluated yet"):
-        checkpoint.chosen(unevaluated, "best")
+        checkpoint_folders.chosen(unevaluated, "best")
     with pytest.raises(ConfigError, match="method=linear, which has no LoRA blocks to show"):
-        run.blocks_of(unevaluated, "last")
+        run_model.blocks_of(unevaluated, "last")
     with pytest.raises(ConfigError, match=r"no LoRA blocks that scale=0.5 could act on"):
         merge_run.merge_adapter(unevaluated, Path("x"), which="last", scale=0.5)
     with pytest.raises(ConfigError, match=r"holds no config.yaml"):
@@ -176,13 +180,13 @@ def test_what_cannot_be_meant_is_named_with_the_checkpoints_there_are(tmp_path: 
 
 
 def test_a_checkpoint_from_before_the_choice_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    folder, _ = run.finetune({**QUICK, "budget": 2, "selection_warmup": 0.25, "settling": 0.5})
-    command_line.inspect(folder, checkpoint="1")
-    assert "note: the choice of blocks is not made yet in step-00000001: it is complete at step 2 of 4" in (
+    folder, _ = finetune_run.finetune({**QUICK, "budget": 2, "selection_warmup": 0.25, "settling": 0.5})
+    inspect.inspect(folder, checkpoint="1")
+    assert "note: the choice of blocks is not made yet in step-00000001: it is final at step 2 of 4" in (
         capsys.readouterr().out
     )
-    command_line.merge(folder, Path("early.safetensors"), checkpoint="1")
+    merge.merge(folder, Path("early.safetensors"), checkpoint="1")
     assert "is not made yet in step-00000001" in capsys.readouterr().out
-    command_line.inspect(folder, checkpoint="2")
-    command_line.merge(folder, Path("late.safetensors"), checkpoint="2")
+    inspect.inspect(folder, checkpoint="2")
+    merge.merge(folder, Path("late.safetensors"), checkpoint="2")
     assert "not made yet" not in capsys.readouterr().out

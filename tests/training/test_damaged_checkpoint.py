@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from slora import CheckpointError, ConfigError, SLoRAError
 from slora.layers import adapted_layers
+from slora.runs import checkpoint_folders
 from slora.runs.checkpoint_state import digests_of
-from slora.training import TrainSettings, checkpoint, prepare, train
+from slora.training import TrainSettings, prepare, train
+from slora.training.checkpoint_load import Checkpoint
+from slora.training.fingerprint import fingerprint
 from slora.training.optimizers import Optimizers
 
 pytestmark = pytest.mark.once
@@ -129,8 +132,11 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "a NaN in a buffer": (tensor("buffer.norm.running_mean", lambda t: t * float("nan")), "running_mean' is not fin"),
     "a weight of another dtype": (tensor("model.head.bias", lambda t: t.double()), "float64"),
     "a weight that is missing": (without("model.third.lora_B"), "'third.lora_B' is missing"),
-    "a weight without a place": (lambda s, t: t.update({"model.extra": torch.zeros(1)}), "'extra' has no place"),
-    "a tensor of no kind": (lambda s, t: t.update({"extra": torch.zeros(1)}), "'extra', which is no part"),
+    "a weight without a place": (
+        lambda s, t: t.update({"model.extra": torch.zeros(1)}),
+        "'extra' is not in this model",
+    ),
+    "a tensor of no kind": (lambda s, t: t.update({"extra": torch.zeros(1)}), "'extra', which does not belong"),
     "no random state": (without("random.torch"), "torch"),
     "a short random state": (tensor("random.torch", lambda t: t[:-1]), "random generator 'torch'"),
     "a random state beyond its words": (
@@ -147,7 +153,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "a random state of text": (put("random/numpy", "abc"), "is damaged"),
     "gates that never moved together": (put("gates_moved/second", 3), "'gates_moved'"),
     "a freed layer that is not frozen": (free_second, "'second' is not a layer that inactive='frozen'"),
-    "a layer that is freed and there": (put("freed", ["second"]), "'second.lora_A' has no place"),
+    "a layer that is freed and there": (put("freed", ["second"]), "'second.lora_A' is not in this model"),
     "a negative step": (put("step", -4), "'step' is -4"),
     "a step beyond the end": (put("step", 1_000_000), "'step' is 1000000"),
     "another end": (lambda s, t: s.update(steps=10**6), "max_steps is 12"),
@@ -172,7 +178,7 @@ def written(make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: 
     """A checkpoint of step 12."""
     torch.manual_seed(0)
     train(prepare(make_model(), settings=settings), data, data, settings, tmp_path / "run")
-    return checkpoint.newest(tmp_path / "run")
+    return checkpoint_folders.newest(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -218,11 +224,11 @@ def test_a_budget_that_cannot_be_is_refused_and_nothing_changes(
 ) -> None:
     settings = settings.replace(**changes, ranking="norm")
     train(prepare(make_model(), settings=settings), data, None, settings, tmp_path)
-    forged(checkpoint.newest(tmp_path), put(f"selection/{key}", value))
+    forged(checkpoint_folders.newest(tmp_path), put(f"selection/{key}", value))
     model = prepare(make_model(), settings=settings)
     before = everything(model)
     with pytest.raises(CheckpointError, match=f"'{key}'"):
-        train(model, data, None, settings, resume=checkpoint.newest(tmp_path))
+        train(model, data, None, settings, resume=checkpoint_folders.newest(tmp_path))
     assert equal(before, everything(model))
 
 
@@ -243,7 +249,7 @@ def test_a_bit_that_has_turned_over_is_found(
     content = bytearray((written / name).read_bytes())
     content[-20] ^= 1
     (written / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=rf"{name} is not what was written: its SHA-256 is another"):
+    with pytest.raises(CheckpointError, match=rf"{name} is damaged: its SHA-256 is not the one"):
         train(prepare(make_model(), settings=settings), data, None, settings, resume=written)
 
 
@@ -294,5 +300,5 @@ def test_a_forged_checkpoint_is_refused_where_it_is_evaluated_too(
     model = prepare(make_model(), settings=settings)
     before = everything(model)
     with pytest.raises(SLoRAError, match="third"):
-        checkpoint.Checkpoint(written, model, settings, checkpoint.fingerprint(model)).put()
+        Checkpoint(written, model, settings, fingerprint(model)).restore()
     assert equal(before, everything(model))

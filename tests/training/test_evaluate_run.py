@@ -11,9 +11,10 @@ import torch
 
 from slora import CheckpointError, ConfigError
 from slora.evaluation import features, knn_accuracy
+from slora.runs import rundir
 from slora.sources import data
 from slora.sources.data import open_data
-from slora.training import run
+from slora.training import finetune_run, run_model
 from slora.training.evaluate_run import evaluate
 
 QUICK: dict[str, Any] = {
@@ -50,10 +51,10 @@ def expected(model: torch.nn.Module, k: int) -> float:
 
 @pytest.mark.parametrize("method", ["selective", "lora", "full", "linear"])
 def test_before_is_the_model_that_training_started_from_and_after_the_trained_one(method: str) -> None:
-    folder, trained = run.finetune({**QUICK, "method": method})
-    settings = run.read_settings(folder)
-    before = run.rebuild(settings, 10).model
-    after = run.load_result(run.rebuild(settings, 10).model, settings, folder)
+    folder, trained = finetune_run.finetune({**QUICK, "method": method})
+    settings = rundir.read_settings(folder)
+    before = run_model.rebuild(settings, 10).model
+    after = run_model.load_result(run_model.rebuild(settings, 10).model, settings, folder)
     result = evaluate(folder, "letters", k=[5])
     assert result["accuracy"]["top1"] == pytest.approx(trained.accuracy)
     assert result["knn"]["before"] == {"5": pytest.approx(expected(before, 5))}
@@ -67,14 +68,14 @@ def test_before_is_the_model_that_training_started_from_and_after_the_trained_on
 
 
 def test_without_a_source_only_the_accuracy_is_measured() -> None:
-    folder, _ = run.finetune(QUICK)
+    folder, _ = finetune_run.finetune(QUICK)
     result = evaluate(folder)
     assert result["knn"] is None
     assert result["accuracy"]["count"] == 40
 
 
 def test_bad_input_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
-    folder, _ = run.finetune(QUICK)
+    folder, _ = finetune_run.finetune(QUICK)
     with pytest.raises(ConfigError, match="data='leters' is unknown; near names are letters"):
         evaluate(folder, "leters")
     with pytest.raises(ConfigError, match="k=300 exceeds the 208 images of letters that vote"):

@@ -81,7 +81,7 @@ def test_a_model_that_goes_on_after_its_head_is_refused(data: Pair, settings: Tr
             return 2 * self.head(self.body(images.flatten(1)))
 
     model = prepare(Doubled(), settings=settings)
-    with pytest.raises(ConfigError, match=r"but Doubled goes on after 'head'; leave it out \(head_first=0\)"):
+    with pytest.raises(ConfigError, match=r"but Doubled computes more after 'head'; switch it off \(head_first=0\)"):
         train(model, data, None, settings.replace(head_first=3))
 
 

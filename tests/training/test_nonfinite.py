@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora import NonFiniteLossError, StateError
-from slora.runs.recorder import read_metrics
+from slora.runs.metrics import read_metrics
 from slora.runs.settings import Method
 from slora.training import TrainSettings, prepare, train
 from slora.training.nonfinite import origin
@@ -37,12 +37,10 @@ def test_the_first_layer_in_the_order_of_the_forward_is_named() -> None:
 def test_a_parameter_a_batch_and_what_stands_between_layers_are_named(make_model: Factory, data: Pair) -> None:
     model = make_model()
     assert origin(model, data[0]) == ("", "")
-    assert origin(model, data[0] / 0).what.startswith(
-        "the batch itself holds a value that is not finite, in its item 0"
-    )
+    assert origin(model, data[0] / 0).what.startswith("the batch itself holds a value that is not finite, in item 0")
     with torch.no_grad():
         model.get_parameter("second.bias")[3] = float("inf")
-    assert origin(model, data[0]).what.endswith("is 'second' (Linear), whose parameter 'bias' is not finite by now")
+    assert origin(model, data[0]).what.endswith("is 'second' (Linear), whose parameter 'bias' is not finite now")
 
     class Between(nn.Module):
         def __init__(self) -> None:
@@ -52,7 +50,7 @@ def test_a_parameter_a_batch_and_what_stands_between_layers_are_named(make_model
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             return {"logits": self.b(self.a(x) * float("nan"))}
 
-    assert origin(Between(), torch.ones(2, 4)).what.endswith("is 'b' (Linear), whose input is not finite already")
+    assert origin(Between(), torch.ones(2, 4)).what.endswith("is 'b' (Linear), whose input is already not finite")
 
 
 def test_randomness_is_as_before() -> None:
@@ -162,7 +160,7 @@ def test_data_that_is_not_finite_is_named_by_its_item_and_no_learning_rate_is_re
 ) -> None:
     images = data[0].clone()
     images[:] = images.where(torch.arange(64).view(-1, 1, 1, 1) % 8 != 3, float("nan"))
-    with pytest.raises(NonFiniteLossError, match=r"in its item \d.* of 8; correct the data") as caught:
+    with pytest.raises(NonFiniteLossError, match=r"in item \d.* of 8; correct the data") as caught:
         train(prepare(make_model(), settings=settings), (images, data[1]), None, settings)
     assert "lower lr" not in str(caught.value)
     assert not caught.value.diverged

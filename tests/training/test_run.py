@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 import slora
 import slora.adapters.adapter
 from slora import CheckpointError, ConfigError, NonFiniteLossError, SLoRAError, TargetError, WriteError
-from slora.runs import rundir
-from slora.runs.recorder import read_metrics
-from slora.training import checkpoint, merge_run, run
+from slora.runs import checkpoint_folders, rundir
+from slora.runs.lock import locked
+from slora.runs.metrics import read_metrics
+from slora.training import checkpoint_save, finetune_run, merge_run, run_model
 
 QUICK: dict[str, Any] = {
     "model": "demo/letters_vit",
@@ -57,7 +58,7 @@ def _few_digits_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_run_directory_holds_what_the_run_learned_and_what_it_takes_to_repeat_it() -> None:
-    folder, result = run.finetune(QUICK)
+    folder, result = finetune_run.finetune(QUICK)
     assert folder == Path("runs/letters_vit-digits-selective")
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter", "checkpoints", "classes.json", "config.yaml", "metrics.jsonl", "result.json",
@@ -67,21 +68,21 @@ def test_a_run_directory_holds_what_the_run_learned_and_what_it_takes_to_repeat_
     written = json.loads((folder / "result.json").read_text())
     assert written["accuracy"] == result.accuracy
     assert sum(written["blocks"].values()) == 36
-    again, repeated = run.finetune({}, config=folder / "config.yaml")
+    again, repeated = finetune_run.finetune({}, config=folder / "config.yaml")
     assert again == Path("runs/letters_vit-digits-selective-2")
     assert repeated.history[-1] == result.history[-1]
 
 
 @pytest.mark.parametrize("method", ["selective", "lora", "full", "linear"])
 def test_what_a_run_learned_is_loaded_into_a_plain_model(method: str) -> None:
-    folder, result = run.finetune({**QUICK, "method": method, "lr": 0.05, "warmup": 0.0})
-    settings = run.read_settings(folder)
-    model, spec, source = run.build(settings)
-    run.load_result(model, settings, folder)
+    folder, result = finetune_run.finetune({**QUICK, "method": method, "lr": 0.05, "warmup": 0.0})
+    settings = rundir.read_settings(folder)
+    model, spec, source = run_model.build(settings)
+    run_model.load_result(model, settings, folder)
     images, labels = source.data(spec, training=False)[:]  # type: ignore[misc]
     with torch.no_grad():
         accuracy = (model.eval()(images).argmax(1) == labels).float().mean().item()
-        start = run.rebuild(settings, 10).model.eval()(images)
+        start = run_model.rebuild(settings, 10).model.eval()(images)
         assert not torch.allclose(model(images), start, atol=1e-2)
     assert accuracy == pytest.approx(result.accuracy)
     assert (folder / "adapter").exists() == (method in ("selective", "lora"))
@@ -89,46 +90,46 @@ def test_what_a_run_learned_is_loaded_into_a_plain_model(method: str) -> None:
 
 
 def test_a_stopped_run_goes_on_in_its_folder_and_ends_as_the_whole_one() -> None:
-    whole, _ = run.finetune({**QUICK, "max_steps": 6})
-    first, _ = run.finetune({**QUICK, "max_steps": 6}, out=Path("stopped"))
+    whole, _ = finetune_run.finetune({**QUICK, "max_steps": 6})
+    first, _ = finetune_run.finetune({**QUICK, "max_steps": 6}, out=Path("stopped"))
     # As a kill after step 2 leaves it.
-    for path in checkpoint.checkpoints(first / "checkpoints"):
+    for path in checkpoint_folders.checkpoints(first / "checkpoints"):
         if path.name != "step-00000004":
             for file in path.iterdir():
                 file.unlink()
             path.rmdir()
-    again, _ = run.finetune({}, resume=first)
+    again, _ = finetune_run.finetune({}, resume=first)
     assert again == first
     ours, theirs = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (whole, first))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_a_finished_run_is_not_gone_on_with_unless_it_is_to_take_more_steps() -> None:
-    folder, _ = run.finetune(QUICK)
+    folder, _ = finetune_run.finetune(QUICK)
     before = (folder / "config.yaml").read_text()
     with pytest.raises(ConfigError, match=rf"{folder} is finished: it has taken all of its {QUICK['max_steps']} steps"):
-        run.finetune({"lr": 1e-5}, resume=folder)
+        finetune_run.finetune({"lr": 1e-5}, resume=folder)
     assert (folder / "config.yaml").read_text() == before
-    _, result = run.finetune({"max_steps": QUICK["max_steps"] + 1}, resume=folder)
+    _, result = finetune_run.finetune({"max_steps": QUICK["max_steps"] + 1}, resume=folder)
     assert result.steps == QUICK["max_steps"] + 1
 
 
 def test_a_resumed_run_may_change_its_learning_rate_but_not_its_batches() -> None:
-    folder, _ = run.finetune(QUICK)
+    folder, _ = finetune_run.finetune(QUICK)
     config = (folder / "config.yaml").read_bytes()
     with pytest.raises(CheckpointError, match="was written with batch_size=8, this run has 16"):
-        run.finetune({"batch_size": 16}, resume=folder)
+        finetune_run.finetune({"batch_size": 16}, resume=folder)
     assert (folder / "config.yaml").read_bytes() == config
-    _, result = run.finetune({"lr": 1e-4, "max_steps": 6}, resume=folder)
+    _, result = finetune_run.finetune({"lr": 1e-4, "max_steps": 6}, resume=folder)
     assert result.steps == 6
 
 
 def test_a_checkpoint_can_be_branched_off_into_another_folder() -> None:
-    folder, _ = run.finetune(QUICK)
+    folder, _ = finetune_run.finetune(QUICK)
     start = folder / "checkpoints/step-00000002"
-    with pytest.raises(ConfigError, match="holds step-00000004 already"):
-        run.finetune({}, resume=start)
-    branch, result = run.finetune({"lr": 1e-4}, resume=start, out=Path("branch"))
+    with pytest.raises(ConfigError, match="already holds step-00000004"):
+        finetune_run.finetune({}, resume=start)
+    branch, result = finetune_run.finetune({"lr": 1e-4}, resume=start, out=Path("branch"))
     assert (branch, result.steps) == (Path("branch"), 4)
     ours, theirs = (read_metrics(path / "metrics.jsonl") for path in (branch, folder))
     assert [record["step"] for record in ours] == [record["step"] for record in theirs] == [2, 4, 4]
@@ -137,13 +138,13 @@ def test_a_checkpoint_can_be_branched_off_into_another_folder() -> None:
 
 
 def test_a_folder_with_another_run_is_not_written_into() -> None:
-    folder, _ = run.finetune(QUICK)
+    folder, _ = finetune_run.finetune(QUICK)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(ConfigError, match=f"{folder} holds a run already; go on with it by --resume {folder}, or"):
-        run.finetune(QUICK, out=folder)
-    other, _ = run.finetune(QUICK)
-    with pytest.raises(ConfigError, match=f"{folder} holds a run already; choose another --out"):
-        run.finetune({}, resume=other, out=folder)
+    with pytest.raises(ConfigError, match=f"{folder} already holds a run; resume it with --resume {folder}, or"):
+        finetune_run.finetune(QUICK, out=folder)
+    other, _ = finetune_run.finetune(QUICK)
+    with pytest.raises(ConfigError, match=f"{folder} already holds a run; choose another --out"):
+        finetune_run.finetune({}, resume=other, out=folder)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -162,28 +163,28 @@ def test_a_folder_with_another_run_is_not_written_into() -> None:
 )
 def test_bad_input_is_refused_with_near_names(change: dict[str, Any], error: type[SLoRAError], message: str) -> None:
     with pytest.raises(error, match=message):
-        run.finetune({**QUICK, **change})
+        finetune_run.finetune({**QUICK, **change})
 
 
 def test_a_budget_above_the_blocks_leaves_no_folder_behind() -> None:
     with pytest.raises(ConfigError, match="budget=37 blocks is out of range; use 0 to 36"):
-        run.finetune({**QUICK, "budget": 37})
+        finetune_run.finetune({**QUICK, "budget": 37})
     assert not Path("runs").exists()
 
 
 def test_an_adapter_with_freed_blocks_is_saved_and_loaded() -> None:
-    folder, _ = run.finetune(
+    folder, _ = finetune_run.finetune(
         {**QUICK, "inactive": "frozen", "gate_lr": 1.0, "penalty": 3.0, "selection_warmup": 0.0, "warmup": 0.0}
     )
-    settings = run.read_settings(folder)
-    model = run.load_result(run.rebuild(settings, 10).model, settings, folder)
+    settings = rundir.read_settings(folder)
+    model = run_model.load_result(run_model.rebuild(settings, 10).model, settings, folder)
     assert not any(active.any() for active in slora.active_blocks(model).values())
 
 
 def test_a_run_that_breaks_leaves_no_adapter_and_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slora.training.trainer._cross_entropy", lambda smoothing: _Breaking())
     with pytest.raises(NonFiniteLossError, match=r"at step 3.*checkpoints/step-00000002"):
-        run.finetune(QUICK)
+        finetune_run.finetune(QUICK)
     folder = Path("runs/letters_vit-digits-selective")
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints", "classes.json", "config.yaml", "metrics.jsonl",
@@ -223,21 +224,21 @@ def failing(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr("slora.training.trainer._cross_entropy", lambda smoothing: criterion)
 
 
-def test_a_run_that_broke_before_its_first_checkpoint_is_started_over_as_its_message_says(
+def test_a_run_that_broke_before_its_first_checkpoint_is_restarted_as_its_message_says(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
         failing(patch, 1)
         with pytest.raises(NonFiniteLossError, match="no checkpoint was written before it; start again") as caught:
-            run.finetune({**QUICK, "lr": 0.5, "tensorboard": True}, out=Path("nf"))
+            finetune_run.finetune({**QUICK, "lr": 0.5, "tensorboard": True}, out=Path("nf"))
     (Path("nf") / "metrics.jsonl").write_text('{"step": 9, "loss": 1.0}\n')
     old = [path.name for path in Path("nf/tensorboard").iterdir()]
     command = ran(str(caught.value), "Run: ")
     assert command == {"overrides": {"lr": 0.05}, "config": Path("nf/config.yaml"), "out": Path("nf")}
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint; start its run over with: slora finetune --config"):
-        run.finetune({}, resume=Path("nf"))
-    folder, result = run.finetune(**command)
-    assert (folder, result.steps, run.read_settings(folder).lr) == (Path("nf"), 4, 0.05)
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint; restart its run with: slora finetune --config"):
+        finetune_run.finetune({}, resume=Path("nf"))
+    folder, result = finetune_run.finetune(**command)
+    assert (folder, result.steps, rundir.read_settings(folder).lr) == (Path("nf"), 4, 0.05)
     assert [record["step"] for record in read_metrics(folder / "metrics.jsonl")] == [2, 4, 4]
     assert not set(old) & {path.name for path in Path("nf/tensorboard").iterdir()}
 
@@ -248,39 +249,39 @@ def test_after_a_loss_that_is_not_finite_the_message_goes_on_from_the_last_check
     with monkeypatch.context() as patch:
         failing(patch, 3)
         with pytest.raises(NonFiniteLossError, match="last good checkpoint is nf/checkpoints/step-00000002") as caught:
-            run.finetune({**QUICK, "lr": 0.5}, out=Path("nf"))
+            finetune_run.finetune({**QUICK, "lr": 0.5}, out=Path("nf"))
     command = ran(str(caught.value), "Run: ")
     assert command == {"overrides": {"lr": 0.05}, "resume": Path("nf")}
-    assert run.finetune(**command)[1].steps == 4
+    assert finetune_run.finetune(**command)[1].steps == 4
 
 
 @pytest.mark.parametrize("saved", [1, 2], ids=["one checkpoint", "two"])
-def test_a_checkpoint_that_may_be_spoilt_is_named_with_the_way_back(
+def test_a_checkpoint_of_a_diverging_run_is_named_with_the_way_back(
     saved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {**QUICK, "save_every": 1, "lr": 0.5}
     with monkeypatch.context() as patch:
         failing(patch, saved + 1)
         with pytest.raises(NonFiniteLossError):
-            run.finetune(settings, out=Path("nf"))
+            finetune_run.finetune(settings, out=Path("nf"))
     last = Path(f"nf/checkpoints/step-0000000{saved}")
     with monkeypatch.context() as patch:
         failing(patch, 1)
         with pytest.raises(NonFiniteLossError) as caught:
-            run.finetune({"lr": 0.05}, resume=Path("nf"))
+            finetune_run.finetune({"lr": 0.05}, resume=Path("nf"))
     message = str(caught.value)
     assert f"no checkpoint was written since {last}; resume from it with a lower lr" in message
-    assert "this checkpoint itself may be spoilt" in message
+    assert "this checkpoint itself may be from a diverging run" in message
     assert ran(message, "Run: ") == {"overrides": {"lr": 0.005}, "resume": last}
     if saved == 2:
         assert "go back to the one before it, nf/checkpoints/step-00000001" in message
         command = ran(message, "to go back: ")
     else:
-        assert "spoilt: start anew." in message
-        command = ran(message, "to start anew: ")
-    folder, result = run.finetune(**command)
+        assert "from a diverging run: start again." in message
+        command = ran(message, "to start again: ")
+    folder, result = finetune_run.finetune(**command)
     assert (folder, result.steps) == (Path("nf-2"), 4)
-    assert [path.name for path in checkpoint.checkpoints("nf/checkpoints")][-1] == last.name
+    assert [path.name for path in checkpoint_folders.checkpoints("nf/checkpoints")][-1] == last.name
 
 
 def test_a_full_disk_before_the_first_checkpoint_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,27 +289,27 @@ def test_a_full_disk_before_the_first_checkpoint_says_what_to_run(monkeypatch: p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(checkpoint_save, "save_file", full)
         with pytest.raises(WriteError, match="free space or choose another folder, then start the run again") as caught:
-            run.finetune(QUICK, out=Path("here it is"))
-    assert run.finetune(**ran(str(caught.value), "Then run: "))[0] == Path("here it is")
+            finetune_run.finetune(QUICK, out=Path("here it is"))
+    assert finetune_run.finetune(**ran(str(caught.value), "Then run: "))[0] == Path("here it is")
 
 
 def test_two_processes_do_not_write_into_one_folder() -> None:
     code = (
-        "from pathlib import Path\nfrom slora.runs.rundir import claimed\n"
-        "with claimed(Path('shared')):\n    print('held', flush=True)\n    input()"
+        "from pathlib import Path\nfrom slora.runs.lock import locked\n"
+        "with locked(Path('shared')):\n    print('held', flush=True)\n    input()"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdin is not None
     assert other.stdout is not None
     assert other.stdout.readline() == "held\n"
     with pytest.raises(ConfigError, match="another run is writing into shared"):
-        run.finetune(QUICK, out=Path("shared"))
+        finetune_run.finetune(QUICK, out=Path("shared"))
     other.kill()
     other.wait()
     assert list(Path("shared").iterdir()) == []
-    with rundir.claimed(Path("shared")):
+    with locked(Path("shared")):
         pass
 
 
@@ -324,28 +325,28 @@ def test_two_processes_do_not_write_into_one_folder() -> None:
     ids=["missing", "too many", "shape", "dtype", "NaN"],
 )
 def test_a_damaged_result_of_a_run_without_blocks_changes_nothing(damage: Any) -> None:
-    folder, _ = run.finetune({**QUICK, "method": "linear"})
+    folder, _ = finetune_run.finetune({**QUICK, "method": "linear"})
     path = folder / "model/model.safetensors"
     tensors = load_file(path)
     damage(tensors)
     save_file(tensors, path)
-    settings = run.read_settings(folder)
-    model = run.build(settings)[0]
+    settings = rundir.read_settings(folder)
+    model = run_model.build(settings)[0]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"model\.safetensors does not fit this .*(head\.bias|extra)"):
-        run.load_result(model, settings, folder)
+        run_model.load_result(model, settings, folder)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_folder_that_cannot_be_made_is_named() -> None:
     with pytest.raises(WriteError, match=r"\(/dev/full is not a folder\); choose another folder"):
-        run.finetune(QUICK, out=Path("/dev/full"))
+        finetune_run.finetune(QUICK, out=Path("/dev/full"))
 
 
 def test_a_new_result_takes_away_the_evaluation_of_the_old_one() -> None:
-    folder, _ = run.finetune(QUICK)
+    folder, _ = finetune_run.finetune(QUICK)
     (folder / "evaluation.json").write_text("{}")
-    run.finetune({"max_steps": 5}, resume=folder)
+    finetune_run.finetune({"max_steps": 5}, resume=folder)
     assert not (folder / "evaluation.json").exists()
 
 
@@ -356,47 +357,49 @@ def test_a_full_disk_at_the_end_leaves_the_last_checkpoint_to_go_on_from(monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(slora.adapters.adapter, "save_file", full)
         with pytest.raises(CheckpointError, match=r"adapter_model.safetensors could not be written \(No space left"):
-            run.finetune(QUICK)
+            finetune_run.finetune(QUICK)
     folder = Path("runs/letters_vit-digits-selective")
     assert not (folder / "result.json").exists()
-    run.finetune({}, resume=folder)
+    finetune_run.finetune({}, resume=folder)
     assert (folder / "adapter/adapter_model.safetensors").exists()
 
 
 def test_a_run_that_is_not_finished_is_named_as_such() -> None:
-    folder, _ = run.finetune({**QUICK, "method": "linear"})
+    folder, _ = finetune_run.finetune({**QUICK, "method": "linear"})
     (folder / "model/model.safetensors").unlink()
-    settings = run.read_settings(folder)
-    with pytest.raises(CheckpointError, match=f"the run is not finished; go on with: slora finetune --resume {folder}"):
-        run.load_result(run.build(settings)[0], settings, folder)
+    settings = rundir.read_settings(folder)
+    with pytest.raises(
+        CheckpointError, match=f"the run is not finished; continue it with: slora finetune --resume {folder}"
+    ):
+        run_model.load_result(run_model.build(settings)[0], settings, folder)
 
 
 def test_weights_of_another_model_are_refused() -> None:
-    folder, _ = run.finetune({**QUICK, "method": "linear"})
-    settings = run.read_settings(folder)
-    other = run.rebuild(settings, 11).model
+    folder, _ = finetune_run.finetune({**QUICK, "method": "linear"})
+    settings = rundir.read_settings(folder)
+    other = run_model.rebuild(settings, 11).model
     with pytest.raises(CheckpointError, match=r"model.safetensors does not fit this VisionTransformer"):
-        run.load_result(other, settings, folder)
+        run_model.load_result(other, settings, folder)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no config.yaml; give the folder of a run"):
-        run.read_settings(tmp_path)
+        rundir.read_settings(tmp_path)
 
 
 @pytest.mark.parametrize("from_run", [True, False], ids=["run", "adapter"])
 def test_a_merged_model_computes_what_the_adapted_one_does(from_run: bool) -> None:
-    folder, _ = run.finetune({**QUICK, "lr": 0.05})
-    settings = run.read_settings(folder)
-    model, spec, source = run.build(settings)
-    run.load_result(model, settings, folder)
+    folder, _ = finetune_run.finetune({**QUICK, "lr": 0.05})
+    settings = rundir.read_settings(folder)
+    model, spec, source = run_model.build(settings)
+    run_model.load_result(model, settings, folder)
     out = Path("merged.safetensors")
     if from_run:
         count = merge_run.merge_adapter(folder, out, None, False, None)
     else:
         count = merge_run.merge_adapter(folder / "adapter", out, "demo/letters_vit", False, None)
     assert count == 36
-    plain = run.rebuild(settings, 10).model
+    plain = run_model.rebuild(settings, 10).model
     plain.load_state_dict(load_file(out))
     images, _ = source.data(spec, training=False)[:20]  # type: ignore[misc]
     with torch.no_grad():
@@ -407,7 +410,7 @@ def test_a_merged_model_computes_what_the_adapted_one_does(from_run: bool) -> No
 
 
 def test_a_merged_file_says_what_it_holds() -> None:
-    folder, _ = run.finetune({**QUICK, "pretrained": True})
+    folder, _ = finetune_run.finetune({**QUICK, "pretrained": True})
     merge_run.merge_adapter(folder, Path("run.safetensors"), scale=0.5)
     digest = json.loads((folder / "adapter/selective.json").read_text())["base"]["digest"]
     expected = {
@@ -421,7 +424,7 @@ def test_a_merged_file_says_what_it_holds() -> None:
     merge_run.merge_adapter(folder / "adapter", Path("adapter.safetensors"), "demo/letters_vit", pretrained=True)
     with safe_open("adapter.safetensors", framework="pt") as file:
         assert file.metadata() == {**expected, "scale": "1.0"}
-    full, _ = run.finetune({**QUICK, "method": "full", "max_steps": 1})
+    full, _ = finetune_run.finetune({**QUICK, "method": "full", "max_steps": 1})
     merge_run.merge_adapter(full, Path("full.safetensors"), which="last")
     with safe_open("full.safetensors", framework="pt") as file:
         found = file.metadata()
@@ -429,26 +432,26 @@ def test_a_merged_file_says_what_it_holds() -> None:
 
 
 def test_a_base_weight_that_is_not_finite_is_not_written_into_a_merged_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    run.finetune({**QUICK, "max_steps": 1}, out=Path("run"))
+    finetune_run.finetune({**QUICK, "max_steps": 1}, out=Path("run"))
 
     def spoilt(*args: Any) -> Any:
-        built = run.rebuild(*args)
+        built = run_model.rebuild(*args)
         dict(built.model.named_parameters())["blocks.0.attn.qkv.weight"].data[-1, -1] = float("nan")
         return built
 
     monkeypatch.setattr(merge_run, "rebuild", spoilt)
-    with pytest.raises(CheckpointError, match=r"'blocks\.0\.attn\.qkv\.weight' would be written with NaN"):
+    with pytest.raises(CheckpointError, match=r"'blocks\.0\.attn\.qkv\.weight' holds NaN"):
         merge_run.merge_adapter(Path("run"), Path("merged.safetensors"))
     assert not Path("merged.safetensors").exists()
 
 
 def test_an_adapter_without_its_run_needs_the_name_of_its_model() -> None:
-    folder, _ = run.finetune(QUICK)
+    folder, _ = finetune_run.finetune(QUICK)
     with pytest.raises(ConfigError, match="is an adapter without its run; name its model"):
         merge_run.merge_adapter(folder / "adapter", Path("x.safetensors"), None, False, None)
-    full, _ = run.finetune({**QUICK, "method": "linear"})
-    plain = re.escape(f"method=linear, which has no LoRA blocks to show or to merge; its result is a plain model "
-                      f"already: {full / 'model/model.safetensors'}")  # fmt: skip
+    full, _ = finetune_run.finetune({**QUICK, "method": "linear"})
+    plain = re.escape(f"method=linear, which has no LoRA blocks to show or to merge; its result is already a "
+                      f"plain model: {full / 'model/model.safetensors'}")  # fmt: skip
     with pytest.raises(ConfigError, match=plain):
         merge_run.merge_adapter(full, Path("x.safetensors"), None, False, None)
 
@@ -458,61 +461,61 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 
 def test_a_refused_resume_leaves_the_settings_of_the_run() -> None:
-    folder, _ = run.finetune(QUICK)
+    folder, _ = finetune_run.finetune(QUICK)
     with open(folder / "checkpoints/step-00000004/tensors.safetensors", "rb+") as file:
         file.write(b"damage")
     before = contents(folder)
-    with pytest.raises(CheckpointError, match="is not what was written"):
-        run.finetune({"max_steps": 6}, resume=folder)
+    with pytest.raises(CheckpointError, match="is damaged: its SHA-256"):
+        finetune_run.finetune({"max_steps": 6}, resume=folder)
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json", "sha256sums.txt"])
-@pytest.mark.parametrize("way", ["go on from it in another folder: ", "or here: "])
+@pytest.mark.parametrize("way", ["continue from it in another folder: ", "or here: "])
 def test_beside_a_damaged_checkpoint_the_newest_intact_one_is_named_with_commands_that_work(
     file: str, way: str
 ) -> None:
-    run.finetune(QUICK, out=Path("run"))
+    finetune_run.finetune(QUICK, out=Path("run"))
     last = Path("run/checkpoints/step-00000004")
     (last / file).write_bytes(b"damage")
-    with pytest.raises(CheckpointError, match="The newest that is intact is step-00000002") as caught:
-        run.finetune({"max_steps": 6}, resume=Path("run"))
-    message = str(caught.value).partition(" or here: ")[0] if way.startswith("go") else str(caught.value)
+    with pytest.raises(CheckpointError, match="The newest intact one is step-00000002") as caught:
+        finetune_run.finetune({"max_steps": 6}, resume=Path("run"))
+    message = str(caught.value).partition(" or here: ")[0] if way.startswith("continue") else str(caught.value)
     if way == "or here: ":
         moved, _, message = message.rpartition(way)[2].partition(" && ")
         subprocess.run(shlex.split(moved), check=True)
         way = ""
-    folder, result = run.finetune(**ran(message, way or "or here: "))
+    folder, result = finetune_run.finetune(**ran(message, way or "or here: "))
     assert (folder, result.steps) == (Path("run-2" if way else "run"), 4)
 
 
-def test_where_no_checkpoint_is_intact_the_run_starts_anew_elsewhere() -> None:
-    run.finetune({**QUICK, "save_every": 0}, out=Path("run"))
+def test_where_no_checkpoint_is_intact_the_run_starts_again_elsewhere() -> None:
+    finetune_run.finetune({**QUICK, "save_every": 0}, out=Path("run"))
     (Path("run/checkpoints/step-00000004") / "state.json").write_bytes(b"{}")
-    with pytest.raises(CheckpointError, match="No other one of this run is intact") as caught:
-        run.finetune({}, resume=Path("run"))
-    assert run.finetune(**ran(str(caught.value), "start anew: "))[0] == Path("run-2")
+    with pytest.raises(CheckpointError, match="No other checkpoint of this run is intact") as caught:
+        finetune_run.finetune({}, resume=Path("run"))
+    assert finetune_run.finetune(**ran(str(caught.value), "start again: "))[0] == Path("run-2")
 
 
-def test_a_finished_run_without_checkpoints_is_started_over_in_another_folder() -> None:
-    run.finetune(QUICK, out=Path("run"))
+def test_a_finished_run_without_checkpoints_is_restarted_in_another_folder() -> None:
+    finetune_run.finetune(QUICK, out=Path("run"))
     shutil.rmtree("run/checkpoints")
-    with pytest.raises(CheckpointError, match="run holds no checkpoint; start its run over with") as caught:
-        run.finetune({}, resume=Path("run"))
-    assert run.finetune(**ran(str(caught.value), "over with: "))[0] == Path("run-2")
-    with pytest.raises(ConfigError, match="run holds a run already; choose another --out"):
-        run.finetune(QUICK, out=Path("run"))
+    with pytest.raises(CheckpointError, match="run holds no checkpoint; restart its run with") as caught:
+        finetune_run.finetune({}, resume=Path("run"))
+    assert finetune_run.finetune(**ran(str(caught.value), "restart its run with: "))[0] == Path("run-2")
+    with pytest.raises(ConfigError, match="run already holds a run; choose another --out"):
+        finetune_run.finetune(QUICK, out=Path("run"))
 
 
 def test_a_folder_that_another_run_writes_into_is_refused_before_a_model_is_built(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run.finetune(QUICK, out=Path("run"))
-    monkeypatch.setattr(run, "build", None)
-    code = "from pathlib import Path; from slora.runs.rundir import claimed\nwith claimed(Path('run')): input(print())"
+    finetune_run.finetune(QUICK, out=Path("run"))
+    monkeypatch.setattr(finetune_run, "build", None)
+    code = "from pathlib import Path; from slora.runs.lock import locked\nwith locked(Path('run')): input(print())"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(ConfigError, match="another run is writing into run; wait"):
-            run.finetune({"max_steps": 6}, resume=Path("run"))
+            finetune_run.finetune({"max_steps": 6}, resume=Path("run"))
         other.kill()

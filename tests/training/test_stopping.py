@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora import DataError, NonFiniteLossError
-from slora.runs.recorder import read_metrics
+from slora.runs import checkpoint_folders
+from slora.runs.metrics import read_metrics
 from slora.sources.data import InputSpec, open_data
-from slora.training import Interrupted, TrainSettings, checkpoint, prepare, train
+from slora.training import Interrupted, TrainSettings, prepare, train
 
 Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
@@ -50,7 +51,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_overwrites_nothing(
     what = f"the loss is {value} at step 11, though every layer is finite on its batch"
     for text in (what, f"check the criterion, then resume from {good}", "Nothing was overwritten"):
         assert text in str(caught.value)
-    assert checkpoint.newest(tmp_path) == good
+    assert checkpoint_folders.newest(tmp_path) == good
     *steps, last = read_metrics(tmp_path / "metrics.jsonl")
     assert all(record["step"] <= 10 for record in steps)
     assert last == {"step": 11, "error": what}
@@ -65,7 +66,7 @@ def test_a_checkpoint_due_right_after_the_loss_broke_is_not_written(
     settings = settings.replace(save_every=4, log_every=100)
     with pytest.raises(NonFiniteLossError, match=r"at step 8, .*step-00000004"):
         train(ready(make_model, settings), data, None, settings, tmp_path, criterion=broken_at(8))
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["step-00000004"]
+    assert [path.name for path in checkpoint_folders.checkpoints(tmp_path / "checkpoints")] == ["step-00000004"]
 
 
 def test_with_accumulation_the_step_of_a_broken_loss_is_the_optimizer_step(
@@ -95,7 +96,7 @@ def test_weights_that_are_not_finite_are_never_saved(
             ready(make_model, settings), data, None, settings, tmp_path,
             criterion=lambda logits, labels: F.cross_entropy(apply(logits), labels),
         )  # fmt: skip
-    assert checkpoint.checkpoints(tmp_path / "checkpoints") == []
+    assert checkpoint_folders.checkpoints(tmp_path / "checkpoints") == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -117,7 +118,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on_from_it_bit_for_bit(
 
     with pytest.raises(Interrupted) as caught:
         train(ready(make_model, settings), data, None, settings, tmp_path, criterion=interrupting)
-    assert caught.value.checkpoint == checkpoint.newest(tmp_path) == tmp_path / "checkpoints/step-00000005"
+    assert caught.value.checkpoint == checkpoint_folders.newest(tmp_path) == tmp_path / "checkpoints/step-00000005"
     assert signal.getsignal(number) is handler
     again = ready(make_model, settings)
     train(again, data, None, settings, tmp_path, resume=caught.value.checkpoint)

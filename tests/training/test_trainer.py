@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 from slora import ConfigError
 from slora.gates.values import gates
 from slora.layers import adapted_layers
-from slora.runs.recorder import read_metrics
+from slora.runs.metrics import read_metrics
 from slora.training import TrainSettings, prepare, train
 from slora.training.optimizers import lr_scale
 

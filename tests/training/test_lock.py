@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slora import ConfigError
 from slora.runs import rundir
-from slora.runs.rundir import claimed
+from slora.runs.lock import locked
 from slora.training import TrainSettings, prepare, train
 
 pytestmark = pytest.mark.once
@@ -29,7 +29,7 @@ Pair = tuple[Tensor, Tensor]
 @contextmanager
 def elsewhere(code: str) -> Iterator[subprocess.Popen[str]]:
     """A process that has run `code` and is inside it still."""
-    code = f"import os, time\nfrom pathlib import Path\nfrom slora.runs.rundir import claimed\n{code}"
+    code = f"import os, time\nfrom pathlib import Path\nfrom slora.runs.lock import locked\n{code}"
     process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -40,7 +40,7 @@ def elsewhere(code: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-HOLD = "with claimed(Path({!r})):\n    print('held', flush=True)\n    input()"
+HOLD = "with locked(Path({!r})):\n    print('held', flush=True)\n    input()"
 
 
 def test_a_folder_that_another_process_trains_in_is_refused_and_left_as_it_is(
@@ -69,31 +69,31 @@ def test_a_folder_that_another_thread_trains_in_is_refused(
         except BaseException as error:
             refused.append(error)
 
-    with claimed(tmp_path), claimed(tmp_path):
+    with locked(tmp_path), locked(tmp_path):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
     assert [type(error) for error in refused] == [ConfigError]
-    with claimed(tmp_path):
+    with locked(tmp_path):
         pass
 
 
 def test_a_killed_run_holds_its_folder_no_longer_although_its_reading_processes_live(tmp_path: Path) -> None:
     fork = """
-with claimed(Path({!r})):
+with locked(Path({!r})):
     if os.fork() == 0:
         print('held', flush=True)
         time.sleep(60)
     input()
 """
     with elsewhere(fork.format(str(tmp_path))) as other:
-        with pytest.raises(ConfigError, match="another run"), claimed(tmp_path):
+        with pytest.raises(ConfigError, match="another run"), locked(tmp_path):
             pass
         children = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
         other.kill()
         other.wait()
         try:
-            with claimed(tmp_path):
+            with locked(tmp_path):
                 pass
         finally:
             for child in children:
@@ -139,32 +139,32 @@ def test_an_old_checkpoint_that_is_a_link_is_removed_without_what_it_points_to(
     assert json.loads((tmp_path / "theirs/checkpoints/step-00000001/state.json").read_text())["step"] == 1
 
 
-def test_the_folder_is_looked_at_again_once_it_is_claimed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from slora.training import run
+def test_the_folder_is_looked_at_again_once_it_is_locked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from slora.training import finetune_run, run_model
 
     quick: dict[str, Any] = {
         "model": "demo/letters_vit", "data": "digits", "r": 2, "max_steps": 2, "batch_size": 8, "device": "cpu",
         "precision": "fp32", "log_every": 1, "save_every": 1, "eval_every": 0, "tensorboard": False,
         "count_flops": False, "head_first": 0,
     }  # fmt: skip
-    build = run.build
+    build = run_model.build
 
     def second(first: Callable[[], Any]) -> None:
         """Let `first` come and go while the model of the next run is built."""
 
         def built(settings: TrainSettings) -> Any:
-            monkeypatch.setattr(run, "build", build)
+            monkeypatch.setattr(finetune_run, "build", build)
             first()
             return build(settings)
 
-        monkeypatch.setattr(run, "build", built)
+        monkeypatch.setattr(finetune_run, "build", built)
 
     out = tmp_path / "out"
-    second(lambda: run.finetune(quick, out=out))
-    with pytest.raises(ConfigError, match="holds a run already"):
-        run.finetune({**quick, "lr": 0.5}, out=out)
+    second(lambda: finetune_run.finetune(quick, out=out))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        finetune_run.finetune({**quick, "lr": 0.5}, out=out)
     assert rundir.read_settings(out).lr != 0.5
-    second(lambda: run.finetune({"max_steps": 3}, resume=out))
-    with pytest.raises(ConfigError, match="holds step-00000003 already"):
-        run.finetune({"max_steps": 4}, resume=out)
+    second(lambda: finetune_run.finetune({"max_steps": 3}, resume=out))
+    with pytest.raises(ConfigError, match="already holds step-00000003"):
+        finetune_run.finetune({"max_steps": 4}, resume=out)
     assert rundir.read_settings(out).max_steps == 3

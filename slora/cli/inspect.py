@@ -1,0 +1,87 @@
+"""`slora inspect`: prints the blocks of an adapter as a table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slora.cli.checkpoint_option import CHECKPOINT, check_early, note_undecided
+from slora.runs.results import duration
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Adapter directory, or run directory of slora finetune.")],
+    checkpoint: Annotated[str | None, typer.Option(help=CHECKPOINT)] = None,
+) -> None:
+    """Show which blocks of an adapter are active ('#') or inactive ('.'), with their gates.
+
+    \b
+    Examples:
+        slora inspect runs/letters_vit-digits-selective
+        slora inspect runs/letters_vit-digits-selective --checkpoint last
+    """
+    from slora.adapters.files import SELECTIVE, read_selective
+    from slora.io.bounded import read_json
+    from slora.runs.metrics import METRICS, read_metrics
+    from slora.runs.results import adapter_of, read_result
+    from slora.runs.rundir import CONFIG, RESULT, read_settings
+
+    if checkpoint is not None:
+        check_early(folder, checkpoint)
+        from slora.training.run_model import blocks_of
+
+        name, content = blocks_of(folder, checkpoint)
+        _show_blocks(content)
+        print(f"checkpoint {name}")
+        note_undecided(folder, checkpoint)
+        return
+    adapter = adapter_of(folder)
+    # Checked by read_selective, but shown as the file has it.
+    read_selective(adapter)
+    content = read_json(adapter / SELECTIVE)
+    active, blocks = _show_blocks(content)
+    if (folder / RESULT).exists():
+        result = read_result(folder)
+        if result["accuracy"] is not None:
+            print(f"accuracy {result['accuracy']:.2%} after {result['steps']} steps, {duration(result['seconds'])}")
+    from slora.runs.outcome import explained
+
+    asked = {"asked": content["asked"]} if content.get("asked") else {}
+    settings = read_settings(folder).to_dict() if (folder / CONFIG).exists() else content["config"] | asked
+    records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
+    if text := explained(active, blocks, settings, records):
+        print(text)
+
+
+def _show_blocks(content: dict[str, Any]) -> tuple[int, int]:
+    """Print the content of `selective.json` and return its numbers of blocks: (active, all)."""
+    print(block_table(content["layers"], content["base"]["shapes"]))
+    print(f"threshold {content['config']['threshold']}; base model {content['base']['class']}")
+    layers = content["layers"].values()
+    return sum(len(entry["active"]) for entry in layers), sum(entry["blocks"] for entry in layers)
+
+
+def block_table(layers: dict[str, Any], shapes: dict[str, list[int]]) -> str:
+    """Return a line per layer: shape, rank, which blocks are active, gates.
+
+    Args:
+        layers: "layers" of `selective.json`.
+        shapes: of the adapted weights, by layer.
+    """
+    width = max([5, *map(len, layers)])
+    lines = [f"{'layer':{width}}  {'in -> out':>14}  {'r':>3}  {'active':>8}  gates"]
+    # JSON sorts names as text; here numbers sort by value.
+    for name in sorted(
+        layers, key=lambda name: [part.zfill(9) if part.isdigit() else part for part in name.split(".")]
+    ):
+        entry = layers[name]
+        marks = "".join("#" if i in entry["active"] else "." for i in range(entry["blocks"]))
+        shape = "{1} -> {0}".format(*shapes[name])
+        gates = " ".join(f"{gate:.3f}" for gate in entry["gate"])
+        lines.append(f"{name:{width}}  {shape:>14}  {entry['r']:>3}  {marks:>8}  {gates}")
+    active = sum(len(entry["active"]) for entry in layers.values())
+    blocks = sum(entry["blocks"] for entry in layers.values())
+    lines.append(f"{active} of {blocks} blocks active ({active / max(1, blocks):.1%})")
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""The model of a run: built by name, then filled with the result of the run or with a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slora.adapters.adapter import load_adapter, selective
+from slora.adapters.tensors import read_safetensors
+from slora.errors import CheckpointError, DamagedCheckpointError
+from slora.runs import results, rundir
+from slora.runs.checkpoint_folders import chosen
+from slora.runs.rundir import ADAPTER, MODEL, read_settings
+from slora.runs.settings import TrainSettings
+from slora.sources import models
+from slora.sources.data import InputSpec, Source, open_data
+from slora.sources.data_names import check_name
+from slora.training.checkpoint_load import Checkpoint, check_values
+from slora.training.fingerprint import fingerprint
+from slora.training.methods import prepare
+
+
+def build(settings: TrainSettings) -> tuple[nn.Module, InputSpec, Source]:
+    """Return the plain model of a run, the images it takes, and its data set.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see `open_data` and `models.build`.
+    """
+    models.check_name(settings.model, settings.pretrained)
+    source = open_data(check_name(settings.data), settings.data_root, settings.download)
+    return *rebuild(settings, len(source.classes)), source
+
+
+def rebuild(settings: TrainSettings, classes: int) -> models.Built:
+    """Return the plain model of a run and its input format; the initial weights are the same at every call."""
+    assert settings.model is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return models.build(settings.model, classes, settings.pretrained, settings.img_size, settings.model_args)
+
+
+def rebuild_for(run_dir: Path, settings: TrainSettings) -> nn.Module:
+    """Return the plain model of the run in `run_dir`; its data set is opened only if the run saved no labels.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see `build`.
+    """
+    labels = results.labels(run_dir)
+    if labels is None:
+        return build(settings)[0]
+    models.check_name(settings.model, settings.pretrained)
+    return rebuild(settings, len(labels)).model
+
+
+def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path, folder: Path | None = None) -> nn.Module:
+    """Load the result of a run into its plain model, in place, and return it.
+
+    Args:
+        settings: the run's, from `rundir.read_settings`.
+        folder: one of its checkpoints, see `chosen`; None for the result of a finished run.
+
+    Raises:
+        CheckpointError: the run is not finished, or its files are damaged or of another model.
+    """
+    if folder is not None:
+        prepare(model, settings=settings)
+        Checkpoint(folder, model, settings, fingerprint(model)).restore()
+        return model
+    if settings.method in ("selective", "lora"):
+        if not (run_dir / ADAPTER).is_dir():
+            raise results.unfinished(run_dir / ADAPTER, run_dir)
+        return load_adapter(model, run_dir / ADAPTER)
+    path = run_dir / MODEL / rundir.WEIGHTS
+    if not path.exists():
+        raise results.unfinished(path, run_dir)
+    found = read_safetensors(path, "use another checkpoint", DamagedCheckpointError)
+    state = model.state_dict()
+    # Of tied tensors the file holds the first.
+    loaded = {_storage(state[name]) for name in found if name in state}
+    expected = {name: value for name, value in state.items() if name in found or _storage(value) not in loaded}
+    try:
+        check_values("tensor", found, expected)
+    except ValueError as error:
+        raise CheckpointError(f"{path} does not fit this {type(model).__name__} or is damaged: {error}") from error
+    with torch.no_grad():
+        for name, value in found.items():
+            state[name].copy_(value)
+    return model
+
+
+def _storage(value: torch.Tensor) -> tuple[object, ...]:
+    return value.data_ptr(), value.shape, value.stride(), value.dtype
+
+
+def blocks_of(run_dir: Path, which: str) -> tuple[str, dict[str, Any]]:
+    """Return the name of a checkpoint of a run, and its blocks as `selective.json` would list them.
+
+    Raises:
+        ConfigError: the folder holds no run, or its method has no blocks.
+        CheckpointError: see `load_result` and `chosen`.
+    """
+    settings = read_settings(run_dir)
+    if settings.method not in ("selective", "lora"):
+        raise results.without_blocks(run_dir, settings.method, "to show")
+    folder = chosen(run_dir, which)
+    model = load_result(rebuild_for(run_dir, settings), settings, run_dir, folder)
+    return folder.name, selective(model)
