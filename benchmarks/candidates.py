@@ -3,8 +3,8 @@
     --device cuda|cpu   on the CPU tiny shapes, interpreted and not timed
     --seconds S         all the time there is
 
-Every form of every operation (`slora.ops.backends.triton`) with every tile size runs with one block and with two of
-three active, which the host knows or only the device, and once with results of more than 2^31 elements. It is compared
+Every algorithm of every operation (`slora.ops.backends.algorithms`) with every tile size runs with one block and with
+two of three active, which the host knows or only the device, and once with more than 2^31 results. It is compared
 with the fp32 reference and may be twice as far from it as PyTorch's bf16 is, plus one unit. Unwritten elements are NaN.
 
 First processes on all cores compile and check side by side; they share Triton's cache on disk. Then one process times
@@ -41,7 +41,7 @@ from benchmarks.implementations.layer import SCALING, THRESHOLD, Problem, Shape
 from benchmarks.results import environment, folder_name, process_began, write_result
 from benchmarks.timing import ieee_fp32
 from slora.ops.backends import Needs, autotune
-from slora.ops.backends.triton import Forward, InputGradient, Operation, WeightGradients
+from slora.ops.backends.algorithms import Forward, InputGradient, Operation, WeightGradients
 from slora.ops.operands import LoRAOperands
 
 # Of all the time, what compiling may take; the longest for one candidate; how often the file is written, in seconds.
@@ -59,7 +59,7 @@ class Point(NamedTuple):
 
 
 class Task(NamedTuple):
-    """A candidate: indices into `points(device)` and into the forms of the operation."""
+    """A candidate: indices into `points(device)` and into the algorithms of the operation."""
 
     device: str
     point: int
@@ -70,7 +70,7 @@ class Task(NamedTuple):
 def points(device: str) -> list[Point]:
     """One block, and two active ones of three; last the large one."""
     if device == "cpu":
-        # Wide enough for the forms of several column tiles.
+        # Wide enough for the algorithms of several column tiles.
         return [Point(Shape(32, 48, 24, 4, 2, 3, "fp32"), False), Point(Shape(136, 264, 40, 4, 1, 1, "fp32"), True, 8)]
     one, three = Shape(768, 3072, 1000, 16, 1, 1, "bf16"), Shape(768, 2304, 1000, 16, 2, 3, "bf16")
     small = [Point(shape, host_known) for shape in (one, three) for host_known in (True, False)]
@@ -110,7 +110,7 @@ class Case:
             # Fills what is allocated with NaN: a result could lie where the one before has left the right numbers.
             torch.use_deterministic_algorithms(True, warn_only=True)
             try:
-                results: Any = of.compute(of.forms()[form])
+                results: Any = of.compute(of.algorithms()[form])
             finally:
                 torch.use_deterministic_algorithms(False)
         found = dict(zip(RESULTS[operation], results, strict=True))
@@ -152,7 +152,7 @@ def measure(task: Task) -> workers.Outcome:
     outcome: workers.Outcome = check(task) if points(task.device)[task.point].ends else {"state": "right"}
     if outcome["state"] == "right" and task.device != "cpu":
         operation = case(task.device, task.point).operations[task.operation]
-        compute = functools.partial(operation.compute, operation.forms()[task.form])
+        compute = functools.partial(operation.compute, operation.algorithms()[task.form])
         outcome["milliseconds"] = round(autotune._milliseconds(compute, operation.rows.device), 5)
     return outcome
 
@@ -163,7 +163,7 @@ def listed(device: str) -> dict[Task, dict[str, Any]]:
     for i, (shape, host_known, _) in enumerate(points(device)):
         spelled = {**shape.point, "blocks": shape.blocks, "activity": "host" if host_known else "device"}
         for name, operation in Case(Point(replace(shape, M=8), host_known), device).operations.items():
-            for j, form in enumerate(operation.forms()):
+            for j, form in enumerate(operation.algorithms()):
                 entry = {"point": spelled, "operation": name, "form": str(form), "state": workers.NO_TIME}
                 entries[Task(device, i, name, j)] = entry
     return entries

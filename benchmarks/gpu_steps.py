@@ -35,7 +35,7 @@ GRACE = 6.0
 LEAST = 3.0
 TIME_UP = "the time was up"
 # Tested first, because a cut loses what is at the end: every kernel's values, the operator, and the merge.
-FIRST = ("tests/kernels/test_forms.py", "tests/kernels/test_operator.py", "tests/merging/test_batched_cuda.py")
+FIRST = ("tests/kernels/test_algorithms.py", "tests/kernels/test_operator.py", "tests/merging/test_batched_cuda.py")
 METRICS = {
     "gpu__time_duration.sum": "duration",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",

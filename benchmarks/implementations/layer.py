@@ -32,7 +32,7 @@ from benchmarks.results import Missing
 from benchmarks.roofline import DTYPES
 from slora import reference
 from slora.ops import dispatch
-from slora.ops.backends import triton
+from slora.ops.backends import algorithms
 
 THRESHOLD = 0.5
 SCALING = 0.5
@@ -211,13 +211,13 @@ def taken_algorithm(call: Callable[[], Any]) -> str | None:
     On a GPU those of a CUDA graph, which is what is timed: there only the device knows the active blocks.
     """
     taken: dict[str, str] = {}
-    compute = triton.Linear.compute
+    compute = algorithms.Linear.compute
 
-    def noted(operation: triton.Linear, form: triton.Form) -> Any:
-        taken[operation.key[0]] = form.name
-        return compute(operation, form)
+    def noted(operation: algorithms.Linear, algorithm: algorithms.Algorithm) -> Any:
+        taken[operation.key[0]] = algorithm.name
+        return compute(operation, algorithm)
 
-    with mock.patch.object(triton.Linear, "compute", noted), slora.gates_on_device():
+    with mock.patch.object(algorithms.Linear, "compute", noted), slora.gates_on_device():
         call()
     return "/".join(dict.fromkeys(taken[part] for part in ("forward", "input gradient") if part in taken)) or None
 

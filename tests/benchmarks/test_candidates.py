@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import candidates
-from slora.ops.backends.triton import Forward, InputGradient, WeightGradients
+from slora.ops.backends.algorithms import Forward, InputGradient, WeightGradients
 
 pytestmark = [
     pytest.mark.usefixtures("no_processes"),

@@ -16,7 +16,7 @@ from slora.kernels import (
     skinny,
     weight_gradients,
 )  # fmt: skip
-from slora.ops.backends.triton import Forward, InputGradient
+from slora.ops.backends.algorithms import Forward, InputGradient
 from slora.ops.operands import LoRAOperands
 
 
@@ -96,7 +96,7 @@ def test_every_form_computes_on_a_gpu_that_is_not_the_current_one() -> None:
         operands = LoRAOperands(A, B, torch.ones(1, device=device), 0.1, 1.0)
         found = []
         for operation in (Forward(x, W, None, operands), InputGradient(dy, W, None, operands)):
-            found += [t for form in operation.forms() for t in operation.compute(form)]
+            found += [t for form in operation.algorithms() for t in operation.compute(form)]
         S, T = skinny.products(x, operands, forward=True), skinny.products(dy, operands, forward=False)
         found += weight_gradients.weight_gradients(
             x, dy, S, T, operands, (True,) * 3, configs.weight_gradients(launch.arch(x.device), 16)[0]

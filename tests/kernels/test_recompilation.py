@@ -49,9 +49,9 @@ def step(M=64, scaling=1.0, threshold=0.1, scores=(0.3, 0.0, 0.2), p=0.0, host_k
     active = [i for i, score in enumerate(scores) if score >= threshold] if host_known else None
     operands = LoRAOperands(A, B, gate, threshold, scaling, active, p, torch.tensor(seed) if p else None)
     def choose(operation):
-        forms = operation.forms()
+        forms = operation.algorithms()
         return next((f for f in forms if f.name == form), forms[0])
-    triton._form = choose
+    triton._algorithm = choose
     backend = triton.Triton()
     _, S = backend.forward(x, W, bias, operands)
     backend.backward(dy, x, S, W, operands, Needs(True, True, True, True))

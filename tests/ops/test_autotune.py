@@ -1,4 +1,4 @@
-"""The choice of a form by measurement: what is measured, when, and what is remembered where."""
+"""The choice of an algorithm by measurement: what is measured, when, and what is remembered where."""
 
 from __future__ import annotations
 
@@ -226,18 +226,18 @@ def test_calls_are_queued_behind_a_delay_between_two_events(monkeypatch: pytest.
 
 
 class Operation:
-    """Takes the time that the form says."""
+    """Takes the time that the algorithm says."""
 
     def __init__(self, M: int = 100, host_known: bool = True, **milliseconds: float) -> None:
         self.rows, self.milliseconds, self.listed = torch.zeros(M, 1), milliseconds, 0
         self.key = ("forward", 8, 8, 1, 1, 4, torch.float16, False, host_known)
 
-    def forms(self) -> list[triton.Form]:
+    def algorithms(self) -> list[triton.Algorithm]:
         self.listed += 1
-        return [triton.Form(name) for name in self.milliseconds]
+        return [triton.Algorithm(name) for name in self.milliseconds]
 
-    def compute(self, form: triton.Form) -> tuple[str, float]:
-        return form.name, self.milliseconds[form.name]
+    def compute(self, algorithm: triton.Algorithm) -> tuple[str, float]:
+        return algorithm.name, self.milliseconds[algorithm.name]
 
 
 @pytest.fixture
@@ -246,7 +246,7 @@ def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_forgotten")
-def test_an_operation_runs_in_the_form_that_was_measured_and_is_not_looked_at_again(clock: Clock) -> None:
+def test_an_operation_runs_the_algorithm_that_was_measured_and_is_not_looked_at_again(clock: Clock) -> None:
     operation = Operation(fused=2.0, split=1.0)
     assert [triton._run(operation) for _ in range(3)] == [("split", 1.0)] * 3
     assert (operation.listed, clock.measured) == (1, ["fused", "split"])

@@ -174,8 +174,10 @@ def environment(device: torch.device) -> str:
     """Return what a choice is valid for: the device, the versions, and a hash of the kernels and the algorithms."""
     import importlib.metadata
 
-    digest, here = hashlib.sha256(), Path(__file__).parent
-    for source in (*sorted((here.parents[1] / "kernels").glob("*.py")), here / "triton.py", here / "eager.py"):
+    here = Path(__file__).parent
+    sources = [here / name for name in ("algorithms.py", "triton.py", "eager.py")]
+    digest = hashlib.sha256()
+    for source in (*sorted((here.parents[1] / "kernels").glob("*.py")), *sources):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     triton, kernels = importlib.metadata.version("triton"), digest.hexdigest()[:12]

@@ -21,7 +21,7 @@ from slora.ops.operands import LoRAOperands
 
 
 class Eager:
-    """See the head of this file."""
+    """The backend of PyTorch calls; see the head of this file."""
 
     name = "eager"
 

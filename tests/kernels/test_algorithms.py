@@ -1,4 +1,4 @@
-"""Every form of every operation, with every tile size that may be chosen, against the formulas in fp64."""
+"""Every algorithm of every operation, with every tile size that may be chosen, against the formulas in fp64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from slora.kernels import configs, launch, linear, skinny
 from slora.kernels.weight_gradients import row_splits
 from slora.ops.backends import Needs
-from slora.ops.backends.triton import Form, Forward, InputGradient, WeightGradients
+from slora.ops.backends.algorithms import Algorithm, Forward, InputGradient, WeightGradients
 
 # M, K, n, blocks, r, which blocks are active: rows of 1, 5, 123 and 197, and columns that are no powers of two.
 SHAPES = {
@@ -33,13 +33,15 @@ SHAPES = {
 }  # fmt: skip
 
 
-def by_name(forms: list[Form], every_tile: bool = False) -> list[Form]:
+def by_name(algorithms: list[Algorithm], every_tile: bool = False) -> list[Algorithm]:
     """The first of each name, or all."""
-    return forms if every_tile else list({form.name: form for form in reversed(forms)}.values())
+    return (
+        algorithms if every_tile else list({algorithm.name: algorithm for algorithm in reversed(algorithms)}.values())
+    )
 
 
-def results(p: Any, every_tile: bool = False) -> dict[str, list[tuple[Form, dict[str, Tensor]]]]:
-    """What each form of each operation computes, with S and T of the formulas for the weight gradients."""
+def results(p: Any, every_tile: bool = False) -> dict[str, list[tuple[Algorithm, dict[str, Tensor]]]]:
+    """What each algorithm of each operation computes, with S and T of the formulas for the weight gradients."""
     forward = Forward(p.x, p.W, p.bias, p.operands)
     backward = InputGradient(p.dy, p.W, None, p.operands)
     exact = p.computed_in(torch.float64)
@@ -48,8 +50,8 @@ def results(p: Any, every_tile: bool = False) -> dict[str, list[tuple[Form, dict
     operations = {"y": (forward, "y S"), "dx": (backward, "dx T"), "weights": (weights, "dA dB dgate")}
     return {
         name: [
-            (form, dict(zip(keys.split(), operation.compute(form), strict=True)))
-            for form in by_name(operation.forms(), every_tile)
+            (algorithm, dict(zip(keys.split(), operation.compute(algorithm), strict=True)))
+            for algorithm in by_name(operation.algorithms(), every_tile)
         ]
         for name, (operation, keys) in operations.items()
     }
@@ -75,8 +77,8 @@ def test_every_form_agrees_with_the_formulas(
     dtype = {"exact": exact_dtype, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     p = make_problem(M, K, n, blocks, r, which, dtype, host_known, bias=M != 5)
     for found in results(p).values():
-        for form, values in found:
-            p.compare(assert_as_exact_as, values, str(form))
+        for algorithm, values in found:
+            p.compare(assert_as_exact_as, values, str(algorithm))
 
 
 @pytest.mark.parametrize(("K", "n", "blocks"), [(136, 272, 1), (136, 64, 3)])
@@ -85,8 +87,8 @@ def test_every_tile_size_computes_the_same(
 ) -> None:
     p = make_problem(70, K, n, blocks, 12, "all", torch.float16)
     for found in results(p, every_tile=True).values():
-        for form, values in found:
-            p.compare(assert_as_exact_as, values, str(form))
+        for algorithm, values in found:
+            p.compare(assert_as_exact_as, values, str(algorithm))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
@@ -100,8 +102,8 @@ def test_the_tiles_of_other_archs_compute_the_same(
     for shape in ((70, 72, 136, 1, 16, "all"), (37, 40, 64, 3, 8, "some"), (5, 40, 24, 3, 128, "all")):
         p = make_problem(*shape, host_known=shape[3] > 1)
         for found in results(p).values():
-            for form, values in found:
-                p.compare(assert_as_exact_as, values, str(form))
+            for algorithm, values in found:
+                p.compare(assert_as_exact_as, values, str(algorithm))
 
 
 @pytest.mark.parametrize(
@@ -116,14 +118,14 @@ def test_dropout_masks_x_on_the_LoRA_path_only(
         70, 72, 40, blocks, r, which, exact_dtype if host_known else torch.float16, host_known, dropout=0.3
     )
     found = results(p)
-    assert {form.name for form, _ in found["dx"]} == {"precomputed"}
-    assert "fused" not in {form.name for form, _ in found["y"]}
+    assert {algorithm.name for algorithm, _ in found["dx"]} == {"precomputed"}
+    assert "fused" not in {algorithm.name for algorithm, _ in found["y"]}
     for values in itertools.chain.from_iterable(found.values()):
         p.compare(assert_as_exact_as, values[1], str(values[0]))
 
 
 def names(operation: Any) -> set[str]:
-    return {form.name for form in operation.forms()}
+    return {algorithm.name for algorithm in operation.algorithms()}
 
 
 def test_the_candidates_are_the_forms_that_may_be_the_fastest(make_problem: Callable[..., Any]) -> None:
@@ -149,7 +151,7 @@ def test_split_leaves_the_first_tile_of_columns_to_the_fused_kernel(
     filled = []
     monkeypatch.setattr(linear, "precomputed", lambda *_, out, begin, **__: filled.append(begin))
     for operation in (Forward(p.x, p.W, p.bias, p.operands), InputGradient(p.dy, p.W, None, p.operands)):
-        split = next(form for form in operation.forms() if form.name == "split")
+        split = next(algorithm for algorithm in operation.algorithms() if algorithm.name == "split")
         result = operation.compute(split)[0]
         assert filled.pop() == split.tiles[0].BN
         assert result[:, : split.tiles[0].BN].isfinite().all()
@@ -166,9 +168,9 @@ def test_nothing_of_an_inactive_block_is_read(host_known: bool, make_problem: Ca
         S[:, 4:8], T[:, 4:8] = math.nan, math.nan
     assert skinny.products(p.dy, p.operands, forward=False).isfinite().all()
     operation = WeightGradients(p.x, p.dy, S, T, p.operands, Needs(True, True, True, True))
-    for form in operation.forms():
-        if form.name == "one_pass":
-            assert all(t.isfinite().all() for t in operation.compute(form)), form
+    for algorithm in operation.algorithms():
+        if algorithm.name == "one_pass":
+            assert all(t.isfinite().all() for t in operation.compute(algorithm)), algorithm
 
 
 @pytest.mark.usefixtures("fenced")
@@ -182,9 +184,9 @@ def test_a_gate_that_moved_since_the_host_counted_writes_and_reads_nothing_out_o
     p.active = list(range(packed))
     p.operands = p.operands._replace(active=p.active)
     for found in results(p).values():
-        for form, values in found:
-            if not form.name.startswith("cublas"):
-                p.compare(assert_as_exact_as, values, str(form))
+        for algorithm, values in found:
+            if not algorithm.name.startswith("cublas"):
+                p.compare(assert_as_exact_as, values, str(algorithm))
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3))[:-1], ids=str)
@@ -196,18 +198,18 @@ def test_only_the_weight_gradients_that_are_needed_are_computed(
     S, T = (exact[name].to(p.x) for name in "ST")
     x, T = (p.x, T) if needs[0] else (None, None)
     operation = WeightGradients(x, p.dy, S, T, p.operands, Needs(False, *needs))
-    for form in by_name(operation.forms()):
-        found = dict(zip(("dA", "dB", "dgate"), operation.compute(form), strict=True))
+    for algorithm in by_name(operation.algorithms()):
+        found = dict(zip(("dA", "dB", "dgate"), operation.compute(algorithm), strict=True))
         assert tuple(value is not None for value in found.values()) == needs
-        p.compare(assert_as_exact_as, {name: t for name, t in found.items() if t is not None}, str(form))
+        p.compare(assert_as_exact_as, {name: t for name, t in found.items() if t is not None}, str(algorithm))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
 def test_two_runs_give_the_same_bits(make_problem: Callable[..., Any]) -> None:
     p = make_problem(197, 24, 32, 3, 16, "some", host_known=False)
     for first, second in zip(results(p).values(), results(p).values(), strict=True):
-        for (form, one), (_, two) in zip(first, second, strict=True):
-            assert all(torch.equal(one[name], two[name]) for name in one), form
+        for (algorithm, one), (_, two) in zip(first, second, strict=True):
+            assert all(torch.equal(one[name], two[name]) for name in one), algorithm
 
 
 def test_an_element_may_lie_beyond_2_to_the_31(
@@ -223,8 +225,8 @@ def test_an_element_may_lie_beyond_2_to_the_31(
         far.copy_(near)
         setattr(p, name, far)
     for found in results(p).values():
-        for form, values in found:
-            p.compare(assert_as_exact_as, values, str(form))
+        for algorithm, values in found:
+            p.compare(assert_as_exact_as, values, str(algorithm))
 
 
 @pytest.mark.gpu
@@ -234,10 +236,10 @@ def test_a_layer_of_more_than_2_to_the_31_elements_is_right_at_its_end(make_prob
     p.x = torch.randn(M, 768, dtype=torch.bfloat16, device=p.x.device)
     operation = Forward(p.x, p.W, p.bias, p.operands)
     end = Forward(p.x[-200:].clone(), p.W, p.bias, p.operands)
-    for form in by_name(operation.forms()):
-        if not form.name.startswith("cublas"):
-            for whole, part in zip(operation.compute(form), end.compute(form), strict=True):
-                assert torch.equal(whole[-200:], part), form
+    for algorithm in by_name(operation.algorithms()):
+        if not algorithm.name.startswith("cublas"):
+            for whole, part in zip(operation.compute(algorithm), end.compute(algorithm), strict=True):
+                assert torch.equal(whole[-200:], part), algorithm
 
 
 @pytest.mark.parametrize("tiles", [1, 3, 12, 100, 263, 1000])
