@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
+import math
 import os
 import platform
 import re
@@ -26,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,8 +46,6 @@ NOT_MEASURED = "not measured"
 # Measures in seconds.
 TIMES = {"seconds", "device_seconds", "forward", "forward_backward", "eager"}
 
-Grid = Literal["tiny", "quick", "default", "full"]
-GRIDS: tuple[Grid, ...] = get_args(Grid)
 Row = dict[str, Any]
 
 
@@ -239,25 +238,21 @@ class Settings:
     """What the command line asks for.
 
     Attributes:
-        device: "cpu" or "cuda".
         grid: "tiny" only shows that the code runs, "quick" touches every kind of point, "default" covers the targets,
             "full" is the whole grid.
         rounds: repetitions of every implementation; None: what suits the grid.
         only: parts of the names of implementations; empty: all.
-        seconds: the time that the case may take from `started` on, None without limit. A case asks `stop` before
-            every point: its first one is measured in any case, with few repetitions where the time is up.
-        started: when that time began, on the clock of `time.monotonic`.
+        seconds: the time that the case may take from `started` on (of `time.monotonic`), None without limit.
         stopped: whether the grid was left before its end.
     """
 
     device: str = "cpu"
-    grid: Grid = "default"
+    grid: str = "default"
     rounds: int | None = None
     only: tuple[str, ...] = ()
     seconds: float | None = None
     started: float = field(default_factory=time.monotonic)
     stopped: bool = False
-    begun: int = 0
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -274,130 +269,83 @@ class Settings:
         """Whether a GPU is measured."""
         return self.device == "cuda"
 
-    @property
-    def most_inputs(self) -> int | None:
-        """The most sets of inputs that are made, None for what suits the device (`timing.rotation`)."""
-        return 2 if self.grid == "tiny" else None
-
     def repetitions(self, usual: int) -> int:
         """How many rounds to take where `usual` would do."""
-        if self.rounds is not None:
-            return self.rounds
-        return max(FEWEST_ROUNDS, {"tiny": 0, "quick": usual // 2}.get(self.grid, usual))
+        return self.rounds or max(FEWEST_ROUNDS, {"tiny": 0, "quick": usual // 2}.get(self.grid, usual))
 
     def wanted(self, implementation: str) -> bool:
         """Whether this implementation takes part."""
         return not self.only or any(part in implementation for part in self.only)
 
-    def at_most(self, seconds: float) -> float:
-        """`seconds`, or what is left where that is less: how long repetitions may go on."""
-        return seconds if self.seconds is None else max(0.0, min(seconds, self._left(self.seconds)))
-
-    def over(self) -> bool:
-        """Whether the time is up."""
-        return self.seconds is not None and self._left(self.seconds) <= 0
-
-    def stop(self) -> bool:
-        """Whether to leave the grid before its next point, which otherwise begins."""
-        self.stopped = self.begun > 0 and self.over()
-        self.begun += 1
-        return self.stopped
-
-    def _left(self, seconds: float) -> float:
-        return seconds - (time.monotonic() - self.started)
+    def left(self) -> float:
+        """Seconds that are left."""
+        return math.inf if self.seconds is None else max(0.0, self.seconds - (time.monotonic() - self.started))
 
 
-@dataclass(frozen=True)
-class Case:
-    """A case by name; `run(settings, ceilings, name)` of `benchmarks/cases/<module>.py` yields its rows."""
+class Case(NamedTuple):
+    """A case by name. `benchmarks/cases/<module>.py` has its `grid(settings, name)` and how a point is measured."""
 
     name: str
     module: str
     summary: str
     devices: tuple[str, ...] = ("cpu", "cuda")
 
-    def run(self, settings: Settings, ceilings: dict[str, Any]) -> Iterator[Row]:
-        """Yield the rows; the module, and with it the peers, is imported here."""
-        rows: Iterator[Row] = importlib.import_module(f"benchmarks.cases.{self.module}").run(
-            settings, ceilings, self.name
-        )
-        return rows
+    def measure(self, settings: Settings, ceilings: dict[str, Any]) -> Iterator[list[Row]]:
+        """Yield the rows of every point; the first is measured in any case, the others while there is time."""
+        module = importlib.import_module(f"benchmarks.cases.{self.module}")
+        for i, point in enumerate(module.grid(settings, self.name)):
+            settings.stopped = i > 0 and settings.left() == 0
+            if settings.stopped:
+                return
+            yield module.measure(point, settings, ceilings, self.name)
 
 
 CASES = {
-    case.name: case
-    for case in (
-        Case("linear", "linear", "one linear layer: forward, and forward with backward, per shape, beside every peer"),
-        Case("train_step", "model", "one training step of a whole model, beside PEFT, full and frozen"),
-        Case("train_memory", "model", "its peak memory, in a process of its own", ("cpu",)),
-        Case("merge", "merge", "folding LoRA into all linear layers of a ViT-L/16, beside PEFT and a copy"),
-        Case("inference", "model", "a forward: base, merged, unmerged, PEFT merged and unmerged"),
-        Case("gates", "model", "a training step under each policy for inactive blocks"),
-        Case("host", "host", "host time per layer: tiny tensors on one thread of the CPU", ("cpu",)),
-        Case(
-            "scaling", "linear", "cost against rank, active share and tokens, beside what the model of costs predicts"
-        ),
+    name: Case(name, *rest)
+    for name, *rest in (
+        ("linear", "linear", "one linear layer: forward, and forward with backward, per shape, beside every peer"),
+        ("train_step", "model", "one training step of a whole model, beside PEFT, full and frozen"),
+        ("train_memory", "model", "its peak memory, in a process of its own", ("cpu",)),
+        ("merge", "merge", "folding LoRA into all linear layers of a ViT-L/16, beside PEFT and a copy"),
+        ("inference", "model", "a forward: base, merged, unmerged, PEFT merged and unmerged"),
+        ("gates", "model", "a training step under each policy for inactive blocks"),
+        ("host", "host", "host time per layer: tiny tensors on one thread of the CPU", ("cpu",)),
+        ("scaling", "linear", "cost against rank, active share and tokens, beside what the cost model predicts"),
     )
 }
 
 
-def find(name: str) -> Case:
-    """Return the case called `name`.
+def run_case(name: str, settings: Settings, folder: Path | None = None, keep_partial: bool = False) -> Path:
+    """Run a case and write `<name>.json` into `folder`, by default the device's under `results/`; return its path.
 
-    Raises:
-        BenchmarkError: there is none.
-    """
-    if name not in CASES:
-        raise BenchmarkError(f"case {name!r} is unknown; there are {', '.join(CASES)} (`python -m benchmarks list`)")
-    return CASES[name]
-
-
-def run_case(case: Case, settings: Settings, folder: Path | None = None, keep_partial: bool = False) -> Path:
-    """Run `case` and write `<case>.json` into `folder`, by default the device's under `results/`; return its path.
-
-    An interrupted run leaves the file that was there. With `keep_partial` the file is written after every row, marked
+    An interrupted run leaves the file that was there. With `keep_partial` the file is written after every point, marked
     incomplete until the end.
 
     Raises:
-        BenchmarkError: the device or a package is missing, the folder cannot be written into, or nothing was measured;
-            or the file is written, and an implementation in it failed or was wrong.
+        BenchmarkError: it is not measured on the device, the folder cannot be written into, or nothing was measured; or
+            the file is written, and an implementation in it failed or was wrong.
     """
-    if settings.device not in case.devices:
-        raise BenchmarkError(
-            f"case {case.name!r} is measured on {' and '.join(case.devices)} only, not on {settings.device}; leave it "
-            f"out, or use --device {case.devices[0]}"
-        )
+    if settings.device not in CASES[name].devices:
+        raise BenchmarkError(f"case {name!r} is not measured on {settings.device}; leave it out")
     device = folder_name(settings.device)
     require_writable(RESULTS / device if folder is None else folder)
     # What a case that failed before this one has left.
     release(settings.device)
     ieee_fp32()
-    limits = roofline.measure(settings.device, settings.grid, settings.repetitions(7))
+    ceilings, rows = roofline.measure(settings.device, settings.grid, settings.repetitions(7)), list[Row]()
     asked = {"grid": settings.grid, "rounds": settings.rounds, "only": list(settings.only), "order_seed": ORDER_SEED}
-    rows: list[Row] = []
-    payload: dict[str, Any] = {
-        "environment": environment(settings.device),
-        "settings": asked,
-        "ceilings": limits,
-        "complete": False,
-        "rows": rows,
-    }
-    for row in case.run(settings, limits):
-        rows.append(row)
+    payload = {"environment": environment(settings.device), "settings": asked, "ceilings": ceilings, "rows": rows}
+    for measured in CASES[name].measure(settings, ceilings):
+        rows += measured
         if keep_partial:
-            write_result(case.name, device, payload, folder)
+            write_result(name, device, {"complete": False, **payload}, folder)
     if not rows:
         reason = f"no name of an implementation has {' or '.join(map(repr, settings.only)) or 'any text'}"
-        raise BenchmarkError(f"case {case.name!r} measured nothing ({reason}); nothing was written")
-    payload["complete"] = not settings.stopped
-    path = write_result(case.name, device, payload, folder)
+        raise BenchmarkError(f"case {name!r} measured nothing ({reason}); nothing was written")
+    path = write_result(name, device, {"complete": not settings.stopped, **payload}, folder)
     words = {"refused": "a wrong result was not timed", "failed": "an implementation failed"}
-    errors = [
-        f"{words[state]}: {row['contender']} at {row['point']}: {row[state]}"
-        for state in words
-        for row in rows
-        if state in row
-    ]
+    errors = [f"{words[state]}: {row['contender']} at {row['point']}: {row[state]}"
+              for state in words for row in rows if state in row]  # fmt: skip
     if errors:
         raise BenchmarkError(f"{path}: {'; '.join(errors)}")
     return path

@@ -1,29 +1,25 @@
-"""Times of implementations that take turns, so that a slow moment of the machine hits them all.
+"""How one time is taken; implementations take turns (`cases`), so that a slow moment of the machine hits them all.
 
 Every implementation is a list of calls that do the same, each on a set of inputs of its own; together the sets are
-larger than the last cache (`input_sets`), so that no call finds its input there. Each round has an order of its own,
-drawn from `ORDER_SEED`. On the CPU every call takes the next set, whoever makes it, by the wall clock. On a GPU a
-replay of one CUDA graph of all calls is timed between two events, with the host far enough ahead, so that no launch is
-in the time; where nothing can be captured, or `graphs` is off, the calls are launched one by one, as a user's are.
+larger than the last cache (`input_sets`), so that no call finds its input there. On the CPU every call takes the next
+set, whoever makes it, by the wall clock. On a GPU a replay of one CUDA graph of all calls is timed between two events,
+with the host far enough ahead, so that no launch is in the time; where nothing can be captured, or `graphs` is off, the
+calls are launched one by one, as a user's are.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 import slora
 
 Call = Callable[[], Any]
-
-Result = TypeVar("Result")
-SamplerT = TypeVar("SamplerT", bound=Callable[[], float])
 WARM_UP = 3
 ORDER_SEED = 0
 # The fewest repetitions that have percentiles.
@@ -72,42 +68,6 @@ class Sampler:
         if self.clock == "graph":
             return between_events(self.graph.replay, self.ahead) / len(self.calls)
         return between_events(lambda: [call() for call in self.calls]) / len(self.calls)
-
-
-def interleaved(
-    makers: dict[str, Callable[[], SamplerT]], rounds: int, seconds: float | None, failed: dict[str, str]
-) -> dict[str, tuple[list[float], SamplerT]]:
-    """Make a sampler of each implementation, call them in turns, and return the seconds of every round.
-
-    After `seconds` no new round begins, provided that there are enough to compare. One that raises is taken out of
-    `makers`, so that its memory is free, and the reason goes into `failed`.
-    """
-    samplers: dict[str, SamplerT] = {}
-
-    def tried(name: str, act: Callable[[], Result]) -> Result | None:
-        try:
-            return act()
-        except Exception as error:
-            failed[name] = first_line(error)
-        samplers.pop(name, None)
-        del makers[name]
-        return None
-
-    for name in list(makers):
-        sampler = tried(name, makers[name])
-        if sampler is not None:
-            samplers[name] = sampler
-    taken: dict[str, list[float]] = {name: [] for name in samplers}
-    start, orders = time.monotonic(), random.Random(ORDER_SEED)
-    # The first round counts for nothing: clocks rise, caches and allocators settle.
-    for done in range(-1, rounds):
-        if seconds is not None and done >= COMPARABLE_ROUNDS and time.monotonic() - start > seconds:
-            break
-        for name in orders.sample(list(samplers), len(samplers)):
-            value = tried(name, samplers[name])
-            if value is not None and done >= 0:
-                taken[name].append(value)
-    return {name: (taken[name], samplers[name]) for name in samplers}
 
 
 def between_events(launch: Call, ahead: float = 0.0) -> float:

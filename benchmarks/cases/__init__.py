@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import random
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 import torch
 
 from benchmarks.results import Row, Settings, reason_in, spread
-from benchmarks.timing import Call, Sampler, SamplerT, interleaved, release
+from benchmarks.timing import COMPARABLE_ROUNDS, ORDER_SEED, Call, Sampler, first_line, release
+
+Result = TypeVar("Result")
+SamplerT = TypeVar("SamplerT", bound=Callable[[], float])
 
 
 @contextmanager
@@ -30,11 +36,11 @@ def measuring(point: Row, names: Iterable[str], settings: Settings) -> Iterator[
 
 def take_times(
     rows: dict[str, Row], calls: dict[str, list[Call]], settings: Settings, rounds: int, most: float,
-    measure: str = "seconds", graphs: bool = False,
+    measure: str = "seconds", graphs: bool = False, steps: Mapping[str, int] | None = None,
 ) -> None:  # fmt: skip
-    """Time `calls` in turns, for about `most` seconds, into `rows[name][measure]`.
+    """Time `calls` in turns, for about `most` seconds, into `rows[name][measure]`; a call may have several `steps`.
 
-    One that raises leaves `calls`, and its row has the reason alone.
+    An implementation that raises leaves `calls`, and its row has the reason alone.
     """
     pool = torch.cuda.graph_pool_handle() if graphs and settings.on_gpu else None
     turns = itertools.count()
@@ -43,7 +49,8 @@ def take_times(
     }
     prefix = "" if measure in ("seconds", "forward_backward") else f"{measure}_"
     for name, (seconds, sampler) in in_turns(rows, makers, settings, rounds, most).items():
-        rows[name].update({measure: spread(seconds), f"{prefix}clock": sampler.clock})
+        count = (steps or {}).get(name, 1)
+        rows[name].update({measure: spread([value / count for value in seconds]), f"{prefix}clock": sampler.clock})
         if sampler.not_captured:
             rows[name][f"{prefix}not_captured"] = sampler.not_captured
     for name in calls.keys() - makers.keys():
@@ -53,11 +60,36 @@ def take_times(
 def in_turns(
     rows: dict[str, Row], makers: dict[str, Callable[[], SamplerT]], settings: Settings, rounds: int, most: float
 ) -> dict[str, tuple[list[float], SamplerT]]:
-    """`timing.interleaved`; the row of an implementation that raises gets the reason and loses the rest."""
-    failed: dict[str, str] = {}
-    taken = interleaved(makers, settings.repetitions(rounds), settings.at_most(most), failed)
-    for name, reason in failed.items():
-        for key in rows[name].keys() - {"point", "contender"}:
-            del rows[name][key]
-        rows[name]["failed"] = reason
-    return taken
+    """Make a sampler of each implementation, call them in turns, and return the seconds of every round.
+
+    The order of each round is drawn from `ORDER_SEED`. After `most` seconds no new round begins, provided that there
+    are enough to compare. One that raises is taken out of `makers`, so that its memory is free.
+    """
+    samplers: dict[str, SamplerT] = {}
+
+    def tried(name: str, act: Callable[[], Result]) -> Result | None:
+        try:
+            return act()
+        except Exception as error:
+            point, reason = rows[name]["point"], first_line(error)
+        rows[name].clear()
+        rows[name].update(point=point, contender=name, failed=reason)
+        samplers.pop(name, None)
+        del makers[name]
+        return None
+
+    for name in list(makers):
+        sampler = tried(name, makers[name])
+        if sampler is not None:
+            samplers[name] = sampler
+    taken: dict[str, list[float]] = {name: [] for name in samplers}
+    start, orders = time.monotonic(), random.Random(ORDER_SEED)
+    # The first round counts for nothing: clocks rise, caches and allocators settle.
+    for done in range(-1, settings.repetitions(rounds)):
+        if done >= COMPARABLE_ROUNDS and time.monotonic() - start > min(most, settings.left()):
+            break
+        for name in orders.sample(list(samplers), len(samplers)):
+            value = tried(name, samplers[name])
+            if value is not None and done >= 0:
+                taken[name].append(value)
+    return {name: (taken[name], samplers[name]) for name in samplers}

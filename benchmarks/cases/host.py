@@ -6,7 +6,7 @@ it has to compute. A second point has real tensors, where a layer without an act
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ import slora
 from benchmarks.cases import measuring, take_times
 from benchmarks.implementations.layer import AddmmLinear
 from benchmarks.models import peft_model
-from benchmarks.results import Row, Settings, need, reason_in, spread
+from benchmarks.results import Row, Settings, need, reason_in
 from benchmarks.timing import Call
 
 RANK = 4
@@ -78,26 +78,28 @@ IMPLEMENTATIONS: dict[str, Callable[[int, int], nn.Module]] = {
 REAL = ("frozen nn.Linear", "slora, none active")
 
 
-def run(settings: Settings, ceilings: dict[str, Any], case: str = "host") -> Iterator[Row]:
-    """Yield the rows of both points."""
-    points = [(4, 16, 16, tuple(IMPLEMENTATIONS)), (788, 384, 1536, REAL)]
-    before = torch.get_num_threads()
+def grid(settings: Settings, case: str = "host") -> list[tuple[int, int, int, tuple[str, ...]]]:
+    """`(M, K, N, names)`."""
+    tiny = (4, 16, 16, tuple(IMPLEMENTATIONS))
+    return [tiny] if settings.grid == "tiny" else [tiny, (788, 384, 1536, REAL)]
+
+
+def measure(
+    point: tuple[int, int, int, tuple[str, ...]], settings: Settings, ceilings: dict[str, Any], case: str
+) -> list[Row]:
+    """The rows of a point."""
+    M, K, N, names = point
+    calls: dict[str, list[Call]] = {}
+    number, before = CALLS if M == 4 else 1, torch.get_num_threads()
     torch.set_num_threads(1)
-    try:
-        for M, K, N, names in points[: 1 if settings.grid == "tiny" else None]:
-            with measuring({"M": M, "K": K, "N": N, "r": RANK, "dtype": "fp32"}, names, settings) as rows:
-                calls: dict[str, list[Call]] = {}
-                number = CALLS if M == 4 else 1
-                for name, row in rows.items():
-                    with reason_in(row):
-                        x = torch.randn(M, K).requires_grad_()
-                        calls[name] = [partial(_steps, name, IMPLEMENTATIONS[name](K, N), x, number)]
-                take_times(rows, calls, settings, 201, 20.0)
-                for name in calls:
-                    rows[name]["seconds"] = spread([value / number for value in rows[name]["seconds"]["values"]])
-            yield from rows.values()
-    finally:
-        torch.set_num_threads(before)
+    with measuring({"M": M, "K": K, "N": N, "r": RANK, "dtype": "fp32"}, names, settings) as rows:
+        for name, row in rows.items():
+            with reason_in(row):
+                x = torch.randn(M, K).requires_grad_()
+                calls[name] = [partial(_steps, name, IMPLEMENTATIONS[name](K, N), x, number)]
+        take_times(rows, calls, settings, 201, 20.0, steps=dict.fromkeys(calls, number))
+    torch.set_num_threads(before)
+    return list(rows.values())
 
 
 def _steps(name: str, layer: nn.Module, x: Tensor, number: int) -> None:

@@ -14,7 +14,6 @@ each round took beyond the frozen layer in the same round, `update_deviation` it
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -36,11 +35,16 @@ TOKENS = (3152, 12608, 50432)
 RANKS = (4, 16, 64, 128)
 # Blocks that are active, and of how many.
 ALL, NONE, SOME = (1, 1), (0, 1), ((1, 16), (4, 16))
-CURVES = {FROZEN, "slora, torch", "slora, triton", "slora, auto"}
+CURVES = (FROZEN, "slora, torch", "slora, triton", "slora, auto")
 
 
-def grid(settings: Settings) -> list[Shape]:
-    """The points of `linear` in the order in which they matter: a run that is cut short has the targets."""
+def grid(settings: Settings, case: str = "linear") -> list[tuple[str, Shape]]:
+    """`(curve, shape)` in the order in which they matter; `linear` has no curves."""
+    return curves(settings) if case == "scaling" else [("", shape) for shape in shapes(settings)]
+
+
+def shapes(settings: Settings) -> list[Shape]:
+    """The points of `linear`: a run that is cut short has the targets."""
     if settings.grid == "tiny":
         return [Shape(32, 48, 24, 4, *active) for active in (ALL, NONE, SOME[1])] + [Shape(32, 48, 24, 4, dtype="bf16")]
     if settings.grid == "full":
@@ -82,23 +86,19 @@ def curves(settings: Settings) -> list[tuple[str, Shape]]:
     return points + [("tokens", Shape(K, N, tokens_, r, dtype=dtype)) for tokens_ in tokens]
 
 
-def run(settings: Settings, ceilings: dict[str, Any], case: str = "linear") -> Iterator[Row]:
-    """Yield the rows of every point; stops between two points when the time is up."""
-    scaling = case == "scaling"
+def measure(point: tuple[str, Shape], settings: Settings, ceilings: dict[str, Any], case: str) -> list[Row]:
+    """The rows of a point."""
+    curve, shape = point
     names = list(IMPLEMENTATIONS)
-    if scaling:
+    if case == "scaling":
         # "auto" is "torch" on a CPU.
-        names = [name for name in names if name in CURVES and (settings.on_gpu or name in (FROZEN, "slora, torch"))]
+        names = [name for name in CURVES if settings.on_gpu or name in (FROZEN, "slora, torch")]
     elif settings.grid == "tiny" or (settings.on_gpu and settings.grid != "full"):
         # Its compiler takes longer than all the rest of a point.
         names.remove("PEFT, compiled")
-    for curve, shape in curves(settings) if scaling else [("", shape) for shape in grid(settings)]:
-        if settings.stop():
-            return
-        point = {**({"curve": curve} if scaling else {}), **shape.point}
-        with measuring(point, names, settings) as rows:
-            fill(rows, shape, settings, ceilings, scaling)
-        yield from rows.values()
+    with measuring({**({"curve": curve} if curve else {}), **shape.point}, names, settings) as rows:
+        fill(rows, shape, settings, ceilings, case == "scaling")
+    return list(rows.values())
 
 
 def fill(rows: dict[str, Row], shape: Shape, settings: Settings, ceilings: dict[str, Any], scaling: bool) -> None:

@@ -93,7 +93,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Weights], Callable[[], Any]]] = {
 }
 
 
-def grid(settings: Settings) -> list[tuple[str, str, int]]:
+def grid(settings: Settings, case: str = "merge") -> list[tuple[str, str, int]]:
     """`(model, dtype, rank)` in the order in which they matter."""
     if settings.grid == "tiny":
         return [("vit_tiny_patch16_224", "fp32", 4)]
@@ -105,23 +105,19 @@ def grid(settings: Settings) -> list[tuple[str, str, int]]:
     return [("vit_large_patch16_224", *point) for point in points]
 
 
-def run(settings: Settings, ceilings: dict[str, Any], case: str) -> Iterator[Row]:
-    """Yield the rows of every point; stops between two points when the time is up.
+def measure(point: tuple[str, str, int], settings: Settings, ceilings: dict[str, Any], case: str) -> list[Row]:
+    """The rows of a point.
 
     Raises:
         BenchmarkError: the extension is not there; nothing was timed.
     """
     extension = slora.merging.extension_info()
     if not extension["available"] or (settings.on_gpu and extension["cuda"] is None):
-        raise BenchmarkError(
-            f"slora._C cannot be used: {extension['reason'] or 'built without CUDA'}; nothing was timed"
-        )
-    for model, dtype, rank in grid(settings):
-        if settings.stop():
-            return
-        with measuring({"model": model, "dtype": dtype, "r": rank}, IMPLEMENTATIONS, settings) as rows, torch.no_grad():
-            fill(rows, settings, ceilings, model, dtype, rank)
-        yield from rows.values()
+        raise BenchmarkError(f"slora._C cannot be used: {extension['reason'] or 'it has no CUDA'}; nothing was timed")
+    about = dict(zip(("model", "dtype", "r"), point, strict=True))
+    with measuring(about, IMPLEMENTATIONS, settings) as rows, torch.no_grad():
+        fill(rows, settings, ceilings, *point)
+    return list(rows.values())
 
 
 def fill(rows: dict[str, Row], settings: Settings, ceilings: dict[str, Any], model: str, dtype: str, rank: int) -> None:

@@ -15,7 +15,6 @@ a batch of two, and those of slora on a GPU, whose kernels depend on the number 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,7 +26,7 @@ from benchmarks.cases import measuring, take_times
 from benchmarks.counting import beside_roofline
 from benchmarks.implementations.training import INFERENCE, RANK, TRAINING, Run
 from benchmarks.models import Inputs, find
-from benchmarks.results import Row, Settings, reason_in, spread
+from benchmarks.results import Row, Settings, reason_in
 from benchmarks.timing import Call, input_sets, release
 from slora.ops.flops import count_flops
 
@@ -96,27 +95,24 @@ def grid(settings: Settings, case: str = "train_step") -> list[Point]:
     return points
 
 
-def run(settings: Settings, ceilings: dict[str, Any], case: str) -> Iterator[Row]:
-    """Yield the rows of every point; stops between two points when the time is up."""
-    for point in grid(settings, case):
-        if settings.stop():
-            return
-        about = {"model": find(point.model).name, "batch": point.batch, "r": RANK}
-        about["dtype" if case == "inference" else "precision"] = point.precision
-        if case in ("train_step", "gates"):
-            about["mode"] = point.mode
-        with measuring(about, point.names, settings) as rows:
-            reason = without_bf16(settings, ceilings) if point.precision != "fp32" and case != "inference" else None
-            for name, row in rows.items():
-                if reason:
-                    row["skipped"] = reason
-                elif case == "train_memory":
-                    with reason_in(row):
-                        checked(name, point, "cpu")
-                        row["peak_memory_mib"] = memory.in_a_process(step_peak, name, point)
-            if not reason and case != "train_memory":
-                fill(rows, settings, ceilings, point)
-        yield from rows.values()
+def measure(point: Point, settings: Settings, ceilings: dict[str, Any], case: str) -> list[Row]:
+    """The rows of a point."""
+    about = {"model": find(point.model).name, "batch": point.batch, "r": RANK}
+    about["dtype" if case == "inference" else "precision"] = point.precision
+    if case in ("train_step", "gates"):
+        about["mode"] = point.mode
+    with measuring(about, point.names, settings) as rows:
+        reason = without_bf16(settings, ceilings) if point.precision != "fp32" and case != "inference" else None
+        for name, row in rows.items():
+            if reason:
+                row["skipped"] = reason
+            elif case == "train_memory":
+                with reason_in(row):
+                    checked(name, point, "cpu")
+                    row["peak_memory_mib"] = memory.in_a_process(step_peak, name, point)
+        if not reason and case != "train_memory":
+            fill(rows, settings, ceilings, point)
+    return list(rows.values())
 
 
 def without_bf16(settings: Settings, ceilings: dict[str, Any]) -> str | None:
@@ -154,14 +150,14 @@ def fill(rows: dict[str, Row], settings: Settings, ceilings: dict[str, Any], poi
     calls: dict[str, list[Call]] = {name: [OnInputs(run, inputs) for inputs in sets] for name, run in runs.items()}
     # Compiling for a CPU takes about as long as this.
     most = 60.0 if point.mode == "forward" else 30.0 if point.mode == "compile" and not on_gpu else 150.0
-    take_times(rows, calls, settings, 11 if on_gpu else 15, most, graphs=point.mode in ("graph", "forward"))
+    graphs, steps = point.mode in ("graph", "forward"), {name: run.steps for name, run in runs.items()}
+    take_times(rows, calls, settings, 11 if on_gpu else 15, most, graphs=graphs, steps=steps)
     for name in calls:
-        row, run = rows[name], runs[name]
-        if not all(bool(loss.isfinite()) for loss in run.losses):
+        row = rows[name]
+        if not all(bool(loss.isfinite()) for loss in runs[name].losses):
             del row["seconds"]
             row["refused"] = "the loss of a step is not finite"
             continue
-        row["seconds"] = spread([seconds / run.steps for seconds in row["seconds"]["values"]])
         seconds, (kind, each) = row["seconds"]["median"], model.items
         row[f"{kind}_per_second"] = point.batch * each / seconds
         product = "bf16" if point.precision == "amp" else point.precision

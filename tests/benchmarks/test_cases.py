@@ -35,12 +35,8 @@ FEW = {
 
 def _rows(case: str, only: str = "") -> dict[str, Row]:
     """The rows of the first point of a case, by implementation."""
-    rows: dict[str, Row] = {}
-    for row in results.CASES[case].run(Settings("cpu", "tiny", only=(only,) if only else ()), CEILINGS):
-        if row["contender"] in rows:
-            break
-        rows[row["contender"]] = row
-    return rows
+    points = results.CASES[case].measure(Settings("cpu", "tiny", only=(only,) if only else ()), CEILINGS)
+    return {row["contender"]: row for row in next(points)}
 
 
 @pytest.mark.parametrize("case", list(results.CASES))
@@ -55,7 +51,7 @@ def test_a_tiny_run_of_every_case_writes_a_file_with_times(
         points = module.grid(Settings("cpu", "tiny"), *arguments)[:2]  # type: ignore[attr-defined]
         monkeypatch.setattr(module, "grid", lambda *_, points=points: points)
     settings = Settings("cpu", "tiny", only=(FEW[case],) if case in FEW else ())
-    path = results.run_case(results.CASES[case], settings, tmp_path)
+    path = results.run_case(case, settings, tmp_path)
     measures = {"seconds", "forward_backward", "peak_memory_mib"}
     for row in read_result(path)["rows"]:
         assert row.keys() & (measures | {"skipped"}), row
@@ -64,7 +60,7 @@ def test_a_tiny_run_of_every_case_writes_a_file_with_times(
 
 def test_the_default_grid_on_a_gpu_begins_with_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    points = [shape.point for shape in linear.grid(Settings("cuda"))]
+    points = [shape.point for _, shape in linear.grid(Settings("cuda"))]
     expected = [(K, N, active) for active in ("1", "0") for K, N in linear.TARGET_SHAPES]
     assert [(p["K"], p["N"], p["active"]) for p in points[:12]] == expected
     assert all((p["M"], p["r"], p["dtype"]) == (50432, 16, "bf16") for p in points[:12])
@@ -228,11 +224,11 @@ def test_one_implementation_that_is_wrong_or_fails_costs_the_others_nothing_and_
         return layer
 
     monkeypatch.setitem(layers.IMPLEMENTATIONS, "addmm function", broken)
-    monkeypatch.setattr(linear, "grid", lambda settings: [layers.Shape(32, 48, 24, 4)])
+    monkeypatch.setattr(linear, "grid", lambda *arguments: [("", layers.Shape(32, 48, 24, 4))])
     monkeypatch.setattr(roofline, "measure", lambda *arguments: CEILINGS)
     said = {"refused": "a wrong result was not timed", "failed": "an implementation failed"}[state]
     with pytest.raises(BenchmarkError, match=f"{said}: addmm function at"):
-        results.run_case(results.CASES["linear"], Settings("cpu", "tiny", only=("frozen", "addmm")), tmp_path)
+        results.run_case("linear", Settings("cpu", "tiny", only=("frozen", "addmm")), tmp_path)
     result = read_result(tmp_path / "linear.json")
     rows = {row["contender"]: row for row in result["rows"]}
     assert rows["frozen F.linear"].keys() >= {"forward", "forward_backward"}

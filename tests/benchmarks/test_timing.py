@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-import weakref
 from functools import partial
 from typing import Any
 
@@ -12,13 +11,15 @@ import pytest
 import torch
 
 from benchmarks import roofline, timing
+from benchmarks.cases import in_turns
+from benchmarks.results import Row, Settings
 
 
-def _interleaved(calls: dict[str, list[Any]], rounds: int, seconds: float | None = None) -> tuple[Any, dict[str, str]]:
-    failed: dict[str, str] = {}
+def _in_turns(calls: dict[str, list[Any]], rounds: int, most: float = 1e9) -> tuple[Any, dict[str, Row]]:
+    rows: dict[str, Row] = {name: {"point": {}, "contender": name, "flops": 1} for name in calls}
     turns = itertools.count()
     makers: dict[str, Any] = {name: partial(timing.Sampler, own, "cpu", turns=turns) for name, own in calls.items()}
-    return timing.interleaved(makers, rounds, seconds, failed), failed
+    return in_turns(rows, makers, Settings(rounds=rounds), rounds, most), rows
 
 
 def test_implementations_take_turns_in_an_order_that_changes_and_is_the_same_in_every_run() -> None:
@@ -26,7 +27,7 @@ def test_implementations_take_turns_in_an_order_that_changes_and_is_the_same_in_
     for _ in range(2):
         order: list[str] = []
         calls = {name: [lambda name=name: order.append(name)] for name in "abc"}  # noqa: B023
-        taken, _ = _interleaved(calls, 6)
+        taken, _ = _in_turns(calls, 6)
         assert all(len(seconds) == 6 for seconds, _ in taken.values())
         runs.append(["".join(order[i : i + 3]) for i in range(0, len(order), 3)])
     # Once each to warm up, one round that does not count, then six.
@@ -35,7 +36,7 @@ def test_implementations_take_turns_in_an_order_that_changes_and_is_the_same_in_
     assert runs[0] == runs[1]
 
 
-def test_one_that_fails_costs_the_others_nothing_and_is_let_go() -> None:
+def test_one_that_fails_costs_the_others_nothing() -> None:
     class Fails:
         def __init__(self, after: int) -> None:
             self.left = after
@@ -46,24 +47,22 @@ def test_one_that_fails_costs_the_others_nothing_and_is_let_go() -> None:
                 raise RuntimeError("no memory\nand a stack")
 
     # In the call that warms up, in the round that does not count, and in the second that does.
-    calls = {"a": [Fails(0)], "b": [Fails(1)], "c": [Fails(3)], "right": [lambda: None]}
-    gone = [weakref.ref(calls.pop(name)[0]) for name in ()]
-    taken, failed = _interleaved(calls, 4)
-    assert failed == dict.fromkeys("abc", "RuntimeError: no memory")
+    taken, rows = _in_turns({"a": [Fails(0)], "b": [Fails(1)], "c": [Fails(3)], "right": [lambda: None]}, 4)
     assert {name: len(seconds) for name, (seconds, _) in taken.items()} == {"right": 4}
-    assert [ref() for ref in gone] == []
+    for name in "abc":
+        assert rows[name] == {"point": {}, "contender": name, "failed": "RuntimeError: no memory"}
 
 
 def test_every_call_gets_the_next_set_of_inputs_whoever_makes_it() -> None:
     seen: list[tuple[str, int]] = []
-    _interleaved({name: [lambda name=name, i=i: seen.append((name, i)) for i in range(5)] for name in "ab"}, 5)
+    _in_turns({name: [lambda name=name, i=i: seen.append((name, i)) for i in range(5)] for name in "ab"}, 5)
     # After three calls of each to warm up, every set is used once before any is used again.
     assert [i for _, i in seen[6:]] == [i % 5 for i in range(12)]
     assert all({name for name, _ in seen[i : i + 2]} == {"a", "b"} for i in range(6, 18, 2))
 
 
 def test_no_round_begins_after_the_time_but_enough_are_taken_to_compare() -> None:
-    taken, _ = _interleaved({"a": [lambda: None]}, 100, seconds=0.0)
+    taken, _ = _in_turns({"a": [lambda: None]}, 100, most=0.0)
     assert len(taken["a"][0]) == timing.COMPARABLE_ROUNDS
 
 
