@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora.errors import DataError
+from slora.module_tree.modes import evaluating
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,9 @@ def accuracy(
     """
     from torchmetrics.classification import MulticlassAccuracy
 
-    training = model.training
     metrics: dict[str, Any] = {}
     loss, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    model.eval()
-    try:
+    with evaluating(model):
         for images, labels in batches:
             logits, labels = logits_of(model(images.to(device))), labels.to(device)
             classes = logits.shape[1]
@@ -69,8 +68,6 @@ def accuracy(
                 metric.update(logits, labels)
             loss += F.cross_entropy(logits.float(), labels, reduction="sum")
             count += len(labels)
-    finally:
-        model.train(training)
     if not count:
         raise DataError("there is no image to evaluate on; give at least one")
     values = {name: float(metric.compute()) for name, metric in metrics.items()}
@@ -79,19 +76,19 @@ def accuracy(
 
 @torch.no_grad()
 def tally(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> Tensor:
-    """Return `[correct, sum of losses, count]` over `batches`; the model is left in evaluation mode.
+    """Return `[correct, sum of losses, count]` over `batches`, in evaluation mode; its mode is restored afterwards.
 
     For use during training: totals of several processes can be added.
     """
-    model.eval()
     # MPS has no float64.
     wide = torch.float32 if torch.device(device).type == "mps" else torch.float64
     totals = torch.zeros(3, dtype=wide, device=device)
-    for images, labels in batches:
-        logits = logits_of(model(images))
-        totals[0] += (logits.argmax(1) == labels).sum()
-        totals[1] += F.cross_entropy(logits.float(), labels, reduction="sum")
-        totals[2] += len(labels)
+    with evaluating(model):
+        for images, labels in batches:
+            logits = logits_of(model(images))
+            totals[0] += (logits.argmax(1) == labels).sum()
+            totals[1] += F.cross_entropy(logits.float(), labels, reduction="sum")
+            totals[2] += len(labels)
     return totals
 
 

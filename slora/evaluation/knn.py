@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError, DataError
 from slora.models.features import final_features
+from slora.module_tree.modes import evaluating
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -35,12 +36,8 @@ def features(
         DataError: there is no image.
     """
     embed = final_features(model)
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         found = [(embed(images.to(device)).float(), labels.to(device)) for images, labels in batches]
-    finally:
-        model.train(training)
     if not found:
         raise DataError("there is no image to compute features of; give at least one")
     return torch.cat([x for x, _ in found]), torch.cat([labels for _, labels in found])

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,21 @@ def as_said(value: Any) -> str:
         return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def is_count(value: Any) -> bool:
+    """Whether a JSON value is an integer from 0 to 2**53 - 1."""
+    return type(value) is int and 0 <= value < 1 << 53
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number within the range of a double."""
+    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+
+
+def all_are(holds: Callable[[Any], bool], value: Any) -> bool:
+    """Whether a JSON value is a list whose entries all satisfy `holds`."""
+    return isinstance(value, list) and all(map(holds, value))
 
 
 def _children(value: Any) -> Any:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from slora.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from slora.io.bounded import is_count
 from slora.io.plain import shown
-from slora.runs.checkpoint_state import STATE, TENSORS, State, check_digest, is_count, read_state, step_of
+from slora.runs.checkpoint_state import STATE, TENSORS, State, check_digest, read_state, step_of
 from slora.runs.settings import TrainSettings
 
 # Settings that a resumed run may not change: they determine the model, its tensors, or the images of each step.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slora.errors import CheckpointError, DamagedCheckpointError
-from slora.io.bounded import as_said, parse_json, read_bytes, read_text, require_file
+from slora.io.bounded import all_are, as_said, is_count, is_number, parse_json, read_bytes, read_text, require_file
 
 STATE, TENSORS, DIGESTS = "state.json", "tensors.safetensors", "sha256sums.txt"
 FORMAT = 3
@@ -152,21 +151,6 @@ def _digest(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def is_count(value: Any) -> bool:
-    """Whether a JSON value is an integer from 0 to 2**53 - 1."""
-    return type(value) is int and 0 <= value < 1 << 53
-
-
-def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number within the range of a double."""
-    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
-
-
-def all_are(holds: Callable[[Any], bool], value: Any) -> bool:
-    """Whether a JSON value is a list whose entries all satisfy `holds`."""
-    return isinstance(value, list) and all(map(holds, value))
 
 
 def _is_names(value: Any) -> bool:

@@ -26,9 +26,9 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         for name, parameter in inspect.signature(command).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    knobs = typing.get_type_hints(TrainSettings, include_extras=True)
+    setting_hints = typing.get_type_hints(TrainSettings, include_extras=True)
     for field in dataclasses.fields(TrainSettings):
-        hint, sentence = get_args(knobs[field.name])
+        hint, sentence = get_args(setting_hints[field.name])
         annotation = _flag(field.name, hint, sentence, field.default)
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -47,14 +47,11 @@ def _flag(name: str, hint: Any, sentence: str, default: Any) -> Any:
     # None means that the flag was not used: then a config file, or the default, decides.
     if get_origin(hint) is Literal:
         return Annotated[str | None, typer.Option(*flags, help=help, metavar="|".join(get_args(hint)))]
-    kinds = [option for option in get_args(hint) or (hint,) if option is not type(None)]
-    if kinds == [bool]:
+    types = [option for option in get_args(hint) or (hint,) if option is not type(None)]
+    if types == [bool]:
         return Annotated[bool | None, typer.Option(f"{flags[0]}/--no-{flags[0][2:]}", help=help)]
-    if kinds == [int]:
-        return Annotated[int | None, typer.Option(*flags, help=help)]
-    if kinds == [float]:
-        return Annotated[float | None, typer.Option(*flags, help=help)]
-    return Annotated[str | None, typer.Option(*flags, help=help)]
+    number = types[0] if types in ([int], [float]) else str
+    return Annotated[number | None, typer.Option(*flags, help=help)]
 
 
 def _shown(default: Any) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from slora.errors import CheckpointError
-from slora.io.bounded import parse_json, read_bytes
+from slora.io.bounded import all_are, is_count, parse_json, read_bytes
 
 METRICS = "metrics.jsonl"
 
@@ -51,21 +52,17 @@ def _checked(record: Any) -> dict[str, Any]:
     """
     if not isinstance(record, dict):
         raise ValueError("it is not a JSON object")
-    if not _is_count(record.get("step")):
+    if not is_count(record.get("step")):
         raise ValueError(f"its step is {str(record.get('step'))[:40]}")
     for name, value in record.items():
-        holds = {"gates": _are_gates, "active_blocks": _are_blocks, "error": _is_text}.get(name, _is_number)
+        holds = _OTHER.get(name, _is_number)
         if value is not None and not holds(value):
             raise ValueError(f"its {name[:40]!r} has the wrong type")
     if ("blocks" in record) != ("active" in record) or not all(
-        _is_count(record.get(name, 0)) for name in ("blocks", "active")
+        is_count(record.get(name, 0)) for name in ("blocks", "active")
     ):
         raise ValueError("its numbers of blocks are not counts")
     return record
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def _is_number(value: object) -> bool:
@@ -73,17 +70,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)
-
-
-def _are_gates(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(scores, list) and all(map(_is_number, scores)) for scores in value.values()
-    )
-
-
-def _are_blocks(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(blocks, list) and all(map(_is_count, blocks)) for blocks in value.values()
-    )
+# Values that are not numbers.
+_OTHER: dict[str, Callable[[object], bool]] = {
+    "error": lambda value: isinstance(value, str),
+    "gates": lambda value: isinstance(value, dict) and all(all_are(_is_number, gates) for gates in value.values()),
+    "active_blocks": lambda value: (
+        isinstance(value, dict) and all(all_are(is_count, blocks) for blocks in value.values())
+    ),
+}

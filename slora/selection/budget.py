@@ -10,6 +10,7 @@ from torch import nn
 from slora.config import BUDGET_PHASES, Unit, check_budget
 from slora.errors import ConfigError, StateError
 from slora.gates.values import set_gates
+from slora.io.bounded import all_are, is_count
 from slora.selection.allocation import active_count, block_costs, cost_limit, fill, gates_of
 from slora.selection.ranking import Ranking, block_scores, update_norm
 from slora.selection.strategy import Strategy, require_layers, require_value, stop_training_gates
@@ -203,8 +204,8 @@ class Budget(Strategy):
         ranks: Any = state.get("ranks")
         scores: Any = state.get("scores")
         left = state.get("left")
-        require_value(state, "rows", _all_counts(rows) and len(rows) == len(self.layers))
-        require_value(state, "ranks", _all_counts(ranks) and sorted(ranks) == list(range(self.n)))
+        require_value(state, "rows", all_are(is_count, rows) and len(rows) == len(self.layers))
+        require_value(state, "ranks", all_are(is_count, ranks) and sorted(ranks) == list(range(self.n)))
         require_value(state, "left", type(left) is int and 0 <= left <= self.n)
         numbers = isinstance(scores, list) and len(scores) == self.n
         numbers = numbers and all(type(score) in (int, float) and math.isfinite(score) for score in scores)
@@ -227,7 +228,3 @@ class Budget(Strategy):
             self.first = min(self.first, self.taken)
         if self.taken >= self.last:
             self._choose()
-
-
-def _all_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(entry) is int and 0 <= entry < 1 << 53 for entry in value)

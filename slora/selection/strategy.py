@@ -10,7 +10,7 @@ from torch import nn
 
 from slora.config import LEAST_SETTLING, phase_ends
 from slora.errors import ConfigError, DamagedCheckpointError, StateError
-from slora.io.bounded import as_said
+from slora.io.bounded import as_said, is_count
 from slora.io.plain import plain
 from slora.layers import LoRABlocks, adapted_layers
 
@@ -180,7 +180,7 @@ class Strategy(ABC):
                     f"{key}={value!r}; resume with the first, or start a new run"
                 )
         for key in ("steps", "taken", "last"):
-            _require_count(state, key)
+            require_value(state, key, is_count(state.get(key)))
         require_value(state, "steps", state["steps"] > 0)
         # Of the earlier run, which may have been longer or shorter.
         require_value(state, "last", state["last"] == phase_ends(state["steps"], self.warmup, self.settling)[1])
@@ -199,10 +199,6 @@ class Strategy(ABC):
                 f"this {type(self).__name__} has ended (by finish, slora.freeze_gates or slora.keep_blocks); create a "
                 f"new one"
             )
-
-
-def _require_count(state: dict[str, Any], key: str) -> None:
-    require_value(state, key, type(state.get(key)) is int and 0 <= state[key] < 1 << 53)
 
 
 def require_value(state: dict[str, Any], key: str, holds: bool) -> None:

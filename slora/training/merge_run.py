@@ -20,7 +20,6 @@ from slora.merging import merge_and_unload
 from slora.runs import results, rundir
 from slora.runs.checkpoint_folders import chosen
 from slora.runs.settings import TrainSettings
-from slora.sources import models
 from slora.training.run_model import load_result, rebuild, rebuild_for
 
 
@@ -126,13 +125,11 @@ def _of_model(settings: TrainSettings) -> dict[str, str]:
 
 def _with_checkpoint(run_dir: Path, which: str, settings: TrainSettings, classes: int | None) -> nn.Module:
     folder = chosen(run_dir, which)
-    models.check_name(settings.model, settings.pretrained)
     model = rebuild_for(run_dir, settings) if classes is None else rebuild(settings, classes).model
     return load_result(model, settings, run_dir, folder)
 
 
 def _with_adapter(adapter: Path, settings: TrainSettings, classes: int | None) -> nn.Module:
-    models.check_name(settings.model, settings.pretrained)
     model = rebuild(settings, classes or _classes_in(adapter)).model
     try:
         with warnings.catch_warnings():

@@ -182,10 +182,6 @@ class Trainer:
         for images, labels in self.train_batches.epoch(0):
             yield self.accelerator.gather(images), self.accelerator.gather(labels)
 
-    def _mean(self, value: Tensor) -> Tensor:
-        mean: Tensor = self.accelerator.reduce(value, "mean")
-        return mean
-
     def _request_stop(self) -> None:
         self.stop_requested = True
 
@@ -281,7 +277,7 @@ class Trainer:
         """Read the losses since the last record, the only synchronisation with the device, and record their mean."""
         if not self.window.filled:
             return
-        losses, accuracy, norm = self.window.read(self._mean)
+        losses, accuracy, norm = self.window.read(lambda value: self.accelerator.reduce(value, "mean"))
         lr = self.optimizers.weights.param_groups[0]["lr"]
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
@@ -339,7 +335,6 @@ class Trainer:
             # Not the wrapped model: processes may have different numbers of batches, which DDP would wait for.
             counts = tally(self.model, self.eval_batches.epoch(), self.device)
             correct, loss, count = self.accelerator.reduce(counts).tolist()
-            train_mode(self.model)
         accuracy = correct / count
         self.result.accuracy = accuracy
         self.recorder.add({"step": self.step, "eval_loss": loss / count, "eval_accuracy": accuracy})
