@@ -116,13 +116,13 @@ def measure(point: tuple[str, str, int], settings: Settings, ceilings: dict[str,
         raise BenchmarkError(f"slora._C cannot be used: {extension['reason'] or 'it has no CUDA'}; nothing was timed")
     about = dict(zip(("model", "dtype", "r"), point, strict=True))
     with measuring(about, IMPLEMENTATIONS, settings) as rows, torch.no_grad():
-        fill(rows, settings, ceilings, *point)
+        fill(rows, point, settings, ceilings)
     return list(rows.values())
 
 
-def fill(rows: dict[str, Row], settings: Settings, ceilings: dict[str, Any], model: str, dtype: str, rank: int) -> None:
+def fill(rows: dict[str, Row], point: tuple[str, str, int], settings: Settings, ceilings: dict[str, Any]) -> None:
     """Check the implementations, time those that are right, and measure the memory that they add."""
-    weights = Weights(model, dtype, rank, settings.device)
+    weights = Weights(*point, settings.device)
     running: dict[str, Callable[[], Callable[[], float]]] = {}
     for name, row in rows.items():
         with reason_in(row):
@@ -140,7 +140,7 @@ def fill(rows: dict[str, Row], settings: Settings, ceilings: dict[str, Any], mod
         }
         for name, (seconds, _) in in_turns(rows, events, settings, 15, most).items():
             rows[name]["device_seconds"] = spread(seconds)
-    products = sum(linear_flops(W.shape[0], W.shape[1], rank) for W in weights.now())
+    products = sum(linear_flops(W.shape[0], W.shape[1], point[2]) for W in weights.now())
     moved, factors = (sum(t.nbytes for t in tensors) for tensors in (weights.now(), [*weights.As, *weights.Bs]))
     if not settings.on_gpu:
         # The processes below have models of their own.
@@ -160,7 +160,7 @@ def fill(rows: dict[str, Row], settings: Settings, ceilings: dict[str, Any], mod
                 row.update(on_gpu(weights, name))
             # A process takes far longer than a tiny merge.
             elif settings.grid != "tiny" or name == "copy":
-                row["added_memory_mib"] = memory.in_a_process(added_memory, name, model, dtype, rank)
+                row["added_memory_mib"] = memory.in_a_process(added_memory, name, *point)
 
 
 def check(weights: Weights, name: str) -> None:
@@ -171,23 +171,21 @@ def check(weights: Weights, name: str) -> None:
     """
     before = [W.clone() for W in weights.now()]
     with weights.call(name) as call:
+        updates = list(zip(weights.Bs, weights.As, strict=True))
+        if name not in ("copy", "slora batched_merge_"):
+            updates = [factors_of(weights.net.get_submodule(layer)) for layer in weights.names]
+        call()
         if name == "copy":
-            call()
             if not torch.equal(weights.target, weights.source):
                 raise Wrong("the copy is not what was copied")
             return
-        updates = weights.Bs, weights.As
-        if name != "slora batched_merge_":
-            layers: list[Any] = [weights.net.get_submodule(layer) for layer in weights.names]
-            updates = zip(*map(factors_of, layers), strict=True)  # type: ignore[assignment]
-        exact, own = {}, {}
-        for layer, W, B, A in zip(weights.names, before, *updates, strict=True):
-            exact[layer] = W.double() + (B.double() @ A.double()).view_as(W)
-            own[layer] = (W.float() + (B @ A).view_as(W)).to(W.dtype)
-        call()
-        wrong = mismatch(dict(zip(weights.names, weights.now(), strict=True)), expected(exact, own, weights.dtype))
-        if wrong:
-            raise Wrong(f"the weight of {wrong}")
+        for layer, W, merged, (B, A) in zip(weights.names, before, weights.now(), updates, strict=True):
+            # One after the other: a whole model in fp64 takes too much memory.
+            exact = {layer: W.double() + (B.double() @ A.double()).view_as(W)}
+            own = {layer: (W.float() + (B @ A).view_as(W)).to(W.dtype)}
+            wrong = mismatch({layer: merged}, expected(exact, own, weights.dtype))
+            if wrong:
+                raise Wrong(f"the weight of {wrong}")
     if "copy kept" in name and not all(map(torch.equal, before, weights.now())):
         raise Wrong("unmerging does not give the weights back bit for bit")
 

@@ -150,6 +150,7 @@ class Run:
         trained = [p for p in self.net.parameters() if p.requires_grad and not any(p is gate for gate in gates)]
         # Gates stay where they are, but take part in every step.
         groups: list[dict[str, Any]] = [{"params": trained}, {"params": gates, "lr": 0.0, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
         self.optimizer = torch.optim.AdamW(groups, fused=device == "cuda" or None, capturable=mode == "graph")
         self.loss: Callable[..., Tensor] = torch.compile(model.loss, dynamic=False) if mode == "compile" else model.loss
 
