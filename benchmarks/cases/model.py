@@ -69,8 +69,9 @@ def grid(settings: Settings, case: str = "train_step") -> list[Point]:
             return [forward("vit-b", 256, "bf16"), forward("vit-l", 256, "bf16"), forward("vit-b", 1, "bf16")]
         return [forward(model, batch, low)] + [forward(model, batch, "bf16")] * (not quick)
     if tiny:
-        points = [Point(model, 2, "fp32"), Point(model, 2, "bf16", names=MAIN), Point(model, 2, "amp", names=MAIN)]
-        return [*points, Point("tiny-llama", 2, "fp32", names=MAIN), Point(model, 2, "fp32", "compile", COMPILED[:1])]
+        points = [Point(model, 2, "fp32"), Point("tiny-llama", 2, "fp32", names=MAIN)]
+        points += [Point(model, 2, precision, names=COMPILED) for precision in ("bf16", "amp")]
+        return [*points, Point(model, 2, "fp32", "compile", COMPILED[:1])]
     if not settings.on_gpu:
         points = [Point(model, batch, precision) for precision in ("fp32", "bf16", "amp")[: 1 if quick else None]]
         compiled = ("fp32", "bf16", "amp")[: 0 if quick else None if full else 1]
