@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,11 +24,23 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def resources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[list[dict[str, Any]], Path]]:
+    """Return `resources(architecture)`: what the compiler says of each kernel, and the folder of its cubin."""
+
+    @functools.cache
+    def compiled(architecture: str) -> tuple[list[dict[str, Any]], Path]:
+        folder = tmp_path_factory.mktemp("cubins")
+        return merge_kernel.resources(NVCC, architecture, folder), folder
+
+    return compiled
+
+
 @pytest.mark.parametrize("architecture", ["80", "90", "100"])
-def test_every_kernel_compiles_without_spills_and_fits(architecture: str, tmp_path: Path) -> None:
+def test_every_kernel_compiles_without_spills_and_fits(architecture: str, resources: Any) -> None:
     if not merge_kernel.knows(NVCC, architecture):
         pytest.skip(f"this nvcc does not know sm_{architecture}")
-    kernels = merge_kernel.resources(NVCC, architecture, tmp_path)
+    kernels, _ = resources(architecture)
     assert len(kernels) == 3
     for kernel in kernels:
         name = kernel["dtype"]
@@ -37,22 +52,22 @@ def test_every_kernel_compiles_without_spills_and_fits(architecture: str, tmp_pa
         assert kernel["hmma"] == (0 if name == "fp32" or not kernel["loops"] else 8 * (6 + 1 + 1)), name
 
 
-def test_products_wait_for_nothing_but_shared_memory(tmp_path: Path) -> None:
+def test_products_wait_for_nothing_but_shared_memory(resources: Any) -> None:
     if merge_kernel.cuobjdump(NVCC) is None:
         pytest.skip("neither CUDA nor Triton brings cuobjdump")
-    for kernel in merge_kernel.resources(NVCC, "90", tmp_path):
+    for kernel in resources("90")[0]:
         for loop in kernel["loops"]:
             products = loop["HMMA"] or loop["FFMA"]
             # Beside the products: 32 sums and the reads of their factors, no moves between registers.
             assert not products or loop["instructions"] <= products + loop["LDS"] + (45 if loop["HMMA"] else 8)
 
 
-def test_cuobjdump_agrees_with_ptxas_about_registers(tmp_path: Path) -> None:
+def test_cuobjdump_agrees_with_ptxas_about_registers(resources: Any) -> None:
     cuobjdump = merge_kernel.cuobjdump(NVCC)
     if cuobjdump is None:
         pytest.skip("neither CUDA nor Triton brings cuobjdump")
-    kernels = merge_kernel.resources(NVCC, "90", tmp_path)
-    text = subprocess.run([cuobjdump, "-res-usage", tmp_path / "sm_90.cubin"], capture_output=True, text=True).stdout
+    kernels, folder = resources("90")
+    text = subprocess.run([cuobjdump, "-res-usage", folder / "sm_90.cubin"], capture_output=True, text=True).stdout
     found = sorted(int(number) for number in re.findall(r"REG:(\d+)", text))
     assert found == sorted(kernel["registers"] for kernel in kernels)
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", text)) == {"0"}

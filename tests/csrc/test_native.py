@@ -51,4 +51,5 @@ def test_cpu_executor_keeps_its_bits_as_it_is_built_for_use(tmp_path: Path) -> N
 @pytest.mark.once
 def test_cuda_kernel_is_right_and_reaches_every_barrier_on_the_host(tmp_path: Path) -> None:
     # As nvcc: numbers of one type may be read as those of another. With -O2 it compiles for longer than it runs.
+    # Case 35 is the first of a large weight whose A does not fit into shared memory.
     run(built("check_kernel", tmp_path, "-O1", "-fno-strict-aliasing", *SANITIZE), 42, 0)

@@ -28,7 +28,7 @@ SHAPES = {
     "rank 64": (19, 80, 64, 2, 64, "all"),
     "rank 128": (5, 40, 24, 3, 128, "some"),
     "rank 256": (5, 24, 40, 1, 256, "all"),
-    "many blocks": (5, 16, 8, 40, 4, "some"),
+    "many blocks": (5, 16, 8, 24, 8, "some"),
     "long": (197, 24, 16, 1, 32, "all"),
 }  # fmt: skip
 
