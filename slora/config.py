@@ -121,6 +121,8 @@ class SelectiveLoRAConfig:
                 raise ConfigError(
                     f"{name}={shown(value)} is not a finite number; the published values are 0.1 and 0.15"
                 )
+            # PyTorch compares and fills with no integer beyond 64 bits.
+            setattr(self, name, float(value))
         if self.blocks != "auto" and (not _is_int(self.blocks) or self.blocks < 1):
             raise ConfigError(f'blocks={shown(self.blocks)} is neither a positive integer nor "auto"')
         if self.inactive not in get_args(Inactive):
@@ -255,8 +257,10 @@ def _check_dtype(name: str, value: object) -> None:
     # Imported here and below, because everything else in a config can be checked without torch.
     import torch
 
-    if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise ConfigError(f"{name}={value!r} is not a floating-point torch.dtype such as torch.bfloat16")
+    if value not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"{name}={value!r} is not a floating-point torch.dtype of 16 bits or more, such as torch.bfloat16"
+        )
 
 
 def _dtype_named(name: str, value: str) -> torch.dtype:

@@ -75,6 +75,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "probe_every": ({"probe_every": 0}, "probe_every=0 is not a positive integer"),
     "probe_rows": ({"probe_rows": 2.5}, "probe_rows=2.5 is not a positive integer"),
     "integer dtype": ({"base_dtype": torch.int8}, "base_dtype=torch.int8 is not a floating-point torch.dtype"),
+    "8-bit dtype": (
+        {"base_dtype": torch.float8_e4m3fn},
+        "base_dtype=torch.float8_e4m3fn is not a floating-point torch",
+    ),
     "dtype as text": ({"base_dtype": "bfloat16"}, "base_dtype='bfloat16' is not a floating-point torch.dtype"),
     "regex": ({"target_modules": "blocks.(0"}, "target_modules: 'blocks.(0' is not a regular expression"),
     "exclude regex": ({"exclude_modules": "*"}, "exclude_modules: '*' is not a regular expression"),
@@ -235,6 +239,13 @@ configs = st.builds(
 @given(configs)
 def test_a_config_survives_json(config: slora.SelectiveLoRAConfig) -> None:
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_scores_beyond_64_bits_are_scores() -> None:
+    layer = slora.SelectiveLoRALinear(2, 2, r=1, gate_init=10**30, threshold=10**20)
+    assert layer.gate.item() == pytest.approx(1e30)
+    assert layer(torch.ones(1, 2)).isfinite().all()
+    assert not slora.SelectiveLoRALinear(2, 2, r=1, threshold=10**20).activity().active
 
 
 def test_tuples_become_lists_on_the_way() -> None:

@@ -156,7 +156,7 @@ def check(model: nn.Module, folder: Path) -> None:
         assert gate.isfinite().all(), f"the gate of {name!r}"
         threshold = torch.tensor(content["config"]["threshold"], dtype=torch.float32)
         active = [i for i, value in enumerate(gate) if value >= threshold]
-        assert layer.threshold == content["config"]["threshold"]
+        assert layer.threshold == float(content["config"]["threshold"])
         assert active == entry["active"] == list(layer.activity().active), f"active blocks of {name!r}"
         assert (layer.r, layer.blocks) == (entry["r"], entry["blocks"]), f"the rank or the blocks of {name!r}"
         _check_matrices(name, layer, active, tensors)
