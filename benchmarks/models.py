@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.results import BenchmarkError, need
+from benchmarks.results import need
 
 Inputs = tuple[Tensor, ...]
 # The root mean square of B A: half of what the weights of most models start from.
@@ -139,9 +139,8 @@ def llama(width: int = 2048, layers: int = 16, vocabulary: int = 32000, length: 
     return Model(
         f"llama {width}x{layers}", lambda device: _made(device, build),
         lambda batch, device, dtype: (torch.randint(0, vocabulary, (batch, length), device=device),),
-        loss,
-        (r".*self_attn\.o_proj", r".*mlp\.down_proj"), tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv"),
-        forward, ("tokens", length),
+        loss, (r".*self_attn\.o_proj", r".*mlp\.down_proj"),
+        tuple(f"model.layers.0.self_attn.{part}_proj" for part in "qkv"), forward, ("tokens", length),
         peft_targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
     )  # fmt: skip
 
@@ -157,13 +156,6 @@ MODELS: dict[str, Callable[[], Model]] = {
     "clip": clip,
     "llama-1b": llama,
 }
-
-
-def find(name: str) -> Model:
-    """Return the model called `name`."""
-    if name not in MODELS:
-        raise BenchmarkError(f"model {name!r} is unknown; there are {', '.join(MODELS)}")
-    return MODELS[name]()
 
 
 def peft_model(

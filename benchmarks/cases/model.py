@@ -25,7 +25,7 @@ from benchmarks import memory
 from benchmarks.cases import measuring, take_times
 from benchmarks.counting import beside_roofline
 from benchmarks.implementations.training import INFERENCE, RANK, TRAINING, Run
-from benchmarks.models import Inputs, find
+from benchmarks.models import MODELS, Inputs
 from benchmarks.results import Row, Settings, reason_in
 from benchmarks.timing import Call, input_sets, release
 from slora.ops.flops import count_flops
@@ -98,7 +98,7 @@ def grid(settings: Settings, case: str = "train_step") -> list[Point]:
 
 def measure(point: Point, settings: Settings, ceilings: dict[str, Any], case: str) -> list[Row]:
     """The rows of a point."""
-    about = {"model": find(point.model).name, "batch": point.batch, "r": RANK}
+    about = {"model": MODELS[point.model]().name, "batch": point.batch, "r": RANK}
     about["dtype" if case == "inference" else "precision"] = point.precision
     if case in ("train_step", "gates"):
         about["mode"] = point.mode
@@ -129,7 +129,7 @@ def without_bf16(settings: Settings, ceilings: dict[str, Any]) -> str | None:
 
 def fill(rows: dict[str, Row], settings: Settings, ceilings: dict[str, Any], point: Point) -> None:
     """Check the implementations, then time those that are right in turns."""
-    model, device, on_gpu = find(point.model), settings.device, settings.on_gpu
+    model, device, on_gpu = MODELS[point.model](), settings.device, settings.on_gpu
     dtype = torch.bfloat16 if point.precision == "bf16" else torch.float32
     sets = [model.inputs(point.batch, device, dtype)]
     count = 2 if settings.grid == "tiny" else input_sets(sum(t.nbytes for t in sets[0]))
@@ -183,7 +183,7 @@ class OnInputs:
 def checked(name: str, point: Point, device: str) -> Run:
     """An implementation that computes what it has to; raises `Wrong` where it does not."""
     way = (INFERENCE if point.mode == "forward" else TRAINING)[name]
-    run = Run(way, find(point.model), point.precision, device, point.mode)
+    run = Run(way, MODELS[point.model](), point.precision, device, point.mode)
     # Compiled code is for one batch; a probe of a large one reads some of its rows; 64 fit into a GPU in a wider dtype.
     batches = [point.batch if point.mode == "compile" else 2]
     if device == "cuda" and name.startswith("slora") and "probe" not in name:
@@ -194,7 +194,7 @@ def checked(name: str, point: Point, device: str) -> Run:
 
 def step_peak(name: str, point: Point) -> float:
     """Peak resident memory of three steps, or of a whole cycle, in MiB; to be measured in a process of its own."""
-    run = Run(TRAINING[name], find(point.model), point.precision, "cpu", point.mode)
+    run = Run(TRAINING[name], MODELS[point.model](), point.precision, "cpu", point.mode)
     inputs = run.model.inputs(point.batch, "cpu", run.dtype)
     memory.peak_begins()
     for _ in range(3 if run.steps == 1 else 1):

@@ -145,8 +145,8 @@ class Run:
         self.net = way.prepare(model, model.build(device).to(device, self.dtype), precision).train(mode != "forward")
         # B = 0 would hide an update that is left out, and the gradients of A and the gates.
         randomise_updates(self.net)
-        self.finish, self.losses = way.finish, list[Tensor]()
         gates = [layer.gate for _, layer in adapted_layers(self.net)]
+        self.finish, self.losses, self.gated = way.finish, list[Tensor](), bool(gates)
         trained = [p for p in self.net.parameters() if p.requires_grad and not any(p is gate for gate in gates)]
         # Gates stay where they are, but take part in every step.
         groups: list[dict[str, Any]] = [{"params": trained}, {"params": gates, "lr": 0.0, "weight_decay": 0.0}]
@@ -168,10 +168,10 @@ class Run:
         return self.model.forward(net, inputs)
 
     def _backward(self, net: nn.Module, inputs: Inputs, loss_of: Callable[..., Tensor]) -> Tensor:
-        autocast = self.precision == "amp" and inputs[0].dtype != torch.float64
-        with torch.autocast(self.device, torch.bfloat16, enabled=autocast):
+        wide = next(net.parameters()).dtype == torch.float64
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "amp" and not wide):
             loss = loss_of(net, inputs)
-            if any(True for _ in adapted_layers(net)):
+            if self.gated:
                 loss = loss + PENALTY * slora.gate_penalty(net)
         loss.backward()
         return loss.detach()

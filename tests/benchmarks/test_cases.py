@@ -271,7 +271,7 @@ def test_steps_in_bf16_are_left_out_where_bf16_is_imitated() -> None:
 @pytest.mark.parametrize("name", ["tiny", "tiny-llama", pytest.param("clip", marks=pytest.mark.once)])
 def test_a_model_has_inputs_a_loss_and_few_layers(name: str) -> None:
     pytest.importorskip("open_clip" if name == "clip" else "timm")
-    found = models.find(name)
+    found = models.MODELS[name]()
     net = found.build("cpu")
     loss = found.loss(net, found.inputs(2, "cpu", torch.float32))
     assert loss.dim() == 0

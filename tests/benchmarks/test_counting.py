@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import counting
+from benchmarks import counting, models
+from benchmarks.implementations import training
 from benchmarks.implementations.layer import FROZEN, IMPLEMENTATIONS, Problem, Shape
 from slora.ops.flops import count_flops
 
@@ -32,6 +33,30 @@ def test_flops_of_the_other_ways_are_their_closed_forms() -> None:
     assert _counted("PEFT") == 2 * base + 3 * wide + 3 * narrow
     # It saves x only and computes S again.
     assert _counted("addmm function") == 2 * base + 4 * wide + 3 * narrow
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "amp"])
+def test_flops_of_a_transformers_step_are_their_closed_form(precision: str) -> None:
+    pytest.importorskip("timm")
+    batch, tokens, width, depth, rank = 2, 5, 24, 3, training.RANK
+    M, model = batch * tokens, models.MODELS["tiny"]()
+    layers = [(3 * width, width, 3), (width, width, 1), (4 * width, width, 1), (width, 4 * width, 1)]
+    head, attention = 2 * batch * width * 100, depth * 4 * batch * tokens * tokens * width
+    linears = depth * sum(2 * M * N * K for N, K, _ in layers)
+    # Four patches of 8 x 8 in three colours.
+    forward = 2 * batch * 4 * width * 3 * 8 * 8 + linears + attention + head
+    # The first layer's input needs no gradient; S, T, dx, dA and dB make six products.
+    limit = forward + linears - 2 * M * 3 * width * width + 5 * attention // 2 + 2 * head
+    update = depth * sum(counting.lora_flops(M, N, K, rank, blocks, 1.0) for N, K, blocks in layers)
+    for name, expected in (
+        ("head only", forward + head),
+        ("frozen, dx everywhere", limit),
+        ("slora, all active", limit + update - 3 * 2 * M * rank * width),
+    ):
+        run = training.Run(training.TRAINING[name], model, precision, "cpu", "eager")
+        inputs = model.inputs(batch, "cpu", run.dtype)
+        run(inputs)
+        assert count_flops(run, inputs) == expected
 
 
 def test_bytes_beyond_a_frozen_layer_are_those_of_the_table() -> None:
