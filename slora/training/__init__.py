@@ -1,7 +1,7 @@
 """Training: from a model and a data set to an adapter, or to fully trained weights for comparison.
 
 methods.py       which parameters are trained: selective, lora, full, linear
-optimizers.py    the optimizers of weights and gates, and the learning rate schedule
+optimizers.py    the optimizers of weights and gates; schedule.py: steps and learning rate
 strategies.py    the selection strategy that the settings ask for; retained.py: images for distillation
 head_first.py    trains a new head alone before the run
 entry.py         `train`: checks everything, then runs the trainer; result.py: what it returns

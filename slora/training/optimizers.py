@@ -1,8 +1,7 @@
-"""The optimizers of a run, one for weights and one for gates, and the learning rate schedule."""
+"""The optimizers of a run: one for weights, one for gates."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,19 +14,6 @@ from slora.gates.release import release_frozen
 from slora.gates.values import gates
 from slora.models.parameter_groups import parameter_groups
 from slora.runs.settings import TrainSettings
-
-
-def lr_scale(step: int, steps: int, warmup: int, floor: float = 0.0, hold: int = 0) -> float:
-    """Return the factor on the learning rates of the weights at `step` (from 0) of a run of `steps` steps.
-
-    `(step + 1) / warmup` during the warm-up, 1 up to step `hold`, then `floor + (1 - floor) * (1 + cos(pi * t)) / 2`,
-    where t goes from 0 to 1 at `steps`.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    start = min(max(warmup, hold), steps)
-    t = max(0, step - start) / max(1, steps - start)
-    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, t)))
 
 
 class Optimizers:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slora.errors import ConfigError, StateError
+from slora.errors import StateError
 from slora.evaluation.accuracy import logits_of, tally
 from slora.gates.penalty import gate_penalty
 from slora.gates.values import gate_values
@@ -29,9 +29,10 @@ from slora.training.fingerprint import fingerprint
 from slora.training.head_first import train_head
 from slora.training.measure import BlockLog, Clock, Flops, Window
 from slora.training.nonfinite import origin, ruined_gates, ruined_parameter, run_error
-from slora.training.optimizers import Optimizers, lr_scale
+from slora.training.optimizers import Optimizers
 from slora.training.process import interruptible, prepared, train_mode
 from slora.training.result import Interrupted, TrainResult
+from slora.training.schedule import Schedule
 from slora.training.strategies import first_images, strategy
 
 if TYPE_CHECKING:
@@ -66,24 +67,15 @@ class Trainer:
         device = self.device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         workers = settings.workers()
-        self.train_batches = make_batches(
+        batches = make_batches(
             train_data, settings.batch_size, device, seed=settings.seed, num_workers=workers, rank=rank, world=world
         )
+        schedule = self.schedule = Schedule(settings, batches)
         self.eval_batches: Batches | None = None
         if eval_data is not None:
             self.eval_batches = make_batches(
                 eval_data, settings.eval_batch_size, device, num_workers=workers, rank=rank, world=world
             )
-        self.accumulation = settings.gradient_accumulation
-        self.steps_per_epoch = len(self.train_batches) // self.accumulation
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"gradient_accumulation={self.accumulation} times batch_size={settings.batch_size} exceeds the "
-                f"{self.train_batches.count} training images; lower one of them"
-            )
-        self.steps = settings.max_steps or settings.epochs * self.steps_per_epoch
-        self.warmup = round(settings.warmup * self.steps)
-
         torch.manual_seed(settings.seed)
         model.to(device)
         broken = "" if resume is not None else ruined_parameter(model)
@@ -96,18 +88,16 @@ class Trainer:
         if self.layers:
             self.selection = strategy(
                 model,
-                self.steps,
+                schedule.steps,
                 settings,
                 lambda count: first_images(self._first_epoch(), count),
                 self.criterion,
                 self.accelerator.autocast,
                 retains=retain is not None and settings.retain_weight > 0,
             )
-        if settings.lr_hold is not None:
-            self.hold = round(settings.lr_hold * self.steps)
-        else:
+        if settings.lr_hold is None and isinstance(self.selection, Budget):
             # The cosine starts once the budget has chosen: earlier, little of the rate is left for the chosen blocks.
-            self.hold = self.selection.last if isinstance(self.selection, Budget) else 0
+            schedule.hold = self.selection.last
         self.optimizers = Optimizers(model, settings)
         self.distillation: Distillation | None = None
         if retain is not None and settings.retain_weight:
@@ -118,12 +108,12 @@ class Trainer:
         checkpoint = None
         if self.start is not None:
             checkpoint = Checkpoint(self.start, model, settings, self.fingerprint, self.optimizers)
-            checkpoint.check_run(self.steps, world, self.selection)
+            checkpoint.check_run(schedule.steps, world, self.selection)
             self.step = checkpoint.state.step
         main = self.accelerator.is_main_process
         self.recorder = Recorder(
             self.run_dir if main else None,
-            self.steps,
+            schedule.steps,
             self.step,
             console if main and settings.progress else None,
             settings.tensorboard,
@@ -136,7 +126,7 @@ class Trainer:
                 self.selection.load_state_dict(checkpoint.state.selection)
             self.result = TrainResult.from_state(checkpoint.state.result, self.layers)
         self.blocks = BlockLog(self.layers, self.result.active_blocks)
-        self.window = Window(settings.log_every * self.accumulation, device)
+        self.window = Window(settings.log_every * schedule.accumulation, device)
         self.clock = Clock(self.result.seconds, self.step)
         self.flops = Flops(settings.count_flops, world, self.clock)
         self.stop_requested = False
@@ -151,7 +141,7 @@ class Trainer:
                 # Before the model is wrapped: DDP then copies the head of the first process to all.
                 train_head(
                     self.model,
-                    self.train_batches.epoch(0),
+                    self.schedule.batches.epoch(0),
                     self.settings.head_first,
                     self.criterion,
                     self.settings.seed,
@@ -164,10 +154,9 @@ class Trainer:
             )
             train_mode(self.model)
             self.blocks.note(self.step)
-            while self.step < self.steps:
-                epoch, done = divmod(self.step, self.steps_per_epoch)
-                batches = self.train_batches.epoch(epoch, done * self.accumulation)
-                for _ in range(min(self.steps_per_epoch - done, self.steps - self.step)):
+            while self.step < self.schedule.steps:
+                batches, left = self.schedule.rest_of_epoch(self.step)
+                for _ in range(left):
                     self._step(batches)
                     self._after_step()
             if self.selection is not None:
@@ -179,7 +168,7 @@ class Trainer:
 
     def _first_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of the first epoch, each gathered from all processes."""
-        for images, labels in self.train_batches.epoch(0):
+        for images, labels in self.schedule.batches.epoch(0):
             yield self.accelerator.gather(images), self.accelerator.gather(labels)
 
     def _request_stop(self) -> None:
@@ -189,11 +178,9 @@ class Trainer:
         state = self._activity()
         if self.may_release and self.optimizers.release(self.model):
             state = self._activity()
-        settings = self.settings
         gates = self.selection if isinstance(self.selection, Gates) else None
         self.penalty = 0.0 if gates is None else gates.weight
-        scale = lr_scale(self.step, self.steps, self.warmup, settings.min_lr_ratio, self.hold)
-        self.optimizers.set(scale, self.penalty)
+        self.optimizers.set(self.schedule.scale(self.step), self.penalty)
         work = (state, None if self.selection is None else self.selection.phase, self._distils())
         self.result.flops += self.flops.of_step(work, self._forward_backward, batches)
         self._select()
@@ -214,7 +201,7 @@ class Trainer:
         return self.distillation is not None and self.step % self.distillation.every == 0
 
     def _forward_backward(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        for i in range(self.accumulation):
+        for i in range(self.schedule.accumulation):
             images, labels = next(batches)
             with self.accelerator.accumulate(self.wrapped):
                 logits = logits_of(self.wrapped(images))
@@ -228,7 +215,7 @@ class Trainer:
                     assert self.distillation is not None
                     with self.accelerator.autocast():
                         # accelerate divides every accumulated loss by their number.
-                        loss = loss + self.accumulation * self.distillation(self.step)
+                        loss = loss + self.schedule.accumulation * self.distillation(self.step)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self._clip()
@@ -255,11 +242,11 @@ class Trainer:
 
     def _after_step(self) -> None:
         self.clock.step()
-        last = self.step == self.steps
+        last = self.step == self.schedule.steps
         if self.window.full or last:
             self._log()
-        evaluate = self.eval_batches is not None and (last or self._due(self.settings.eval_every))
-        save = last or self._due(self.settings.save_every)
+        evaluate = self.eval_batches is not None and (last or self.schedule.due(self.settings.eval_every, self.step))
+        save = last or self.schedule.due(self.settings.save_every, self.step)
         if evaluate:
             improved = self._evaluate()
             save = save or (improved and self.settings.save_every != 0)
@@ -269,10 +256,6 @@ class Trainer:
                 assert self.last_checkpoint is not None
                 raise Interrupted(self.last_checkpoint)
 
-    def _due(self, every: int | None) -> bool:
-        every = self.steps_per_epoch if every is None else every
-        return every > 0 and self.step % every == 0
-
     def _log(self) -> None:
         """Read the losses since the last record, the only synchronisation with the device, and record their mean."""
         if not self.window.filled:
@@ -281,17 +264,15 @@ class Trainer:
         lr = self.optimizers.weights.param_groups[0]["lr"]
         bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
         if bad:
-            batch = self.step * self.accumulation - len(losses) + bad[0]
-            step = batch // self.accumulation + 1
-            epoch, number = divmod(batch, self.steps_per_epoch * self.accumulation)
-            images, _ = next(iter(self.train_batches.epoch(epoch, number)))
-            self._refuse_loss(losses[bad[0]], step, images)
+            batch = self.step * self.schedule.accumulation - len(losses) + bad[0]
+            step = batch // self.schedule.accumulation + 1
+            self._refuse_loss(losses[bad[0]], step, self.schedule.images(batch))
         if norm is not None and not math.isfinite(norm):
             self._refuse(f"the gradient is not finite at or shortly before step {self.step}", self.step)
         self.clock.read()
         record: dict[str, Any] = {
             "step": self.step,
-            "epoch": round(self.step / self.steps_per_epoch, 4),
+            "epoch": round(self.step / self.schedule.steps_per_epoch, 4),
             "loss": sum(losses) / len(losses),
             "accuracy": accuracy,
             "lr": lr,
@@ -305,7 +286,7 @@ class Trainer:
             record |= self.blocks.record(self.step, values, first=not self.recorder.history)
             if self.settings.method == "selective":
                 record["gates"] = {name: [round(value, 7) for value in scores] for name, scores in values.items()}
-        images = self.settings.batch_size * self.accumulation * self.accelerator.num_processes
+        images = self.settings.batch_size * self.schedule.accumulation * self.accelerator.num_processes
         record |= {
             "images_per_second": images * self.clock.rate(),
             "seconds": self.clock.seconds(),
@@ -324,7 +305,7 @@ class Trainer:
     def _refuse(self, what: str, step: int, remedy: str = "") -> None:
         """End the run with an error; without a `remedy` it advises a lower learning rate."""
         self.recorder.add({"step": step, "error": what})
-        lr = lr_scale(step - 1, self.steps, self.warmup, self.settings.min_lr_ratio) * self.settings.lr
+        lr = self.schedule.scale(step - 1) * self.settings.lr
         raise run_error(what, remedy, self.last_checkpoint, self.start, lr)
 
     def _evaluate(self) -> bool:
@@ -361,7 +342,7 @@ class Trainer:
                     self.fingerprint,
                     {
                         "step": self.step,
-                        "steps": self.steps,
+                        "steps": self.schedule.steps,
                         "processes": self.accelerator.num_processes,
                         "selection": None if self.selection is None else self.selection.state_dict(),
                         "result": self.result.state(self.clock.seconds()),

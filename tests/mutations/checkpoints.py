@@ -172,7 +172,7 @@ def check(trainer: Trainer, folder: Path) -> None:
     assert present.values() == state["random"], "the random generators"
     for key, value in present.tensors().items():
         assert torch.equal(value, tensors[f"random.{key}"]), f"the random generator {key!r}"
-    assert trainer.step == trainer.steps == state["step"] == state["steps"], "the step"
+    assert trainer.step == trainer.schedule.steps == state["step"] == state["steps"], "the step"
     assert trainer.selection is not None
     for key, value in trainer.selection.state_dict().items():
         assert value == state["selection"][key], key

@@ -11,7 +11,8 @@ from torch import nn
 
 import slora
 from slora.training import TrainSettings, prepare
-from slora.training.optimizers import Optimizers, lr_scale
+from slora.training.optimizers import Optimizers
+from slora.training.schedule import lr_scale
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.1])

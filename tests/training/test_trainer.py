@@ -20,7 +20,7 @@ from slora.gates.values import gates
 from slora.layers import adapted_layers
 from slora.runs.metrics import read_metrics
 from slora.training import TrainSettings, prepare, train
-from slora.training.optimizers import lr_scale
+from slora.training.schedule import lr_scale
 
 Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
