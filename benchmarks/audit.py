@@ -14,14 +14,12 @@ import hashlib
 import io
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from benchmarks.compiled import Report, Variant, compiled, mismatches
-from benchmarks.results import RESULTS
+from benchmarks.results import RESULTS, ROOT
 from slora.io.atomic import write_text
 
-KERNELS = Path(__file__).parents[1] / "kernels"
+KERNELS = ROOT / "kernels"
 PATH = RESULTS / "audit" / "kernels.csv"
 COLUMNS = ("arch", "kernel", "case", "registers", "shared KiB", "programs per SM", "products", "TMA")
 """Registers per thread, shared memory per program, programs that fit on an SM, products of tiles by the instruction
@@ -40,6 +38,12 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def committed() -> tuple[dict[str, str], list[dict[str, str]]]:
+    """Return the head of the file, by name, and its rows."""
+    head, _, table = PATH.read_text().partition("\n")
+    return dict(word.split("=") for word in head.removeprefix("# ").split()), list(csv.DictReader(io.StringIO(table)))
+
+
 def name(variant: Variant) -> tuple[str, str, str]:
     """Return what identifies a variant: the first three of `COLUMNS`."""
     return f"sm_{variant.arch}", variant.kernel.__name__, variant.label
@@ -48,50 +52,37 @@ def name(variant: Variant) -> tuple[str, str, str]:
 def row(variant: Variant, report: Report) -> tuple[str, ...]:
     """Return the line of one variant."""
     products = " ".join(f"{count} {kind}" for kind, count in report.products.items() if count)
-    found = report.registers, report.shared // 1024, report.occupancy, products, " ".join(report.bulk_loads)
+    found = report.registers, report.shared // 1024, report.occupancy, products, " ".join(report.loads)
     return *name(variant), *map(str, found)
-
-
-def committed() -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Return the head of the file, by name, and its rows."""
-    head, _, table = PATH.read_text().partition("\n")
-    return dict(word.split("=") for word in head.removeprefix("# ").split()), list(csv.DictReader(io.StringIO(table)))
-
-
-def write(rows: Iterable[Sequence[str]]) -> None:
-    """Write the file."""
-    import triton
-
-    text = io.StringIO()
-    text.write(f"# source={source_hash()} triton={triton.__version__}\n")
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *rows])
-    write_text(PATH, text.getvalue())
 
 
 def main() -> int:
     """Compile everything and write the file, unless a kernel is not as it should be."""
+    import triton
+
     from benchmarks.variants import variants
     from slora.kernels import configs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", choices=configs.ARCHS, default=configs.ARCHS)
-    parser.add_argument("--only", default="", help="compile what has this in its name, and write nothing")
-    arguments = parser.parse_args()
+    parser.add_argument("--only", nargs="+", help="compile what has one of these in its row, and write nothing")
+    only = parser.parse_args().only
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("under TRITON_INTERPRET nothing is compiled; unset it")
-    rows, wrong = [], 0
-    for variant in (variant for arch in arguments.arch for variant in variants(arch)):
-        if arguments.only not in ", ".join(name(variant)):
-            continue
-        report = compiled(variant)
-        found = mismatches(variant, report, configs.SHARED_MEMORY[variant.arch])
-        wrong += bool(found)
-        rows.append(row(variant, report))
-        print(*rows[-1], *found, sep=", ", flush=True)
-    if not wrong and not arguments.only and set(arguments.arch) == set(configs.ARCHS):
-        write(rows)
+    rows, correct = [COLUMNS], True
+    for variant in (variant for arch in configs.ARCHS for variant in variants(arch)):
+        if not only or any(text in ", ".join(name(variant)) for text in only):
+            report = compiled(variant)
+            wrong = mismatches(variant, report, configs.SHARED_MEMORY[variant.arch])
+            correct &= not wrong
+            rows.append(row(variant, report))
+            print(*rows[-1], *wrong, sep=", ", flush=True)
+    if correct and not only:
+        text = io.StringIO()
+        text.write(f"# source={source_hash()} triton={triton.__version__}\n")
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        write_text(PATH, text.getvalue())
         print(PATH)
-    return int(wrong > 0)
+    return int(not correct)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,34 @@
-"""Every candidate of the kernels, checked and timed at production sizes: `python -m benchmarks.candidates FOLDER`.
+"""Every candidate of the kernels, checked at production sizes: `python -m benchmarks.candidates FOLDER`.
 
-    --device cuda|cpu   on the CPU tiny shapes, interpreted and not timed
+    --device cuda|cpu   on the CPU tiny shapes, interpreted
     --seconds S         all the time there is
 
-Every algorithm of every operation (`slora.ops.backends.algorithms`) with every tile size runs with one block and with
-two of three active, which the host knows or only the device, and once with more than 2^31 results. It is compared
-with the fp32 reference and may be twice as far from it as PyTorch's bf16 is, plus one unit. Unwritten elements are NaN.
+Every algorithm of every operation (`slora.ops.backends.algorithms`) with all its tile sizes runs with one block and with two of
+three active, which the host knows or only the device, and once with results of more than 2^31 elements. Each result is
+compared with the fp32 reference; unwritten elements are NaN. (Times of candidates are what `autotune` chooses by: see
+"choices" in `gpu-<stage>.json`.)
 
-First processes on all cores compile and check side by side; they share Triton's cache on disk. Then one process times
-what is right, and does the large point. A candidate that fails, hangs or breaks its CUDA context costs only itself.
-`candidates.json` is written as they end:
+Processes on all cores compile and check side by side; they share Triton's cache on disk. One process does the large
+point. A candidate that fails, hangs or breaks its CUDA context costs only itself. `candidates.json` is written as they
+end:
 
-    {"complete": ..., "candidates": [{"point", "operation", "form", "state", "error", "milliseconds", "reason"}, ...]}
+    {"complete": ..., "candidates": [{"point", "operation", "form", "state", "error", "reason"}, ...]}
 
-"state" is "right", "wrong", "failed" or "no time"; "error" the largest error of the results, 1 is what is allowed;
-"milliseconds" the device's.
+"state" is "right", "wrong", "failed" or "no time"; "error" the largest of the results, where 1 is what is allowed.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import math
 import os
 import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,12 +41,12 @@ from benchmarks.correctness import errors, expected
 from benchmarks.implementations.layer import SCALING, THRESHOLD, Problem, Shape
 from benchmarks.results import environment, folder_name, process_began, write_result
 from benchmarks.timing import ieee_fp32
-from slora.ops.backends import Needs, autotune
+from slora.ops.backends import Needs
 from slora.ops.backends.algorithms import Forward, InputGradient, Operation, WeightGradients
 from slora.ops.operands import LoRAOperands
 
-# Of all the time, what compiling may take; the longest for one candidate; how often the file is written, in seconds.
-COMPILING, EACH, EVERY = 0.75, 60.0, 2.0
+# Of all the time, what the small points may take; the longest for one candidate; how often the file is written, in s.
+SMALL, EACH, EVERY = 0.75, 60.0, 2.0
 # What each operation returns.
 RESULTS = {"forward": ("y", "S"), "input gradient": ("dx", "T"), "weight gradients": ("lora_A", "lora_B", "gate")}
 
@@ -147,16 +148,6 @@ def check(task: Task) -> workers.Outcome:
     return {"state": "wrong", "error": error, "reason": f"{name} is off by {worst:.3g} of what is allowed"}
 
 
-def measure(task: Task) -> workers.Outcome:
-    """Time a candidate on the GPU; one of the large point is checked first."""
-    outcome: workers.Outcome = check(task) if points(task.device)[task.point].ends else {"state": "right"}
-    if outcome["state"] == "right" and task.device != "cpu":
-        operation = case(task.device, task.point).operations[task.operation]
-        compute = functools.partial(operation.compute, operation.algorithms()[task.form])
-        outcome["milliseconds"] = round(autotune._milliseconds(compute, operation.rows.device), 5)
-    return outcome
-
-
 def listed(device: str) -> dict[Task, dict[str, Any]]:
     """Every candidate and the beginning of its entry. No candidate depends on the number of rows."""
     entries = {}
@@ -170,25 +161,19 @@ def listed(device: str) -> dict[Task, dict[str, Any]]:
 
 
 def examine(folder: Path, device: str, until: float) -> list[dict[str, Any]]:
-    """Check and time every candidate, write `candidates.json` as they end, and return the entries."""
+    """Check every candidate, write `candidates.json` as they end, and return the entries."""
     entries, about, written = listed(device), environment(device), 0.0
     large = [task for task in entries if points(device)[task.point].ends]
     small = [task for task in entries if task not in large]
-
-    def outcomes() -> Iterator[tuple[Task, workers.Outcome]]:
-        cores = 1 if device == "cpu" else min(16, len(os.sched_getaffinity(0)))
-        compiled = time.monotonic() + COMPILING * (until - time.monotonic())
-        yield from workers.run(check, small, cores, compiled, EACH)
-        right = [task for task in small if entries[task]["state"] == "right"]
-        for task, outcome in workers.run(measure, right + large, 1, until, EACH):
-            # What is right stays so where there is no time for its time.
-            yield task, {} if outcome["state"] == workers.NO_TIME else outcome
+    cores = 1 if device == "cpu" else min(16, len(os.sched_getaffinity(0)))
+    most = time.monotonic() + SMALL * (until - time.monotonic())
 
     def write(complete: bool) -> None:
         content = {"environment": about, "complete": complete, "candidates": list(entries.values())}
         write_result("candidates", folder_name(device), content, folder)
 
-    for task, outcome in outcomes():
+    at_once = workers.run(check, small, cores, most, EACH)
+    for task, outcome in itertools.chain(at_once, workers.run(check, large, 1, until, EACH)):
         entries[task].update(outcome)
         if time.monotonic() - written > EVERY:
             write(complete=False)

@@ -23,7 +23,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -117,7 +116,7 @@ def validate(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="slora-gpu-") as scratch:
         run = steps.Validation(out, Path(scratch), args.dry_run, args.stage)
         (out / f"{run.name}.log").write_bytes(b"")
-        run.about = {**environment(device), **machine()}
+        run.about = {**environment(device), "driver": driver()}
         run.write()
         if run.about["commit"] is None:
             print("the commit is not known, and results will not say it; --commit HASH names it", flush=True)
@@ -130,6 +129,15 @@ def validate(args: argparse.Namespace) -> int:
             return 2
     show(run, time.monotonic() - began)
     return int(any(state["state"] not in ("ok", "skipped") for state in run.states.values()))
+
+
+def driver() -> str | None:
+    """The version of the GPU's driver."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def interrupted(number: int, frame: object) -> None:
@@ -171,18 +179,3 @@ def show(run: steps.Validation, took: float) -> None:
         print("\n".join(targets.lines({device: run.results}, [device])), flush=True)
     except BenchmarkError as error:
         print(error)
-
-
-def machine() -> dict[str, Any]:
-    """The driver, the compiler, and where the tools of CUDA are."""
-    tools = {name: steps.find_tool(name) for name in ("nvcc", "compute-sanitizer", "ncu", "cuobjdump")}
-
-    def said(*command: str) -> str | None:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-            return done.stdout.strip().splitlines()[-1]
-        except (OSError, subprocess.TimeoutExpired, IndexError):
-            return None
-
-    driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {"driver": driver, "nvcc": said(tools["nvcc"] or "nvcc", "--version"), "tools": tools}

@@ -1,4 +1,4 @@
-"""The ceilings that static predictions divide by, and the hash that says whether the audit is of these kernels."""
+"""The hash that says whether the audit is of these kernels."""
 
 from __future__ import annotations
 
@@ -7,24 +7,6 @@ from pathlib import Path
 import pytest
 
 from benchmarks import audit
-from benchmarks.ceilings import Ceilings, on_record
-from benchmarks.results import write_result
-
-
-def test_predictions_divide_by_measured_ceilings_where_there_are_any(tmp_path: Path) -> None:
-    assert on_record(tmp_path).source == "stated, not measured here"
-    environment = {"commit": "ab" * 20, "dirty": False, "date": "", "device": "NVIDIA H200", "packages": {}}
-    found = {"gemm_flops_per_s": {"bf16": 5e14}, "copy_bytes_per_s": 1e30}
-    write_result("linear", "cuda", {"environment": environment, "ceilings": found, "rows": []}, tmp_path)
-    assert on_record(tmp_path) == (5e14, 1e30, "measured, commit ababababab")
-
-
-def test_a_merge_is_predicted_to_move_every_weight_once_each_way() -> None:
-    from benchmarks.merge_kernel import VIT_L, predicted
-
-    seconds = predicted(2, Ceilings(1.0, 1e9))
-    assert seconds == pytest.approx(sum(2 * 2 * rows * columns for rows, columns in VIT_L) / 1e9)
-
 
 KERNEL = """
 # A comment.

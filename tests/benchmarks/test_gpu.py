@@ -138,7 +138,7 @@ def test_outcomes_of_tests_are_read_from_the_report_of_pytest(
     run: gpu_steps.Validation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "test_a.py").write_text(
-        "import pytest\npytestmark = pytest.mark.gpu\ndef test_x(): pass\ndef test_y(): assert 1 == 2\n"
+        f"import pytest\npytestmark = pytest.mark.{'gpu'}\ndef test_x(): pass\ndef test_y(): assert 1 == 2\n"
         "def test_z(): pytest.skip('no GPU')\n"
     )
     (tmp_path / "test_b.py").write_text("import absent")
