@@ -68,7 +68,7 @@ def main() -> int:
     only = parser.parse_args().only
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("under TRITON_INTERPRET nothing is compiled; unset it")
-    rows, correct = [COLUMNS], True
+    correct, rows = True, list[tuple[str, ...]]([COLUMNS])
     for variant in (variant for arch in configs.ARCHS for variant in variants(arch)):
         if not only or any(text in ", ".join(name(variant)) for text in only):
             report = compiled(variant)

@@ -6,9 +6,12 @@ import random
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import compare, targets
-from benchmarks.results import RESULTS, BenchmarkError, results_in, spread
+from benchmarks.cases import linear, merge, model
+from benchmarks.models import find
+from benchmarks.results import RESULTS, BenchmarkError, Settings, results_in, spread
 
 POINT = {"K": 768, "N": 768, "M": 50432, "r": 16, "active": "0", "dtype": "bf16"}
 NAME = "linear, none active, over frozen, K 768, N 768"
@@ -91,17 +94,26 @@ def test_a_target_may_be_a_measure_and_a_slice_of_a_gpu_has_none() -> None:
         assert targets.judged(results, ["nvidia-h100-mig-1g-18gb", "nvidia-h20"]) == []
 
 
-def test_the_targets_of_the_cpu_are_measured_and_the_others_name_what_exists() -> None:
-    from benchmarks.cases import host, merge
-    from benchmarks.implementations import layer, training
-
+def test_the_targets_of_the_cpu_are_measured_and_the_stages_of_a_gpu_measure_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     lines = targets.lines({"cpu": results_in(RESULTS / "cpu")}, ["cpu"])
     assert lines[-1].endswith(" 1 not measured")
-    names: dict[str, Any] = {
-        "host": host.IMPLEMENTATIONS, "linear": layer.IMPLEMENTATIONS, "train_step": training.TRAINING,
-        "train_memory": training.TRAINING, "merge": merge.IMPLEMENTATIONS,
-    }  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    settings = Settings("cuda", "quick")
+    points: dict[str, list[tuple[dict[str, Any], Any]]] = {
+        "linear": [(shape.point, linear.IMPLEMENTATIONS) for shape in linear.grid(settings)],
+        "merge": [
+            ({"model": name, "dtype": dtype, "r": r}, merge.IMPLEMENTATIONS) for name, dtype, r in merge.grid(settings)
+        ],
+        "train_step": [
+            ({"model": find(p.model).name, "batch": p.batch, "precision": p.precision, "mode": p.mode}, p.names)
+            for p in model.grid(settings)
+        ],
+    }
     for target in targets.load():
-        assert {target.contender, target.against or target.contender} <= {
-            name for name in (target.contender, target.against) if name and name in names[target.case]
-        }
+        if target.device != "cpu":
+            (names,) = [names for point, names in points[target.case] if target.where.items() <= point.items()]
+            assert {target.contender, target.against or target.contender} <= set(names)
+    # What a minute of a GPU is not for.
+    assert {name: len(grid) for name, grid in points.items()} == {"linear": 12, "merge": 1, "train_step": 4}
