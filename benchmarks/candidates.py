@@ -3,16 +3,16 @@
     --device cuda|cpu   on the CPU tiny shapes, interpreted
     --seconds S         all the time there is
 
-Every algorithm of every operation (`slora.ops.backends.algorithms`) with all its tile sizes runs with one block and with two of
-three active, which the host knows or only the device, and once with results of more than 2^31 elements. Each result is
-compared with the fp32 reference; unwritten elements are NaN. (Times of candidates are what `autotune` chooses by: see
-"choices" in `gpu-<stage>.json`.)
+Every algorithm of every operation (`slora.ops.backends.algorithms`) runs with all its tile sizes, with one block and
+with two of three active, which the host knows or only the device, and once with results of more than 2^31 elements. A
+result is compared with the fp32 reference; unwritten elements are NaN. (Times of candidates are what `autotune` chooses
+by: see "choices" in `gpu-<stage>.json`.)
 
 Processes on all cores compile and check side by side; they share Triton's cache on disk. One process does the large
 point. A candidate that fails, hangs or breaks its CUDA context costs only itself. `candidates.json` is written as they
 end:
 
-    {"complete": ..., "candidates": [{"point", "operation", "form", "state", "error", "reason"}, ...]}
+    {"complete": ..., "candidates": [{"point", "operation", "algorithm", "state", "error", "reason"}, ...]}
 
 "state" is "right", "wrong", "failed" or "no time"; "error" the largest of the results, where 1 is what is allowed.
 """
@@ -65,7 +65,7 @@ class Task(NamedTuple):
     device: str
     point: int
     operation: str
-    form: int
+    algorithm: int
 
 
 def points(device: str) -> list[Point]:
@@ -102,7 +102,7 @@ class Case:
             "weight gradients": WeightGradients(x, dy, S, T, operands, Needs(True, True, True, True)),
         }
 
-    def errors(self, operation: str, form: int) -> dict[str, float]:
+    def errors(self, operation: str, algorithm: int) -> dict[str, float]:
         """The error of each result, as a part of what is allowed."""
         of = self.operations[operation]
         with warnings.catch_warnings():
@@ -111,7 +111,7 @@ class Case:
             # Fills what is allocated with NaN: a result could lie where the one before has left the right numbers.
             torch.use_deterministic_algorithms(True, warn_only=True)
             try:
-                results: Any = of.compute(of.algorithms()[form])
+                results: Any = of.compute(of.algorithms()[algorithm])
             finally:
                 torch.use_deterministic_algorithms(False)
         found = dict(zip(RESULTS[operation], results, strict=True))
@@ -139,7 +139,7 @@ def case(device: str, point: int) -> Case:
 def check(task: Task) -> workers.Outcome:
     """Compare the results of a candidate with the reference."""
     ieee_fp32()
-    found = case(task.device, task.point).errors(task.operation, task.form)
+    found = case(task.device, task.point).errors(task.operation, task.algorithm)
     # NaN is the worst.
     name, worst = max(found.items(), key=lambda item: (math.isnan(item[1]), item[1]))
     if worst <= 1:
@@ -154,8 +154,8 @@ def listed(device: str) -> dict[Task, dict[str, Any]]:
     for i, (shape, host_known, _) in enumerate(points(device)):
         spelled = {**shape.point, "blocks": shape.blocks, "activity": "host" if host_known else "device"}
         for name, operation in Case(Point(replace(shape, M=8), host_known), device).operations.items():
-            for j, form in enumerate(operation.algorithms()):
-                entry = {"point": spelled, "operation": name, "form": str(form), "state": workers.NO_TIME}
+            for j, algorithm in enumerate(operation.algorithms()):
+                entry = {"point": spelled, "operation": name, "algorithm": str(algorithm), "state": workers.NO_TIME}
                 entries[Task(device, i, name, j)] = entry
     return entries
 

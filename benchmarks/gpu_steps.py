@@ -72,15 +72,19 @@ class Validation:
         return "cpu" if self.dry else "cuda"
 
     @property
+    def choices(self) -> Path:
+        """The folder in which slora remembers which kernels were the fastest."""
+        return self.scratch / "choices"
+
+    @property
     def environ(self) -> dict[str, str]:
         """The environment of every command: caches in a folder that is removed."""
         # The steps choose the backend themselves. Bytecode of what torch imports takes seconds to compile: once.
         left_out = ("SLORA_BACKEND", "PYTHONDONTWRITEBYTECODE")
         environ = {name: value for name, value in os.environ.items() if name not in left_out}
-        folders = {"PYTHONPYCACHEPREFIX": "pyc", "SLORA_CACHE": "choices", "TRITON_CACHE_DIR": "triton",
-                   "TORCHINDUCTOR_CACHE_DIR": "inductor"}  # fmt: skip
+        folders = {"PYTHONPYCACHEPREFIX": "pyc", "TRITON_CACHE_DIR": "triton", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
         environ |= {name: str(self.scratch / folder) for name, folder in folders.items()}
-        environ |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+        environ |= {"SLORA_CACHE": str(self.choices), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         if Path("/usr/local/cuda").exists():
             environ.setdefault("CUDA_HOME", "/usr/local/cuda")
         if self.dry:
@@ -123,7 +127,7 @@ class Validation:
         """Write the state of every step, and the measured choices of kernels."""
         content = {"environment": self.about, "parts": self.states}
         with contextlib.suppress(OSError, ValueError):
-            content["choices"] = json.loads((self.scratch / "choices" / "forms.json").read_text())
+            content["choices"] = {file.name: json.loads(file.read_text()) for file in self.choices.glob("*.json")}
         write_result(self.name, folder_name(self.device), content, self.out)
 
 
@@ -178,7 +182,7 @@ def candidates(run: Validation, limit: float) -> State:
         entries = content["candidates"]
         state["counts"] = dict(Counter(entry["state"] for entry in entries))
         state["failed"] = [
-            f"{entry['operation']}, {entry['form']} at {entry['point']}: {entry['reason']}"[:300]
+            f"{entry['operation']}, {entry['algorithm']} at {entry['point']}: {entry['reason']}"[:300]
             for entry in entries
             if entry["state"] in ("wrong", "failed")
         ][:40]
@@ -250,8 +254,7 @@ def gpu_files() -> list[str]:
     files = {
         file for path in marking for file in (path.parent.glob("test_*.py") if path.stem == "conftest" else [path])
     }
-    names = sorted(file.relative_to(ROOT).as_posix() for file in files)
-    return [*FIRST, *(name for name in names if name not in FIRST)]
+    return sorted((file.relative_to(ROOT).as_posix() for file in files), key=lambda name: (name not in FIRST, name))
 
 
 def sanitizer(check: str) -> Run:

@@ -25,20 +25,20 @@ def test_a_wrong_result_is_seen_and_a_candidate_that_raises_costs_the_others_not
 ) -> None:
     """Also what is wrong in the last row of a large result, or in a sum over its rows."""
 
-    def forward(self: Forward, form: Any, compute: Any = Forward.compute) -> Any:
-        if form.name == "precomputed":
+    def forward(self: Forward, algorithm: Any, compute: Any = Forward.compute) -> Any:
+        if algorithm.name == "precomputed":
             raise ValueError("of all things")
-        y, S = compute(self, form)
-        if form.name == "fused":
+        y, S = compute(self, algorithm)
+        if algorithm.name == "fused":
             y[-1, -1] *= 1.01
-        if form.name == "cublas_after":
+        if algorithm.name == "cublas_after":
             # As if it had not been written.
             y[0] = torch.empty_like(y[0])
         return y, S
 
-    def last_number(self: Any, form: Any, compute: Any) -> Any:
-        first, *rest = compute(self, form)
-        first.view(-1)[-1] += 1 if "fused" in str(form) or "one_pass" in str(form) else 0
+    def last_number(self: Any, algorithm: Any, compute: Any) -> Any:
+        first, *rest = compute(self, algorithm)
+        first.view(-1)[-1] += 1 if "fused" in str(algorithm) or "one_pass" in str(algorithm) else 0
         return first, *rest
 
     monkeypatch.setattr(Forward, "compute", forward)
@@ -50,7 +50,9 @@ def test_a_wrong_result_is_seen_and_a_candidate_that_raises_costs_the_others_not
     found = set()
     for entry in content["candidates"]:
         reason = entry.get("reason", "").partition(" by")[0]
-        found.add((entry["operation"], entry["form"].split()[0], entry["state"], reason, entry.get("error") is None))
+        found.add(
+            (entry["operation"], entry["algorithm"].split()[0], entry["state"], reason, entry.get("error") is None)
+        )
     assert found == {
         ("forward", "fused", "wrong", "y is off", False),
         ("forward", "split", "right", "", False),

@@ -103,6 +103,7 @@ def test_a_step_that_fails_or_has_no_time_costs_the_others_nothing(
 
 
 def test_the_stages_have_their_steps_and_their_time() -> None:
+    assert set(gpu_steps.FIRST) == set(gpu_steps.gpu_files()[: len(gpu_steps.FIRST)])
     cases = {"linear", "merge", "train_step", "inference", "scaling", "gates"}
     assert cases == CASES.keys() & {step.name for step in gpu.STEPS}
     assert {stage: sum(step.share(stage) for step in gpu.STEPS) for stage in NAMES} == {
