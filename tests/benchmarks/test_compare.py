@@ -102,7 +102,7 @@ def test_the_targets_of_the_cpu_are_measured_and_the_stages_of_a_gpu_measure_the
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     settings = Settings("cuda", "quick")
     points: dict[str, list[tuple[dict[str, Any], Any]]] = {
-        "linear": [(shape.point, linear.IMPLEMENTATIONS) for shape in linear.grid(settings)],
+        "linear": [(shape.point, linear.IMPLEMENTATIONS) for _, shape in linear.grid(settings)],
         "merge": [
             ({"model": name, "dtype": dtype, "r": r}, merge.IMPLEMENTATIONS) for name, dtype, r in merge.grid(settings)
         ],
