@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+import slora
 from benchmarks import compare, targets
 from benchmarks.cases import linear, merge, model
-from benchmarks.models import find
-from benchmarks.results import RESULTS, BenchmarkError, Settings, results_in, spread
+from benchmarks.results import CASES, RESULTS, BenchmarkError, Settings, results_in, spread
 
 POINT = {"K": 768, "N": 768, "M": 50432, "r": 16, "active": "0", "dtype": "bf16"}
 NAME = "linear, none active, over frozen, K 768, N 768"
@@ -100,20 +100,16 @@ def test_the_targets_of_the_cpu_are_measured_and_the_stages_of_a_gpu_measure_the
     lines = targets.lines({"cpu": results_in(RESULTS / "cpu")}, ["cpu"])
     assert lines[-1].endswith(" 1 not measured")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    settings = Settings("cuda", "quick")
-    points: dict[str, list[tuple[dict[str, Any], Any]]] = {
-        "linear": [(shape.point, linear.IMPLEMENTATIONS) for _, shape in linear.grid(settings)],
-        "merge": [
-            ({"model": name, "dtype": dtype, "r": r}, merge.IMPLEMENTATIONS) for name, dtype, r in merge.grid(settings)
-        ],
-        "train_step": [
-            ({"model": find(p.model).name, "batch": p.batch, "precision": p.precision, "mode": p.mode}, p.names)
-            for p in model.grid(settings)
-        ],
-    }
+    monkeypatch.setattr(slora.merging, "extension_info", lambda: {"available": True, "cuda": "13.0"})
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, module in (("linear", linear), ("merge", merge), ("train_step", model)):
+        monkeypatch.setattr(module, "fill", lambda *_, **__: None)
+        rows[name] = [row for found in CASES[name].measure(Settings("cuda", "quick"), {}) for row in found]
     for target in targets.load():
         if target.device != "cpu":
-            (names,) = [names for point, names in points[target.case] if target.where.items() <= point.items()]
+            names = [row["contender"] for row in rows[target.case] if target.where.items() <= row["point"].items()]
             assert {target.contender, target.against or target.contender} <= set(names)
+            assert len(set(names)) == len(names)
     # What a minute of a GPU is not for.
-    assert {name: len(grid) for name, grid in points.items()} == {"linear": 12, "merge": 1, "train_step": 4}
+    points = {name: len({str(row["point"]) for row in found}) for name, found in rows.items()}
+    assert points == {"linear": 12, "merge": 1, "train_step": 4}
