@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of one layer by formula, what a time is beside the roofline, and the model of costs.
+"""Bytes and FLOPs of one layer by formula, what a time is beside the roofline, and the cost model.
 
 Bytes are the least that an algorithm has to move through memory, in elements of the activations' dtype, with
 `x [M, K]`, `dy [M, N]` and everything of size r left out:
@@ -63,7 +63,7 @@ def lora_flops(M: int, N: int, K: int, r: int, active: float, share: float) -> f
 
 
 def predicted_seconds(frozen: float, algorithm: str, point: Row, ceilings: dict[str, Any]) -> float:
-    """Forward and backward by the model of costs: the frozen layer's measured time, then the update's bytes at the
+    """Forward and backward by the cost model: the frozen layer's measured time, then the update's bytes at the
     measured copy rate and its FLOPs at the measured GEMM rate, one after the other. Of the algorithm "fused" it is the
     floor: x and dy have to be read once more, for dA and dB, when T is complete."""
     M, N, K, dtype = point["M"], point["N"], point["K"], point["dtype"]

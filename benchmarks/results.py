@@ -178,11 +178,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def results_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """The result files with rows in `folder`, by the name of the case.
-
-    Raises:
-        BenchmarkError: as `read_result`.
-    """
+    """The result files with rows in `folder`, by the name of the case; raises as `read_result`."""
     results = map(read_result, sorted(folder.glob("*.json")))
     return {str(result["case"]): result for result in results if "rows" in result}
 

@@ -135,7 +135,7 @@ def fill(rows: dict[str, Row], shape: Shape, settings: Settings, ceilings: dict[
 
 
 def beside_frozen(row: Row, frozen: Row, ceilings: dict[str, Any], scaling: bool) -> None:
-    """Set the time of a row beside the floor, or on a curve beside what the model of costs predicts."""
+    """Set the time of a row beside the floor, and on a curve beside what the cost model predicts."""
     measured, active = row["forward_backward"], not row["point"]["active"].startswith("0")
     if scaling and "form" in row:
         predicted = counting.predicted_seconds(frozen["median"], row["form"], row["point"], ceilings)

@@ -46,11 +46,6 @@ class Way(NamedTuple):
     """What is done to an adapted model before it is run, such as merging."""
 
 
-def base(model: Model, net: nn.Module, precision: str) -> nn.Module:
-    """The model as it is."""
-    return net
-
-
 def frozen(everywhere: bool) -> Prepare:
     """Frozen weights, only the head is trained; `everywhere`, dx down to the first layers that can be adapted."""
 
@@ -70,11 +65,6 @@ def frozen(everywhere: bool) -> Prepare:
         return net
 
     return prepare
-
-
-def full(model: Model, net: nn.Module, precision: str) -> nn.Module:
-    """Full fine-tuning."""
-    return net.requires_grad_(True)
 
 
 def with_peft(few: bool) -> Prepare:
@@ -109,7 +99,7 @@ def with_slora(active: str, inactive: str, blocks: Any = "auto") -> Prepare:
 TRAINING = {
     "head only": Way(frozen(everywhere=False)),
     "frozen, dx everywhere": Way(frozen(everywhere=True)),
-    "full": Way(full),
+    "full": Way(lambda model, net, precision: net.requires_grad_(True)),
     "PEFT, all": Way(with_peft(few=False)),
     "PEFT, few": Way(with_peft(few=True)),
     "slora, all active": Way(with_slora("all", "probe")),
@@ -120,7 +110,7 @@ TRAINING = {
     "slora, none active, frozen": Way(with_slora("none", "frozen")),
 }
 INFERENCE = {
-    "base": Way(base),
+    "base": Way(lambda model, net, precision: net),
     "slora, merged": Way(with_slora("all", "frozen"), finish=lambda net: slora.merge_and_unload(net)),
     "slora, all active": Way(with_slora("all", "frozen")),
     "slora, few active": Way(with_slora("few", "frozen")),
