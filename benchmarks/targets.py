@@ -12,10 +12,8 @@ from typing import Any
 from benchmarks.results import NOT_MEASURED, TIMES, BenchmarkError, median, need, source
 
 FILE = Path(__file__).with_name("targets.toml")
-# How a limit is spelled in the file and in a table, and what it asks.
-SIGNS = {
-    "at_most": ("at most", operator.le), "at_least": ("at least", operator.ge), "exactly": ("exactly", operator.eq)
-}  # fmt: skip
+# What a limit asks.
+ASKS = {"at_most": operator.le, "at_least": operator.ge, "exactly": operator.eq}
 # Of a measure and of what it is divided by: for the least ratio, the ratio of the medians, and the greatest one.
 ENDS = (("p20", "p80"), ("median", "median"), ("p80", "p20"))
 Results = Mapping[str, Mapping[str, Any]]
@@ -38,7 +36,7 @@ class Target:
 
     def met(self, number: float) -> bool:
         """Whether `number` meets the limit."""
-        return bool(SIGNS[self.asks][1](number, self.limit))
+        return bool(ASKS[self.asks](number, self.limit))
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Judged:
         """Target, measured, limit and verdict, for a table."""
         low, high = self.ends
         number = "-" if self.number is None else f"{self.number:.3f}" + f" [{low:.3f}, {high:.3f}]" * (low < high)
-        limit = f"{SIGNS[self.target.asks][0]} {self.target.limit:g}"
+        limit = f"{self.target.asks.replace('_', ' ')} {self.target.limit:g}"
         return [self.target.name, number, limit, ", ".join(filter(None, (self.verdict, self.note)))]
 
 
@@ -89,7 +87,7 @@ def load() -> list[Target]:
     for entry in file["targets"]:
         devices, limits, points = entry.pop("devices"), entry.pop("limits"), file["points"][entry.pop("points", "one")]
         for device, limit, point in itertools.product(devices, limits, points):
-            (asks,) = limit.keys() & SIGNS.keys()
+            (asks,) = limit.keys() & ASKS.keys()
             own = {key: value for key, value in limit.items() if key != asks} | point
             name = ", ".join([entry["name"], *(f"{key} {value}" for key, value in own.items())])
             own = entry | {"name": name, "where": entry["where"] | own}

@@ -116,6 +116,25 @@ def test_the_stages_have_their_steps_and_their_time() -> None:
             gpu.chosen(stage, names)
 
 
+def test_a_case_on_a_gpu_has_its_share_of_the_time_to_measure_the_quick_grid(
+    run: gpu_steps.Validation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def call(self: Any, words: list[object], limit: float) -> tuple[int, str]:
+        asked.append(command_line.parser().parse_args([str(word) for word in words[3:]]))
+        return 1, "ModuleNotFoundError"
+
+    monkeypatch.setattr(gpu_steps.Validation, "call", call)
+    run.dry, run.stage = False, "first"
+    # That of an earlier run.
+    (run.out / "linear.json").write_text("{}")
+    state = gpu_steps.case("linear")(run, 85.0)
+    assert state == {"state": "failed", "exit_code": 1, "last_lines": ["ModuleNotFoundError"]}
+    assert (asked[0].case, asked[0].device, asked[0].grid, asked[0].out) == (["linear"], "cuda", "quick", run.out)
+    assert (asked[0].seconds, asked[0].keep_partial) == (79.0, True)
+
+
 def test_a_build_that_this_gpu_cannot_use_has_failed(
     monkeypatch: pytest.MonkeyPatch, run: gpu_steps.Validation
 ) -> None:
