@@ -1,7 +1,8 @@
 """slora: fine-tuning by selective low-rank adaptation.
 
 A pretrained model gets gated LoRA blocks, training decides which few of them exist, and the rest of the model
-stays what it was. Start with `inject`; `slora.reference` states the mathematics.
+stays what it was. Start with `inject`; `slora.reference` states the mathematics. README.md, "Where things are", says
+what each package holds.
 
 Modules that need torch are imported at first use, so that the command line reports a typo at once. The operators are
 registered then, too: before you load an exported program, `import slora.layers`.
@@ -33,7 +34,7 @@ from slora.errors import (
 )
 
 if TYPE_CHECKING:
-    from slora.adapters.adapter import load_adapter, save_adapter
+    from slora.adapters.save_load import load_adapter, save_adapter
     from slora.gates import ProximalGates, gate_penalty, penalty_at, release_frozen
     from slora.layers import SelectiveLoRALinear, gates_on_device
     from slora.merging.merge import merge, merge_and_unload, unmerge
@@ -87,7 +88,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "adapters.adapter": "load_adapter save_adapter",
+    "adapters.save_load": "load_adapter save_adapter",
     "gates": "ProximalGates gate_penalty penalty_at release_frozen",
     "layers": "SelectiveLoRALinear gates_on_device",
     "merging": "merge merge_and_unload unmerge",

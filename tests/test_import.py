@@ -82,7 +82,7 @@ def test_importing_slora_does_not_import_torch() -> None:
 def test_names_are_found_in_whatever_order_modules_are_imported() -> None:
     out = run(
         """
-import slora.models.inject, slora.training.methods
+import slora.models.inject, slora.training.trainable
 import types
 import slora
 assert isinstance(slora.inject, types.FunctionType), slora.inject

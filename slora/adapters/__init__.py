@@ -1,8 +1,8 @@
-"""Adapters on disk: saving and loading, in PEFT's format.
+"""Adapters on disk: in PEFT's format, and `selective.json` with the gates and the base model's fingerprint.
 
-adapter.py  `save_adapter` and `load_adapter`
-files.py    the files of an adapter directory; `selective.json` read and checked
-tensors.py  `adapter_model.safetensors` read, checked and divided among layers and modules
-fit.py      whether an adapter fits a model
-peft.py     each layer as one LoRA pair, and `adapter_config.json`, for PEFT
+save_load.py       `save_adapter` and `load_adapter`
+selective_json.py  the names of the files; `selective.json` read and checked
+tensors.py         `adapter_model.safetensors` read, checked and divided among layers and modules
+fit.py             whether an adapter fits a model
+peft.py            each layer as one LoRA pair, and `adapter_config.json`, for PEFT
 """

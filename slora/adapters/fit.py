@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from slora.adapters.files import Selective
+from slora.adapters.selective_json import Selective
 from slora.errors import CheckpointError, ConfigError, StateError, TargetError
 from slora.layers import LoRABlocks
 from slora.models.inject import Plan, plan_for, targets_by_name

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from slora.adapters.files import CONFIG, PREFIX, SELECTIVE, WEIGHTS, Entry, Selective, read_selective
+from slora.adapters.selective_json import CONFIG, PREFIX, SELECTIVE, WEIGHTS, Entry, Selective, read_selective
 from slora.errors import CheckpointError, StateError
 from slora.io.atomic import earlier
 from slora.io.bounded import require_file
@@ -69,15 +69,15 @@ def _versions(folder: Path) -> list[tuple[int, int] | None]:
 
 
 def read_tensors(folder: Path, digest: str | None) -> dict[str, Tensor]:
-    """Return the tensors of the adapter in `folder`, whose digest is `digest` unless that is None.
+    """Return the tensors of the adapter in `folder`, after checking their digest if `digest` is given.
 
     Raises:
         CheckpointError: the file is missing or damaged, or not the one that `selective.json` was written with.
     """
     path = folder / WEIGHTS
     if earlier(path).exists():
-        # Saving was interrupted: the present file may already be that of the next adapter. The digest tells which one
-        # is meant; without a digest, from an early version, it is the earlier one.
+        # Saving was interrupted: the present file may already be that of the next adapter. The digest says which file
+        # `selective.json` belongs to; early versions wrote none, and then it is the earlier file.
         with contextlib.suppress(CheckpointError):
             tensors = read_safetensors(earlier(path))
             if digest in (None, digest_of(tensors)):
@@ -121,7 +121,7 @@ def spread_sample(weight: Tensor, count: int = 256) -> Tensor:
 def forget_earlier(folder: Path) -> None:
     """Remove the earlier files in `folder` if saving was interrupted when the adapter was already complete.
 
-    `write_together` would restore them in place of the present ones.
+    `write_together` leaves them where they are, so that readers would be led to them if the next save is interrupted.
     """
     if not earlier(folder / WEIGHTS).exists():
         return
@@ -139,7 +139,7 @@ def is_finite(value: Tensor, mask: bool = False) -> bool:
     wide = value.float() if value.itemsize == 1 else value
     if mask or not value.numel() or value.is_complex():
         return not bool(wide.isnan().any()) if mask else bool(wide.isfinite().all())
-    # Ten times as fast on the CPU; both are NaN if any value is.
+    # Ten times as fast as isfinite().all() on the CPU; minimum and maximum are both NaN if any value is.
     return all(bool(end.isfinite()) for end in torch.aminmax(wide))
 
 
@@ -161,8 +161,7 @@ def block_state(
 
     Args:
         shape: of the adapted weight.
-        like: a tensor with the dtype and device of each parameter. Without `lora_A` the matrices of the layer were
-            freed.
+        like: `{parameter name: a tensor of its dtype and device}`; without "lora_A" the matrices were freed.
     """
     state = {"gate": torch.tensor(entry.gate).to(like["gate"])}
     if "lora_A" not in like:
@@ -172,6 +171,7 @@ def block_state(
     r, blocks, active = entry.r, entry.blocks, entry.active
     n, K = shape[0] // blocks, shape[1]
     lora_A, lora_B = torch.empty(blocks, r, K), torch.zeros(blocks, n, r)
+    # Inactive blocks are not in the file: A is drawn again, B is zero.
     for A_i in lora_A:
         nn.init.kaiming_uniform_(A_i, a=5**0.5)
     if active:
@@ -217,6 +217,7 @@ def saved_state(
         if is_sharded(own) or not own.numel():
             continue
         other = first.setdefault((own.data_ptr(), *own.shape, *own.stride()), name)
+        # Tied tensors must have equal values in the file.
         if not torch.equal(values[name], values[other]):
             raise CheckpointError(
                 f"{folder / WEIGHTS}: {name} and {other} differ, but are one tensor in this "

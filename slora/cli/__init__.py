@@ -2,6 +2,7 @@
 
 app.py        `main`, and the options before the subcommand; errors.py: how errors are shown
 demo.py  finetune.py  evaluate.py  merge.py  inspect.py  report.py  doctor.py
+flags of finetune     come from `slora.runs.flags`
 checkpoint_option.py  the option --checkpoint of evaluate, merge and inspect
 """
 

@@ -1,4 +1,4 @@
-"""`slora finetune`."""
+"""`slora finetune`. Its flags are the fields of `slora.runs.settings.TrainSettings`; `slora.runs.flags` makes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from slora.cli.errors import imported, rank
 from slora.errors import SLoRAError
-from slora.runs.results import duration
+from slora.runs.read_results import duration
 
 INTERRUPTED = 130
 
@@ -58,8 +58,8 @@ def finetune(
 
     from rich.console import Console
 
+    from slora.runs.explain_blocks import explained
     from slora.runs.next_command import command
-    from slora.runs.outcome import explained
     from slora.runs.rundir import read_settings, run_dir_of
     from slora.training.finetune_run import finetune as run
     from slora.training.process import leave

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from slora.cli.checkpoint_option import CHECKPOINT, check_early, note_undecided
-from slora.runs.results import duration
+from slora.runs.read_results import duration
 
 
 def inspect(
@@ -22,10 +22,10 @@ def inspect(
         slora inspect runs/letters_vit-digits-selective
         slora inspect runs/letters_vit-digits-selective --checkpoint last
     """
-    from slora.adapters.files import SELECTIVE, read_selective
+    from slora.adapters.selective_json import SELECTIVE, read_selective
     from slora.io.bounded import read_json
     from slora.runs.metrics import METRICS, read_metrics
-    from slora.runs.results import adapter_of, read_result
+    from slora.runs.read_results import adapter_of, read_result
     from slora.runs.rundir import CONFIG, RESULT, read_settings
 
     if checkpoint is not None:
@@ -46,7 +46,7 @@ def inspect(
         result = read_result(folder)
         if result["accuracy"] is not None:
             print(f"accuracy {result['accuracy']:.2%} after {result['steps']} steps, {duration(result['seconds'])}")
-    from slora.runs.outcome import explained
+    from slora.runs.explain_blocks import explained
 
     asked = {"asked": content["asked"]} if content.get("asked") else {}
     settings = read_settings(folder).to_dict() if (folder / CONFIG).exists() else content["config"] | asked

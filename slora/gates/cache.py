@@ -1,15 +1,16 @@
 """`GateCache`: the host's copy of which blocks of a model are active.
 
-It notices an optimizer step or an edit by the version counter that PyTorch keeps for each parameter, and then refreshes
-all layers of the model with a single device-to-host copy. So eager mode can skip whole kernel launches without asking
-the device.
+It notices an edit by the version counter that PyTorch keeps for each parameter, and an optimizer step by a hook,
+because fused optimizers do not increment the counter. Then it refreshes all layers of the model with a single
+device-to-host copy. So eager mode can skip whole kernel launches without asking the device.
 
 A write that increments no version counter, as `parameter.data.copy_(average)` does, is noticed when the gates are read
 for another reason: whenever the model switches between training and evaluation, and when it is saved, merged or
 summarised (`refresh_gates`).
 
-During a backward pass no gate is read. A forward in there is the recomputation of activation checkpointing, which has
-to use the blocks of the first forward, even if an optimizer that steps in the backward has changed gates since.
+During a backward pass no gate is read. A forward inside a backward pass is the recomputation of activation
+checkpointing, which has to use the blocks of the first forward, even if an optimizer that steps in the backward has
+changed gates since.
 """
 
 from __future__ import annotations
@@ -36,15 +37,16 @@ class GateCache:
     starts a cache of its own.
 
     Attributes:
-        step: how often the gates were seen to have changed.
+        step: how often the gates were seen to have changed; not the optimizer's step.
         strategy: the strategy at work on the model (`slora.selection`), or None.
         asked: the budget that the blocks were chosen by, as in "budget=4"; empty where the gates decide.
         copies: device-to-host copies made so far, one per refresh and device.
         warned: whether a `GateRuleWarning` was given for this model.
-        trained_in_full: parameters of `modules_to_save`; a copy of the model starts without.
+        trained_in_full: parameters of `modules_to_save`; empty in a copy of the model.
         warned_narrow: whether a `NarrowParameterWarning` was given for this model.
         ddp: the `DistributedDataParallel` that last ran the model, or None.
-        penalised: whether a loss may contain `gate_penalty`: False once `ProximalGates` is made, until it is called.
+        penalised: whether a loss may contain `gate_penalty`: False from the making of a `ProximalGates`
+            until `gate_penalty` is called.
         without_gradient: parameters whose gradient, zeros made by DDP, is dropped before the optimizer step.
     """
 
@@ -113,7 +115,7 @@ class GateCache:
                 layer.mark_gates_changed()
 
     def set_active(self, active: Mapping[Gated, Sequence[bool]]) -> None:
-        """Note that gates were written, and which blocks are active by them: nothing has to be read."""
+        """Record a write whose result the host knows, so that no copy from the device is needed."""
         self.step += 1
         whole = {id(layer) for layer in self.layers()} == {id(layer) for layer in active}
         if whole and not _in_backward():

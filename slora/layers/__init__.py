@@ -1,7 +1,7 @@
 """Adapted layers: LoRA blocks with gates on the weights of linear layers and of attention.
 
 base.py            `LoRABlocks`: the parameters of the blocks, from their making to merging and release
-projection.py      the product with the base weight and the active blocks
+forward.py         the forward of an adapted layer: base product and active blocks
 state.py           casts, copies, state dicts
 linear.py          `nn.Linear` with blocks
 attention.py       attention with an `in_proj_weight`
@@ -13,8 +13,8 @@ optimizer_hook.py  what is checked before an optimizer steps
 
 from slora.layers.attention import ProjectionAttention, SelectiveLoRAAttention
 from slora.layers.base import LoRABlocks, adapted_layers
+from slora.layers.forward import gates_on_device
 from slora.layers.linear import SelectiveLoRALinear
-from slora.layers.projection import gates_on_device
 
 __all__ = [
     "LoRABlocks",

@@ -18,7 +18,7 @@ from slora.errors import ConfigError, StateError
 from slora.gates.cache import GateCache
 from slora.gates.gated import Activity, GateKey
 from slora.layers import optimizer_hook as _optimizer_hook  # noqa: F401 (registers itself)
-from slora.layers.projection import Projection
+from slora.layers.forward import Projection
 from slora.layers.state import LORA_PARAMETERS
 from slora.module_tree.sharded import full
 from slora.module_tree.wrappers import named_modules

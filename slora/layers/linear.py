@@ -1,4 +1,4 @@
-"""`SelectiveLoRALinear`: `nn.Linear` with gated LoRA blocks."""
+"""`SelectiveLoRALinear`: `nn.Linear` with gated LoRA blocks. The computation is `Projection.project` (`forward.py`)."""
 
 from __future__ import annotations
 

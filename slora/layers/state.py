@@ -20,7 +20,7 @@ class BlockState(Gated):
     _cast: dict[str, tuple[tuple[Any, ...], Tensor]]
     """Base weight and bias in the dtype of autocast, each with what it was cast from."""
     _ready: tuple[Any, ...] | None
-    """The operands of the last call, checked, with what they were made from (`slora.layers.projection`)."""
+    """The operands of the last call, checked, with what they were made from (`slora.layers.forward`)."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         parameters = (self._parameters.get(name) for name in LORA_PARAMETERS)

@@ -2,7 +2,7 @@
 
 merge.py     `merge`, `unmerge`, `merge_and_unload` of a model
 overflow.py  the check that no merged weight overflows
-batched.py   `batched_merge_`, `batched_merge`: many weights of one device in one call, by the extension
+batched.py   `batched_merge_`, `batched_merge`: all weights of a device in one call, in C++ or CUDA (`csrc/`)
 fallback.py  the same in PyTorch
 terms.py     the arguments of a batched merge, checked
 """

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from slora.merging import fallback
 from slora.merging.terms import Term, check, grouped, is_plain
-from slora.module_tree.exclusive import signals_held
+from slora.models.exclusive import signals_held
 from slora.ops.dispatch import setting
 
 Matrices = Tensor | Sequence[Tensor]

@@ -21,11 +21,11 @@ from slora.merging import batched
 from slora.merging.overflow import refuse_overflow
 from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
 from slora.models.adaptable import refuse_parametrized, refuse_replaced_forward
+from slora.models.exclusive import changing, signals_held
 from slora.models.inject import refuse_layer, unload
-from slora.models.injection import find_injection
+from slora.models.injection_record import find_injection
 from slora.models.lost_layers import refuse_computed, refuse_fused, warn_of_lost
 from slora.module_tree import sharded
-from slora.module_tree.exclusive import changing, signals_held
 from slora.module_tree.wrappers import named_modules
 from slora.selection.strategy import unfinished_selection
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from slora.models.injection import OriginalDtypes
+from slora.models.injection_record import OriginalDtypes
 from slora.models.modules_to_save import Saved
 from slora.module_tree.wrappers import module_at, named_modules, parameter_at
 

@@ -17,13 +17,13 @@ from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention
 from slora.layers.bytecode import Read, methods_of, readers
 from slora.layers.weight_reads import ReadLinear, unwatch, watch
 from slora.models.adaptable import refuse_parametrized, refuse_replaced_forward
+from slora.models.exclusive import changing
 from slora.models.full_precision import keep_in_fp32, restore_dtypes
 from slora.models.fused_encoders import set_fused_encoders
-from slora.models.injection import Injection, find_injection, injected_submodule, set_injection
+from slora.models.injection_record import Injection, find_injection, injected_submodule, set_injection
 from slora.models.modules_to_save import Saved, saved_parts
 from slora.models.targets import candidates, is_out_proj, refuse_bases, refuse_uncalled, select_targets
 from slora.module_tree import sharded
-from slora.module_tree.exclusive import changing
 from slora.module_tree.names import inside, no_match
 from slora.module_tree.swap import swap
 from slora.module_tree.wrappers import module_at, named_parameters, unwrapped

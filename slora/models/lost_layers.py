@@ -13,7 +13,7 @@ from slora.config import SelectiveLoRAConfig
 from slora.errors import ReplacedLayerWarning, StateError, UntrainedLayerWarning, quoted
 from slora.layers import LoRABlocks
 from slora.models.adaptable import computed
-from slora.models.injection import find_injection, injection
+from slora.models.injection_record import find_injection, injection
 from slora.module_tree.sharded import full, is_sharded
 from slora.module_tree.wrappers import module_at
 

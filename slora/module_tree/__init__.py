@@ -5,5 +5,4 @@ wrappers.py   names without the wrappers of DDP, torch.compile, ...
 sharded.py    parameters that FSDP2 has sharded
 swap.py       replacing modules wherever a model refers to them
 modes.py      a context in evaluation mode
-exclusive.py  changes of weights: one thread at a time, and not interrupted
 """

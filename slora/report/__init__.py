@@ -3,7 +3,7 @@
 run_page.py   the page of a `slora finetune` run; the page of the demo is `slora.demo.page`
 page.py       text, tables and figures as one HTML file; page.html.j2 is its template
 style.py      colours, markers and sizes of all figures
-charts.py     curves, bars, target against retention
+charts.py     curves, bars, accuracy on the new task against accuracy left on the old one
 cells.py      the row and column of each block in a figure; block_map.py: which blocks are active
 gates.py      the gates over the steps
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from slora.adapters.files import SELECTIVE, read_selective
+from slora.adapters.selective_json import SELECTIVE, read_selective
 from slora.errors import CheckpointError, ConfigError
 from slora.io.bounded import read_json
 from slora.io.yaml_files import read_yaml
@@ -16,8 +16,8 @@ from slora.report.block_map import block_map
 from slora.report.charts import Line, curves
 from slora.report.gates import gate_curves
 from slora.report.page import Picture, Section, Table, scaled, write_page
+from slora.runs.explain_blocks import explained, not_finite
 from slora.runs.metrics import METRICS, read_metrics
-from slora.runs.outcome import explained, not_finite
 from slora.runs.settings import TrainSettings
 
 CONFIG, ADAPTER, REPORT, EVALUATION = "config.yaml", "adapter", "report.html", "evaluation.json"

@@ -1,4 +1,7 @@
-"""Rankings: functions that return a score for each block of a model; blocks with the highest scores stay."""
+"""Rankings: functions that return a score for each block of a model; blocks with the highest scores stay.
+
+`Budget` and `keep_blocks` choose by them.
+"""
 
 from __future__ import annotations
 

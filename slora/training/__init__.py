@@ -1,8 +1,8 @@
 """Training: from a model and a data set to an adapter, or to fully trained weights for comparison.
 
-methods.py       which parameters are trained: selective, lora, full, linear
+trainable.py     which parameters are trained: selective, lora, full, linear
 optimizers.py    the optimizers of weights and gates; schedule.py: steps and learning rate
-strategies.py    the selection strategy that the settings ask for; retained.py: images for distillation
+make_strategy.py the selection strategy that the settings ask for; retain_images.py: images for distillation
 head_first.py    trains a new head alone before the run
 entry.py         `train`: checks everything, then runs the trainer; result.py: what it returns
 trainer.py       the loop; process.py: accelerate and signals; measure.py: losses, time, FLOPs, active blocks
@@ -22,8 +22,8 @@ from slora.runs.settings import TrainSettings
 if TYPE_CHECKING:
     from slora.training.entry import train
     from slora.training.head_first import train_head
-    from slora.training.methods import prepare
     from slora.training.result import Interrupted, TrainResult
+    from slora.training.trainable import prepare
 
 __all__ = ["Interrupted", "TrainResult", "TrainSettings", "prepare", "train", "train_head"]
 
@@ -31,7 +31,7 @@ __all__ = ["Interrupted", "TrainResult", "TrainSettings", "prepare", "train", "t
 _HOMES = {
     "Interrupted": "slora.training.result",
     "TrainResult": "slora.training.result",
-    "prepare": "slora.training.methods",
+    "prepare": "slora.training.trainable",
     "train": "slora.training.entry",
     "train_head": "slora.training.head_first",
 }

@@ -1,4 +1,7 @@
-"""Reading a checkpoint: `Checkpoint` checks all of it first; `restore` then puts it into model and optimizers."""
+"""Reading a checkpoint: `Checkpoint` checks all of it first; `restore` then puts it into model and optimizers.
+
+What a checkpoint holds is said in `checkpoint_save.py`.
+"""
 
 from __future__ import annotations
 

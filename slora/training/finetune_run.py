@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_model
 from torch import nn
 
-from slora.adapters.adapter import save_adapter
+from slora.adapters.save_load import save_adapter
 from slora.config import check_budget
 from slora.errors import NonFiniteLossError, WriteError
 from slora.io.atomic import write_atomically, write_json, write_text
@@ -28,11 +28,11 @@ from slora.sources import models
 from slora.sources.data import Source
 from slora.training.entry import train
 from slora.training.head_first import STEPS, trained_heads
-from slora.training.methods import prepare
 from slora.training.process import meet, of_first
 from slora.training.result import TrainResult
-from slora.training.retained import retained_images
+from slora.training.retain_images import retained_images
 from slora.training.run_model import build
+from slora.training.trainable import prepare
 
 if TYPE_CHECKING:
     from rich.console import Console

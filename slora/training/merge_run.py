@@ -10,14 +10,14 @@ from safetensors.torch import save_model
 from torch import nn
 
 from slora import __version__
-from slora.adapters.adapter import fingerprint, load_adapter
-from slora.adapters.files import PREFIX
+from slora.adapters.save_load import fingerprint, load_adapter
+from slora.adapters.selective_json import PREFIX
 from slora.adapters.tensors import is_finite, read_adapter
 from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.io.atomic import write_atomically
 from slora.layers import adapted_layers
 from slora.merging import merge_and_unload
-from slora.runs import results, rundir
+from slora.runs import read_results, rundir
 from slora.runs.checkpoint_folders import chosen
 from slora.runs.settings import TrainSettings
 from slora.training.run_model import load_result, rebuild, rebuild_for
@@ -44,7 +44,7 @@ def merge_adapter(
         model_args          JSON object, if there are any
         active_blocks       number of blocks merged
         scale               factor on the update
-        base_fingerprint    digest of the base weights, `slora.adapters.adapter.fingerprint`; only with blocks
+        base_fingerprint    digest of the base weights, `slora.adapters.save_load.fingerprint`; only with blocks
         data, method        of the run
         classes             JSON list of the classes' names, in the order of the outputs
 
@@ -74,15 +74,15 @@ def merge_adapter(
     if model_name is None:
         raise ConfigError(f"{folder} is an adapter without its run; name its model, such as timm/vit_base_patch16_224")
     settings = settings.replace(model=model_name, pretrained=pretrained or settings.pretrained)
-    labels = results.labels(folder) if run else None
+    labels = read_results.labels(folder) if run else None
     classes = classes or (len(labels) if labels else None)
     if which is None:
-        model = _with_adapter(results.adapter_of(folder), settings, classes)
+        model = _with_adapter(read_results.adapter_of(folder), settings, classes)
     else:
         model = _with_checkpoint(folder, which, settings, classes)
     layers = dict(adapted_layers(model))
     if not layers and scale != 1.0:
-        raise results.without_blocks(folder, settings.method, f"that scale={scale} could act on; leave it out")
+        raise read_results.without_blocks(folder, settings.method, f"that scale={scale} could act on; leave it out")
     count = sum(len(layer.activity().active) for layer in layers.values())
     metadata = _of_model(settings) | {"active_blocks": str(count), "scale": str(scale)}
     if run:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from slora.adapters.adapter import load_adapter, selective
+from slora.adapters.save_load import load_adapter, selective
 from slora.adapters.tensors import read_safetensors
 from slora.errors import CheckpointError, DamagedCheckpointError
-from slora.runs import results, rundir
+from slora.runs import read_results, rundir
 from slora.runs.checkpoint_folders import chosen
 from slora.runs.rundir import ADAPTER, MODEL, read_settings
 from slora.runs.settings import TrainSettings
@@ -20,7 +20,7 @@ from slora.sources.data import InputSpec, Source, open_data
 from slora.sources.data_names import check_name
 from slora.training.checkpoint_load import Checkpoint, check_values
 from slora.training.fingerprint import fingerprint
-from slora.training.methods import prepare
+from slora.training.trainable import prepare
 
 
 def build(settings: TrainSettings) -> tuple[nn.Module, InputSpec, Source]:
@@ -47,7 +47,7 @@ def rebuild_for(run_dir: Path, settings: TrainSettings) -> nn.Module:
     Raises:
         ConfigError, DataError, CheckpointError: see `build`.
     """
-    labels = results.labels(run_dir)
+    labels = read_results.labels(run_dir)
     if labels is None:
         return build(settings)[0]
     return rebuild(settings, len(labels)).model
@@ -69,11 +69,11 @@ def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path, folder
         return model
     if settings.method in ("selective", "lora"):
         if not (run_dir / ADAPTER).is_dir():
-            raise results.unfinished(run_dir / ADAPTER, run_dir)
+            raise read_results.unfinished(run_dir / ADAPTER, run_dir)
         return load_adapter(model, run_dir / ADAPTER)
     path = run_dir / MODEL / rundir.WEIGHTS
     if not path.exists():
-        raise results.unfinished(path, run_dir)
+        raise read_results.unfinished(path, run_dir)
     found = read_safetensors(path, "use another checkpoint", DamagedCheckpointError)
     state = model.state_dict()
     # Of tied tensors the file holds the first.
@@ -102,7 +102,7 @@ def blocks_of(run_dir: Path, which: str) -> tuple[str, dict[str, Any]]:
     """
     settings = read_settings(run_dir)
     if settings.method not in ("selective", "lora"):
-        raise results.without_blocks(run_dir, settings.method, "to show")
+        raise read_results.without_blocks(run_dir, settings.method, "to show")
     folder = chosen(run_dir, which)
     model = load_result(rebuild_for(run_dir, settings), settings, run_dir, folder)
     return folder.name, selective(model)

@@ -27,13 +27,13 @@ from slora.training.checkpoint_load import Checkpoint
 from slora.training.checkpoint_save import save_checkpoint
 from slora.training.fingerprint import fingerprint
 from slora.training.head_first import train_head
+from slora.training.make_strategy import first_images, strategy
 from slora.training.measure import BlockLog, Clock, Flops, Window
 from slora.training.nonfinite import origin, ruined_gates, ruined_parameter, run_error
 from slora.training.optimizers import Optimizers
 from slora.training.process import interruptible, prepared, train_mode
 from slora.training.result import Interrupted, TrainResult
 from slora.training.schedule import Schedule
-from slora.training.strategies import first_images, strategy
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -120,7 +120,7 @@ class Trainer:
             earlier=None if self.start is None else run_dir_of(self.start),
         )
         if checkpoint is not None:
-            # Everything is checked: from here on nothing can fail.
+            # Everything was checked above; from here on the model changes.
             checkpoint.restore()
             if self.selection is not None and checkpoint.state.selection is not None:
                 self.selection.load_state_dict(checkpoint.state.selection)
@@ -130,7 +130,7 @@ class Trainer:
         self.clock = Clock(self.result.seconds, self.step)
         self.flops = Flops(settings.count_flops, world, self.clock)
         self.stop_requested = False
-        # On a GPU, or with several processes, reading a loss means waiting: there losses are read once per record.
+        # On a GPU, or with several processes, reading a loss means waiting: there losses are read once per `log_every`.
         self.checks_each_loss = device.type == "cpu" and world == 1
 
     def run(self) -> TrainResult:
@@ -189,6 +189,7 @@ class Trainer:
     def _select(self) -> None:
         if self.selection is None:
             return
+        # All steps but the one that ends the warm-up, where blocks are ranked.
         if self.selection.taken + 1 != self.selection.first:
             self.selection.step()
             return
@@ -214,7 +215,7 @@ class Trainer:
                 if i == 0 and self._distils():
                     assert self.distillation is not None
                     with self.accelerator.autocast():
-                        # accelerate divides every accumulated loss by their number.
+                        # accelerate divides the loss of each batch by their number; this term is in one of them.
                         loss = loss + self.schedule.accumulation * self.distillation(self.step)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
@@ -226,12 +227,12 @@ class Trainer:
     def _clip(self) -> None:
         if self.settings.clip_norm:
             # Separately: the gates have their own optimizer, so neither gradient should scale the other.
-            # Not accelerate's function, which without loss scaling only adds 0.2 ms a step.
+            # torch's function: accelerate's does the same without loss scaling, 0.2 ms slower.
             weights, gates = self.optimizers.parameters()
             norm = nn.utils.clip_grad_norm_(weights, self.settings.clip_norm)
             self.window.add_norm(norm)
             if self.settings.optimizer == "adamw":
-                # The fused kernel then skips the step, without a synchronisation: the weights keep their last values.
+                # If the norm is not finite, the fused kernel skips the step on the device.
                 self.optimizers.weights.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
             nn.utils.clip_grad_norm_(gates, self.settings.clip_norm)
 
@@ -319,7 +320,7 @@ class Trainer:
         accuracy = correct / count
         self.result.accuracy = accuracy
         self.recorder.add({"step": self.step, "eval_loss": loss / count, "eval_accuracy": accuracy})
-        # Until the blocks are chosen, more of them are active than in the result.
+        # Until the blocks are chosen, more are active than in the result: such an accuracy is not the best of the run.
         chosen = self.selection is None or self.selection.taken >= self.selection.last
         improved = chosen and (self.result.best_accuracy is None or accuracy > self.result.best_accuracy)
         if improved:

@@ -33,7 +33,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setitem(methods.QUICK, "max_steps", 4)
-        patch.setattr("slora.training.strategies.SAMPLE", 32)
+        patch.setattr("slora.training.make_strategy.SAMPLE", 32)
         run.main(out, seeds=1, quick=True, jobs=1)
     return out, printed.getvalue()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError, ShapeError, StateError
 from slora.merging import batched, batched_merge, batched_merge_, extension_info, fallback
-from slora.module_tree.exclusive import signals_held
+from slora.models.exclusive import signals_held
 
 BUILT = extension_info()["available"]
 needs_extension = pytest.mark.skipif(not BUILT, reason="slora._C is not built")

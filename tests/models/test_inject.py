@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import slora
 from slora.errors import ConfigError, StateError, TargetError
 from slora.layers import LoRABlocks, ProjectionAttention, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
-from slora.models.injection import injection
+from slora.models.injection_record import injection
 from slora.models.targets import targets
 
 Config = slora.SelectiveLoRAConfig

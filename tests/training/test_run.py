@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import slora
-import slora.adapters.adapter
+import slora.adapters.save_load
 from slora import CheckpointError, ConfigError, NonFiniteLossError, SLoRAError, TargetError, WriteError
 from slora.runs import checkpoint_folders, rundir
 from slora.runs.lock import locked
@@ -355,7 +355,7 @@ def test_a_full_disk_at_the_end_leaves_the_last_checkpoint_to_go_on_from(monkeyp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(slora.adapters.adapter, "save_file", full)
+        patch.setattr(slora.adapters.save_load, "save_file", full)
         with pytest.raises(CheckpointError, match=r"adapter_model.safetensors could not be written \(No space left"):
             finetune_run.finetune(QUICK)
     folder = Path("runs/letters_vit-digits-selective")

@@ -15,7 +15,7 @@ import slora
 from slora import ConfigError
 from slora.selection import Budget, Gates, SoloGain, update_norm
 from slora.training import TrainSettings, prepare, train
-from slora.training.strategies import first_images, strategy
+from slora.training.make_strategy import first_images, strategy
 
 Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]

@@ -2,7 +2,7 @@
 
 In eager mode the host knows the active blocks (`slora.gates.cache`) and passes them to the operator (`slora.ops`).
 Where a graph is recorded (torch.compile, export, CUDA graphs, torch.func) the gates on the device decide instead,
-because they may be others when it runs.
+because other blocks may be active when the graph runs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Projection(BlockState):
     probe_rows: int
     enabled: bool
     _seed: int
-    """Differs between layers: with the step, the seed of the probe."""
+    """Seed of this layer; with `Activity.step` it draws the rows of the probe."""
 
     @property
     def base_weight(self) -> Tensor:
@@ -85,7 +85,7 @@ class Projection(BlockState):
             rows = slice(*(i * weight.shape[0] // self.blocks for i in (blocks.start, blocks.stop)))
             weight, bias = weight[rows], None if bias is None else bias[rows]
         if self.merged or not self.enabled:
-            return base(x if self.merged else with_expected_parameters(self, x, False), weight, bias)
+            return base(x if self.merged else with_expected_parameters(self, x, active=False), weight, bias)
         if torch.compiler.is_compiling() or _capturing(x) or _are_functorch_transforms_active() or _is_tracing():
             return self._project_on_device(x, weight, bias, blocks)
         activity = self._activity
@@ -108,7 +108,7 @@ class Projection(BlockState):
         if ops.needs_reference():
             learns = self.inactive != "frozen" and (torch.compiler.is_compiling() or not _is_tracing())
             return ops.apply_reference(x, weight, bias, self._all_operands(blocks, None), every_gate=learns)
-        # Blocks that stay off for good are known to be inactive.
+        # Frozen blocks that are off stay off, so that this call can leave them out.
         active = () if not torch.compiler.is_compiling() and self._off_for_good() else None
         operands = self._all_operands(blocks, active)
         if not torch.compiler.is_compiling():
@@ -142,7 +142,8 @@ class Projection(BlockState):
         operands = self._all_operands(blocks, active)
         if active:
             operands = self._with_seed(operands, x)
-            # Where FSDP has rounded the gate to 16 bits for the forward, it may be on the other side of the threshold.
+            # A gate that FSDP has rounded to 16 bits for the forward may be on the other side of the threshold, so that
+            # it must not be compared with the blocks that the host knows.
             rounded = self._sharded_gate is not None and operands.gate.dtype != self._sharded_gate.dtype
             check_operands(x, weight, bias, operands._replace(active=None) if rounded else operands)
             if blocks is None and weight.grad_fn is None:
@@ -254,8 +255,9 @@ class Projection(BlockState):
 def gates_on_device() -> Iterator[None]:
     """Compute as a CUDA graph does: inside, the gates on the device decide which blocks are active.
 
-    Warm up in here before a capture. Outside it the warm-up uses the active blocks that the host knows. The capture
-    would then be the first to compile the kernels of the graph, and could not measure which algorithm is the fastest.
+    Warm up in here before a capture. Without this context the warm-up uses the active blocks that the host knows. The
+    capture would then be the first to compile the kernels of the graph, and could not measure which algorithm is the
+    fastest.
 
         with slora.gates_on_device(), torch.cuda.stream(side):
             for _ in range(3):

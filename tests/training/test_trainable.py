@@ -12,7 +12,7 @@ from torch import nn
 import slora
 from slora.layers import adapted_layers
 from slora.training import TrainSettings, prepare
-from slora.training.methods import heads_of
+from slora.training.trainable import heads_of
 
 LAYERS = ("first", "second", "third")
 LORA = {f"{layer}.{part}" for layer in LAYERS for part in ("lora_A", "lora_B")}

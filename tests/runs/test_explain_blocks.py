@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from slora.runs.outcome import explained, not_finite, penalty_steps
+from slora.runs.explain_blocks import explained, not_finite, penalty_steps
 
 # The penalty acts for half of the steps.
 SETTINGS = {

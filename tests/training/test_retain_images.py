@@ -12,7 +12,7 @@ from slora import ConfigError, DataError
 from slora.sources.data import InputSpec, open_data
 from slora.sources.data_names import check_retained
 from slora.training import TrainSettings
-from slora.training.retained import retained_images
+from slora.training.retain_images import retained_images
 
 SPEC = InputSpec(1, 16, (0.0,), (1.0,), "bilinear")
 

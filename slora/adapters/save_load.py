@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slora.adapters.files import CONFIG, FORMAT, PREFIX, SELECTIVE, WEIGHTS
 from slora.adapters.fit import base_weights, check_layers, injection_plan
 from slora.adapters.peft import peft_config, stacked_pair
+from slora.adapters.selective_json import CONFIG, FORMAT, PREFIX, SELECTIVE, WEIGHTS
 from slora.adapters.tensors import (
     block_state,
     digest_of,
@@ -45,11 +45,11 @@ from slora.errors import (
 from slora.gates.cache import refresh_gates
 from slora.io.atomic import json_text, text_writer, write_together
 from slora.layers import LoRABlocks, adapted_layers
+from slora.models.exclusive import changing, signals_held
 from slora.models.inject import adapt
-from slora.models.injection import injection
+from slora.models.injection_record import injection
 from slora.models.lost_layers import config_of, refuse_all_lost, refuse_computed, warn_of_lost
 from slora.models.modules_to_save import unsaved
-from slora.module_tree.exclusive import changing, signals_held
 from slora.module_tree.sharded import by_first, full, is_sharded, put, reshard
 from slora.module_tree.wrappers import state_of, unwrapped
 from slora.selection.strategy import freeze_gates, unfinished_selection

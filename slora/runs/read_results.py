@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from slora.adapters.files import SELECTIVE
+from slora.adapters.selective_json import SELECTIVE
 from slora.errors import CheckpointError, ConfigError
 from slora.io.bounded import absence, read_json
 from slora.runs import checkpoint_folders

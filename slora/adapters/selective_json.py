@@ -39,7 +39,7 @@ class Selective(NamedTuple):
         layers: `{name: entry}`.
         base_class: class name of the model.
         shapes: of the adapted weights, by layer.
-        base_digest: digest of these weights (`slora.adapters.adapter.fingerprint`).
+        base_digest: digest of these weights (`slora.adapters.save_load.fingerprint`).
         asked: the budget that chose the blocks, such as "budget=4"; empty if the gates decided.
         tensors_digest: of `adapter_model.safetensors`; None in directories of early versions.
     """
