@@ -23,6 +23,9 @@ if not torch.cuda.is_available():
 # Else torch.compile starts a pool of processes, each of which imports torch.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
+# As in test files, a failing assert of these shows the values that it compared.
+pytest.register_assert_rewrite("tests.models.adapting", "tests.layers.attention_modules")
+
 # Small models: several threads spend most of their time waiting for each other.
 torch.set_num_threads(1)
 
@@ -257,3 +260,20 @@ def image_tree(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture
+def slow_path() -> Iterator[None]:
+    """PyTorch's attention as it runs in training; its fused inference kernels round differently."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Start and end without compiled graphs."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
