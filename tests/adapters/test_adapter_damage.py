@@ -1,9 +1,7 @@
-"""Adapters that are damaged, hostile or half written: named, with nothing changed; and saving that is cut off."""
+"""Adapters that are damaged or hostile: named, with nothing changed."""
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import warnings
 from collections.abc import Callable
@@ -12,66 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import slora
 from slora.errors import CheckpointError, ConfigError, StateError
 from slora.layers import adapted_layers
+from tests.adapters.adapter_files import edit
+from tests.adapters.damaged_adapters import edit_tensor, refused, trained
 from tests.mutations.adapters import CONFIG, SELECTIVE, WEIGHTS, Tiny, differences, plain, snapshot
 from tests.mutations.limits import limited
 
 pytestmark = pytest.mark.once
 
 BOMB = "(([a-z0-9.]+)+)+!"
-
-
-def trained(seed: int = 1, model: nn.Module | None = None, **settings: Any) -> nn.Module:
-    """An adapted model in which the second block of qkv is off."""
-    fields = {**CONFIG.to_dict(), **settings}
-    model = slora.inject(plain() if model is None else model, slora.SelectiveLoRAConfig(**fields))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, layer in adapted_layers(model):
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator))
-        model.qkv.gate.copy_(torch.tensor([0.3, 0.05, 0.2]))
-    return model
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """The folder of an adapter."""
-    slora.save_adapter(trained(), tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change `selective.json`."""
-    fields = json.loads((folder / SELECTIVE).read_text())
-    change(fields)
-    (folder / SELECTIVE).write_text(json.dumps(fields))
-
-
-def edit_tensor(folder: Path, name: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Change one tensor, as in a directory that was written before there was a digest."""
-    tensors = load_file(folder / WEIGHTS)
-    tensors[name] = change(tensors[name]).contiguous()
-    save_file(tensors, folder / WEIGHTS)
-    edit(folder, lambda fields: fields.pop("tensors_digest", None))
-
-
-def refused(folder: Path, *texts: str, model: nn.Module | None = None) -> None:
-    """Loading raises an error that says `texts` within seconds, and plain and adapted models are what they were."""
-    for target in [plain(), slora.inject(plain(), CONFIG)] if model is None else [model]:
-        before = snapshot(target)
-        with pytest.raises(slora.SLoRAError) as raised, limited(5):
-            slora.load_adapter(target, folder)
-        assert not differences(before, snapshot(target))
-        for text in texts:
-            assert text in str(raised.value)
-
-
-# Values
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
@@ -190,9 +141,6 @@ def test_a_setting_of_the_mathematics_has_no_default_in_a_file(field: str, saved
     refused(saved, field)
 
 
-# Before the first change
-
-
 def test_a_fault_in_the_last_layer_leaves_the_first_as_it_was(saved: Path) -> None:
     edit(saved, lambda fields: fields["layers"]["out"].update(gate=[[0.15]]))
     refused(saved, "'out'")
@@ -225,9 +173,6 @@ def test_a_model_without_values_is_refused(saved: Path) -> None:
     with pytest.raises(StateError, match="is on meta"):
         slora.load_adapter(model, saved)
     assert type(model.qkv) is nn.Linear
-
-
-# Patterns
 
 
 def test_layers_are_those_listed_and_no_pattern_of_the_file_is_run(saved: Path) -> None:
@@ -286,9 +231,6 @@ def test_a_pattern_that_cannot_be_compiled_is_a_config_error(pattern: str) -> No
         slora.SelectiveLoRAConfig(target_modules=pattern)
 
 
-# Files that are none
-
-
 @pytest.mark.parametrize("name", [WEIGHTS, SELECTIVE])
 @pytest.mark.parametrize("what", ["pipe", "device", "folder", "nothing"])
 def test_what_is_no_file_is_named_and_not_read(name: str, what: str, saved: Path) -> None:
@@ -306,177 +248,6 @@ def test_what_is_no_file_is_named_and_not_read(name: str, what: str, saved: Path
 def test_json_that_is_nested_deep_is_named(text: str, saved: Path) -> None:
     (saved / SELECTIVE).write_text(text)
     refused(saved, SELECTIVE)
-
-
-def test_a_link_in_the_place_of_a_file_is_replaced_and_not_written_through(saved: Path, tmp_path: Path) -> None:
-    outside = {name: tmp_path / f"outside-{name}" for name in os.listdir(saved)}
-    for name, path in outside.items():
-        os.replace(saved / name, path)
-        (saved / name).symlink_to(path)
-    before = {name: path.read_bytes() for name, path in outside.items()}
-    slora.load_adapter(plain(), saved)
-    slora.save_adapter(trained(seed=2), saved)
-    assert {name: path.read_bytes() for name, path in outside.items()} == before
-    assert sorted(os.listdir(saved)) == sorted(outside)
-    assert not any((saved / name).is_symlink() for name in outside)
-
-
-# Two adapters
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, SELECTIVE])
-def test_files_of_two_adapters_are_not_mixed(name: str, saved: Path, tmp_path: Path) -> None:
-    slora.save_adapter(trained(seed=2), tmp_path / "other")
-    (saved / name).write_bytes((tmp_path / "other" / name).read_bytes())
-    refused(saved, f"{WEIGHTS} holds other tensors than {SELECTIVE} was written with")
-
-
-def _save_until(model: nn.Module, folder: Path, calls: int) -> bool:
-    """Save in a process that ends without a word before that call of the file system; whether it was reached."""
-    child = os.fork()
-    if child == 0:
-        left = calls
-
-        def counted(real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            if left == 0:
-                os._exit(1)
-            left -= 1
-            return real(*args, **kwargs)
-
-        try:
-            for name in ("replace", "rename", "unlink", "remove", "fsync", "chmod"):
-                setattr(os, name, functools.partial(counted, getattr(os, name)))
-            slora.save_adapter(model, folder)
-        except BaseException:
-            os._exit(2)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 1)
-    return code == 1
-
-
-def _holds(folder: Path, models: list[nn.Module]) -> int:
-    """Which of `models` the folder holds the adapter of."""
-    loaded = slora.load_adapter(plain(), folder)
-    (found,) = [i for i, model in enumerate(models) if torch.equal(model.qkv.lora_B[0], loaded.qkv.lora_B[0])]
-    for name in ("qkv", "proj", "attention", "out"):
-        one, two = (m.get_submodule(name) for m in (models[found], loaded))
-        assert torch.equal(one.gate, two.gate)
-        for i in one.activity().active:
-            assert torch.equal(one.lora_B[i], two.lora_B[i])
-    return found
-
-
-def test_a_kill_at_any_file_call_leaves_the_earlier_adapter_or_the_new_one(tmp_path: Path) -> None:
-    models = [trained(seed) for seed in range(3)]
-    with torch.no_grad():
-        models[1].qkv.gate.copy_(torch.tensor([0.3, 0.3, 0.3]))
-        models[2].out.gate.fill_(0.0)
-    start = tmp_path / "start"
-    slora.save_adapter(models[0], start)
-    results = []
-    folder = tmp_path / "adapter"
-    for first in range(100):
-        _copy(start, folder)
-        reached = _save_until(models[1], folder, first)
-        results.append(_holds(folder, models))
-        if not reached:
-            break
-        if not any(path.name.endswith(".earlier") for path in folder.iterdir()):
-            continue
-        # What was cut off once may be cut off again.
-        cut = tmp_path / "cut"
-        _copy(folder, cut)
-        for second in range(first % 4, 100, 4):
-            _copy(cut, folder)
-            again = _save_until(models[2], folder, second)
-            assert _holds(folder, models) in ((results[-1], 2) if again else (2,)), (first, second)
-            if not again:
-                break
-    assert results[0] == 0
-    assert results[-1] == 1
-    assert results == sorted(results)
-    assert sorted(os.listdir(folder)) == ["adapter_config.json", WEIGHTS, SELECTIVE]
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.mkdir(exist_ok=True)
-    for path in target.iterdir():
-        path.unlink()
-    for path in source.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-
-
-def test_a_directory_from_before_the_digest_survives_a_kill_as_well(tmp_path: Path) -> None:
-    models = [trained(seed) for seed in range(2)]
-    start, folder = tmp_path / "start", tmp_path / "adapter"
-    slora.save_adapter(models[0], start)
-    edit(start, lambda fields: fields.pop("tensors_digest", None))
-    results = []
-    for calls in range(100):
-        _copy(start, folder)
-        reached = _save_until(models[1], folder, calls)
-        results.append(_holds(folder, models))
-        if not reached:
-            break
-    assert results == sorted(results)
-    assert set(results) == {0, 1}
-
-
-def test_an_error_at_any_rename_leaves_the_earlier_files(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    real = os.replace
-    for failing in range(6):
-        count = 0
-
-        def replace(source: Any, target: Any, failing: int = failing) -> None:
-            nonlocal count
-            count += 1
-            if count == failing + 1:
-                raise OSError(5, "Input/output error", str(source), None, str(target))
-            real(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", replace)
-            if failing == 5:
-                slora.save_adapter(trained(seed=2), saved)
-                assert count == 5
-                return
-            with pytest.raises(CheckpointError, match=r"could not be written \(Input/output error\)"):
-                slora.save_adapter(trained(seed=2), saved)
-        assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
-
-
-def test_an_adapter_that_is_saved_while_it_is_read_is_read_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from slora.adapters import tensors
-
-    first, second = trained(), trained()
-    with torch.no_grad():
-        second.get_parameter("qkv.lora_B").add_(1)
-    slora.save_adapter(first, tmp_path)
-    read, calls = tensors.read_tensors, []
-
-    def late(folder: Path, digest: str | None) -> dict[str, Tensor]:
-        calls.append(digest)
-        if len(calls) == 1:
-            slora.save_adapter(second, folder)
-        if len(calls) == 2:
-            slora.save_adapter(first, folder)
-            raise CheckpointError("unable to open file")
-        return read(folder, digest)
-
-    monkeypatch.setattr(tensors, "read_tensors", late)
-    other = trained()
-    slora.load_adapter(other, tmp_path)
-    assert len(calls) == 3
-    assert torch.equal(other.get_parameter("qkv.lora_B")[0], first.get_parameter("qkv.lora_B")[0])
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"damage")
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        slora.load_adapter(other, tmp_path)
-    assert len(calls) == 4, "what nobody writes is not read again"
 
 
 @pytest.mark.parametrize(
