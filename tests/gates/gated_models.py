@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -50,3 +51,15 @@ def deep(model: nn.Module) -> nn.Module:
 
 def pickled(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
+
+
+def step(model: nn.Module, *optimizers: torch.optim.Optimizer, inputs: Any = None) -> list[str]:
+    """Take a training step and return the warnings about gates."""
+    inputs = torch.randn(3, 6) if inputs is None else inputs
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (model(inputs).square().mean() + slora.gate_penalty(model)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return [str(w.message) for w in caught if issubclass(w.category, slora.GateRuleWarning)]

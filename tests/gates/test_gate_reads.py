@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import slora
-from slora.gates.cache import GateCache
 from slora.gates.values import gates
 from slora.layers import LoRABlocks, SelectiveLoRAAttention, SelectiveLoRALinear, adapted_layers
+from tests.gates.gated_models import gate_cache_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::slora.errors.GateRuleWarning")
 
@@ -34,10 +34,6 @@ def by_hand(model: nn.Module, x: Tensor) -> Tensor:
         delta = (layer.scaling * on * (layer.lora_B @ layer.lora_A)).flatten(0, 1)
         x = torch.tanh(nn.functional.linear(x, layer.weight + delta, layer.bias))
     return x
-
-
-def gate_cache_of(model: nn.Module) -> GateCache:
-    return next(iter(adapted_layers(model)))[1].gate_cache
 
 
 def average(gates: list[nn.Parameter], values: list[Tensor]) -> None:
