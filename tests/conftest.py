@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 
 # As in test files, a failing assert of these shows the values that it compared.
-pytest.register_assert_rewrite("tests.models.adapting", "tests.layers.attention_modules")
+pytest.register_assert_rewrite("tests.models.adapting", "tests.adapters.damaged_adapters")
 
 # Small models: several threads spend most of their time waiting for each other.
 torch.set_num_threads(1)
