@@ -27,21 +27,26 @@ def variants(arch: int) -> Iterator[Variant]:
     def box(*shape: int) -> str:
         return f"tensordesc<bf16{list(shape)}>" if tma else "*bf16"
 
-    for (of, form), candidates in configs.GEMMS.items():
+    for (of, variant), candidates in configs.GEMMS.items():
         for tile, R in candidates if of == arch else ():
-            common: dict[str, Any] = {"R": R, "DESCRIBED": tma, "DROPOUT": form == "masked", "LOOP": form == "looped"}
+            common: dict[str, Any] = {
+                "R": R,
+                "DESCRIBED": tma,
+                "DROPOUT": variant == "masked",
+                "LOOP": variant == "looped",
+            }
             types = {"rows": box(tile.BM, tile.BK), "out": box(tile.BM, 1, tile.store_width)}
             kernel: Any = linear.fused_linear
-            if form in ("precomputed", "masked"):
+            if variant in ("precomputed", "masked"):
                 kernel = linear.precomputed_linear
-                common |= tile.unrolled(R) | ({} if form == "masked" else {"seed": None})
+                common |= tile.unrolled(R) | ({} if variant == "masked" else {"seed": None})
             # Widths beyond 256 are those of dx. Without one pipeline over its tiles, any width takes the same code, and
             # dx of one block the loop of several.
-            y = form == "fused" or (form == "precomputed" and (R != configs.ANY_WIDTH or not tile.FLATTEN))
-            dx = form != "fused" or tile.FLATTEN
+            y = variant == "fused" or (variant == "precomputed" and (R != configs.ANY_WIDTH or not tile.FLATTEN))
+            dx = variant != "fused" or tile.FLATTEN
             for forward in [True] * y + [False] * dx:
                 inner = (R, tile.BK) if forward else (tile.BK, R)
-                label = f"{'y' if forward else 'dx'}{f', {form}' * (form in ('looped', 'masked'))}, R={R}"
+                label = f"{'y' if forward else 'dx'}{f', {variant}' * (variant in ('looped', 'masked'))}, R={R}"
                 constants = common | {"FORWARD": forward} | ({} if forward else {"bias": None})
                 of_call = types | {"W": box(*tile.of_weight(forward)), "inner": box(*inner)}
                 yield _variant(kernel, arch, label, tile, of_call, constants)

@@ -21,7 +21,7 @@ ANY_WIDTH = 512
 MAX_FUSED_RANK = 64
 """Above it the fp32 sums of S or T would not fit beside those of a tile of y or dx."""
 
-Form = Literal["fused", "looped", "precomputed", "masked"]
+Variant = Literal["fused", "looped", "precomputed", "masked"]
 """S or T computed in the main loop, or for dx of several blocks in one per block; read; read, and dx has a mask."""
 
 
@@ -101,7 +101,7 @@ _SQUARE_80, _NARROW_80 = Gemm(128, 128, 32, 8, 4), Gemm(128, 64, 32, 8, 4)
 _SQUARE_100, _WIDE_100 = Gemm(128, 128, 64, 8, 3), Gemm(128, 256, 64, 8, 3, HALVES=True)
 
 # The best guess first, each with the widest S or T that registers (or tensor memory) and shared memory allow.
-GEMMS: dict[tuple[int, Form], tuple[tuple[Gemm, int], ...]] = {
+GEMMS: dict[tuple[int, Variant], tuple[tuple[Gemm, int], ...]] = {
     (80, "fused"): ((_SQUARE_80, 32), (_NARROW_80, 64)),
     (80, "looped"): ((_SQUARE_80, 32), (_NARROW_80, 64)),
     (80, "precomputed"): ((_SQUARE_80, ANY_WIDTH),),
@@ -140,9 +140,9 @@ def padded(r: int) -> int:
     return next((R for R in RANKS if r <= R), ANY_WIDTH)
 
 
-def gemm(arch: int, form: Form, R: int) -> tuple[Gemm, ...]:
-    """Return the candidates of a form for S or T of the padded width `R`, the best guess first."""
-    return tuple(dict.fromkeys(tile for tile, most in GEMMS[arch, form] if most >= R))
+def gemm(arch: int, variant: Variant, R: int) -> tuple[Gemm, ...]:
+    """Return the candidates of a variant for S or T of the padded width `R`, the best guess first."""
+    return tuple(dict.fromkeys(tile for tile, most in GEMMS[arch, variant] if most >= R))
 
 
 def weight_gradients(arch: int, low: int) -> tuple[Columns, ...]:

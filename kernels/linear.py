@@ -5,15 +5,15 @@
     T_i = dy[:, block i] B_i                            [M, r]
     dx  = dy W + (sum_i T_i (c A_i)) . mask                         over the active blocks
 
-`fused_linear` forms S or T in the loop of the base product, from the tile of x or dy that is on chip: `low [BM, R]`
-beside `acc [BM, BN]`, both fp32. Behind the loop low is rounded to the dtype of x, which is what later passes read, and
+`fused_linear` computes S or T in the loop of the base product, from the tile of x or dy that is on chip: `low [BM, R]`
+beside `acc [BM, BN]`, both fp32. After the loop low is rounded to the dtype of x, which is what later passes read, and
 multiplied into acc. Programs that have a first tile of columns store it; it is never read here. `precomputed_linear`
 reads an S or T that was made before, and its sums start from the update. Both round y and dx once.
 
 Each program computes one tile after the other, all of them one pipeline (`flatten`): the loads of the next tile run
 during the epilogue of this one. dx of several blocks is the exception when fused: its pipeline ends with every block.
-Which blocks are active is read from the gates on the device, so that one CUDA graph serves while they move. What an
-inactive block has of LoRA is neither read nor, when fused, computed.
+Which blocks are active is read from the gates on the device, so that one CUDA graph serves while they move. The
+LoRA part of an inactive block is neither read nor, when fused, computed.
 
 Read: x or dy once per group of row tiles, W once per program wave from L2; A, B, S and T, a few columns wide, from L2.
 Written: y or dx once, and S or T when fused: beyond a frozen layer that is `2 M r` bytes. A launch may compute the
@@ -191,8 +191,8 @@ def precomputed_linear(
         m, j = tiles.grouped(tile, height, per_block * groups, GROUP)
         place = j // per_block
         row, column = m * BM, begin + j % per_block * BN
-        # The update is where the sums start, not where they end: behind the main loop ptxas 12.9 makes every wgmma
-        # wait for the last, as it does behind a branch. So zeros are added, and nothing read, of an inactive block.
+        # The update is where the sums start, not where they end: after the main loop ptxas 12.9 makes every wgmma
+        # wait for the last, as it does after a branch. So zeros are added, and nothing read, of an inactive block.
         if FORWARD:
             block = blocks_of.at_place(order, place)
             own = low + (block if packed == blocks else place) * r

@@ -1,4 +1,4 @@
-"""The products with the few columns of a LoRA block, by themselves: S and T for the forms that read them.
+"""S and T by themselves, for the algorithms that read them: products with the few columns of a LoRA block.
 
     S_i = (x . mask) A_i^T              x [M, K],  A [blocks, r, K]
     T_i = dy[:, block i] B_i            dy [M, N], B [blocks, n, r]

@@ -1,4 +1,4 @@
-"""How the GEMM kernels find, read and write a tile of a matrix with unit column stride.
+"""How the GEMM kernels find, read and write a tile of a matrix with unit column stride. Tile sizes are in `configs.py`.
 
 A matrix comes either as a tensor descriptor, through which TMA moves whole tiles and clips them to the matrix, or as a
 pointer with a stride; then addresses are int64 and masks clip. Strides of x, W and dy, and numbers of columns, are
@@ -46,8 +46,8 @@ def load(
         result = source.load([row, column])
     else:
         i, j = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
-        place = source + i[:, None].to(tl.int64) * stride + j[None, :]
-        result = tl.load(place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
+        address = source + i[:, None].to(tl.int64) * stride + j[None, :]
+        result = tl.load(address, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
     return result
 
 
@@ -56,9 +56,9 @@ def load_low(source, row, column, rows, columns, stride, HEIGHT: tl.constexpr, W
     """Return what `load` does of A, B, S or T at a pointer: a tile of theirs spans less than 2^31 elements, so that
     its elements share one address and differ by an int32, half the registers."""
     i, j = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
-    place = source + tl.cast(row, tl.int64) * stride + column
+    address = source + tl.cast(row, tl.int64) * stride + column
     inside = (i < rows - row)[:, None] & (j < columns - column)[None, :]
-    return tl.load(place + (i[:, None] * stride + j[None, :]), mask=inside, other=0.0)
+    return tl.load(address + (i[:, None] * stride + j[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -66,9 +66,9 @@ def store_low(target, tile, row, rows, columns, stride, HEIGHT: tl.constexpr, WI
     """Write `tile [HEIGHT, WIDTH]` to `target[row:]`, S or T from the first column of a block on, clipped to `rows` and
     `columns`."""
     i, j = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
-    place = target + tl.cast(row, tl.int64) * stride
+    address = target + tl.cast(row, tl.int64) * stride
     inside = (i < rows - row)[:, None] & (j < columns)[None, :]
-    tl.store(place + (i[:, None] * stride + j[None, :]), tile, mask=inside)
+    tl.store(address + (i[:, None] * stride + j[None, :]), tile, mask=inside)
 
 
 @triton.jit
@@ -90,5 +90,5 @@ def store(
             target.store([row, block, column], tl.reshape(tile, (HEIGHT, 1, WIDTH)))
     else:
         i, j = row + tl.arange(0, HEIGHT), column + tl.arange(0, WIDTH)
-        place = target + block * n + i[:, None].to(tl.int64) * stride + j[None, :]
-        tl.store(place, tile, mask=(i < rows)[:, None] & (j < n)[None, :])
+        address = target + block * n + i[:, None].to(tl.int64) * stride + j[None, :]
+        tl.store(address, tile, mask=(i < rows)[:, None] & (j < n)[None, :])

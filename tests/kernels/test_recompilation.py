@@ -39,7 +39,7 @@ from slora.ops.operands import LoRAOperands
 # Without a GPU: descriptors are made, nothing runs.
 triton.Triton.supports = lambda *_: True
 
-def step(M=64, scaling=1.0, threshold=0.1, scores=(0.3, 0.0, 0.2), p=0.0, host_known=False, form="fused", seed=1):
+def step(M=64, scaling=1.0, threshold=0.1, scores=(0.3, 0.0, 0.2), p=0.0, host_known=False, algorithm="fused", seed=1):
     "The keys of one forward, backward and probe of a layer of as many blocks as there are scores."
     keys.clear()
     blocks, K, n, r = len(scores), 384, 320, 16
@@ -49,8 +49,8 @@ def step(M=64, scaling=1.0, threshold=0.1, scores=(0.3, 0.0, 0.2), p=0.0, host_k
     active = [i for i, score in enumerate(scores) if score >= threshold] if host_known else None
     operands = LoRAOperands(A, B, gate, threshold, scaling, active, p, torch.tensor(seed) if p else None)
     def choose(operation):
-        forms = operation.algorithms()
-        return next((f for f in forms if f.name == form), forms[0])
+        algorithms = operation.algorithms()
+        return next((f for f in algorithms if f.name == algorithm), algorithms[0])
     triton._algorithm = choose
     backend = triton.Triton()
     _, S = backend.forward(x, W, bias, operands)
@@ -76,7 +76,11 @@ ROWS: list[dict[str, Any]] = [{"M": M} for M in (64, 48, 4096, 50, 51)]
 KNOWN: list[dict[str, Any]] = [
     {"host_known": True, "scores": scores} for scores in ([0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 0, 1])
 ]
-CALLS = [*({"form": form, **change} for form in FORMS for change in ({}, *MOVED, *DROPOUT)), *ROWS, *KNOWN]
+CALLS = [
+    *({"algorithm": algorithm, **change} for algorithm in FORMS for change in ({}, *MOVED, *DROPOUT)),
+    *ROWS,
+    *KNOWN,
+]
 KeysOf = Callable[..., list[list[str]]]
 
 
@@ -91,14 +95,16 @@ def keys_of() -> KeysOf:
     return lambda *calls: [found[CALLS.index(call)] for call in calls]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_no_scalar_no_seed_and_no_moving_gate_recompiles_a_kernel(form: str, keys_of: KeysOf) -> None:
-    first, *others = keys_of(*({"form": form, **change} for change in ({}, *MOVED)))
-    expected = {"fused": {"fused"}, "split": {"fused", "precomputed"}, "precomputed": {"skinny", "precomputed"}}[form]
+@pytest.mark.parametrize("algorithm", FORMS)
+def test_no_scalar_no_seed_and_no_moving_gate_recompiles_a_kernel(algorithm: str, keys_of: KeysOf) -> None:
+    first, *others = keys_of(*({"algorithm": algorithm, **change} for change in ({}, *MOVED)))
+    expected = {"fused": {"fused"}, "split": {"fused", "precomputed"}, "precomputed": {"skinny", "precomputed"}}[
+        algorithm
+    ]
     assert {key.partition("_")[0].split()[0] for key in first} == expected | {"partial", "reduce", "copy", "probe"}
     for change, keys in zip(MOVED, others, strict=True):
         assert keys == first, change
-    some, other = keys_of(*({"form": form, **change} for change in DROPOUT))
+    some, other = keys_of(*({"algorithm": algorithm, **change} for change in DROPOUT))
     assert some == other
     assert some != first
 
@@ -111,7 +117,7 @@ def test_the_number_of_rows_counts_only_as_a_multiple_of_16(keys_of: KeysOf) -> 
 
 
 def test_split_compiles_nothing_that_fused_and_precomputed_do_not(keys_of: KeysOf) -> None:
-    fused, split, precomputed = (set(keys) for keys in keys_of(*({"form": form} for form in FORMS)))
+    fused, split, precomputed = (set(keys) for keys in keys_of(*({"algorithm": algorithm} for algorithm in FORMS)))
     assert split <= fused | precomputed
 
 

@@ -68,9 +68,9 @@ class Linear:
         columns, width = (n, r) if self.forward else (self.W.shape[1], operands.packed * r)
         looped, masked = (not self.forward and flag for flag in (blocks > 1, operands.dropout > 0.0))
 
-        def tiles(form: Any, R: int) -> list[Any]:
+        def tiles(variant: Any, R: int) -> list[Any]:
             # Tiles of which more than an eighth would be outside the columns come last.
-            return sorted(configs.gemm(arch, form, R), key=lambda tile: 8 * (-columns % tile.BN) > columns)
+            return sorted(configs.gemm(arch, variant, R), key=lambda tile: 8 * (-columns % tile.BN) > columns)
 
         fused, others = [], tiles("masked" if masked else "precomputed", configs.padded(width))
         if r <= configs.MAX_FUSED_RANK and not operands.dropout:
