@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,6 +15,14 @@ import slora
 from slora.errors import ConfigError, MissingDependencyError
 from slora.ops import dispatch, selective_linear
 from slora.ops.backends import triton
+
+
+@pytest.fixture(autouse=True)
+def _decided_again() -> Iterator[None]:
+    """Each decision holds for the process, and for the variables that it was made under."""
+    dispatch._decided.cache_clear()
+    yield
+    dispatch._decided.cache_clear()
 
 
 @pytest.mark.parametrize(
