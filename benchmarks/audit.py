@@ -15,7 +15,7 @@ import io
 import os
 import sys
 
-from benchmarks.compiled import Report, Variant, compiled, mismatches
+from benchmarks.compile_kernel import Report, Variant, compiled, mismatches
 from benchmarks.results import RESULTS, ROOT
 from slora.io.atomic import write_text
 
@@ -60,7 +60,7 @@ def main() -> int:
     """Compile everything and write the file, unless a kernel is not as it should be."""
     import triton
 
-    from benchmarks.variants import variants
+    from benchmarks.compile_cases import variants
     from slora.kernels import configs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -264,7 +264,8 @@ def sanitizer(check: str) -> Run:
         tool = find_tool("compute-sanitizer")
         if tool is None:
             return {"state": "skipped", "reason": "compute-sanitizer was not found"}
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "benchmarks.small", "all"]
+        command = [tool, "--tool", check, "--error-exitcode", "9"]
+        command += [sys.executable, "-m", "benchmarks.sanitizer_runs", "all"]
         # Without the allocator's own pools an access past a tensor is one past an allocation.
         return state_of(*run.call(command, limit, environ={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
 
@@ -279,7 +280,7 @@ def profile(run: Validation, limit: float) -> State:
     # From the program's own start of the profiler on: neither random numbers nor what warms up is of interest.
     command = [tool, "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "40",
                "--csv", "--page", "raw", "--metrics", ",".join(METRICS),
-               sys.executable, "-m", "benchmarks.small", "profile"]  # fmt: skip
+               sys.executable, "-m", "benchmarks.sanitizer_runs", "profile"]  # fmt: skip
     code, text = run.call(command, limit)
     kernels = profiled(text)
     said = [line for line in text.splitlines() if "ERROR" in line][-1:]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import audit
-from benchmarks.compiled import Report, Variant, mismatches
+from benchmarks.compile_kernel import Report, Variant, mismatches
 from slora.kernels import configs
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = """
 import json
 from benchmarks.audit import name
-from benchmarks.variants import variants
+from benchmarks.compile_cases import variants
 from slora.kernels import configs
 print(json.dumps([name(variant) for arch in configs.ARCHS for variant in variants(arch)]))
 """

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.compiled import OWN, Variant
+from benchmarks.compile_kernel import OWN, Variant
 from slora.kernels import configs, gate_probe, linear, skinny
 from slora.kernels import weight_gradients as wg
 

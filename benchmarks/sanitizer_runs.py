@@ -1,4 +1,6 @@
-"""Small runs of the kernels by themselves, for compute-sanitizer and the profiler: `python -m benchmarks.small WHAT`.
+"""Small runs of the kernels by themselves, for compute-sanitizer and the profiler.
+
+    python -m benchmarks.sanitizer_runs all|profile
 
 all       the batched merge over ragged weights, and one layer forward and backward over odd shapes, checked
 profile   one large layer and one large merge, once each
