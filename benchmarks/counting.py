@@ -19,42 +19,31 @@ PyTorch (`slora.ops.flops.count_flops`).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.results import Row
 
-
-class Extra(NamedTuple):
-    """Elements moved beyond a frozen layer: multiples of MK, MN and NK in the forward and in the backward."""
-
-    forward_MK: int
-    forward_MN: int
-    backward_MK: int
-    backward_MN: int
-    backward_NK: int = 0
-
-
+# Elements moved beyond a frozen layer: multiples of MK and MN in the forward, of MK, MN and NK in the backward.
 ALGORITHMS = {
-    "frozen": Extra(0, 0, 0, 0),
-    "eager": Extra(1, 6, 5, 4),
-    "addmm": Extra(1, 2, 3, 2),
-    "cublas_after": Extra(1, 2, 3, 2),
-    "cublas_before": Extra(1, 2, 3, 2),
-    "precomputed": Extra(1, 0, 1, 2),
-    "split": Extra(1, 0, 1, 2),
-    "fused": Extra(0, 0, 1, 1),
-    "full": Extra(0, 0, 1, 1, backward_NK=1),
+    "frozen": (0, 0, 0, 0, 0),
+    "eager": (1, 6, 5, 4, 0),
+    "addmm": (1, 2, 3, 2, 0),
+    "cublas_after": (1, 2, 3, 2, 0),
+    "cublas_before": (1, 2, 3, 2, 0),
+    "precomputed": (1, 0, 1, 2, 0),
+    "split": (1, 0, 1, 2, 0),
+    "fused": (0, 0, 1, 1, 0),
+    "full": (0, 0, 1, 1, 1),
 }
 
 
 def bytes_moved(algorithm: str, M: int, N: int, K: int, element: int, share: float = 1.0) -> int:
     """Bytes that forward and backward have to move; `share` is the active share of the blocks, which scales MN."""
     first, last = (ALGORITHMS[name] for name in (algorithm.split("/") * 2)[:2])
+    (forward_MK, forward_MN), (backward_MK, backward_MN, backward_NK) = first[:2], last[2:]
     on = share > 0
-    elements: float = 2 * (M * K + N * K + M * N) + on * last.backward_NK * N * K
-    elements += on * (first.forward_MK + last.backward_MK) * M * K
-    elements += share * (first.forward_MN + last.backward_MN) * M * N
-    return round(elements * element)
+    elements = 2 * (M * K + N * K + M * N) + on * ((forward_MK + backward_MK) * M * K + backward_NK * N * K)
+    return round((elements + share * (forward_MN + backward_MN) * M * N) * element)
 
 
 def lora_flops(M: int, N: int, K: int, r: int, active: float, share: float) -> float:

@@ -16,10 +16,11 @@ a batch of two, and those of slora on a GPU, whose kernels depend on the number 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from benchmarks import memory
 from benchmarks.cases import measuring, take_times
@@ -30,16 +31,16 @@ from benchmarks.results import Row, Settings, reason_in
 from benchmarks.timing import Call, input_sets, release
 from slora.ops.flops import count_flops
 
-GATES = ("head only", "frozen, dx everywhere", "slora, few active, frozen", "slora, few active, probe",
-         "slora, few active, exact")  # fmt: skip
+# The grids, and the implementations at their points.
+TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 USUAL = tuple(name for name in TRAINING if name != "slora, few active, exact")
-# Where the point is the model and not the implementation.
-MAIN = ("frozen, dx everywhere", "full", "PEFT, all", "slora, all active", "slora, few active, frozen")
-COMPILED = ("frozen, dx everywhere", "PEFT, all", "slora, all active")
-# Those of the targets on a GPU.
-TARGETS = (*MAIN, "slora, none active, frozen")
-# A captured step is the same at every replay, so a probe every tenth step is not in it.
-CAPTURED = tuple(name for name in USUAL if "probe" not in name)
+NAMES: dict[str, tuple[str, ...]] = {
+    **{name: tuple(words) for name, words in TABLES["implementations"].items()},
+    "usual": USUAL,
+    # A captured step is the same at every replay, so a probe every tenth step is not in it.
+    "captured": tuple(name for name in USUAL if "probe" not in name),
+    "inference": tuple(INFERENCE),
+}
 
 
 class Point(NamedTuple):
@@ -54,46 +55,9 @@ class Point(NamedTuple):
 
 def grid(settings: Settings, case: str = "train_step") -> list[Point]:
     """The points in the order in which they matter."""
-    tiny, quick, full = (settings.grid == grid for grid in ("tiny", "quick", "full"))
-    model, batch = ("vit-b", 256) if settings.on_gpu else ("vit-s", 2 if quick else 16)
-    low = "bf16" if settings.on_gpu else "fp32"
-    if tiny:
-        model, batch, low = "tiny", 2, "fp32"
-    if case == "train_memory":
-        return [Point(model, batch, precision) for precision in ("fp32", "bf16")[: 1 + full]]
-    if case == "gates":
-        return [Point(model, batch, precision, names=GATES) for precision in (low, "amp")[: 1 + full]]
-    if case == "inference":
-        forward = partial(Point, mode="forward", names=tuple(INFERENCE))
-        if settings.on_gpu and not quick and not tiny:
-            return [forward("vit-b", 256, "bf16"), forward("vit-l", 256, "bf16"), forward("vit-b", 1, "bf16")]
-        return [forward(model, batch, low)] + [forward(model, batch, "bf16")] * (not quick)
-    if tiny:
-        points = [Point(model, 2, "fp32"), Point("tiny-llama", 2, "fp32", names=MAIN)]
-        points += [Point(model, 2, precision, names=COMPILED) for precision in ("bf16", "amp")]
-        return [*points, Point(model, 2, "fp32", "compile", COMPILED[:1])]
-    if not settings.on_gpu:
-        points = [Point(model, batch, precision) for precision in ("fp32", "bf16", "amp")[: 1 if quick else None]]
-        compiled = ("fp32", "bf16", "amp")[: 0 if quick else None if full else 1]
-        return points + [Point(model, batch, precision, "compile", COMPILED) for precision in compiled]
-    modes = ("eager", "graph")
-    if quick:
-        return [Point(model, batch, low, mode, TARGETS) for batch in (64, 256) for mode in modes]
-    points = [Point(model, 64, low, mode, TARGETS) for mode in modes]
-    points += [
-        Point(model, 256, low),
-        Point(model, 256, low, "graph", CAPTURED),
-        Point("vit-l", 128, low, "graph", MAIN),
-    ]
-    points += [Point("clip", 256, low, names=MAIN), Point("llama-1b", 8, low, names=MAIN)]
-    points += [Point(model, 256, "amp", names=MAIN), Point(model, 256, low, "compile", COMPILED)]
-    if full:
-        points += [Point(model, 32, low, mode, MAIN) for mode in modes]
-        points += [Point("vit-l", 128, precision) for precision in ("bf16", "amp", "fp32")]
-        points += [Point("vit-l", 128, low, "compile", COMPILED)]
-        others = (("llama-1b", 8), ("clip", 256))
-        points += [Point(*other, low, mode, COMPILED) for other in others for mode in ("graph", "compile")]
-    return points
+    grids = TABLES[case]["cuda" if settings.on_gpu else "cpu"] | {"tiny": TABLES[case]["tiny"]}
+    points = grids["default"] + grids.get("full", []) if settings.grid == "full" else grids[settings.grid]
+    return [Point(*point, NAMES[names]) for *point, names in points]
 
 
 def measure(point: Point, settings: Settings, ceilings: dict[str, Any], case: str) -> list[Row]:

@@ -25,7 +25,7 @@ NCU = """
 "0","_kernel","(132, 1, 1)","(256, 1, 1)","212.50","168"
 ==PROF== Disconnected"""
 # Packages that a GPU machine may lack.
-MISSING = ("hypothesis", "matplotlib", "mlxtend", "open_clip", "pytest_benchmark", "rich", "sklearn", "typer", "xdist")
+MISSING = ("hypothesis", "matplotlib", "mlxtend", "open_clip", "rich", "sklearn", "typer", "xdist")
 NAMES = {stage: [step.name for step in gpu.chosen(stage, None)] for stage in (None, "first", "second")}
 
 
