@@ -15,7 +15,7 @@ import io
 import os
 import sys
 
-from benchmarks.compile_kernel import Report, Variant, compiled, mismatches
+from benchmarks.compile_kernel import Report, Variant, compile_variant, mismatches
 from benchmarks.results import RESULTS, ROOT
 from slora.io.atomic import write_text
 
@@ -71,7 +71,7 @@ def main() -> int:
     correct, rows = True, list[tuple[str, ...]]([COLUMNS])
     for variant in (variant for arch in configs.ARCHS for variant in variants(arch)):
         if not only or any(text in ", ".join(name(variant)) for text in only):
-            report = compiled(variant)
+            report = compile_variant(variant)
             wrong = mismatches(variant, report, configs.SHARED_MEMORY[variant.arch])
             correct &= not wrong
             rows.append(row(variant, report))

@@ -79,7 +79,7 @@ def points(device: str) -> list[Point]:
     return [*small, Point(replace(one, M=700_000), True, 512)]
 
 
-class Case:
+class PreparedPoint:
     """The operations at a point with their inputs, and what their results are compared with."""
 
     def __init__(self, point: Point, device: str) -> None:
@@ -131,15 +131,15 @@ def low_rank(problem: Problem, blocks: Iterable[int], dtype: torch.dtype) -> lis
 
 
 @functools.lru_cache(1)
-def case(device: str, point: int) -> Case:
-    """The case of a point; a process keeps the last one."""
-    return Case(points(device)[point], device)
+def prepared(device: str, point: int) -> PreparedPoint:
+    """The operations at a point with their inputs; a process keeps those of the last one."""
+    return PreparedPoint(points(device)[point], device)
 
 
 def check(task: Task) -> workers.Outcome:
     """Compare the results of a candidate with the reference."""
     ieee_fp32()
-    found = case(task.device, task.point).errors(task.operation, task.algorithm)
+    found = prepared(task.device, task.point).errors(task.operation, task.algorithm)
     # NaN is the worst.
     name, worst = max(found.items(), key=lambda item: (math.isnan(item[1]), item[1]))
     if worst <= 1:
@@ -153,7 +153,7 @@ def listed(device: str) -> dict[Task, dict[str, Any]]:
     entries = {}
     for i, (shape, host_known, _) in enumerate(points(device)):
         spelled = {**shape.point, "blocks": shape.blocks, "activity": "host" if host_known else "device"}
-        for name, operation in Case(Point(replace(shape, M=8), host_known), device).operations.items():
+        for name, operation in PreparedPoint(Point(replace(shape, M=8), host_known), device).operations.items():
             for j, algorithm in enumerate(operation.algorithms()):
                 entry = {"point": spelled, "operation": name, "algorithm": str(algorithm), "state": workers.NO_TIME}
                 entries[Task(device, i, name, j)] = entry

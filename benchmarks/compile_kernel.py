@@ -75,7 +75,7 @@ class Report:
     serialized: bool
 
 
-def compiled(variant: Variant) -> Report:
+def compile_variant(variant: Variant) -> Report:
     """Compile `variant`, whatever is cached, and return what came out.
 
     Pointers are aligned to 16 bytes; of the integers nothing is known but what the kernel says.

@@ -51,7 +51,7 @@ def lora_flops(M: int, N: int, K: int, r: int, active: float, share: float) -> f
     return 2.0 * M * r * 3 * (active * K + share * N)
 
 
-def predicted_seconds(frozen: float, algorithm: str, point: Row, ceilings: dict[str, Any]) -> float:
+def predicted_seconds(frozen: float, algorithm: str, point: Row, roofline: dict[str, Any]) -> float:
     """Forward and backward by the cost model: the frozen layer's measured time, then the update's bytes at the
     measured copy rate and its FLOPs at the measured GEMM rate, one after the other. Of the algorithm "fused" it is the
     floor: x and dy have to be read once more, for dA and dB, when T is complete."""
@@ -60,15 +60,15 @@ def predicted_seconds(frozen: float, algorithm: str, point: Row, ceilings: dict[
     share, element = int(active) / int(blocks), 4 if dtype == "fp32" else 2
     extra = bytes_moved(algorithm, M, N, K, element, share) - bytes_moved("frozen", M, N, K, element)
     flops = lora_flops(M, N, K, point["r"], int(active), share)
-    seconds: float = frozen + extra / ceilings["copy_bytes_per_s"] + flops / ceilings["gemm_flops_per_s"][dtype]
+    seconds: float = frozen + extra / roofline["copy_bytes_per_s"] + flops / roofline["gemm_flops_per_s"][dtype]
     return seconds
 
 
-def beside_roofline(ceilings: dict[str, Any], dtype: str, seconds: float, flops: float, moved: float | None) -> Row:
+def beside_roofline(roofline: dict[str, Any], dtype: str, seconds: float, flops: float, moved: float | None) -> Row:
     """The rate, and `flops` and `moved` bytes (None: unknown) in percent of the measured GEMM and copy rates."""
-    gemm = ceilings["gemm_flops_per_s"].get(dtype)
+    gemm = roofline["gemm_flops_per_s"].get(dtype)
     return {
         "flops_per_s": flops / seconds,
         **({"percent_of_gemm": 100 * flops / seconds / gemm} if gemm else {}),
-        **({"percent_of_copy": 100 * moved / seconds / ceilings["copy_bytes_per_s"]} if moved is not None else {}),
+        **({"percent_of_copy": 100 * moved / seconds / roofline["copy_bytes_per_s"]} if moved is not None else {}),
     }

@@ -286,14 +286,17 @@ class Case(NamedTuple):
     summary: str
     devices: tuple[str, ...] = ("cpu", "cuda")
 
-    def measure(self, settings: Settings, ceilings: dict[str, Any]) -> Iterator[list[Row]]:
-        """Yield the rows of every point; the first is measured in any case, the others while there is time."""
+    def measure(self, settings: Settings, rates: dict[str, Any]) -> Iterator[list[Row]]:
+        """Yield the rows of every point; the first is measured in any case, the others while there is time.
+
+        `rates` are the roofline of this run.
+        """
         module = importlib.import_module(f"benchmarks.cases.{self.module}")
         for i, point in enumerate(module.grid(settings, self.name)):
             settings.stopped = i > 0 and settings.left() == 0
             if settings.stopped:
                 return
-            yield module.measure(point, settings, ceilings, self.name)
+            yield module.measure(point, settings, rates, self.name)
 
 
 CASES = {
@@ -328,10 +331,10 @@ def run_case(name: str, settings: Settings, folder: Path | None = None, keep_par
     # What a case that failed before this one has left.
     release(settings.device)
     ieee_fp32()
-    ceilings, rows = roofline.measure(settings.device, settings.grid, settings.repetitions(7)), list[Row]()
+    rates, rows = roofline.measure(settings.device, settings.grid, settings.repetitions(7)), list[Row]()
     asked = {"grid": settings.grid, "rounds": settings.rounds, "only": list(settings.only), "order_seed": ORDER_SEED}
-    payload = {"environment": environment(settings.device), "settings": asked, "ceilings": ceilings, "rows": rows}
-    for measured in CASES[name].measure(settings, ceilings):
+    payload = {"environment": environment(settings.device), "settings": asked, "ceilings": rates, "rows": rows}
+    for measured in CASES[name].measure(settings, rates):
         rows += measured
         if keep_partial:
             write_result(name, device, {"complete": False, **payload}, folder)

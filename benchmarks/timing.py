@@ -1,4 +1,4 @@
-"""How one time is taken; implementations take turns (`cases`), so that a slow moment of the machine hits them all.
+"""How one time is taken; implementations take turns (`cases/rounds.py`), so that a slow moment hits them all.
 
 Every implementation is a list of calls that do the same, each on a set of inputs of its own; together the sets are
 larger than the last cache (`input_sets`), so that no call finds its input there. On the CPU every call takes the next

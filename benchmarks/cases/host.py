@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import slora
-from benchmarks.cases import measuring, take_times
+from benchmarks.cases.rounds import measuring, take_times
 from benchmarks.implementations.layer import AddmmLinear
 from benchmarks.models import peft_model
 from benchmarks.results import Row, Settings, need, reason_in
@@ -85,7 +85,7 @@ def grid(settings: Settings, case: str = "host") -> list[tuple[int, int, int, tu
 
 
 def measure(
-    point: tuple[int, int, int, tuple[str, ...]], settings: Settings, ceilings: dict[str, Any], case: str
+    point: tuple[int, int, int, tuple[str, ...]], settings: Settings, roofline: dict[str, Any], case: str
 ) -> list[Row]:
     """The rows of a point."""
     M, K, N, names = point

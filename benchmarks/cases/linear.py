@@ -22,7 +22,7 @@ import torch
 
 import slora
 from benchmarks import counting
-from benchmarks.cases import measuring, take_times
+from benchmarks.cases.rounds import measuring, take_times
 from benchmarks.correctness import mismatch
 from benchmarks.implementations.layer import FROZEN, IMPLEMENTATIONS, Layer, Problem, Shape, taken_algorithm
 from benchmarks.results import Row, Settings, Wrong, reason_in, spread
@@ -86,7 +86,7 @@ def curves(settings: Settings) -> list[tuple[str, Shape]]:
     return points + [("tokens", Shape(K, N, tokens_, r, dtype=dtype)) for tokens_ in tokens]
 
 
-def measure(point: tuple[str, Shape], settings: Settings, ceilings: dict[str, Any], case: str) -> list[Row]:
+def measure(point: tuple[str, Shape], settings: Settings, roofline: dict[str, Any], case: str) -> list[Row]:
     """The rows of a point."""
     curve, shape = point
     names = list(IMPLEMENTATIONS)
@@ -97,11 +97,11 @@ def measure(point: tuple[str, Shape], settings: Settings, ceilings: dict[str, An
         # Its compiler takes longer than all the rest of a point.
         names.remove("PEFT, compiled")
     with measuring({**({"curve": curve} if curve else {}), **shape.point}, names, settings) as rows:
-        fill(rows, shape, settings, ceilings, case == "scaling")
+        fill(rows, shape, settings, roofline, case == "scaling")
     return list(rows.values())
 
 
-def fill(rows: dict[str, Row], shape: Shape, settings: Settings, ceilings: dict[str, Any], scaling: bool) -> None:
+def fill(rows: dict[str, Row], shape: Shape, settings: Settings, roofline: dict[str, Any], scaling: bool) -> None:
     """Check the implementations, time those that are right, and set the times beside the roofline and the floor."""
     element = 4 if shape.dtype == "fp32" else 2
     sets = 2 if settings.grid == "tiny" else input_sets(shape.M * (shape.K + shape.N) * element)
@@ -129,16 +129,16 @@ def fill(rows: dict[str, Row], shape: Shape, settings: Settings, ceilings: dict[
             moved = counting.bytes_moved(layer.algorithm, shape.M, shape.N, shape.K, element, share)
             row.update(form=layer.algorithm, bytes=moved)
         if "flops" in row:
-            row.update(counting.beside_roofline(ceilings, shape.dtype, seconds, row["flops"], moved))
+            row.update(counting.beside_roofline(roofline, shape.dtype, seconds, row["flops"], moved))
         if frozen and layer.updates:
-            beside_frozen(row, frozen, ceilings, scaling)
+            beside_frozen(row, frozen, roofline, scaling)
 
 
-def beside_frozen(row: Row, frozen: Row, ceilings: dict[str, Any], scaling: bool) -> None:
+def beside_frozen(row: Row, frozen: Row, roofline: dict[str, Any], scaling: bool) -> None:
     """Set the time of a row beside the floor, and on a curve beside what the cost model predicts."""
     measured, active = row["forward_backward"], not row["point"]["active"].startswith("0")
     if scaling and "form" in row:
-        predicted = counting.predicted_seconds(frozen["median"], row["form"], row["point"], ceilings)
+        predicted = counting.predicted_seconds(frozen["median"], row["form"], row["point"], roofline)
         row.update(predicted=predicted, deviation=measured["median"] / predicted - 1)
         if active:
             # Round by round: both were taken within moments of each other.
@@ -146,7 +146,7 @@ def beside_frozen(row: Row, frozen: Row, ceilings: dict[str, Any], scaling: bool
             row["update_seconds"] = spread(beyond)
             row["update_deviation"] = row["update_seconds"]["median"] / (predicted - frozen["median"]) - 1
     if active:
-        floor = counting.predicted_seconds(frozen["median"], "fused", row["point"], ceilings)
+        floor = counting.predicted_seconds(frozen["median"], "fused", row["point"], roofline)
         over = (measured["median"] - frozen["median"]) / (floor - frozen["median"])
         row.update(floor_seconds=floor, over_floor=over, of_floor=floor / measured["median"])
 

@@ -20,7 +20,7 @@ from torch.profiler import DeviceType
 
 import slora
 from benchmarks import memory
-from benchmarks.cases import in_turns, measuring
+from benchmarks.cases.rounds import in_turns, measuring
 from benchmarks.correctness import expected, mismatch
 from benchmarks.counting import beside_roofline
 from benchmarks.models import UPDATE, peft_model, randomise_updates
@@ -105,7 +105,7 @@ def grid(settings: Settings, case: str = "merge") -> list[tuple[str, str, int]]:
     return [("vit_large_patch16_224", *point) for point in points]
 
 
-def measure(point: tuple[str, str, int], settings: Settings, ceilings: dict[str, Any], case: str) -> list[Row]:
+def measure(point: tuple[str, str, int], settings: Settings, roofline: dict[str, Any], case: str) -> list[Row]:
     """The rows of a point.
 
     Raises:
@@ -116,11 +116,11 @@ def measure(point: tuple[str, str, int], settings: Settings, ceilings: dict[str,
         raise BenchmarkError(f"slora._C cannot be used: {extension['reason'] or 'it has no CUDA'}; nothing was timed")
     about = dict(zip(("model", "dtype", "r"), point, strict=True))
     with measuring(about, IMPLEMENTATIONS, settings) as rows, torch.no_grad():
-        fill(rows, point, settings, ceilings)
+        fill(rows, point, settings, roofline)
     return list(rows.values())
 
 
-def fill(rows: dict[str, Row], point: tuple[str, str, int], settings: Settings, ceilings: dict[str, Any]) -> None:
+def fill(rows: dict[str, Row], point: tuple[str, str, int], settings: Settings, roofline: dict[str, Any]) -> None:
     """Check the implementations, time those that are right, and measure the memory that they add."""
     weights = Weights(*point, settings.device)
     running: dict[str, Callable[[], Callable[[], float]]] = {}
@@ -154,7 +154,7 @@ def fill(rows: dict[str, Row], point: tuple[str, str, int], settings: Settings, 
         row["bytes"] = 2 * moved + ("copy kept" in name) * moved + (name != "copy") * factors
         median = row["device_seconds" if "device_seconds" in row else "seconds"]["median"]
         # Merging computes in fp32, whatever the weights' dtype.
-        row.update(beside_roofline(ceilings, "fp32", median, row["flops"], row["bytes"]))
+        row.update(beside_roofline(roofline, "fp32", median, row["flops"], row["bytes"]))
         with reason_in(row):
             if settings.on_gpu:
                 row.update(on_gpu(weights, name))

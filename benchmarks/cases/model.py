@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from benchmarks import memory
-from benchmarks.cases import measuring, take_times
+from benchmarks.cases.rounds import measuring, take_times
 from benchmarks.counting import beside_roofline
 from benchmarks.implementations.training import INFERENCE, RANK, TRAINING, Run
 from benchmarks.models import MODELS, Inputs
@@ -57,17 +57,17 @@ def grid(settings: Settings, case: str = "train_step") -> list[Point]:
     """The points in the order in which they matter."""
     grids = TABLES[case]["cuda" if settings.on_gpu else "cpu"] | {"tiny": TABLES[case]["tiny"]}
     points = grids["default"] + grids.get("full", []) if settings.grid == "full" else grids[settings.grid]
-    return [Point(*point, NAMES[names]) for *point, names in points]
+    return [Point(model, batch, precision, mode, NAMES[names]) for model, batch, precision, mode, names in points]
 
 
-def measure(point: Point, settings: Settings, ceilings: dict[str, Any], case: str) -> list[Row]:
+def measure(point: Point, settings: Settings, roofline: dict[str, Any], case: str) -> list[Row]:
     """The rows of a point."""
     about = {"model": MODELS[point.model]().name, "batch": point.batch, "r": RANK}
     about["dtype" if case == "inference" else "precision"] = point.precision
     if case in ("train_step", "gates"):
         about["mode"] = point.mode
     with measuring(about, point.names, settings) as rows:
-        reason = without_bf16(settings, ceilings) if point.precision != "fp32" and case != "inference" else None
+        reason = without_bf16(settings, roofline) if point.precision != "fp32" and case != "inference" else None
         for name, row in rows.items():
             if reason:
                 row["skipped"] = reason
@@ -76,13 +76,13 @@ def measure(point: Point, settings: Settings, ceilings: dict[str, Any], case: st
                     checked(name, point, "cpu")
                     row["peak_memory_mib"] = memory.in_a_process(step_peak, name, point)
         if not reason and case != "train_memory":
-            fill(rows, settings, ceilings, point)
+            fill(rows, settings, roofline, point)
     return list(rows.values())
 
 
-def without_bf16(settings: Settings, ceilings: dict[str, Any]) -> str | None:
+def without_bf16(settings: Settings, roofline: dict[str, Any]) -> str | None:
     """Why steps in bf16 are left out: on a processor that only imitates it they take minutes and tell nothing."""
-    rates = ceilings["gemm_flops_per_s"]
+    rates = roofline["gemm_flops_per_s"]
     if settings.on_gpu or settings.grid != "default" or rates["bf16"] >= rates["fp32"] / 2:
         return None
     return (
@@ -91,7 +91,7 @@ def without_bf16(settings: Settings, ceilings: dict[str, Any]) -> str | None:
     )
 
 
-def fill(rows: dict[str, Row], settings: Settings, ceilings: dict[str, Any], point: Point) -> None:
+def fill(rows: dict[str, Row], settings: Settings, roofline: dict[str, Any], point: Point) -> None:
     """Check the implementations, then time those that are right in turns."""
     model, device, on_gpu = MODELS[point.model](), settings.device, settings.on_gpu
     dtype = torch.bfloat16 if point.precision == "bf16" else torch.float32
@@ -126,7 +126,7 @@ def fill(rows: dict[str, Row], settings: Settings, ceilings: dict[str, Any], poi
         seconds, (kind, each) = row["seconds"]["median"], model.items
         row[f"{kind}_per_second"] = point.batch * each / seconds
         product = "bf16" if point.precision == "amp" else point.precision
-        row.update(beside_roofline(ceilings, product, seconds, row["flops"], None))
+        row.update(beside_roofline(roofline, product, seconds, row["flops"], None))
 
 
 @dataclass(frozen=True)

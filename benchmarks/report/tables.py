@@ -4,61 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from benchmarks.results import TIMES, median
 
 Row = Mapping[str, Any]
-# The measures of all tables, in order: head, format of a number, and its unit. A time has no format.
-MEASURES: dict[str, tuple[str, str, float]] = {
-    "forward": ("forward", "", 1),
-    "forward_backward": ("with backward", "", 1),
-    "seconds": ("time", "", 1),
-    "device_seconds": ("device time", "", 1),
-    "images_per_second": ("images/s", ",.0f", 1),
-    "tokens_per_second": ("tokens/s", ",.0f", 1),
-    "peak_memory_mib": ("peak MiB", ",.0f", 1),
-    "added_memory_mib": ("added MiB", ",.1f", 1),
-    "flops": ("GFLOP", ",.4g", 1e9),
-    "bytes": ("MB", ",.1f", 1e6),
-    "compulsory_bytes": ("compulsory MB", ",.0f", 1e6),
-    "percent_of_gemm": ("% GEMM", ".0f", 1),
-    "percent_of_copy": ("% copy", ".0f", 1),
-    "predicted": ("predicted", "", 1),
-    "deviation": ("off by, %", "+.1f", 0.01),
-    "update_seconds": ("update alone", "", 1),
-    "update_deviation": ("its prediction off by, %", "+.0f", 0.01),
-}
-# By case, the ratios to other implementations at the same point: measure, implementation, head.
-STEP = [("seconds", "PEFT, all", "over PEFT, all"), ("seconds", "frozen, dx everywhere", "over frozen, dx")]
-LAYER = [("forward_backward", "frozen F.linear", "over frozen")]
-RATIOS = {
-    "linear": LAYER,
-    "scaling": LAYER,
-    "train_step": STEP,
-    "gates": STEP,
-    "train_memory": [("peak_memory_mib", "PEFT, all", "over PEFT, all")],
-    "inference": [("seconds", "base", "over base")],
-    "merge": [
-        ("seconds", "copy", "over copy"),
-        ("device_seconds", "copy", "device over copy"),
-        ("seconds", "PEFT merge_and_unload", "over PEFT"),
-    ],
-    "host": [
-        ("seconds", "PEFT", "over PEFT"),
-        ("seconds", "addmm function", "over the addmm function"),
-        ("seconds", "frozen nn.Linear", "over frozen"),
-    ],
-}
-# Why a row has no times, or what its times are not.
+TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+MEASURES: dict[str, tuple[str, str, float]] = TABLES["measures"]
+RATIOS: dict[str, list[tuple[str, str, str]]] = TABLES["ratios"]
+REASONS: dict[str, str] = TABLES["reasons"]
+# A row with one of these has no times.
 NO_TIMES = ("skipped", "failed", "refused")
-REASONS = {
-    **{state: state for state in NO_TIMES},
-    "not_counted": "not counted",
-    "not_captured": "launched call by call, not captured in a CUDA graph",
-    "forward_not_captured": "forward launched call by call, not captured in a CUDA graph",
-    "input_reason": "inputs not rotated past the cache",
-}
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -23,4 +23,4 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(workers, "run", run)
     yield
-    candidates.case.cache_clear()
+    candidates.prepared.cache_clear()

@@ -11,13 +11,14 @@ from torch import nn
 
 import slora
 from benchmarks import memory, models, results, roofline
-from benchmarks.cases import linear, measuring, merge, model
+from benchmarks.cases import linear, merge, model
+from benchmarks.cases.rounds import measuring
 from benchmarks.correctness import mismatch
 from benchmarks.implementations import layer as layers
 from benchmarks.implementations import training
 from benchmarks.results import BenchmarkError, Row, Settings, read_result
 
-CEILINGS = {"gemm_flops_per_s": {"fp32": 1e9, "bf16": 1e9}, "copy_bytes_per_s": 1e9}
+ROOFLINE = {"gemm_flops_per_s": {"fp32": 1e9, "bf16": 1e9}, "copy_bytes_per_s": 1e9}
 SHAPES = [layers.Shape(12, 18, 7, 3, *active) for active in ((1, 1), (0, 1), (2, 3), (0, 3))]
 SHAPES.append(layers.Shape(12, 18, 7, 3, dtype="bf16"))
 POINTS = [model.Point("tiny", 2, precision) for precision in ("fp32", "bf16", "amp")]
@@ -35,7 +36,7 @@ FEW = {
 
 def _rows(case: str, only: str = "") -> dict[str, Row]:
     """The rows of the first point of a case, by implementation."""
-    points = results.CASES[case].measure(Settings("cpu", "tiny", only=(only,) if only else ()), CEILINGS)
+    points = results.CASES[case].measure(Settings("cpu", "tiny", only=(only,) if only else ()), ROOFLINE)
     return {row["contender"]: row for row in next(points)}
 
 
@@ -56,17 +57,6 @@ def test_a_tiny_run_of_every_case_writes_a_file_with_times(
     for row in read_result(path)["rows"]:
         assert row.keys() & (measures | {"skipped"}), row
     assert any(row.keys() & measures for row in read_result(path)["rows"])
-
-
-def test_the_default_grid_on_a_gpu_begins_with_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    points = [shape.point for _, shape in linear.grid(Settings("cuda"))]
-    expected = [(K, N, active) for active in ("1", "0") for K, N in linear.TARGET_SHAPES]
-    assert [(p["K"], p["N"], p["active"]) for p in points[:12]] == expected
-    assert all((p["M"], p["r"], p["dtype"]) == (50432, 16, "bf16") for p in points[:12])
-    assert [(p.model, p.batch, p.mode) for p in model.grid(Settings("cuda"))[:2]] == [
-        ("vit-b", 64, "eager"), ("vit-b", 64, "graph")
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.active} of {shape.blocks}, {shape.dtype}")
@@ -194,7 +184,7 @@ def test_a_curve_has_the_deviation_from_the_model_of_costs_and_a_layer_the_floor
     point = layers.Shape(32, 48, 24, 4).point
     frozen = {"median": 1.1, "values": [1.0, 1.1, 2.0]}
     row = {"point": point, "form": "addmm", "forward_backward": {"median": 1.6, "values": [1.3, 1.6, 2.1]}}
-    linear.beside_frozen(row, frozen, CEILINGS, scaling=True)
+    linear.beside_frozen(row, frozen, ROOFLINE, scaling=True)
     # addmm moves 4 MK + 4 MN elements more, and there are six products of rank 4; the floor moves MK + MN.
     flops = 6 * 24 * 4 * (32 + 48) / 1e9
     update, floor = (extra * 4 * 24 * (32 + 48) / 1e9 + flops for extra in (4, 1))
@@ -225,7 +215,7 @@ def test_one_implementation_that_is_wrong_or_fails_costs_the_others_nothing_and_
 
     monkeypatch.setitem(layers.IMPLEMENTATIONS, "addmm function", broken)
     monkeypatch.setattr(linear, "grid", lambda *arguments: [("", layers.Shape(32, 48, 24, 4))])
-    monkeypatch.setattr(roofline, "measure", lambda *arguments: CEILINGS)
+    monkeypatch.setattr(roofline, "measure", lambda *arguments: ROOFLINE)
     said = {"refused": "a wrong result was not timed", "failed": "an implementation failed"}[state]
     with pytest.raises(BenchmarkError, match=f"{said}: addmm function at"):
         results.run_case("linear", Settings("cpu", "tiny", only=("frozen", "addmm")), tmp_path)

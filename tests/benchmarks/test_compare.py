@@ -113,3 +113,7 @@ def test_the_targets_of_the_cpu_are_measured_and_the_stages_of_a_gpu_measure_the
     # What a minute of a GPU is not for.
     points = {name: len({str(row["point"]) for row in found}) for name, found in rows.items()}
     assert points == {"linear": 12, "merge": 1, "train_step": 4}
+    # A run of the default grid that is cut short has the targets, too.
+    for module, count in ((linear, 12), (model, 2)):
+        first, whole = (module.grid(Settings("cuda", grid))[:count] for grid in ("quick", "default"))  # type: ignore[attr-defined]
+        assert first == whole

@@ -76,8 +76,8 @@ def test_bytes_beyond_a_frozen_layer_are_those_of_the_table() -> None:
 
 
 def test_times_are_set_beside_the_roofline() -> None:
-    ceilings = {"gemm_flops_per_s": {"fp32": 100.0}, "copy_bytes_per_s": 10.0}
-    assert counting.beside_roofline(ceilings, "fp32", 2.0, 50, 10) == {
+    roofline = {"gemm_flops_per_s": {"fp32": 100.0}, "copy_bytes_per_s": 10.0}
+    assert counting.beside_roofline(roofline, "fp32", 2.0, 50, 10) == {
         "flops_per_s": 25.0, "percent_of_gemm": 25.0, "percent_of_copy": 50.0,
     }  # fmt: skip
-    assert counting.beside_roofline(ceilings, "fp16", 2.0, 50, None) == {"flops_per_s": 25.0}
+    assert counting.beside_roofline(roofline, "fp16", 2.0, 50, None) == {"flops_per_s": 25.0}

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import timing
-from benchmarks.cases import in_turns
+from benchmarks.cases.rounds import in_turns
 from benchmarks.results import Row, Settings
 
 
