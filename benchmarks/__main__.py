@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
 
 def headline(row: results.Row) -> str:
     """The main measure of a row, or why it has none."""
-    for state in ("skipped", "failed", "refused"):
+    for state in results.NO_TIMES:
         if state in row:
             return f"{state}: {row[state]}"
     seconds = results.median(row.get("seconds", row.get("forward_backward")))

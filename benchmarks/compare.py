@@ -11,12 +11,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.results import BenchmarkError, median, need, source
+from benchmarks.results import NO_TIMES, BenchmarkError, median, need, source
 
 # What is measured; other numbers in a row follow from these.
 MEASURES = ("seconds", "device_seconds", "forward", "forward_backward", "eager", "peak_memory_mib", "added_memory_mib",
             "flops", "bytes", "compulsory_bytes", "peak_over_outputs", "launches", "deterministic")  # fmt: skip
-STATES = ("skipped", "failed", "refused", "not_captured", "forward_not_captured")
+STATES = (*NO_TIMES, "not_captured", "forward_not_captured")
 LEAST, P = 0.02, 0.01
 
 

@@ -45,6 +45,8 @@ PACKAGES = ("torch", "torchvision", "triton", "timm", "peft", "transformers", "o
 NOT_MEASURED = "not measured"
 # Measures in seconds.
 TIMES = {"seconds", "device_seconds", "forward", "forward_backward", "eager"}
+# A row with one of these has no times: it has the reason.
+NO_TIMES = ("skipped", "failed", "refused")
 
 Row = dict[str, Any]
 
@@ -82,7 +84,7 @@ def reason_in(*rows: Row) -> Iterator[None]:
     except Exception as error:
         state = {Missing: "skipped", Wrong: "refused"}.get(type(error), "failed")
         for row in rows:
-            if not row.keys() & {"skipped", "failed", "refused", "seconds", "forward_backward"}:
+            if not row.keys() & {*NO_TIMES, "seconds", "forward_backward"}:
                 row[state] = first_line(error) if state == "failed" else str(error)
 
 
@@ -101,8 +103,8 @@ def median(measure: Any) -> float | None:
     return None if measure is None else float(measure)
 
 
-def environment(device: str | None = None) -> dict[str, Any]:
-    """Commit, versions, device and threads of this run. `device`: "cpu" or "cuda"; default: a GPU where there is one.
+def environment(device: str) -> dict[str, Any]:
+    """Commit, versions, device ("cpu" or "cuda") and threads of this run.
 
     Where the source is no git repository the commit is what SLORA_COMMIT says, followed by "-dirty" if it was changed.
     """
@@ -133,9 +135,9 @@ def source(environment: Mapping[str, Any]) -> str:
     return f"commit {commit[:10]}" + (", perhaps with changes" if dirty is None else " with changes" * dirty)
 
 
-def device_name(device: str | None = None) -> str:
-    """The GPU's name, or the processor's. `device`: "cpu" or "cuda"; default: a GPU where there is one."""
-    if device != "cpu" and torch.cuda.is_available():
+def device_name(device: str) -> str:
+    """The name of the GPU ("cuda") or of the processor ("cpu")."""
+    if device != "cpu":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.MULTILINE)
@@ -151,10 +153,7 @@ def folder_name(device: str) -> str:
 def write_result(case: str, device: str, payload: dict[str, Any], folder: Path | None = None) -> Path:
     """Write `<case>.json` into `folder`, by default `results/<device>`, atomically, and return its path."""
     path = (RESULTS / device if folder is None else folder) / f"{case}.json"
-    header = {"schema": SCHEMA, "case": case, "device": device}
-    if "environment" not in payload:
-        header["environment"] = environment("cpu" if device == "cpu" else None)
-    write_json(path, {**header, **payload})
+    write_json(path, {"schema": SCHEMA, "case": case, "device": device, **payload})
     return path
 
 

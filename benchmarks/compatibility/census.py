@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.compatibility.architectures import TABLES, architectures, build
 from benchmarks.compatibility.checks import Row, check
-from benchmarks.results import BenchmarkError, write_result
+from benchmarks.results import BenchmarkError, environment, write_result
 from slora.module_tree.names import near
 
 Task = Callable[[str, Connection], None]
@@ -70,7 +70,7 @@ def run(names: Sequence[str], jobs: int, seconds: float, out: Path | None, task:
     # Each is forked from a process that has imported everything and computed nothing.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    rows: list[Row] = []
+    about, rows = environment("cpu"), list[Row]()
     with ThreadPoolExecutor(jobs) as threads:
         try:
             for row in threads.map(partial(_in_a_process, context, task, seconds), names):
@@ -79,7 +79,8 @@ def run(names: Sequence[str], jobs: int, seconds: float, out: Path | None, task:
                 print(f"{where}: {row['verdict']} {row['reason']}".rstrip(), flush=True)
                 if out is not None:
                     whole = len(rows) == len(names)
-                    content = {"complete": whole, "settings": {"seconds": seconds}, "architectures": rows}
+                    asked = {"seconds": seconds}
+                    content = {"environment": about, "complete": whole, "settings": asked, "architectures": rows}
                     write_result("compatibility", "cpu", content, out)
         finally:
             # Of an interrupted census.

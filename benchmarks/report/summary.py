@@ -25,11 +25,8 @@ def steps(cases: Cases) -> dict[str, dict[str, Row]]:
     """
     rows = cases["train_step"]["rows"] if "train_step" in cases else []
     memory = memory_beside(cases) or {"rows": []}
-    peaks = {
-        (r["point"]["precision"], r["contender"]): r["peak_memory_mib"]
-        for r in memory["rows"]
-        if "peak_memory_mib" in r
-    }
+    measured = [row for row in memory["rows"] if "peak_memory_mib" in row]
+    peaks = {(row["point"]["precision"], row["contender"]): row["peak_memory_mib"] for row in measured}
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
         point, name = row["point"], row["contender"]

@@ -9,15 +9,13 @@ from typing import Any
 
 import yaml
 
-from benchmarks.results import TIMES, median
+from benchmarks.results import NO_TIMES, TIMES, median
 
 Row = Mapping[str, Any]
 TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 MEASURES: dict[str, tuple[str, str, float]] = TABLES["measures"]
 RATIOS: dict[str, list[tuple[str, str, str]]] = TABLES["ratios"]
 REASONS: dict[str, str] = TABLES["reasons"]
-# A row with one of these has no times.
-NO_TIMES = ("skipped", "failed", "refused")
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

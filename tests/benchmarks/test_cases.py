@@ -24,14 +24,8 @@ SHAPES.append(layers.Shape(12, 18, 7, 3, dtype="bf16"))
 POINTS = [model.Point("tiny", 2, precision) for precision in ("fp32", "bf16", "amp")]
 FORWARD = model.Point("tiny", 2, "bf16", "forward")
 # A point of every case: enough to see it run.
-FEW = {
-    "linear": "slora",
-    "train_step": "head",
-    "gates": "exact",
-    "train_memory": "head",
-    "inference": "merged",
-    "host": "slora",
-}
+FEW = {"linear": "slora", "train_step": "head", "gates": "exact", "train_memory": "head", "inference": "merged",
+       "host": "slora"}  # fmt: skip
 
 
 def _rows(case: str, only: str = "") -> dict[str, Row]:

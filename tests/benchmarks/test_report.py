@@ -32,13 +32,8 @@ def _pages(root: Path, results: dict[str, dict[str, Any]]) -> dict[str, str]:
         folder = root / "benchmarks" / "results" / device
         folder.mkdir(parents=True, exist_ok=True)
         for case, content in cases.items():
-            about = {
-                "commit": f"{case:0<40}",
-                "dirty": False,
-                "date": "2026-01-02",
-                "device": "a device",
-                "packages": {},
-            }
+            about = {"commit": f"{case:0<40}", "dirty": False, "date": "2026-01-02", "device": "a device",
+                     "packages": {}}  # fmt: skip
             whole = {"schema": SCHEMA, "case": case, "complete": True, "environment": about, **content}
             (folder / f"{case}.json").write_text(json.dumps(whole))
     (root / "README.md").write_text(MARKS)
