@@ -15,7 +15,7 @@ import io
 import os
 import sys
 
-from benchmarks.compile_kernel import Report, Variant, compile_variant, mismatches
+from benchmarks.compile_kernel import CompileCase, Report, compile_kernel, mismatches
 from benchmarks.results import RESULTS, ROOT
 from slora.io.atomic import write_text
 
@@ -44,23 +44,23 @@ def committed() -> tuple[dict[str, str], list[dict[str, str]]]:
     return dict(word.split("=") for word in head.removeprefix("# ").split()), list(csv.DictReader(io.StringIO(table)))
 
 
-def name(variant: Variant) -> tuple[str, str, str]:
-    """Return what identifies a variant: the first three of `COLUMNS`."""
-    return f"sm_{variant.arch}", variant.kernel.__name__, variant.label
+def name(case: CompileCase) -> tuple[str, str, str]:
+    """Return what identifies a case: the first three of `COLUMNS`."""
+    return f"sm_{case.arch}", case.kernel.__name__, case.label
 
 
-def row(variant: Variant, report: Report) -> tuple[str, ...]:
-    """Return the line of one variant."""
+def row(case: CompileCase, report: Report) -> tuple[str, ...]:
+    """Return the line of one case."""
     products = " ".join(f"{count} {kind}" for kind, count in report.products.items() if count)
     found = report.registers, report.shared // 1024, report.occupancy, products, " ".join(report.loads)
-    return *name(variant), *map(str, found)
+    return *name(case), *map(str, found)
 
 
 def main() -> int:
     """Compile everything and write the file, unless a kernel is not as it should be."""
     import triton
 
-    from benchmarks.compile_cases import variants
+    from benchmarks.compile_cases import compile_cases
     from slora.kernels import configs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,12 +69,12 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("under TRITON_INTERPRET nothing is compiled; unset it")
     correct, rows = True, list[tuple[str, ...]]([COLUMNS])
-    for variant in (variant for arch in configs.ARCHS for variant in variants(arch)):
-        if not only or any(text in ", ".join(name(variant)) for text in only):
-            report = compile_variant(variant)
-            wrong = mismatches(variant, report, configs.SHARED_MEMORY[variant.arch])
+    for case in (case for arch in configs.ARCHS for case in compile_cases(arch)):
+        if not only or any(text in ", ".join(name(case)) for text in only):
+            report = compile_kernel(case)
+            wrong = mismatches(case, report, configs.SHARED_MEMORY[case.arch])
             correct &= not wrong
-            rows.append(row(variant, report))
+            rows.append(row(case, report))
             print(*rows[-1], *wrong, sep=", ", flush=True)
     if correct and not only:
         text = io.StringIO()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.compile_kernel import OWN, Variant
+from benchmarks.compile_kernel import OWN, CompileCase
 from slora.kernels import configs, gate_probe, linear, skinny
 from slora.kernels import weight_gradients as wg
 
@@ -20,7 +20,7 @@ _TYPES = (
 )
 
 
-def variants(arch: int) -> Iterator[Variant]:
+def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Yield everything that is compiled for one arch."""
     tma = arch >= 90
 
@@ -49,25 +49,25 @@ def variants(arch: int) -> Iterator[Variant]:
                 label = f"{'y' if forward else 'dx'}{f', {variant}' * (variant in ('looped', 'masked'))}, R={R}"
                 constants = common | {"FORWARD": forward} | ({} if forward else {"bias": None})
                 of_call = types | {"W": box(*tile.of_weight(forward)), "inner": box(*inner)}
-                yield _variant(kernel, arch, label, tile, of_call, constants)
+                yield _case(kernel, arch, label, tile, of_call, constants)
     for columns, low in configs.WEIGHT_GRADIENTS[arch]:
         types = dict.fromkeys(("x", "dy"), box(columns.ROWS, columns.TILE))
         constants = {"LOW_A": low, "LOW_B": low, "DROPOUT": True, "DESCRIBED": tma}
-        yield _variant(wg.partial_sums, arch, f"{low} columns", columns, types, constants)
+        yield _case(wg.partial_sums, arch, f"{low} columns", columns, types, constants)
     constants = {"CHUNK": wg.CHUNK, "AT_ONCE": wg.AT_ONCE}
-    yield _variant(wg.reduce, arch, "", None, {}, constants, frozenset())
+    yield _case(wg.reduce, arch, "", None, {}, constants, frozenset())
     for rows, R in configs.SKINNY:
-        yield _variant(skinny.skinny, arch, f"R={R}", rows, {}, {"R": R, "DROPOUT": True})
+        yield _case(skinny.skinny, arch, f"R={R}", rows, {}, {"R": R, "DROPOUT": True})
     for rows, R in configs.PROBE:
-        yield _variant(gate_probe.probe, arch, f"R={R}", rows, {"out": "*fp32"}, {"R": R})
-    yield _variant(gate_probe.copy_rows, arch, "", configs.COPY, {}, {}, frozenset())
+        yield _case(gate_probe.probe, arch, f"R={R}", rows, {"out": "*fp32"}, {"R": R})
+    yield _case(gate_probe.copy_rows, arch, "", configs.COPY, {}, {}, frozenset())
 
 
-def _variant(
+def _case(
     kernel: Any, arch: int, label: str, tile: Any, types: dict[str, str], constants: dict[str, Any],
     products: frozenset[str] | None = None,
-) -> Variant:  # fmt: skip
-    """A variant with bf16 matrices, and integers where nothing else is said."""
+) -> CompileCase:  # fmt: skip
+    """A case with bf16 matrices, and integers where nothing else is said."""
     meta = tile.meta() if tile else {"num_warps": 2}
     options = {name: value for name, value in meta.items() if name.startswith("num_")}
     given = constants | {name: value for name, value in meta.items() if name not in options}
@@ -77,7 +77,7 @@ def _variant(
         # Tiles that no descriptor brings may be below what wgmma and tcgen05 take.
         described = any(kind.startswith("tensordesc") for kind in types.values())
         products = frozenset({OWN[arch]} if described else {OWN[arch], "mma.sync"})
-    return Variant(
+    return CompileCase(
         kernel=kernel,
         arch=arch,
         label=", ".join(filter(None, (label, size))),

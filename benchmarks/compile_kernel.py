@@ -26,7 +26,7 @@ OWN = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 
 @dataclass(frozen=True)
-class Variant:
+class CompileCase:
     """A kernel with the types and compile-time values of one call.
 
     Attributes:
@@ -51,7 +51,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a variant.
+    """What became of a case.
 
     Attributes:
         spilled: bytes per thread, and of stack.
@@ -75,8 +75,8 @@ class Report:
     serialized: bool
 
 
-def compile_variant(variant: Variant) -> Report:
-    """Compile `variant`, whatever is cached, and return what came out.
+def compile_kernel(case: CompileCase) -> Report:
+    """Compile `case`, whatever is cached, and return what came out.
 
     Pointers are aligned to 16 bytes; of the integers nothing is known but what the kernel says.
     """
@@ -84,17 +84,17 @@ def compile_variant(variant: Variant) -> Report:
     os.environ.update(
         dict.fromkeys(("TRITON_ALWAYS_COMPILE", "TRITON_DUMP_PTXAS_LOG", "TRITON_DISABLE_LINE_INFO"), "1")
     )
-    names, log = list(variant.kernel.arg_names), io.StringIO()
-    types = {name: "constexpr" if name in variant.constants else variant.types[name] for name in names}
+    names, log = list(case.kernel.arg_names), io.StringIO()
+    types = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
-    constants = {(names.index(name),): value for name, value in variant.constants.items()}
-    source = ASTSource(variant.kernel, types, constants, aligned)
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    source = ASTSource(case.kernel, types, constants, aligned)
     with contextlib.redirect_stdout(log):
-        made = triton.compile(source, target=GPUTarget("cuda", variant.arch, 32), options=variant.options)
+        made = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=case.options)
     said, code, ptx = log.getvalue(), made.asm["ttgir"], made.asm["ptx"]
     registers = int(re.findall(r"Used (\d+) registers", said)[0])
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)[0]
-    warps, tensor_memory = variant.options["num_warps"], int(getattr(made.metadata, "tmem_size", 0) or 0)
+    warps, tensor_memory = case.options["num_warps"], int(getattr(made.metadata, "tmem_size", 0) or 0)
     dots = re.findall(r"tt\.dot .*-> tensor<[^>]*#(\w+)", code)
     return Report(
         registers=registers,
@@ -102,7 +102,7 @@ def compile_variant(variant: Variant) -> Report:
         shared=made.metadata.shared,
         occupancy=min(
             REGISTERS // (-(-registers // 8) * 8 * 32 * warps),
-            SHARED_MEMORY[variant.arch] // (made.metadata.shared + 1024),
+            SHARED_MEMORY[case.arch] // (made.metadata.shared + 1024),
             WARPS // warps,
             TENSOR_MEMORY // max(1, tensor_memory),
         ),
@@ -119,21 +119,21 @@ def compile_variant(variant: Variant) -> Report:
     )
 
 
-def mismatches(variant: Variant, report: Report, limit: int) -> list[str]:
+def mismatches(case: CompileCase, report: Report, limit: int) -> list[str]:
     """What is wrong with a kernel that should run at speed; `limit`: bytes of shared memory per program."""
     used = {name for name, count in report.products.items() if count}
-    described = {name for name, kind in variant.types.items() if kind.startswith("tensordesc")}
+    described = {name for name, kind in case.types.items() if kind.startswith("tensordesc")}
     missing = sorted(described - {"out", *report.loads})
-    own = " or ".join(sorted(variant.products))
+    own = " or ".join(sorted(case.products))
     found = {
         f"{report.spilled} bytes of stack and spills": report.spilled,
-        f"{report.shared} bytes of shared memory; sm_{variant.arch} has {limit}": report.shared > limit,
-        f"{variant.programs} programs are meant to share an SM; {report.occupancy} fit":
-            report.occupancy < variant.programs,
+        f"{report.shared} bytes of shared memory; sm_{case.arch} has {limit}": report.shared > limit,
+        f"{case.programs} programs are meant to share an SM; {report.occupancy} fit":
+            report.occupancy < case.programs,
         "ptxas serializes its wgmma instructions": report.serialized,
         f"products by {report.products}; expected {own} alone":
-            not used <= variant.products or (variant.products and not used),
-        "its loop does not load by asynchronous copies": variant.products and not described and not report.copies,
+            not used <= case.products or (case.products and not used),
+        "its loop does not load by asynchronous copies": case.products and not described and not report.copies,
         f"TMA does not bring {', '.join(missing)}": missing,
         "TMA does not take its results away": "out" in described and not report.stores,
     }  # fmt: skip

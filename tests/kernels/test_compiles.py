@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks import audit
-from benchmarks.compile_kernel import Report, Variant, mismatches
+from benchmarks.compile_kernel import CompileCase, Report, mismatches
 from slora.kernels import configs
 
 ROOT = Path(__file__).parents[2]
@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[2]
 NAMES = """
 import json
 from benchmarks.audit import name
-from benchmarks.compile_cases import variants
+from benchmarks.compile_cases import compile_cases
 from slora.kernels import configs
-print(json.dumps([name(variant) for arch in configs.ARCHS for variant in variants(arch)]))
+print(json.dumps([name(case) for arch in configs.ARCHS for case in compile_cases(arch)]))
 """
 
 
@@ -98,8 +98,8 @@ MISMATCHES: dict[str, dict[str, Any]] = {
 def test_each_mismatch_of_a_compiled_kernel_is_found(mismatch: str) -> None:
     described = dict.fromkeys(("x", "W", "A", "out"), "tensordesc<bf16[128, 64]>")
     types = {} if mismatch == "asynchronous copies" else described
-    variant = Variant(None, 90, "", types, {}, {"num_warps": 8}, frozenset({"wgmma"}))
+    case = CompileCase(None, 90, "", types, {}, {"num_warps": 8}, frozenset({"wgmma"}))
     limit = configs.SHARED_MEMORY[90]
-    assert mismatches(variant, GOOD, limit) == []
-    (found,) = mismatches(variant, dataclasses.replace(GOOD, **MISMATCHES[mismatch]), limit)
+    assert mismatches(case, GOOD, limit) == []
+    (found,) = mismatches(case, dataclasses.replace(GOOD, **MISMATCHES[mismatch]), limit)
     assert mismatch in found
