@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def test_a_tiny_run_of_every_case_writes_a_file_with_times(
     if case == "merge" and not slora.merging.extension_info()["available"]:
         pytest.skip("slora._C is not built")
     monkeypatch.setattr(memory, "in_a_process", lambda *arguments: 1.0)
-    for module, arguments in ((model, [case]), (linear, [])):
-        points = module.grid(Settings("cpu", "tiny"), *arguments)[:2]  # type: ignore[attr-defined]
-        monkeypatch.setattr(module, "grid", lambda *_, points=points: points)
+    module = importlib.import_module(f"benchmarks.cases.{results.CASES[case].module}")
+    points = module.grid(Settings("cpu", "tiny"), case)[:2]
+    monkeypatch.setattr(module, "grid", lambda *_: points)
     settings = Settings("cpu", "tiny", only=(FEW[case],) if case in FEW else ())
     path = results.run_case(case, settings, tmp_path)
     measures = {"seconds", "forward_backward", "peak_memory_mib"}
