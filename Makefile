@@ -154,7 +154,7 @@ run-lint:
 .PHONY: run-tests
 run-tests:
 	@echo "slora: pytest with $(TORCH)"
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(RUN)pytest -n $(WORKERS) --dist worksteal --benchmark-disable $(PYTEST_ARGS)
 
 $(VENV)/.created:
 	@command -v "$(PYTHON)" >/dev/null || { echo "slora: no Python was found as '$(PYTHON)'; install Python $(OLDEST) or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
