@@ -268,7 +268,7 @@ def _dtype_named(name: str, value: str) -> torch.dtype:
 
     dtype = getattr(torch, value, None)
     if not isinstance(dtype, torch.dtype):
-        raise ConfigError(f"{name}={value!r} is not the name of a torch dtype")
+        raise ConfigError(f"{name}={value!r} is not the name of a torch dtype; use bfloat16, float16 or float32")
     return dtype
 
 

@@ -23,6 +23,10 @@ def report(
     Example:
         slora report runs/letters_vit-digits-selective
     """
+    if not run.exists():
+        raise ConfigError(f"{run} does not exist; give the folder of a run made by slora finetune")
+    if out is not None and out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; name a file, such as {out / 'report.html'}")
     if not (run / "metrics.jsonl").exists():
         raise ConfigError(f"{run} holds no metrics.jsonl; give the folder of a run made by slora finetune")
     print(imported("slora.report", "report").write_report(run, out))

@@ -128,7 +128,7 @@ def as_said(value: Any) -> str:
     """Return a JSON value for a message: objects and lists by their type, long text cut."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
-    text = "null" if value is None else repr(value)
+    text = str(value).lower() if isinstance(value, bool) else "null" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 

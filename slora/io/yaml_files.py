@@ -33,7 +33,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = parse_yaml(text)
     except ValueError as error:
-        raise ConfigError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
+        raise ConfigError(f"{path} cannot be read as YAML ({' '.join(str(error).split())})") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

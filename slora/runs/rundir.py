@@ -34,7 +34,8 @@ def read_settings(run_dir: Path) -> TrainSettings:
         ConfigError: the folder holds no run, or its `config.yaml` is damaged.
     """
     if not (run_dir / CONFIG).exists():
-        raise ConfigError(f"{run_dir} holds no {CONFIG}; give the folder of a run made by slora finetune")
+        found = f"holds no {CONFIG}" if run_dir.exists() else "does not exist"
+        raise ConfigError(f"{run_dir} {found}; give the folder of a run made by slora finetune")
     return TrainSettings.from_yaml(run_dir / CONFIG)
 
 

@@ -51,11 +51,13 @@ def evaluate(
         `source`, "checkpoint" is the name of its folder or None.
 
     Raises:
-        ConfigError: the folder holds no run, a name is unknown, or a k exceeds the images that vote.
+        ConfigError: the folder holds no run, a name is unknown, or a k is below 1 or exceeds the images that vote.
         CheckpointError: the run is not finished or has no such checkpoint, or its files are damaged or of another
             model.
         DataError: a data set is missing or damaged.
     """
+    if min(k) < 1:
+        raise ConfigError(f"k={min(k)} is not a number of neighbours; use 1 or more")
     settings = read_settings(run_dir).replace(**overrides)
     folder = None if which is None else chosen(run_dir, which)
     if source is not None:

@@ -15,11 +15,12 @@ from torch.optim import AdamW
 
 from slora.errors import ConfigError
 from slora.evaluation.accuracy import logits_of
+from slora.layers import LoRABlocks
 from slora.models.disabled import disabled
 from slora.models.features import input_of
 from slora.models.targets import head_names
 from slora.module_tree.modes import evaluating
-from slora.module_tree.wrappers import module_at
+from slora.module_tree.wrappers import module_at, named_modules
 
 HEAD_LR = 1e-2
 
@@ -94,7 +95,12 @@ def trained_heads(model: nn.Module) -> list[str]:
 
 
 def _head_of(model: nn.Module) -> str:
-    trained = trained_heads(model)
+    # A head of an unusual name is the only module that is trained in full.
+    trained = trained_heads(model) or [
+        name
+        for name, module in named_modules(model)
+        if not isinstance(module, LoRABlocks) and any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
     if len(trained) != 1:
         raise ConfigError(
             f"training the head first needs one output head that is trained, but {type(model).__name__} has "

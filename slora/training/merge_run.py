@@ -72,7 +72,12 @@ def merge_adapter(
     settings = rundir.read_settings(folder) if run else TrainSettings()
     model_name = model_name or settings.model
     if model_name is None:
-        raise ConfigError(f"{folder} is an adapter without its run; name its model, such as timm/vit_base_patch16_224")
+        if not folder.exists():
+            raise ConfigError(f"{folder} does not exist; give an adapter directory, or a run made by slora finetune")
+        raise ConfigError(
+            f"{folder} is an adapter without the config.yaml of its run; name its model with --model, such as "
+            f"timm/vit_base_patch16_224"
+        )
     settings = settings.replace(model=model_name, pretrained=pretrained or settings.pretrained)
     labels = read_results.labels(folder) if run else None
     classes = classes or (len(labels) if labels else None)

@@ -138,11 +138,14 @@ def test_flags_go_before_the_config_file(slora: Callable[..., Outcome], tmp_path
         (["finetune", *QUICK, "--target-modules", "qvk"], "'qvk' matches no module; near names are 'qkv'"),
         (["finetune", *QUICK[2:]], "no model was named; use --model timm/NAME"),
         (["finetune", *QUICK, "--data", "imagefolder:absent"], "absent is not a folder"),
-        (["evaluate", "absent"], "absent holds no config.yaml"),
+        (["evaluate", "absent"], "absent does not exist; give the folder of a run"),
         (["evaluate", "absent", "--k", "ten"], "k='ten' is not a list of numbers"),
-        (["merge", "absent", "--out", "x"], "name its model"),
+        (["evaluate", "absent", "--k", "5,0"], "k=0 is not a number of neighbours; use 1 or more"),
+        (["merge", "absent", "--out", "x"], "absent does not exist; give an adapter directory, or a run"),
         (["inspect", "absent"], "selective.json does not exist"),
-        (["report", "absent"], "absent holds no metrics.jsonl"),
+        (["report", "absent"], "absent does not exist; give the folder of a run"),
+        (["report", ".", "--out", "."], "--out . is a folder; name a file, such as report.html"),
+        (["report", "."], "holds no metrics.jsonl"),
     ],
 )
 def test_an_error_is_one_line_with_the_remedy_and_exit_code_2(

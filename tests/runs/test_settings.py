@@ -46,7 +46,7 @@ def test_an_unknown_setting_is_named_with_near_names() -> None:
     [
         ("lr: [1, 2]", r"run\.yaml: lr=\[1, 2\] is not a number"),
         ("- a\n- b", r"run\.yaml holds a list; expected lines"),
-        ("a: [", r"run\.yaml is not YAML"),
+        ("a: [", r"run\.yaml cannot be read as YAML"),
         ("epoch: 3", r"run\.yaml: setting 'epoch' is unknown; near names are 'epochs'"),
     ],
 )

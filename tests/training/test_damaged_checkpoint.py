@@ -158,7 +158,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "a step beyond the end": (put("step", 1_000_000), "'step' is 1000000"),
     "another end": (lambda s, t: s.update(steps=10**6), "max_steps is 12"),
     "another step than the strategy": (put("selection/taken", 3), "'taken' of 'selection' is 3 at step 12 of 12"),
-    "another end of the strategy": (put("selection/steps", True), "'steps' of 'selection' is True"),
+    "another end of the strategy": (put("selection/steps", True), "'steps' of 'selection' is true"),
     "no strategy": (put("selection", None), "no strategy"),
     "another end of the selection": (put("selection/last", 3), "'last' is 3"),
     "a strategy of text": (put("selection/last", "soon"), "'last' is 'soon'"),

@@ -85,6 +85,16 @@ def test_a_model_that_goes_on_after_its_head_is_refused(data: Pair, settings: Tr
         train(model, data, None, settings.replace(head_first=3))
 
 
+def test_the_only_module_that_is_trained_in_full_is_the_head_whatever_its_name(
+    data: Pair, settings: TrainSettings
+) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    slora.inject(model, slora.SelectiveLoRAConfig(r=2, target_modules=["1"], modules_to_save=["3"]))
+    before = model[3].weight.detach().clone()
+    train_head(model, [data], 5, F.cross_entropy)
+    assert not torch.equal(model[3].weight, before)
+
+
 def test_a_model_without_a_head_is_refused(data: Pair, settings: TrainSettings) -> None:
     model = prepare(nn.Sequential(nn.Flatten(), nn.Linear(16, 4)), settings=settings.replace(modules_to_save=[]))
     with pytest.raises(ConfigError, match="one output head that is trained, but Sequential has none"):

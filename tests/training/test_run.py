@@ -447,7 +447,9 @@ def test_a_base_weight_that_is_not_finite_is_not_written_into_a_merged_file(monk
 
 def test_an_adapter_without_its_run_needs_the_name_of_its_model() -> None:
     folder, _ = finetune_run.finetune(QUICK)
-    with pytest.raises(ConfigError, match="is an adapter without its run; name its model"):
+    with pytest.raises(
+        ConfigError, match=r"is an adapter without the config\.yaml of its run; name its model with --model"
+    ):
         merge_run.merge_adapter(folder / "adapter", Path("x.safetensors"), None, False, None)
     full, _ = finetune_run.finetune({**QUICK, "method": "linear"})
     plain = re.escape(f"method=linear, which has no LoRA blocks to show or to merge; its result is already a "
