@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from slora.config import BUDGET_PHASES, Unit, check_budget
+from slora.config import BUDGET_PHASES, Unit, check_budget, phase_ends
 from slora.errors import ConfigError, StateError
 from slora.gates.values import set_gates
 from slora.io.bounded import all_are, is_count
@@ -213,6 +213,12 @@ class Budget(Strategy):
         if self.unit == "flops" and state["taken"]:
             require_value(state, "rows", any(rows))
             cost_limit(self.budget, block_costs(self.layers, self.unit, rows), self.unit)
+        first = phase_ends(state["steps"], self.warmup, self.settling)[0]
+        if state["taken"] >= first and getattr(self.ranking, "once", False):
+            costs = block_costs(self.layers, self.unit, rows)
+            # Without them the blocks would be ranked again, after training on.
+            ranked = 0 < cost_limit(self.budget, costs, self.unit) < sum(costs)
+            require_value(state, "scores", scores is not None or not ranked)
         if state["taken"] >= state["last"]:
             costs = block_costs(self.layers, self.unit, rows)
             spent = sum(costs[i] for i in ranks[:left])

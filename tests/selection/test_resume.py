@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import slora
-from slora import ConfigError
+from slora import CheckpointError, ConfigError
 from slora.gates.values import gates
 from slora.layers import adapted_layers
-from slora.selection import Budget
+from slora.selection import Budget, SoloGain
 from tests.selection.stepping import Batch, Make, N, count, flags, run
 
 
@@ -46,6 +47,23 @@ def test_a_resumed_strategy_ends_where_the_uninterrupted_one_ends(budget: float,
             step(other, resumed, number)
         assert flags(other) == flags(model)
         assert [gate.tolist() for gate in gates(other)] == [gate.tolist() for gate in gates(model)]
+
+
+def test_a_state_that_lost_its_scores_is_refused_as_the_blocks_would_be_ranked_again(make: Make, batch: Batch) -> None:
+    def started() -> tuple[nn.Module, Budget]:
+        model = make()
+        return model, Budget(model, 2, 10, ranking=SoloGain(lambda: F.cross_entropy(model(batch[0]), batch[1])))
+
+    model, selection = started()
+    run(model, selection, batch, 5)
+    state = selection.state_dict()
+    assert state["scores"]
+    other, resumed = started()
+    before = [gate.tolist() for gate in gates(other)]
+    with pytest.raises(CheckpointError, match="damaged: 'scores' is null; use another checkpoint"):
+        resumed.load_state_dict({**state, "scores": None})
+    assert [gate.tolist() for gate in gates(other)] == before
+    resumed.load_state_dict(state)
 
 
 def test_a_run_made_shorter_by_a_resume_gets_its_choice_all_the_same(make: Make, batch: Batch) -> None:
