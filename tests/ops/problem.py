@@ -74,7 +74,7 @@ def results(f: Callable[..., Tensor], t: dict[str, Tensor | None], dy: Tensor) -
 def exact(
     t: dict[str, Tensor | None], dy: Tensor, x_lora_of: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The reference in fp64; the operator leaves the gates of inactive blocks to `slora.gate`."""
+    """The reference in fp64; the operator leaves the gates of inactive blocks to `slora.gates`."""
     wide = leaves(t, torch.float64)
 
     def f(**t: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def test_any_shape_rank_and_set_of_active_blocks(M: int, K: int, n: int, blocks:
         return reference.selective_lora_linear(**t, gate=gate.double(), threshold=THRESHOLD, scaling=SCALING)
 
     found, wanted = results(ours, t, dy), results(exact, t, dy)
-    # The operator leaves the gates of inactive blocks to `slora.gate`.
+    # The operator leaves the gates of inactive blocks to `slora.gates`.
     wanted["gate"] = wanted["gate"] * (t["gate"] >= THRESHOLD)
     for name, value in found.items():
         # fp64 against fp64: only the order of the sums differs, at most M + K + n terms each.
