@@ -96,10 +96,12 @@ def sample_rows(x: Tensor, m: int, seed: int, seed_offset: Tensor | None = None)
     M, K = x.shape
     out = torch.empty(m, K, dtype=x.dtype, device=x.device)
     tile = configs.COPY
-    with launch.on(x.device):
-        copy_rows[(launch.cdiv(m, tile.BM), launch.cdiv(K, tile.BK))](
-            x, out, seed_offset, M, m, K, x.stride(0), seed_word(seed), **tile.meta()
-        )
+    launch.run(
+        copy_rows, x.device, (launch.cdiv(m, tile.BM), launch.cdiv(K, tile.BK), 1),
+        (x.dtype, seed_offset is None, M >> 31, K, x.stride(0), x.data_ptr() % 16 == 0),
+        (x, out, seed_offset, M, m, K, x.stride(0), seed_word(seed)),
+        tile.meta,
+    )  # fmt: skip
     return out
 
 
@@ -120,9 +122,14 @@ def gate_probe(dy: Tensor, x: Tensor, operands: LoRAOperands, seed: int, seed_of
     tile = configs.probe(m)
     row_tiles = launch.cdiv(m, tile.BM)
     out = torch.empty(blocks, row_tiles, dtype=torch.float32, device=dy.device)
-    with launch.on(dy.device):
-        probe[(blocks * row_tiles,)](
+    strides = dy.stride(0), x.stride(0)
+    launch.run(
+        probe, dy.device, (blocks * row_tiles, 1, 1),
+        (dy.dtype, seed_offset is None, M >> 31, K, n, r, strides, tile),
+        (
             dy, x, operands.lora_A, operands.lora_B, operands.gate, out, seed_offset, operands.threshold,
-            operands.scaling, M, m, K, n, r, dy.stride(0), x.stride(0), seed_word(seed), row_tiles, R=R, **tile.meta(),
-        )  # fmt: skip
+            operands.scaling, M, m, K, n, r, *strides, seed_word(seed), row_tiles,
+        ),
+        lambda: {"R": R, **tile.meta()},
+    )  # fmt: skip
     return out.sum(1)

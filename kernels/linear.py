@@ -232,7 +232,7 @@ def fused(
     Args:
         rows: x `[M, K]` (forward) or dy `[M, N]`, not empty, rows of 16 aligned bytes (`launch.aligned`).
         W: `[N, K]` likewise, in the dtype of rows.
-        bias: `[N]` in the dtype of x, contiguous, or None, as it is for dx.
+        bias: `[N]` in the dtype of x, contiguous, at a multiple of 16 bytes, or None, as it is for dx.
         operands: A, B contiguous in the dtype of rows, gates in fp32, r at most `configs.MAX_FUSED_RANK`, no dropout.
             Where r is no multiple of 8, rows of B are padded to 16 bytes for TMA in the backward: `2 N r` bytes.
         tile: one of `configs.gemm(arch, "fused", R)`; in the backward of several blocks `tile.BK` divides n, because a
@@ -241,26 +241,29 @@ def fused(
     """
     M, (N, K) = rows.shape[0], W.shape
     A, B, gate, threshold, scaling, *_ = operands
-    blocks, r, n, packed, R = operands.blocks, operands.r, operands.n, operands.packed, configs.padded(operands.r)
+    (blocks, r, _), n, packed, R, device = A.shape, operands.n, operands.packed, configs.padded(operands.r), rows.device
     groups, columns = (blocks, n) if forward else (1, K)
     out, low = rows.new_empty(M, groups * columns), rows.new_empty(M, packed * r)
     end = min(tile.BN, columns) if first_tile else columns
-    described = launch.described(rows.device)
+    described = launch.described(device)
     if forward:
-        inner, box = A.view(blocks * r, K), (R, tile.BK)
+        inner = launch.boxed(A, R, tile.BK, shape=(blocks * r, K))
+    elif r % 8 and described:
+        inner = launch.boxed(F.pad(B, (0, -r % 8)), tile.BK, R, shape=(N, r + -r % 8))
     else:
-        inner, box = B.view(N, r), (tile.BK, R)
-        if r % 8 and described:
-            inner = F.pad(inner, (0, -r % 8))
-    with launch.on(rows.device):
-        fused_linear[launch.persistent(rows.device, tile, M, end, groups)](
-            launch.boxed(rows, tile.BM, tile.BK), launch.boxed(W, *tile.of_weight(forward)), bias,
-            launch.boxed(inner, *box), B if forward else A, low,
-            launch.boxed(out.view(M, groups, columns), tile.BM, 1, tile.store_width), gate, threshold, scaling,
-            M, N, K, n, r, blocks, packed, rows.stride(0), W.stride(0), end,
-            FORWARD=forward, LOOP=not forward and (blocks > 1 or not tile.FLATTEN), DESCRIBED=described, R=R,
-            **tile.meta(),
-        )  # fmt: skip
+        inner = launch.boxed(B, tile.BK, R, shape=(N, r))
+    loop = not forward and (blocks > 1 or not tile.FLATTEN)
+    strides = rows.stride(0), W.stride(0)
+    launch.run(
+        fused_linear, device, launch.persistent(device, tile, M, end, groups),
+        (rows.dtype, bias is None, M >> 31, N, K, n, r, strides, forward, loop, tile),
+        (
+            launch.boxed(rows, tile.BM, tile.BK), launch.boxed(W, *tile.of_weight(forward)), bias, inner,
+            B if forward else A, low, launch.boxed(out, tile.BM, 1, tile.store_width, shape=(M, groups, columns)),
+            gate, threshold, scaling, M, N, K, n, r, blocks, packed, *strides, end,
+        ),
+        lambda: {"FORWARD": forward, "LOOP": loop, "DESCRIBED": described, "R": R, **tile.meta()},
+    )  # fmt: skip
     return out, low
 
 
@@ -280,15 +283,22 @@ def precomputed(
     groups, columns = (blocks, operands.n) if forward else (1, K)
     out = rows.new_empty(M, groups * columns) if out is None else out
     dropout = not forward and operands.dropout > 0.0
-    if begin < columns:
-        with launch.on(rows.device):
-            precomputed_linear[launch.persistent(rows.device, tile, M, columns - begin, groups)](
-                launch.boxed(rows, tile.BM, tile.BK), launch.boxed(W, *tile.of_weight(forward)), bias, factor, low,
-                launch.boxed(out.view(M, groups, columns), tile.BM, 1, tile.store_width), operands.gate,
-                operands.seed if dropout else None, operands.threshold, operands.factor,
-                drop_units(operands.dropout), M, N, K, operands.n, operands.r, blocks, operands.packed,
-                rows.stride(0), W.stride(0), begin,
-                FORWARD=forward, DROPOUT=dropout, DESCRIBED=launch.described(rows.device),
-                **tile.unrolled(operands.r if forward else low.shape[1]), **tile.meta(),
-            )  # fmt: skip
+    if begin >= columns:
+        return out
+    device, n, r, strides = rows.device, operands.n, operands.r, (rows.stride(0), W.stride(0))
+    width = r if forward else low.shape[1]
+    launch.run(
+        precomputed_linear, device, launch.persistent(device, tile, M, columns - begin, groups),
+        (rows.dtype, bias is None, M >> 31, N, K, n, r, width, strides, forward, dropout, tile),
+        (
+            launch.boxed(rows, tile.BM, tile.BK), launch.boxed(W, *tile.of_weight(forward)), bias, factor, low,
+            launch.boxed(out, tile.BM, 1, tile.store_width, shape=(M, groups, columns)), operands.gate,
+            operands.seed if dropout else None, operands.threshold, operands.factor,
+            drop_units(operands.dropout), M, N, K, n, r, blocks, operands.packed, *strides, begin,
+        ),
+        lambda: {
+            "FORWARD": forward, "DROPOUT": dropout, "DESCRIBED": launch.described(device), **tile.unrolled(width),
+            **tile.meta(),
+        },
+    )  # fmt: skip
     return out

@@ -79,10 +79,13 @@ def products(rows: Tensor, operands: LoRAOperands, *, forward: bool) -> Tensor:
     if out.numel() == 0:
         return out
     tile = configs.skinny(M // launch.sms(rows.device), R)
-    with launch.on(rows.device):
-        skinny[(launch.cdiv(M, tile.BM) * packed,)](
+    launch.run(
+        skinny, rows.device, (launch.cdiv(M, tile.BM) * packed, 1, 1),
+        (rows.dtype, M >> 31, K, n, r, forward, dropout > 0.0, rows.stride(0), tile),
+        (
             rows, low, out, operands.gate, operands.seed if dropout else None, operands.threshold, drop_units(dropout),
             M, depth, step, r, operands.blocks, packed, rows.stride(0), *strides,
-            DROPOUT=dropout > 0.0, R=R, **tile.meta(),
-        )  # fmt: skip
+        ),
+        lambda: {"DROPOUT": dropout > 0.0, "R": R, **tile.meta()},
+    )  # fmt: skip
     return out

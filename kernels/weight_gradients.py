@@ -179,18 +179,18 @@ def weight_gradients(
         dy: `[M, N]` likewise, in the dtype of x.
         S: `[M, packed * r]` as the forward stored it, contiguous; unread where neither dB nor dgate is needed.
         T: `[M, packed * r]` as the input gradient stored it, contiguous; None where dA is not needed.
-        operands: A, B contiguous, whose dtype dA and dB get; gates in fp32; with dropout the mask is drawn again.
+        operands: A, B contiguous, gates in fp32; with dropout the mask is drawn again.
         needs: whether dA, dB and dgate are asked for.
         tile: one of `configs.weight_gradients`.
 
-    S holds products of the masked x that are not divided by `1 - dropout`. Sums are fp32; dA and dB are rounded once.
+    S holds products of the masked x that are not divided by `1 - dropout`. Sums and results are fp32.
     """
     A, B, gate, threshold, _, _, dropout, seed = operands
     need_A, need_B, need_gate = needs
     (M, N), (blocks, r, K), n, packed, device = dy.shape, A.shape, operands.n, operands.packed, dy.device
-    dA = torch.empty_like(A) if need_A else None
-    dB = torch.empty_like(B) if need_B else None
-    dgate = torch.empty(blocks, device=device) if need_gate else None
+    dA = torch.empty(A.shape, dtype=torch.float32, device=device) if need_A else None
+    dB = torch.empty(B.shape, dtype=torch.float32, device=device) if need_B else None
+    dgate = torch.empty(blocks, dtype=torch.float32, device=device) if need_gate else None
     if packed == 0:
         return tuple(None if t is None else t.zero_() for t in (dA, dB, dgate))  # type: ignore[return-value]
     # What is not needed is not read, but the kernel wants a tensor in its place.
@@ -205,19 +205,28 @@ def weight_gradients(
         for size in (r * K if need_A else 0, n * r if count else 0, count)
     )
     parts_A, parts_B = launch.cdiv(r * K, CHUNK) * need_A, launch.cdiv(n * r, CHUNK) * need_B
-    with launch.on(device):
-        partial_sums[(splits * tiles_in_all,)](
-            launch.boxed(x, tile.ROWS, tile.TILE), launch.boxed(dy, tile.ROWS, tile.TILE),
-            S, T, B, gate, seed if need_A else None, partial_A, partial_B, dots if need_gate else None,
-            threshold, drop_units(dropout),
-            M, K, N, n, r, blocks, packed, x.stride(0), dy.stride(0), splits, x_tiles, packed * count,
-            DROPOUT=need_A and dropout > 0.0, DESCRIBED=launch.described(device), LOW_A=LOW_A, LOW_B=LOW_B,
-            **tile.meta(),
-        )  # fmt: skip
-        reduce[(parts_A + parts_B + need_gate, blocks)](
-            partial_A, partial_B, dots, dA, dB, dgate, gate, threshold, operands.factor,
-            K, n, r, blocks, packed, splits, count, parts_A, parts_B, CHUNK=CHUNK, AT_ONCE=AT_ONCE, num_warps=2,
-        )  # fmt: skip
+    strides, dropped = (x.stride(0), dy.stride(0)), need_A and dropout > 0.0
+    sizes = M >> 31, K, n, r
+    launch.run(
+        partial_sums, device, (splits * tiles_in_all, 1, 1),
+        (dy.dtype, *sizes, blocks, LOW_A, strides, need_A, need_gate, dropped, tile),
+        (
+            launch.boxed(x, tile.ROWS, tile.TILE), launch.boxed(dy, tile.ROWS, tile.TILE), S, T, B, gate,
+            seed if dropped else None, partial_A, partial_B, dots if need_gate else None, threshold,
+            drop_units(dropout), M, K, N, n, r, blocks, packed, *strides, splits, x_tiles, packed * count,
+        ),
+        lambda: {
+            "DROPOUT": dropped, "DESCRIBED": launch.described(device), "LOW_A": LOW_A, "LOW_B": LOW_B, **tile.meta(),
+        },
+    )  # fmt: skip
+    launch.run(
+        reduce, device, (parts_A + parts_B + need_gate, blocks, 1), (*sizes, *needs),
+        (
+            partial_A, partial_B, dots, dA, dB, dgate, gate, threshold, operands.factor, K, n, r, blocks, packed,
+            splits, count, parts_A, parts_B,
+        ),
+        lambda: {"CHUNK": CHUNK, "AT_ONCE": AT_ONCE, "num_warps": 2},
+    )  # fmt: skip
     return dA, dB, dgate
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from slora.kernels import (
     configs,
@@ -46,10 +51,13 @@ def everything(M: int, K: int, n: int, blocks: int, r: int) -> None:
     gate_probe.gate_probe(dy, x, operands, 0, None)
 
 
-KERNELS = (
-    (linear, "fused_linear"), (linear, "precomputed_linear"), (skinny, "skinny"), (weight_gradients, "partial_sums"),
-    (weight_gradients, "reduce"), (gate_probe, "copy_rows"), (gate_probe, "probe"),
-)  # fmt: skip
+KERNELS = {
+    kernel.fn.__name__
+    for kernel in (
+        linear.fused_linear, linear.precomputed_linear, skinny.skinny, weight_gradients.partial_sums,
+        weight_gradients.reduce, gate_probe.copy_rows, gate_probe.probe,
+    )
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -62,28 +70,103 @@ def test_no_grid_exceeds_what_a_gpu_launches(
 ) -> None:
     grids: dict[str, tuple[int, ...]] = {}
 
-    class Recorder:
-        def __init__(self, name: str) -> None:
-            self.name = name
+    def record(kernel: Any, device: torch.device, grid: tuple[int, int, int], *_: Any) -> None:
+        grids[kernel.fn.__name__] = grid
 
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            grids[self.name] = grid
-            return lambda *_, **__: None
-
-    for module, name in KERNELS:
-        monkeypatch.setattr(module, name, Recorder(name))
-    monkeypatch.setattr(launch, "boxed", lambda matrix, *box: matrix)
+    monkeypatch.setattr(launch, "run", record)
+    monkeypatch.setattr(launch, "boxed", lambda matrix, *box, shape=None: matrix)
     everything(M, K, n, blocks, r)
-    assert set(grids) == {name for _, name in KERNELS if r <= configs.MAX_FUSED_RANK or not name.startswith("fused")}
+    assert set(grids) == {name for name in KERNELS if r <= configs.MAX_FUSED_RANK or not name.startswith("fused")}
     for name, (x, *others) in grids.items():
         assert 0 < x < 2**31, name
         assert all(0 < size < 2**16 for size in others), name
 
 
-def test_kernels_are_launched_on_the_device_of_their_tensors() -> None:
-    context = launch.on(torch.device("cuda", 1))
-    assert isinstance(context, torch.cuda.device)
-    assert context.idx == 1
+class Compiled:
+    """What Triton returns of a launch; notes how it is launched again."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    def run(self, *arguments: Any) -> None:
+        self.log.append(("again", *arguments))
+
+
+class Kernel:
+    """A kernel `(x, size, TILE: tl.constexpr)` that notes the launches that Triton makes, and where."""
+
+    arg_names = ("x", "size", "TILE")
+
+    def __init__(self, log: list[Any]) -> None:
+        self.log, self.fn = log, object()
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Compiled]:
+        def call(*args: Any, **constants: Any) -> Compiled:
+            self.log.append((grid, args, constants))
+            return Compiled(self.log)
+
+        return call
+
+
+@pytest.fixture
+def triton_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream of a device is 100 more than its number."""
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda index: 100 + (index or 0)))
+    monkeypatch.setattr(launch, "driver", driver)
+
+
+@pytest.mark.usefixtures("triton_driver")
+def test_triton_is_asked_for_the_compiled_kernel_once_for_each_key() -> None:
+    log: list[Any] = []
+    kernel, device = Kernel(log), torch.device("cpu")
+    for size, key in ((5, ("a",)), (6, ("a",)), (7, ("b",))):
+        launch.run(kernel, device, (size, 1, 1), key, ("x", size), lambda: {"TILE": 16, "num_warps": 2})
+    constants = {"TILE": 16, "num_warps": 2}
+    again = ("again", 6, 1, 1, 100, "function", "metadata", None, None, None, "x", 6, 16)
+    assert log == [((5, 1, 1), ("x", 5), constants), again, ((7, 1, 1), ("x", 7), constants)]
+
+
+@pytest.mark.usefixtures("triton_driver")
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_of_a_profiler_see_every_launch(hook: str) -> None:
+    log: list[Any] = []
+    kernel, device = Kernel(log), torch.device("cpu")
+    hooks, profiler = getattr(launch.knobs.runtime, hook), print
+    launch.run(kernel, device, (1, 1, 1), (), ("x", 1), lambda: {"TILE": 16})
+    hooks.add(profiler)
+    try:
+        launch.run(kernel, device, (1, 1, 1), (), ("x", 2), lambda: {"TILE": 16})
+    finally:
+        hooks.remove(profiler)
+    launch.run(kernel, device, (1, 1, 1), (), ("x", 3), lambda: {"TILE": 16})
+    assert [entry[0] for entry in log] == [(1, 1, 1), (1, 1, 1), "again"]
+
+
+@pytest.mark.usefixtures("triton_driver")
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+    current = [0]
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    class Noting(Kernel):
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Compiled]:
+            log.append(current[-1])
+            return super().__getitem__(grid)
+
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    kernel = Noting([])
+    for index in (1, 0, 1):
+        launch.run(kernel, torch.device("cuda", index), (1, 1, 1), (), ("x", 1), lambda: {"TILE": 16})
+    assert log == [1, 0]
+    assert kernel.log[-1][:5] == ("again", 1, 1, 1, 101)
 
 
 @pytest.mark.gpu
@@ -124,3 +207,23 @@ def test_only_what_is_not_aligned_to_16_bytes_is_copied(device: torch.device) ->
         assert copied.data_ptr() % 16 == copied.stride(0) * 2 % 16 == 0
         assert copied.is_contiguous()
         assert torch.equal(copied, other)
+
+
+def test_a_vector_that_does_not_start_at_16_bytes_is_copied(device: torch.device) -> None:
+    whole = torch.randn(9, device=device)
+    assert launch.at_16(whole) is whole
+    copied = launch.at_16(whole[1:])
+    assert copied.data_ptr() % 16 == 0
+    assert torch.equal(copied, whole[1:])
+
+
+def test_a_box_says_what_a_descriptor_of_triton_says() -> None:
+    def said(descriptor: TensorDescriptor) -> list[Any]:
+        fields = [getattr(descriptor, field.name) for field in dataclasses.fields(TensorDescriptor)]
+        return [fields[0].data_ptr(), *(list(f) if isinstance(f, Sequence) and f != "zero" else f for f in fields[1:])]
+
+    matrix = torch.zeros(6, 32, dtype=torch.float16)[:, :16]
+    assert said(launch.boxed(matrix, 4, 8)) == said(TensorDescriptor(matrix, [6, 16], [32, 1], [4, 8]))
+    whole = matrix.contiguous()
+    triton_made = TensorDescriptor.from_tensor(whole.view(6, 2, 8), [4, 1, 8])
+    assert said(launch.boxed(whole, 4, 1, 8, shape=(6, 2, 8))) == said(triton_made)

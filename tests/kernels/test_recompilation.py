@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 # Launches nothing: every launch is replaced by the key that Triton would look its compiled kernel up with. In a process
 # of its own, because the tests of this folder import interpreted kernels.
 RECORDER = """
-import json, sys
+import collections, json, sys
 import torch
 import triton.runtime.jit as jit
 from triton.backends.compiler import GPUTarget
@@ -24,28 +24,48 @@ from triton.compiler import make_backend
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 keys = set()
+# By kernel and key of `launch.run`, which takes what was compiled for the same key before.
+compiled_for = collections.defaultdict(set)
 
 def record(self, *args, grid, warmup, **kwargs):
     kwargs.pop("debug", None)
     bind = jit.create_function_from_signature(self.signature, self.params, backend)
     _, specialization, options = bind(*args, **kwargs)
     keys.add(f"{self.__name__} {specialization} {sorted(options.items())}")
+    compiled_for[self.__name__, launched[-1]].add(f"{specialization} {sorted(options.items())}")
 
 jit.JITFunction.run = record
 from slora.kernels import gate_probe, launch
 from slora.ops.backends import Needs, triton
 from slora.ops.operands import LoRAOperands
 
+launched, run = [], launch.run
+
+def noted(kernel, device, grid, key, args, constants):
+    launched.append(key)
+    run(kernel, device, grid, key, args, constants)
+
+launch.run = noted
+
 # Without a GPU: descriptors are made, nothing runs.
 triton.Triton.supports = lambda *_: True
 
-def step(M=64, scaling=1.0, threshold=0.1, scores=(0.3, 0.0, 0.2), p=0.0, host_known=False, algorithm="fused", seed=1):
+def step(
+    M=64, scaling=1.0, threshold=0.1, scores=(0.3, 0.0, 0.2), p=0.0, host_known=False, algorithm="fused", seed=1,
+    K=384, n=320, r=16, bias=True, needs=(True, True, True, True), dtype="bfloat16", wide=False, offset=False,
+):
     "The keys of one forward, backward and probe of a layer of as many blocks as there are scores."
     keys.clear()
-    blocks, K, n, r = len(scores), 384, 320, 16
+    blocks = len(scores)
     x, dy = torch.zeros(M, K, dtype=torch.bfloat16), torch.zeros(M, blocks * n, dtype=torch.bfloat16)
-    W, bias = torch.zeros(blocks * n, K, dtype=torch.bfloat16), torch.zeros(blocks * n, dtype=torch.bfloat16)
-    A, B, gate = torch.zeros(blocks, r, K).bfloat16(), torch.zeros(blocks, n, r).bfloat16(), torch.tensor(scores)
+    W, bias = torch.zeros(blocks * n, K, dtype=torch.bfloat16), torch.zeros(blocks * n) if bias else None
+    A, B, gate = torch.zeros(blocks, r, K), torch.zeros(blocks, n, r), torch.tensor(scores)
+    if wide:
+        # Rows of a wider matrix.
+        x, dy, W = (torch.cat([t, t[:, :8]], 1)[:, :-8] for t in (x, dy, W))
+    x, dy, W, bias, A, B = (t if t is None else t.to(getattr(torch, dtype)) for t in (x, dy, W, bias, A, B))
+    if offset:
+        A, B, gate, bias = (torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in (A, B, gate, bias))
     active = [i for i, score in enumerate(scores) if score >= threshold] if host_known else None
     operands = LoRAOperands(A, B, gate, threshold, scaling, active, p, torch.tensor(seed) if p else None)
     def choose(operation):
@@ -54,12 +74,14 @@ def step(M=64, scaling=1.0, threshold=0.1, scores=(0.3, 0.0, 0.2), p=0.0, host_k
     triton._algorithm = choose
     backend = triton.Triton()
     _, S = backend.forward(x, W, bias, operands)
-    backend.backward(dy, x, S, W, operands, Needs(True, True, True, True))
-    some = gate_probe.sample_rows(x, 7, seed)
-    gate_probe.gate_probe(dy, some, operands, seed, None)
+    backend.backward(dy, x, S, W, operands, Needs(*needs))
+    some = backend.sample_rows(x, 7, seed, None)
+    backend.gate_probe(dy, some, operands, None, seed, None)
     return sorted(keys)
 
-print(json.dumps([step(**arguments) for arguments in json.loads(sys.argv[1])]))
+found = [step(**arguments) for arguments in json.loads(sys.argv[1])]
+shared = {f"{kernel} {key}": sorted(forms) for (kernel, key), forms in compiled_for.items() if len(forms) > 1}
+print(json.dumps([found, len(compiled_for), len(launched), shared]))
 """
 
 
@@ -76,23 +98,47 @@ ROWS: list[dict[str, Any]] = [{"M": M} for M in (64, 48, 4096, 50, 51)]
 KNOWN: list[dict[str, Any]] = [
     {"host_known": True, "scores": scores} for scores in ([0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 0, 1])
 ]
+# What else a layer may differ in.
+LAYERS: list[dict[str, Any]] = [
+    {"algorithm": algorithm, **change}
+    for algorithm in FORMS
+    for change in (
+        {"K": 64}, {"K": 72}, {"n": 64}, {"n": 72}, {"r": 8}, {"r": 12}, {"r": 64}, {"r": 70}, {"r": 200},
+        {"scores": [0.3], "K": 64, "n": 64}, {"scores": [0.3] * 20}, {"p": 0.1, "host_known": True},
+        {"bias": False}, {"dtype": "float16"}, {"wide": True}, {"offset": True},
+        *({"needs": [i != missing for i in range(4)]} for missing in range(4)),
+    )
+]  # fmt: skip
 CALLS = [
     *({"algorithm": algorithm, **change} for algorithm in FORMS for change in ({}, *MOVED, *DROPOUT)),
     *ROWS,
     *KNOWN,
+    *LAYERS,
 ]
 KeysOf = Callable[..., list[list[str]]]
 
 
 @pytest.fixture(scope="module")
-def keys_of() -> KeysOf:
-    """Return `keys_of(*calls)`: the keys of each call of `step` with one of the arguments in `CALLS`."""
+def recorded() -> list[Any]:
+    """What `RECORDER` prints for `CALLS`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", RECORDER, json.dumps(CALLS)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
-    found: list[list[str]] = json.loads(run.stdout)
-    return lambda *calls: [found[CALLS.index(call)] for call in calls]
+    found: list[Any] = json.loads(run.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def keys_of(recorded: list[Any]) -> KeysOf:
+    """Return `keys_of(*calls)`: the keys of each call of `step` with one of the arguments in `CALLS`."""
+    return lambda *calls: [recorded[0][CALLS.index(call)] for call in calls]
+
+
+def test_launches_of_one_key_are_of_one_compiled_kernel(recorded: list[Any]) -> None:
+    _, keys, launches, shared = recorded
+    assert not shared
+    assert 50 < keys < launches / 2
 
 
 @pytest.mark.parametrize("algorithm", FORMS)

@@ -52,6 +52,7 @@ class Triton:
         from slora.kernels import launch
 
         r, operands = operands.r, _prepared(operands)
+        bias = None if bias is None else launch.at_16(bias.contiguous())
         y, S = _run(Forward(launch.aligned(rows(x)), launch.aligned(weight), bias, operands))
         if operands.r != r:
             S = S.view(len(S), -1, operands.r)[:, :, :r].flatten(1)
@@ -75,7 +76,7 @@ class Triton:
         if operands.r != r and (needs.lora_B or needs.gate):
             S = F.pad(S.view(len(S), -1, r), (0, operands.r - r)).flatten(1)
         x = launch.aligned(x) if x is not None and needs.lora_A else None
-        dA, dB, dgate = _run(WeightGradients(x, dy, S, T, operands, needs))
+        dA, dB, dgate = _run(WeightGradients(x, dy, launch.at_16(S), T, operands, needs))
         if operands.r != r:
             dA, dB = dA if dA is None else dA[:, :r], dB if dB is None else dB[:, :, :r].contiguous()
         return Gradients(dx, dA, dB, dgate)
@@ -99,14 +100,16 @@ class Triton:
 
 
 def _prepared(operands: LoRAOperands) -> LoRAOperands:
-    """The operands as the kernels need them: contiguous matrices of a rank that is a multiple of 4, gates in fp32."""
+    """The operands as the kernels need them: contiguous matrices of a rank that is a multiple of 4, gates in fp32; all
+    at multiples of 16 bytes."""
+    from slora.kernels import launch
+
+    A, B = operands[:2]
     gate, threshold = fp32_gate(operands.gate, operands.threshold)
-    A, B = operands.lora_A, operands.lora_B
-    if missing := -operands.r % 4:
+    if missing := -A.shape[1] % 4:
         A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
-    # Views of a flat buffer, such as FSDP's, may not be aligned to 16 bytes.
-    A, B = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (A.contiguous(), B.contiguous()))
-    return operands._replace(lora_A=A, lora_B=B, gate=gate, threshold=threshold)
+    A, B = launch.at_16(A.contiguous()), launch.at_16(B.contiguous())
+    return LoRAOperands(A, B, launch.at_16(gate), threshold, *operands[4:])
 
 
 # The algorithm of every call so far, by key, rows, device and setting: a layer asks three times per step, which should
