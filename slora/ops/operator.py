@@ -113,10 +113,12 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         operands: LoRAOperands = rest[3]
         backend: Backend = rest[4]
-        y, S = backend.forward(x, weight, bias, operands.cast(x.dtype))
+        low = operands.cast(x.dtype)
+        y, S = backend.forward(x, weight, bias, low)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*_saved_tensors(ctx.needs_input_grad, x, weight, S, operands))
-            ctx.call, ctx.backend = operands[3:7], backend
+            # The casts are the backward's, too. A change of A or B in between is seen in what is saved of them above.
+            ctx.call, ctx.backend, ctx.cast = operands[3:7], backend, None if low is operands else low[:2]
         # Autograd forbids in-place changes of a view that a custom function returns.
         return y.detach() if y._is_view() else y
 
@@ -129,7 +131,7 @@ class _Eager(torch.autograd.Function):
                 return _Eager.backward(ctx, *grads)
         # By the operator where the backward is itself differentiated, which the operator refuses, or observed.
         as_operator = torch.is_grad_enabled() or is_in_torch_dispatch_mode()
-        return *_gradients_of(ctx, grads[0], None if as_operator else ctx.backend), None, None
+        return *_gradients_of(ctx, grads[0], None if as_operator else ctx.backend, ctx.cast), None, None
 
 
 def _saved_tensors(
@@ -142,8 +144,13 @@ def _saved_tensors(
     return saved_x, weight, saved_S, *operands[:3], operands.seed
 
 
-def _gradients_of(ctx: Any, dy: Tensor, backend: Backend | None) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, bias, A, B and gates by `backend`, or by the operator where that is None."""
+def _gradients_of(
+    ctx: Any, dy: Tensor, backend: Backend | None, cast: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, weight, bias, A, B and gates by `backend`, or by the operator where that is None.
+
+    `cast`: A and B in the dtype of dy, where the forward has made them.
+    """
     x, weight, S, lora_A, lora_B, gate, seed = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
     threshold, scaling, active, dropout = ctx.call
@@ -155,25 +162,26 @@ def _gradients_of(ctx: Any, dy: Tensor, backend: Backend | None) -> tuple[Tensor
         found = torch.ops.slora.selective_linear_backward(dy, x, S, weight, needs, *operands)
         dx, dA, dB, dgate = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
     elif any(needs):
-        dx, dA, dB, dgate = _backend_gradients(backend, dy, x, S, weight, needs, operands)
+        low = operands.cast(dy.dtype) if cast is None else operands._replace(lora_A=cast[0], lora_B=cast[1])
+        dx, dA, dB, dgate = _backend_gradients(backend, dy, x, S, weight, needs, operands, low)
     dW = rows(dy).T @ rows(x) if need_weight else None
     db = rows(dy).sum(0) if need_bias else None
     return dx, dW, db, dA, dB, dgate
 
 
 def _backend_gradients(
-    backend: Backend, dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Needs, operands: LoRAOperands
-) -> Gradients:
-    """The gradients by a backend, each in the shape and dtype of its tensor."""
-    low = operands.cast(dy.dtype)
+    backend: Backend, dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Needs, operands: LoRAOperands,
+    low: LoRAOperands,
+) -> Gradients:  # fmt: skip
+    """The gradients by a backend, each in the shape and dtype of its tensor; `low`: the operands in the dtype of dy."""
     dx, dA, dB, dgate = backend.backward(rows(dy), None if x is None else rows(x), S, weight, low, needs)
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    if dgate is not None and dgate.dtype != operands.gate.dtype:
-        dgate = dgate.to(operands.gate.dtype)
-    if low is not operands:
-        dA, dB = (None if g is None else g.to(operands.lora_A.dtype) for g in (dA, dB))
-    return Gradients(dx, dA, dB, dgate)
+    return Gradients(dx, _like(dA, operands.lora_A), _like(dB, operands.lora_B), _like(dgate, operands.gate))
+
+
+def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
+    return gradient if gradient is None or gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
 
 
 # `Function.apply` without its search for transforms of torch.func: `needs_reference` has made that already.
@@ -225,7 +233,8 @@ def _backward(
     dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Sequence[bool], *blocks: Any
 ) -> tuple[Tensor, ...]:
     operands = LoRAOperands(*blocks)
-    found = _backend_gradients(backend_for(dy, operands) or EAGER, dy, x, S, weight, Needs(*needs), operands)
+    backend, low = backend_for(dy, operands) or EAGER, operands.cast(dy.dtype)
+    found = _backend_gradients(backend, dy, x, S, weight, Needs(*needs), operands, low)
     # An operator cannot return None: an empty tensor stands for a gradient that is not needed.
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)
 

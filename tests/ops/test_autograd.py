@@ -45,6 +45,22 @@ def test_a_second_derivative_is_refused_and_the_reference_backend_gives_it(monke
     assert twice().isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_the_backward_in_16_bits_multiplies_by_the_matrices_of_the_forward(name: str) -> None:
+    given, dy = make((4,), dtype=torch.bfloat16, lora_dtype=torch.float32), torch.randn(4, 36)
+    expected, t = ours(given, dy), leaves(given)
+    y = ops.selective_linear(**t, threshold=THRESHOLD, scaling=SCALING)
+    t[name].data.zero_()
+    y.backward(dy.to(y.dtype))
+    for other, value in t.items():
+        assert torch.equal(value.grad, expected[other]), other
+    y = ops.selective_linear(**t, threshold=THRESHOLD, scaling=SCALING)
+    with torch.no_grad():
+        t[name].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(dy.to(y.dtype))
+
+
 class Watching(TorchDispatchMode):
     """Names of the operators of slora that are seen."""
 
