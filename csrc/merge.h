@@ -105,14 +105,16 @@ class CpuMerge {
 
 // ---- CUDA ----
 
-constexpr int kCudaTileRows = 256, kCudaTileCols = 128;
+constexpr int kCudaTileCols = 128;
+constexpr int cuda_tile_rows(Dtype dtype) { return dtype == Dtype::f32 ? 256 : 512; }
 
 // A launch. `bytes`, for device memory: the segments of one dtype, how many tiles lie before each, and the pieces, from
-// these offsets on. `slabs`, of A in shared memory: the most of a segment, and once prepared at most what fits.
+// these offsets on. `slabs`, of A in shared memory: the most of a segment, and once prepared at most what fits. `warps`
+// of a thread block.
 struct CudaTable {
   std::vector<char> bytes;
   int64_t segments, first_tile, pieces;
-  int64_t segment_count, tile_count, slabs, shared_bytes;
+  int64_t segment_count, tile_count, slabs, warps, shared_bytes;
   const void* kernel;
 };
 CudaTable make_cuda_table(const Plan& plan, Dtype dtype);

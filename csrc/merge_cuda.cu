@@ -13,6 +13,13 @@ void require(cudaError_t status, const char* what) {
     throw std::runtime_error(std::string("batched merge: ") + what + " failed: " + cudaGetErrorString(status));
 }
 
+template <int kWarps>
+const void* kernel_of(Dtype dtype) {
+  return dtype == Dtype::f32    ? reinterpret_cast<const void*>(&merge_kernel<Dtype::f32, kWarps>)
+         : dtype == Dtype::bf16 ? reinterpret_cast<const void*>(&merge_kernel<Dtype::bf16, kWarps>)
+                                : reinterpret_cast<const void*>(&merge_kernel<Dtype::f16, kWarps>);
+}
+
 }  // namespace
 
 int cuda_version() { return CUDART_VERSION; }
@@ -24,16 +31,17 @@ bool is_capturing(void* stream) {
 }
 
 void prepare_cuda_merge(CudaTable& table, Dtype dtype) {
-  int device = 0, limit = 0;
+  int device = 0, block_limit = 0, sm_limit = 0;
   require(cudaGetDevice(&device), "cudaGetDevice");
-  require(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-  table.kernel = dtype == Dtype::f32    ? reinterpret_cast<const void*>(&merge_kernel<Dtype::f32>)
-                 : dtype == Dtype::bf16 ? reinterpret_cast<const void*>(&merge_kernel<Dtype::bf16>)
-                                        : reinterpret_cast<const void*>(&merge_kernel<Dtype::f16>);
+  require(cudaDeviceGetAttribute(&block_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          "cudaDeviceGetAttribute");
+  require(cudaDeviceGetAttribute(&sm_limit, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+          "cudaDeviceGetAttribute");
+  fit(table, dtype, block_limit, sm_limit);
+  table.kernel = table.warps == 4 ? kernel_of<4>(dtype) : kernel_of<8>(dtype);
   // The limit itself, always: what this launch needs could be undercut by another thread before the launch.
-  require(cudaFuncSetAttribute(table.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit),
+  require(cudaFuncSetAttribute(table.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, block_limit),
           "cudaFuncSetAttribute");
-  fit(table, dtype, limit);
 }
 
 void launch_cuda_merge(const CudaTable& table, const void* device_table, void* stream) {
@@ -43,7 +51,8 @@ void launch_cuda_merge(const CudaTable& table, const void* device_table, void* s
   const auto* pieces = reinterpret_cast<const Piece*>(base + table.pieces);
   int count = static_cast<int>(table.segment_count), slabs = static_cast<int>(table.slabs);
   void* arguments[] = {&segments, &first_tile, &count, &pieces, &slabs};
-  require(cudaLaunchKernel(table.kernel, dim3(static_cast<unsigned>(table.tile_count)), dim3(kThreads), arguments,
+  require(cudaLaunchKernel(table.kernel, dim3(static_cast<unsigned>(table.tile_count)),
+                           dim3(static_cast<unsigned>(32 * table.warps)), arguments,
                            static_cast<size_t>(table.shared_bytes), static_cast<cudaStream_t>(stream)),
           "the launch");
 }

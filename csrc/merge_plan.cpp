@@ -191,7 +191,7 @@ CudaTable make_cuda_table(const Plan& plan, Dtype dtype) {
     if (s.dtype != dtype) continue;
     segments.push_back(s);
     first_tile.push_back(static_cast<int32_t>(table.tile_count));
-    const int64_t rows = (s.rows - 1) / kCudaTileRows + 1, cols = (s.cols - 1) / kCudaTileCols + 1;
+    const int64_t rows = (s.rows - 1) / cuda_tile_rows(dtype) + 1, cols = (s.cols - 1) / kCudaTileCols + 1;
     if (rows > (std::numeric_limits<int32_t>::max() - table.tile_count) / cols)
       refuse("the weights have more than 2^31 tiles; merge them in several calls");
     table.tile_count += rows * cols;

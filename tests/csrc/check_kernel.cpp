@@ -26,21 +26,21 @@ using check::Case;
 using check::Matrix;
 
 template <Dtype dtype>
-void launch(const Plan& plan, int64_t shared_limit, uint64_t seed) {
+void launch(const Plan& plan, int64_t block_limit, int64_t sm_limit, uint64_t seed) {
   CudaTable table = make_cuda_table(plan, dtype);
-  fit(table, dtype, shared_limit);
-  CHECK(table.shared_bytes <= shared_limit, "%lld bytes of shared memory", static_cast<long long>(table.shared_bytes));
+  fit(table, dtype, block_limit, sm_limit);
+  const auto kernel = table.warps == 4 ? &merge_kernel<dtype, 4> : &merge_kernel<dtype, 8>;
+  CHECK(table.shared_bytes <= block_limit, "%lld bytes of shared memory", static_cast<long long>(table.shared_bytes));
   const char* base = table.bytes.data();
   for (int64_t b = 0; b < table.tile_count; ++b) {
     std::vector<float4> shared(static_cast<size_t>(table.shared_bytes) / sizeof(float4), float4{NAN, NAN, NAN, NAN});
     emulate::shared_memory = shared.data();
     emulate::blockIdx.x = static_cast<unsigned>(b);
-    emulate::Block block(kThreads, seed + static_cast<uint64_t>(b));
+    emulate::Block block(static_cast<int>(32 * table.warps), seed + static_cast<uint64_t>(b));
     const bool finished = block.run([&] {
-      merge_kernel<dtype>(reinterpret_cast<const Segment*>(base + table.segments),
-                          reinterpret_cast<const int32_t*>(base + table.first_tile),
-                          static_cast<int>(table.segment_count), reinterpret_cast<const Piece*>(base + table.pieces),
-                          static_cast<int>(table.slabs));
+      kernel(reinterpret_cast<const Segment*>(base + table.segments),
+             reinterpret_cast<const int32_t*>(base + table.first_tile), static_cast<int>(table.segment_count),
+             reinterpret_cast<const Piece*>(base + table.pieces), static_cast<int>(table.slabs));
     });
     CHECK(finished, "seed %llu: a barrier that not all threads reach", static_cast<unsigned long long>(seed));
   }
@@ -65,11 +65,12 @@ void compare(uint64_t seed, bool in_place) {
     memory.emplace_back(W.memory.get(), static_cast<size_t>(W.bytes));
   }
   const Plan plan = make_plan(c.plan_weights, c.terms);
-  // The second limit leaves room for few ranks of A, which are then staged anew for every panel.
-  const int64_t shared_limit = seed % 7 == 0 ? 64 * 1024 : 163 * 1024;
-  launch<Dtype::f32>(plan, shared_limit, seed);
-  launch<Dtype::bf16>(plan, shared_limit, seed);
-  launch<Dtype::f16>(plan, shared_limit, seed);
+  // The smaller limit leaves room for few ranks of A, which are then staged anew for every unit. An SM that does not
+  // hold four blocks gets larger ones.
+  const int64_t block_limit = seed % 7 == 0 ? 64 * 1024 : 163 * 1024, sm_limit = seed / 2 % 2 == 0 ? 228 * 1024 : 0;
+  launch<Dtype::f32>(plan, block_limit, sm_limit, seed);
+  launch<Dtype::bf16>(plan, block_limit, sm_limit, seed);
+  launch<Dtype::f16>(plan, block_limit, sm_limit, seed);
   for (size_t w = 0; w < c.weights.size(); ++w) {
     const Matrix &W = c.weights[w], &result = in_place ? W : c.results[w];
     for (int64_t i = 0; i < W.rows; ++i) {
@@ -106,7 +107,7 @@ void check_what_is_not_finite(bool in_A, int64_t rank, uint32_t bits) {
     for (int64_t i = 0; i < m->rows * m->cols; ++i) check::set(m->data, i, m->dtype, 1.0);
   reinterpret_cast<uint32_t*>(in_A ? A.data : B.data)[in_A ? 3 * 8 + 2 : 2 * rank + 3] = bits;
   const Term term = {A.data, B.data, {8, 1}, {rank, 1}, rank, 8, 0, 0, 0.5, Dtype::f32, Dtype::f32};
-  launch<dtype>(make_plan({{W.data, W.data, 8, 8, 8, 8, dtype}}, {term}), 163 * 1024, bits);
+  launch<dtype>(make_plan({{W.data, W.data, 8, 8, 8, 8, dtype}}, {term}), 163 * 1024, 228 * 1024, bits);
   for (int64_t i = 0; i < 64; ++i) {
     const double found = check::get(W.data, i, dtype);
     const bool reached = (in_A ? i % 8 : i / 8) == 2;
@@ -119,7 +120,7 @@ void check_what_is_not_finite(bool in_A, int64_t rank, uint32_t bits) {
 }
 
 void check_that_each_of_many_weights_gets_its_own_term() {
-  const int64_t count = kThreads + 44;
+  const int64_t count = 300;
   std::vector<float> W(static_cast<size_t>(count)), A(W.size());
   const float one = 1.0f;
   std::vector<Weight> weights;
@@ -129,7 +130,7 @@ void check_that_each_of_many_weights_gets_its_own_term() {
     weights.push_back({&W[i], &W[i], 1, 1, 1, 1, Dtype::f32});
     terms.push_back({&A[i], &one, {1, 1}, {1, 1}, 1, 1, i, 0, 1.0, Dtype::f32, Dtype::f32});
   }
-  launch<Dtype::f32>(make_plan(weights, terms), 163 * 1024, 0);
+  launch<Dtype::f32>(make_plan(weights, terms), 163 * 1024, 228 * 1024, 0);
   for (size_t i = 0; i < W.size(); ++i) CHECK(W[i] == A[i], "weight %zu got the term %g", i, static_cast<double>(W[i]));
 }
 

@@ -1,7 +1,6 @@
 // A CUDA thread block on the host: every thread is a coroutine of its own, they run in a random order between barriers,
-// copies ahead arrive when
-// they are waited for, and mma exchanges operands within a warp. What a missing barrier would break differs from run to
-// run.
+// copies ahead arrive when they are waited for, and mma exchanges operands within a warp. What a missing barrier would
+// break differs from run to run.
 #pragma once
 
 #include <ucontext.h>
@@ -63,10 +62,13 @@ class Block {
     return result;
   }
 
-  void copy_ahead(void* to, const void* from) { fibers_[running_].copies.emplace_back(to, from); }
-  void wait_for_copies() {
-    for (const auto& [to, from] : fibers_[running_].copies) std::memcpy(to, from, 16);
-    fibers_[running_].copies.clear();
+  void copy_ahead(void* to, const void* from) { fibers_[running_].copies.back().emplace_back(to, from); }
+  void close_group() { fibers_[running_].copies.emplace_back(); }
+  // All but the last `left` groups that are closed arrive.
+  void wait_for_groups(size_t left) {
+    auto& groups = fibers_[running_].copies;
+    for (; groups.size() > left + 1; groups.erase(groups.begin()))
+      for (const auto& [to, from] : groups.front()) std::memcpy(to, from, 16);
   }
 
   // What each thread of the running thread's warp has put here.
@@ -81,7 +83,7 @@ class Block {
     std::unique_ptr<char[]> stack;
     State state;
     bool condition;
-    std::vector<std::pair<void*, const void*>> copies;
+    std::vector<std::vector<std::pair<void*, const void*>>> copies;
   };
   struct Warp {
     uint32_t values[32][8];
@@ -96,6 +98,7 @@ class Block {
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = &scheduler_;
     fiber.state = State::ready;
+    fiber.copies.assign(1, {});
     makecontext(&fiber.context, &Block::start, 0);
   }
   static void start() {
@@ -193,7 +196,12 @@ void store_once(T* to, T value) {
 }
 
 inline void copy_ahead(void* to, const void* from) { emulate::Block::current->copy_ahead(to, from); }
-inline void wait_for_copies() { emulate::Block::current->wait_for_copies(); }
+inline void close_group() { emulate::Block::current->close_group(); }
+template <int left>
+void wait_for_groups() {
+  emulate::Block::current->wait_for_groups(left);
+}
+inline void warp_barrier() { emulate::Block::current->warp_barrier(); }
 inline unsigned thread_index() { return threadIdx.x; }
 
 // start + the exact products, as tensor cores add: all cut off at 2^-24 of the largest one's power of two, then the sum
