@@ -6,87 +6,40 @@ it has to compute. A second point has real tensors, where a layer without an act
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import slora
 from benchmarks.cases.rounds import measuring, take_times
-from benchmarks.implementations.layer import AddmmLinear
-from benchmarks.models import peft_model
-from benchmarks.results import Row, Settings, need, reason_in
+from benchmarks.implementations.layer import FROZEN, IMPLEMENTATIONS, Layer, Problem, Shape
+from benchmarks.results import Row, Settings, reason_in
 from benchmarks.timing import Call
 
 RANK = 4
 # Calls per repetition: enough for the clock, and over before another process takes the core.
 CALLS = 10
-
-
-class _Addmm(nn.Linear):
-    """The least that an update in place can cost: an autograd function without any check."""
-
-    def __init__(self, K: int, N: int) -> None:
-        super().__init__(K, N)
-        self.requires_grad_(False)
-        self.A = nn.Parameter(torch.randn(RANK, K))
-        self.B = nn.Parameter(torch.zeros(N, RANK))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = AddmmLinear.apply(x, self.weight, self.bias, self.A, self.B, 1.0)  # type: ignore[no-untyped-call]
-        return y
-
-
-def _slora(blocks: int = 1, active: bool = True, inactive: str = "frozen") -> Callable[[int, int], nn.Module]:
-    def build(K: int, N: int) -> nn.Module:
-        layer = slora.SelectiveLoRALinear(K, N * blocks, r=RANK, blocks=blocks, inactive=inactive)
-        if not active:
-            nn.init.zeros_(layer.gate)
-        return layer
-
-    return build
-
-
-def _held(K: int, N: int) -> nn.Module:
-    """As `slora.selection.Budget` leaves it: no optimizer moves the gates."""
-    layer = _slora(inactive="probe")(K, N)
-    slora.freeze_gates(layer)
-    return layer
-
-
-def _peft(K: int, N: int) -> nn.Module:
-    layer: nn.Module = peft_model(nn.Sequential(nn.Linear(K, N)), RANK, 8, ["0"]).base_model.model[0]
-    return layer
-
-
-LAUNCHLESS = "slora, Triton without launches"
-IMPLEMENTATIONS: dict[str, Callable[[int, int], nn.Module]] = {
-    "frozen nn.Linear": lambda K, N: nn.Linear(K, N).requires_grad_(False),
-    "addmm function": _Addmm,
-    "PEFT": _peft,
-    "slora": _slora(),
-    "slora, gates held": _held,
-    "slora, three blocks": _slora(blocks=3),
-    "slora, none active": _slora(active=False),
-    "slora, none active, probe": _slora(active=False, inactive="probe"),
-    LAUNCHLESS: _slora(),
+# The implementation of a layer, its active blocks, and of how many.
+WAYS = {
+    "frozen nn.Linear": (FROZEN, 1, 1),
+    "addmm function": ("addmm function", 1, 1),
+    "PEFT": ("PEFT", 1, 1),
+    "slora": ("slora, torch", 1, 1),
+    "slora, three blocks": ("slora, torch", 3, 3),
+    "slora, none active": ("slora, torch", 0, 1),
 }
 REAL = ("frozen nn.Linear", "slora, none active")
+Point = tuple[int, int, int, tuple[str, ...]]
 
 
-def grid(settings: Settings, case: str = "host") -> list[tuple[int, int, int, tuple[str, ...]]]:
-    """`(M, K, N, names)`."""
-    tiny = (4, 16, 16, tuple(IMPLEMENTATIONS))
+def grid(settings: Settings, case: str = "host") -> list[Point]:
+    """`(M, K, N, names)`; N is that of one block."""
+    tiny = (4, 16, 16, tuple(WAYS))
     return [tiny] if settings.grid == "tiny" else [tiny, (788, 384, 1536, REAL)]
 
 
-def measure(
-    point: tuple[int, int, int, tuple[str, ...]], settings: Settings, roofline: dict[str, Any], case: str
-) -> list[Row]:
+def measure(point: Point, settings: Settings, roofline: dict[str, Any], case: str) -> list[Row]:
     """The rows of a point."""
     M, K, N, names = point
     calls: dict[str, list[Call]] = {}
@@ -95,39 +48,22 @@ def measure(
     with measuring({"M": M, "K": K, "N": N, "r": RANK, "dtype": "fp32"}, names, settings) as rows:
         for name, row in rows.items():
             with reason_in(row):
-                x = torch.randn(M, K).requires_grad_()
-                calls[name] = [partial(_steps, name, IMPLEMENTATIONS[name](K, N), x, number)]
+                implementation, active, blocks = WAYS[name]
+                problem = Problem(Shape(K, N * blocks, M, RANK, active, blocks), "cpu", sets=1)
+                calls[name] = [partial(_steps, IMPLEMENTATIONS[implementation](problem), problem, number)]
         take_times(rows, calls, settings, 201, 20.0, steps=dict.fromkeys(calls, number))
     torch.set_num_threads(before)
     return list(rows.values())
 
 
-def _steps(name: str, layer: nn.Module, x: Tensor, number: int) -> None:
-    """Forward and backward, `number` times."""
-    parameters = [x, *layer.parameters()]
-    with _launching_nothing() if name == LAUNCHLESS else nullcontext():
-        dy = torch.ones_like(layer(x).detach())
+def _steps(layer: Layer, problem: Problem, number: int) -> None:
+    """Forward and backward, `number` times, called as a module is."""
+    (x,), (dy,), module, forward = problem.xs, problem.dys, nn.Module(), layer.forward
+    if not isinstance(forward, nn.Module):
+        module.forward = forward
+        forward = module
+    with layer.around():
         for _ in range(number):
-            layer(x).backward(dy)
-            for parameter in parameters:
-                parameter.grad = None
-
-
-def _launching_nothing() -> ExitStack:
-    """The Triton backend with launches that do nothing: the host's part on a GPU, but for the launches."""
-    need("triton")
-    from slora.kernels import launch
-    from slora.ops import dispatch
-
-    def no_launch(*_: Any) -> None:
-        pass
-
-    def on_a_gpu(*_: Any) -> Any:
-        return dispatch.TRITON
-
-    # No mock of functions, whose calls would take longer than all of it.
-    stack = ExitStack()
-    stack.enter_context(mock.patch.dict("os.environ", {"SLORA_BACKEND": "triton"}))
-    stack.enter_context(mock.patch.object(dispatch, "_decided", on_a_gpu))
-    stack.enter_context(mock.patch.object(launch, "run", no_launch))
-    return stack
+            forward(x).backward(dy)
+            for tensor in (x, *layer.parameters.values()):
+                tensor.grad = None
