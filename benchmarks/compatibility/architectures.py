@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from benchmarks.compatibility.model_under_test import ModelUnderTest, Skip, linear_layers, parameter_count
+from benchmarks.compatibility.checks import ModelUnderTest, Skip, linear_layers, parameter_count
 
 TABLES: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 SIZES = {field: entry["value"] for entry in TABLES["sizes"] for field in entry["fields"].split()}
