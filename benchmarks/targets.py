@@ -25,6 +25,8 @@ class Target:
     """A limit at one point: for a measure of an implementation, or for its ratio to that of another one (`against`)."""
 
     name: str
+    title: str
+    """The name without the point."""
     device: str
     case: str
     where: Mapping[str, Any]
@@ -33,10 +35,6 @@ class Target:
     asks: str
     limit: float
     against: str | None = None
-
-    def met(self, number: float) -> bool:
-        """Whether `number` meets the limit."""
-        return bool(ASKS[self.asks](number, self.limit))
 
 
 @dataclass(frozen=True)
@@ -47,22 +45,22 @@ class Judged:
         number: of the medians; None where nothing was measured.
         ends: the least and the greatest number that the 20th and 80th percentiles give.
         note: what is wrong with the measurement.
-        about: the environment in the result file.
+        origin: the machine and the commit.
     """
 
     target: Target
     number: float | None = None
     ends: tuple[float, float] = (0.0, 0.0)
     note: str = ""
-    about: Mapping[str, Any] | None = None
+    origin: str = NOT_MEASURED
 
     @property
     def verdict(self) -> str:
         """Met or missed; "within noise" where the limit lies between the two ends."""
         if self.number is None:
             return NOT_MEASURED
-        low, high = map(self.target.met, self.ends)
-        return ("met" if self.target.met(self.number) else "missed") + ", within noise" * (low != high)
+        met, low, high = (bool(ASKS[self.target.asks](n, self.target.limit)) for n in (self.number, *self.ends))
+        return ("met" if met else "missed") + ", within noise" * (low != high)
 
     @property
     def row(self) -> list[str]:
@@ -85,13 +83,14 @@ def load() -> list[Target]:
         toml = need("tomli", "Python 3.10 needs it to read the targets")
     file, targets = toml.loads(FILE.read_text(encoding="utf-8")), []
     for entry in file["targets"]:
-        devices, limits, points = entry.pop("devices"), entry.pop("limits"), file["points"][entry.pop("points", "one")]
+        title, devices, limits = entry.pop("name"), entry.pop("devices"), entry.pop("limits")
+        points = file["points"][entry.pop("points", "one")]
         for device, limit, point in itertools.product(devices, limits, points):
             (asks,) = limit.keys() & ASKS.keys()
             own = {key: value for key, value in limit.items() if key != asks} | point
-            name = ", ".join([entry["name"], *(f"{key} {value}" for key, value in own.items())])
-            own = entry | {"name": name, "where": entry["where"] | own}
-            targets.append(Target(**own, device=device, asks=asks, limit=limit[asks]))
+            name = ", ".join([title, *(f"{key} {value}" for key, value in own.items())])
+            own = entry | {"where": entry["where"] | own}
+            targets.append(Target(name, title, device, **own, asks=asks, limit=limit[asks]))
     return targets
 
 
@@ -106,7 +105,8 @@ def judge(target: Target, result: Mapping[str, Any]) -> Judged:
     if target.against and target.measure in TIMES and own.get("clock") != other.get("clock"):
         return Judged(target, note=f"taken by different clocks, {own.get('clock')} and {other.get('clock')}")
     low, middle, high = (_at(measure, end) / _at(base, other_end) for end, other_end in ENDS)
-    return Judged(target, middle, (low, high), "" if result["complete"] else "incomplete", result["environment"])
+    origin = f"{result['environment']['device']}, {source(result['environment'])}"
+    return Judged(target, middle, (low, high), "" if result["complete"] else "incomplete", origin)
 
 
 def _at(measure: Any, end: str) -> float:
@@ -131,22 +131,12 @@ def judged(results: Mapping[str, Results], devices: Iterable[str] | None = None)
     return found
 
 
-def by_origin(found: Iterable[Judged]) -> dict[str, list[Judged]]:
-    """The targets by the machine and commit that they were measured on, or by the device of what was not measured."""
-    origins: dict[str, list[Judged]] = {}
-    for one in sorted(found, key=lambda one: one.about is None):
-        measured = one.about and f"{one.about['device']}, {source(one.about)}"
-        origins.setdefault(measured or f"{one.target.device}, {NOT_MEASURED}", []).append(one)
-    return origins
-
-
 def lines(results: Mapping[str, Results], devices: Iterable[str] | None = None) -> list[str]:
-    """A table for people, and a last line that counts."""
-    found = judged(results, devices)
+    """A table for people by machine and commit, and a last line that counts."""
+    found, shown = judged(results, devices), list[str]()
     widths = [max((len(one.row[i]) for one in found), default=0) for i in range(3)]
-    shown = []
-    for origin, group in by_origin(found).items():
+    for origin in dict.fromkeys(one.origin for one in found):
         shown.append(f"-- {origin}")
-        shown += ["  ".join(map(str.ljust, one.row, [*widths, 0])) for one in group]
+        shown += ["  ".join(map(str.ljust, one.row, [*widths, 0])) for one in found if one.origin == origin]
     counts = {word: sum(one.verdict.startswith(word) for one in found) for word in ("met", "missed", NOT_MEASURED)}
     return [*shown, ", ".join(f"{count} {word}" for word, count in counts.items())]

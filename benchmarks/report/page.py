@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import targets
-from benchmarks.report import summary, tables
-from benchmarks.report.summary import Cases
+from benchmarks.report import tables
+from benchmarks.report.tables import Cases
 from benchmarks.results import CASES, ROOT, BenchmarkError, need, read_result, results_in, source
 from slora.io.atomic import write_text
 
@@ -39,13 +39,9 @@ def all_results(root: Path = ROOT) -> dict[str, Cases]:
 
 def render(template: str, **values: Any) -> str:
     """The text of a template of this folder, without blank lines in a row."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        extensions=["jinja2.ext.do"],
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    values |= {"source": source, "targets": targets, "tables": tables, "summary": summary, "Counter": Counter}
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, extensions=["jinja2.ext.do"], trim_blocks=True, lstrip_blocks=True)
+    values |= {"source": source, "targets": targets, "tables": tables, "Counter": Counter}
     return re.sub(r"\n{3,}", "\n\n", environment.get_template(template).render(values)).strip() + "\n"
 
 
@@ -55,12 +51,17 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
     Raises:
         BenchmarkError: a file cannot be read, or README lacks a mark.
     """
-    results, census = all_results(root), _census(root)
-    folder, readme = root / "benchmarks" / "results", root / "README.md"
+    results, folder, readme = all_results(root), root / "benchmarks" / "results", root / "README.md"
+    census, demo = (_read(path) for path in (folder / "compatibility.json", root / "docs" / "demo.json"))
     drawn = {device: figures.links(device, cases) for device, cases in results.items()}
     judged = targets.judged(results, results)
+    marked = {
+        "demo-table": render("demo.md.j2", demo=demo, judge=judge),
+        "works-with": render("works_with.md.j2", census=census),
+        "train-step-table": render("train_step.md.j2", results=results),
+    }
     made = {
-        readme: filled(readme.read_text(encoding="utf-8"), root),
+        readme: _filled(readme.read_text(encoding="utf-8"), marked),
         root / "benchmarks" / "README.md": render("readme.md.j2", results=results, figures=drawn, judged=judged),
     }
     for device, cases in results.items():
@@ -75,17 +76,8 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
     return made
 
 
-def filled(readme: str, root: Path = ROOT) -> str:
-    """The text of the README with every marked table written from the files under `root`.
-
-    Raises:
-        BenchmarkError: a mark is missing or there twice, or a file cannot be read.
-    """
-    made = {
-        "demo-table": _demo(root / "docs" / "demo.json"),
-        "works-with": render("works_with.md.j2", census=_census(root)),
-        "train-step-table": render("train_step.md.j2", results=all_results(root)),
-    }
+def _filled(readme: str, made: dict[str, str]) -> str:
+    """The text of the README with each marked table as it is `made`; raises where a mark is missing or there twice."""
     for name, text in made.items():
         parts = re.split(rf"(<!-- {name} -->\n|<!-- /{name} -->)", readme)
         if len(parts) != 5:
@@ -94,23 +86,9 @@ def filled(readme: str, root: Path = ROOT) -> str:
     return readme
 
 
-def _demo(path: Path) -> str:
-    """The table of what `slora demo` wrote."""
-    if not path.exists():
-        return "Not measured.\n"
-    try:
-        return render("demo.md.j2", demo=json.loads(path.read_text(encoding="utf-8")), judge=judge)
-    except (ValueError, TypeError, LookupError) as error:
-        raise BenchmarkError(f"{path} is not what `slora demo` writes ({error!r}); run `make demo` again") from error
-
-
-def _census(root: Path) -> dict[str, Any] | None:
-    """The census, None where there is none."""
-    path = root / "benchmarks" / "results" / "compatibility.json"
-    census = read_result(path) if path.exists() else None
-    if census and not census["complete"]:
-        raise BenchmarkError(f"{path} is of an interrupted census; run: python -m benchmarks compatibility")
-    return census
+def _read(path: Path) -> Any:
+    """What a file of JSON holds, None where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def stale(root: Path = ROOT) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The Markdown table of a case: every number in it is a measure of a row, or a ratio of two medians."""
+"""What the pages take from result files: every number is a measure of a row, or a ratio of two medians."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import yaml
 from benchmarks.results import NO_TIMES, TIMES, median
 
 Row = Mapping[str, Any]
+Cases = dict[str, dict[str, Any]]
+"""The result files of one device, by case."""
 TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 MEASURES: dict[str, tuple[str, str, float]] = TABLES["measures"]
 RATIOS: dict[str, list[tuple[str, str, str]]] = TABLES["ratios"]
-REASONS: dict[str, str] = TABLES["reasons"]
+LIMITS: list[dict[str, Any]] = TABLES["limits"]
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -47,6 +49,16 @@ def ratio(row: Row, base: Row, measure: str) -> str:
     return f"{value / other:.2f}"
 
 
+def over_limit(entry: dict[str, Any], cases: Cases) -> str:
+    """The ratio that an entry of `LIMITS` asks for."""
+    for rows in points(cases[entry["case"]]["rows"]) if entry["case"] in cases else ():
+        if entry["where"].items() <= rows[0]["point"].items():
+            base = named(rows, entry["limit"])
+            found = [ratio(named(rows, name), base, entry["measure"]) for name in entry["implementations"]]
+            return next((text for text in found if text != "-"), "-")
+    return "-"
+
+
 def named(rows: Sequence[Row], implementation: str) -> Row:
     """The row of an implementation, empty where there is none."""
     return next((row for row in rows if row["contender"] == implementation), {})
@@ -70,6 +82,24 @@ def spelled(point: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in point.items())
 
 
+def steps(cases: Cases) -> dict[str, dict[str, Row]]:
+    """The rows of one training step by precision and implementation, of the first of several models.
+
+    They have the peak memory of `train_memory`. A step that is one CUDA graph is a precision of its own.
+    """
+    rows, memory = (cases[case]["rows"] if case in cases else [] for case in ("train_step", "train_memory"))
+    peaks = {(row["point"]["precision"], row["contender"]): row for row in memory}
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        point = row["point"]
+        same = all(point[key] == rows[0]["point"][key] for key in ("model", "batch", "r"))
+        if "seconds" in row and same and point["mode"] in ("eager", "graph"):
+            column = point["precision"] + ", CUDA graph" * (point["mode"] == "graph")
+            peak = peaks.get((point["precision"], row["contender"]), {}).get("peak_memory_mib")
+            found.setdefault(column, {})[row["contender"]] = {**({"peak_memory_mib": peak} if peak else {}), **row}
+    return found
+
+
 def case_table(case: str, rows: Sequence[Row]) -> str:
     """A line per point and implementation that was measured; a point stands in its first line."""
     ratios, common, body = RATIOS.get(case, []), shared(rows), []
@@ -78,17 +108,17 @@ def case_table(case: str, rows: Sequence[Row]) -> str:
         for i, row in enumerate(row for row in at_point if not row.keys() & set(NO_TIMES)):
             over = [ratio(row, named(at_point, base), measure) for measure, base, _ in ratios]
             cells = [cell(row, measure) for measure in MEASURES]
-            body.append(["" if i else spelled(point), row["contender"], *cells[:4], *over, *cells[4:]])
+            body.append(["" if i else spelled(point), row["contender"], *cells[:5], *over, *cells[5:]])
     heads = [head for head, _, _ in MEASURES.values()]
-    return table(["point", "implementation", *heads[:4], *(head for *_, head in ratios), *heads[4:]], body)
+    return table(["point", "implementation", *heads[:5], *(head for *_, head in ratios), *heads[5:]], body)
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
-    """What was not measured, or not as the rest: each reason, with its implementations and the number of points."""
+    """What was not measured, or not in a CUDA graph: each reason, with its implementations and the number of points."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        for key in REASONS.keys() & row.keys():
-            found.setdefault(f"{REASONS[key]}: {row[key]}", []).append(row)
+        for key in {*NO_TIMES, "not_captured", "forward_not_captured"} & row.keys():
+            found.setdefault(f"{key.replace('_', ' ')}: {row[key]}", []).append(row)
     return sorted(
         f"{'; '.join(dict.fromkeys(row['contender'] for row in own))}: {reason} "
         f"({len(points(own))} of {len(points(rows))} points)"
@@ -97,6 +127,6 @@ def reasons(rows: Sequence[Row]) -> list[str]:
 
 
 def repetitions(rows: Sequence[Row]) -> str:
-    """How often the times of `rows` were taken: "5" or "5 to 9"; empty without times."""
-    counts = {row[kind]["n"] for row in rows for kind in TIMES & row.keys() if isinstance(row[kind], Mapping)}
-    return " to ".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else ""
+    """How often the times of `rows` were taken: "5" or "5 to 9"."""
+    counts = {row[kind]["n"] for row in rows for kind in TIMES & row.keys()} or {1}
+    return " to ".join(str(n) for n in sorted({min(counts), max(counts)}))

@@ -62,12 +62,7 @@ def test_what_has_no_result_is_not_measured(tmp_path: Path) -> None:
     assert texts["README.md"].lower().count("not measured.") == 3
     first = texts["benchmarks/README.md"]
     assert "0 targets are met, 0 missed" in first
-    # Once for both GPUs and for all points.
-    assert (
-        first.count("| nvidia-h100, nvidia-h200 | linear, none active, over frozen | K 768, N 768; K 768, N 3072; ")
-        == 1
-    )
-    assert first.count("linear, none active, over frozen") == 1
+    assert first.count("linear, none active, over frozen;") == 2
 
 
 def test_the_first_page_answers_its_three_questions_for_every_measured_device(tmp_path: Path) -> None:
@@ -78,19 +73,6 @@ def test_the_first_page_answers_its_three_questions_for_every_measured_device(tm
     assert "| slora, all active | - | - | 300 | 1.00 |" in first
     assert "its first layer | 3.00 | 3.00 |" in first
     assert "![One training step on nvidia-h200](figures/nvidia-h200-train-step.png)" in first
-
-
-def test_memory_stands_beside_times_of_the_same_machine_with_its_own_commit(tmp_path: Path) -> None:
-    memory: dict[str, Any] = {"rows": [{**row, "peak_memory_mib": 123.0} for row in _steps()]}
-    results = {"cpu": {"train_step": {"rows": _steps()}, "train_memory": memory}}
-    text = _pages(tmp_path, results)["README.md"]
-    assert "| slora, all active | 3.00 s [2.70, 3.30] (1.50) | 123 |\n" in text
-    assert (
-        "commit train_step. Peak memory is\nthat of a process of its own, libraries included; commit train_memo."
-        in text
-    )
-    memory["environment"] = read_result(RESULT_FILES[0])["environment"]
-    assert "| slora, all active | 3.00 s [2.70, 3.30] (1.50) |\n" in _pages(tmp_path, results)["README.md"]
 
 
 def test_a_device_page_gives_the_reason_of_what_is_missing_and_no_ratio_of_two_clocks(tmp_path: Path) -> None:
@@ -104,7 +86,7 @@ def test_a_device_page_gives_the_reason_of_what_is_missing_and_no_ratio_of_two_c
     assert "| slora, all active | 3.00 s [2.70, 3.30] (-) |" in texts["README.md"]
     for line in (
         "| slora, all active | 3.00 s [2.70, 3.30] | - | - |",
-        "* slora, all active: launched call by call, not captured in a CUDA graph: it reads the host (1 of 1 points)",
+        "* slora, all active: not captured: it reads the host (1 of 1 points)",
         "* PEFT, few: failed: no compiler (1 of 1 points)",
         "**Incomplete: the time was up before the grid was.**",
         "| tests | cut | 41 | passed: 12, left out: the rest (the time was up) |",
@@ -131,17 +113,8 @@ def test_every_figure_is_linked_and_a_bar_is_a_median_with_its_percentiles(tmp_p
     assert list(ends) == pytest.approx([2.7, 3.3])
 
 
-def test_a_damaged_file_is_named_and_nothing_is_written(tmp_path: Path) -> None:
-    def message() -> str:
-        with pytest.raises(BenchmarkError) as raised:
-            page.write(tmp_path)
-        return str(raised.value)
-
+def test_a_mark_that_is_missing_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(MARKS.replace("<!-- /works-with -->", ""))
-    assert "README.md needs one table between <!-- works-with --> and" in message()
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "demo.json").write_text('{"runs": [{}]}')
-    assert "demo.json is not what `slora demo` writes" in message()
-    with pytest.raises(BenchmarkError, match="of an interrupted census; run: python -m benchmarks compatibility"):
-        _pages(tmp_path, {"": {"compatibility": {"complete": False, "architectures": []}}})
+    with pytest.raises(BenchmarkError, match=r"README.md needs one table between <!-- works-with --> and"):
+        page.write(tmp_path)
     assert not (tmp_path / "benchmarks" / "README.md").exists()
