@@ -2,26 +2,23 @@
 
 A time differs where its median changed by more than `LEAST` and a two-sided Mann-Whitney U test of the single times has
 p <= `P`. The test tells two runs apart, not two sources: a machine that was slower during one of them changes
-everything, and its roofline too.
+everything.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.results import NO_TIMES, BenchmarkError, median, need, source
+from benchmarks.results import NO_TIMES, TIMES, BenchmarkError, median, need, source
 
-# What is measured; other numbers in a row follow from these.
-MEASURES = ("seconds", "device_seconds", "forward", "forward_backward", "eager", "peak_memory_mib", "added_memory_mib",
-            "flops", "bytes", "compulsory_bytes", "peak_over_outputs", "launches", "deterministic")  # fmt: skip
-STATES = (*NO_TIMES, "not_captured", "forward_not_captured")
+MEASURES = (*sorted(TIMES), "peak_memory_mib", "added_memory_mib", "flops", "peak_over_outputs", "launches")
 LEAST, P = 0.02, 0.01
 
 
 def lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """The two runs and their rooflines, a line per measure that differs, and what is in one file only.
+    """The two runs, a line per measure that differs, and what is in one file only.
 
     Raises:
         BenchmarkError: the files are of different cases, or scipy is missing.
@@ -29,37 +26,18 @@ def lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     if before["case"] != after["case"]:
         raise BenchmarkError(f"the files are of different cases, {before['case']!r} and {after['case']!r}")
     about = [file["environment"] for file in (before, after)]
-    runs = [f"{run['device']}, {source(run)}, {run['date'][:10]}" for run in about]
-    old, new = _rows(before), _rows(after)
-    found = [line for name in old if name in new for line in _differences(name, old[name], new[name])]
-    only = [f"only in the file before: {name}" for name in old if name not in new]
-    only += [f"only in the file after: {name}" for name in new if name not in old]
-    roofline = list(_rooflines(before.get("ceilings", {}), after.get("ceilings", {})))
-    return [f"{before['case']}: {' -> '.join(runs)}", *roofline, *(found or ["nothing differs beyond noise"]), *only]
-
-
-def _rows(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Rows by point and implementation."""
-    return {
-        ", ".join([*(f"{key} {value}" for key, value in row["point"].items()), row["contender"]]): row
-        for row in result["rows"]
-    }
-
-
-def _differences(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    for state in STATES:
-        if (state in old) != (state in new):
-            yield f"{name}: {state} {'before' if state in old else 'now'}: {old.get(state, new.get(state))}"
-    for measure in MEASURES:
-        if measure in old and measure in new and (text := change(old[measure], new[measure])):
-            yield f"{name}: {measure} {text}"
-
-
-def _rooflines(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
-    rates = [limits.get("gemm_flops_per_s", {}) | {"copy": limits.get("copy_bytes_per_s")} for limits in (old, new)]
-    for name, rate in rates[0].items():
-        if rate and rates[1].get(name) and (text := change(rate, rates[1][name])):
-            yield f"roofline, {name}: {text}"
+    found = [
+        f"{before['case']}: " + " -> ".join(f"{run['device']}, {source(run)}, {run['date'][:10]}" for run in about)
+    ]
+    old, new = ({(str(row["point"]), row["contender"]): row for row in file["rows"]} for file in (before, after))
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key, {"absent": "no such row"}), new.get(key, {"absent": "no such row"})
+        changes = [f"{m} {text}" for m in MEASURES if m in a and m in b and (text := change(a[m], b[m]))]
+        for state in (*NO_TIMES, "absent"):
+            if (state in a) != (state in b):
+                changes.append(f"{state} {'before' if state in a else 'now'}: {a.get(state, b.get(state))}")
+        found += [f"{', '.join(key)}: {text}" for text in changes]
+    return found if len(found) > 1 else [*found, "nothing differs beyond noise"]
 
 
 def change(old: Any, new: Any) -> str | None:
