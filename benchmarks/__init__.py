@@ -16,6 +16,5 @@ The files in the order of reading:
     gpu.py, gpu_steps.py             the validation on a GPU: its stages, and what each step runs
     candidates.py, workers.py        every candidate of the kernels against a reference, in processes of their own
     sanitizer_runs.py                what compute-sanitizer and the profiler watch
-    audit.py                         what the compiler makes of the kernels, without a GPU
-    compile_cases.py, compile_kernel.py    which kernels that are, and the compiling of one
+    audit.py, compile_cases.py       what the compiler makes of the kernels, without a GPU, and which kernels that are
 """

@@ -2,28 +2,118 @@
 
 Every candidate of `kernels/configs.py` is compiled for sm_80, sm_90 and sm_100 (about a quarter of an hour on a core).
 What a row says is under `COLUMNS`; a kernel that spills, does not fit into shared memory, uses other instructions than
-the arch's own or loses its pipeline is an error. No kernel is run, so nothing here is a time.
+the arch's own or loses its pipeline is an error. No kernel is run, so nothing here is a time. Compiling needs functions
+that are not Triton's interpreter's: under TRITON_INTERPRET it has to be done in another process.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import csv
 import hashlib
 import io
 import os
+import re
 import sys
+from typing import NamedTuple
 
-from benchmarks.compile_kernel import CompileCase, Report, compile_kernel, mismatches
+from benchmarks.compile_cases import CompileCase, compile_cases
 from benchmarks.results import RESULTS, ROOT
 from slora.io.atomic import write_text
+from slora.kernels import configs
 
 KERNELS = ROOT / "kernels"
 PATH = RESULTS / "audit" / "kernels.csv"
 COLUMNS = ("arch", "kernel", "case", "registers", "shared KiB", "programs per SM", "products", "TMA")
 """Registers per thread, shared memory per program, programs that fit on an SM, products of tiles by the instruction
 that does them, operands that TMA brings."""
+# Per SM: registers, warps, columns of tensor memory, and bytes of shared memory, of which a program needs 1 KiB more
+# than it asks for.
+REGISTERS, WARPS, TENSOR_MEMORY = 65536, 64, 512
+SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
+
+
+class Report(NamedTuple):
+    """What became of a case: `spilled` bytes per thread and of stack, `shared` bytes per program, programs that fit on
+    an SM, products of tiles by instruction, arguments that TMA `loads`, whether it `stores` results, whether there are
+    other asynchronous `copies`, and whether ptxas makes every wgmma wait for the one before.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    occupancy: int
+    products: dict[str, int]
+    loads: tuple[str, ...]
+    stores: bool
+    copies: bool
+    serialized: bool
+
+
+def compile_kernel(case: CompileCase) -> Report:
+    """Compile `case`, whatever is cached. Of its integers nothing is known; its pointers are aligned to 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # Without line numbers there is less to compile, and the instructions are the same.
+    os.environ.update(
+        dict.fromkeys(("TRITON_ALWAYS_COMPILE", "TRITON_DUMP_PTXAS_LOG", "TRITON_DISABLE_LINE_INFO"), "1")
+    )
+    names, log = list(case.kernel.arg_names), io.StringIO()
+    types = {name: "constexpr" if name in case.constants else case.types[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
+    constants = {(names.index(name),): value for name, value in case.constants.items()}
+    source = ASTSource(case.kernel, types, constants, aligned)
+    with contextlib.redirect_stdout(log):
+        made = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=case.options)
+    said, code, ptx = log.getvalue(), made.asm["ttgir"], made.asm["ptx"]
+    registers = int(re.findall(r"Used (\d+) registers", said)[0])
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)[0]
+    warps, tensor_memory = case.options["num_warps"], int(getattr(made.metadata, "tmem_size", 0) or 0)
+    dots = re.findall(r"tt\.dot .*-> tensor<[^>]*#(\w+)", code)
+    return Report(
+        registers=registers,
+        spilled=sum(map(int, spills)),
+        shared=made.metadata.shared,
+        occupancy=min(
+            REGISTERS // (-(-registers // 8) * 8 * 32 * warps),
+            SHARED_MEMORY[case.arch] // (made.metadata.shared + 1024),
+            WARPS // warps,
+            TENSOR_MEMORY // max(1, tensor_memory),
+        ),
+        products={
+            "wgmma": code.count("ttng.warp_group_dot "),
+            "tcgen05": code.count("ttng.tc_gen5_mma "),
+            "mma.sync": sum(layout.startswith("mma") for layout in dots),
+            "fma": sum(not layout.startswith("mma") for layout in dots),
+        },
+        loads=tuple(sorted(set(re.findall(r"async_tma_copy_global_to_local %(\w+?)(?:_\d+)?\[", code)))),
+        stores=bool(re.search(r"cp\.async\.bulk\.tensor\.\dd\.global\.shared", ptx)),
+        copies="cp.async.c" in ptx,
+        serialized="wgmma.mma_async instructions are serialized" in said,
+    )
+
+
+def mismatches(case: CompileCase, report: Report) -> list[str]:
+    """What is wrong with a kernel that should run at speed."""
+    used = {name for name, count in report.products.items() if count}
+    described = {name for name, kind in case.types.items() if kind.startswith("tensordesc")}
+    missing, limit = sorted(described - {"out", *report.loads}), configs.SHARED_MEMORY[case.arch]
+    found = {
+        f"{report.spilled} bytes of stack and spills": report.spilled,
+        f"{report.shared} bytes of shared memory; sm_{case.arch} has {limit}": report.shared > limit,
+        f"{case.programs} programs are meant to share an SM; {report.occupancy} fit": report.occupancy < case.programs,
+        "ptxas serializes its wgmma instructions": report.serialized,
+        f"products by {report.products}; expected {' or '.join(sorted(case.products))} alone":
+            not used <= case.products or (case.products and not used),
+        "its loop does not load by asynchronous copies": case.products and not described and not report.copies,
+        f"TMA does not bring {', '.join(missing)}": missing,
+        "TMA does not take its results away": "out" in described and not report.stores,
+    }  # fmt: skip
+    return [text for text, wrong in found.items() if wrong]
 
 
 def source_hash() -> str:
@@ -49,32 +139,24 @@ def name(case: CompileCase) -> tuple[str, str, str]:
     return f"sm_{case.arch}", case.kernel.__name__, case.label
 
 
-def row(case: CompileCase, report: Report) -> tuple[str, ...]:
-    """Return the line of one case."""
-    products = " ".join(f"{count} {kind}" for kind, count in report.products.items() if count)
-    found = report.registers, report.shared // 1024, report.occupancy, products, " ".join(report.loads)
-    return *name(case), *map(str, found)
-
-
 def main() -> int:
     """Compile everything and write the file, unless a kernel is not as it should be."""
     import triton
-
-    from benchmarks.compile_cases import compile_cases
-    from slora.kernels import configs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="compile what has one of these in its row, and write nothing")
     only = parser.parse_args().only
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         parser.error("under TRITON_INTERPRET nothing is compiled; unset it")
-    correct, rows = True, list[tuple[str, ...]]([COLUMNS])
+    correct, rows = True, list[tuple[object, ...]]([COLUMNS])
     for case in (case for arch in configs.ARCHS for case in compile_cases(arch)):
         if not only or any(text in ", ".join(name(case)) for text in only):
             report = compile_kernel(case)
-            wrong = mismatches(case, report, configs.SHARED_MEMORY[case.arch])
+            wrong = mismatches(case, report)
             correct &= not wrong
-            rows.append(row(case, report))
+            products = " ".join(f"{count} {kind}" for kind, count in report.products.items() if count)
+            found = report.registers, report.shared // 1024, report.occupancy, products, " ".join(report.loads)
+            rows.append((*name(case), *found))
             print(*rows[-1], *wrong, sep=", ", flush=True)
     if correct and not only:
         text = io.StringIO()

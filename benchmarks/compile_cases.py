@@ -6,11 +6,13 @@ That is the widest S and T that the tiles are for, with a bias, and with dropout
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.compile_kernel import OWN, CompileCase
 from slora.kernels import configs, gate_probe, linear, skinny
 from slora.kernels import weight_gradients as wg
+
+# What does products of tiles at full speed, by arch.
+OWN = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
 
 # What is no integer.
 _TYPES = (
@@ -18,6 +20,24 @@ _TYPES = (
     | dict.fromkeys(("gate", "partial_A", "partial_B", "dots", "dgate"), "*fp32")
     | {"seed": "*i64", "seed_offset": "*i64", "threshold": "fp32", "scaling": "fp32"}
 )
+
+
+class CompileCase(NamedTuple):
+    """A kernel with the types and compile-time values of one call."""
+
+    kernel: Any
+    arch: int
+    label: str
+    """Unique for a kernel and arch."""
+    types: dict[str, str]
+    """Of each argument that is no constant, as Triton writes it."""
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    """num_warps, num_stages and the like."""
+    products: frozenset[str]
+    """The instructions that may do its products of tiles."""
+    programs: int = 1
+    """How many are meant to share an SM."""
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -13,7 +12,8 @@ from typing import Any
 import pytest
 
 from benchmarks import audit
-from benchmarks.compile_kernel import CompileCase, Report, mismatches
+from benchmarks.audit import Report, mismatches
+from benchmarks.compile_cases import CompileCase
 from slora.kernels import configs
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +99,6 @@ def test_each_mismatch_of_a_compiled_kernel_is_found(mismatch: str) -> None:
     described = dict.fromkeys(("x", "W", "A", "out"), "tensordesc<bf16[128, 64]>")
     types = {} if mismatch == "asynchronous copies" else described
     case = CompileCase(None, 90, "", types, {}, {"num_warps": 8}, frozenset({"wgmma"}))
-    limit = configs.SHARED_MEMORY[90]
-    assert mismatches(case, GOOD, limit) == []
-    (found,) = mismatches(case, dataclasses.replace(GOOD, **MISMATCHES[mismatch]), limit)
+    assert mismatches(case, GOOD) == []
+    (found,) = mismatches(case, GOOD._replace(**MISMATCHES[mismatch]))
     assert mismatch in found
