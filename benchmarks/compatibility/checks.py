@@ -129,7 +129,7 @@ def _check(test: ModelUnderTest, folder: Path, row: Row) -> None:
     _require(row, _same(before, test.outputs(model)), "after inject the output has other bits")
 
     row["step"] = "comparing with W + cBA"
-    reference, exact = copy.deepcopy(plain), dict[str, list[Tensor]]()
+    reference, exact = copy.deepcopy(plain).requires_grad_(False), dict[str, list[Tensor]]()
     for name, layer in layers.items():
         W, B = layer.base_weight.detach(), layer.lora_B.data.normal_()
         B *= UPDATE * _norm(W) / _norm(layer.scaling * (B @ layer.lora_A))
@@ -189,11 +189,12 @@ def _prepared(test: ModelUnderTest, model: nn.Module) -> float:
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     for dtype in (torch.float64,) * (not recurrent) + (torch.float32,):
         try:
-            outputs = test.outputs(model.to(dtype).train(), grad=True)
+            test.outputs(model.to(dtype).train())
+            outputs = test.outputs(model.eval(), grad=True)
             _loss(outputs).backward()
-            if all(bool(t.isfinite().all()) for t in (*outputs, *map(_gradient, model.parameters()))):
-                model.zero_grad()
-                model.eval()
+            finite = all(bool(t.isfinite().all()) for t in (*outputs, *map(_gradient, model.parameters())))
+            model.zero_grad()
+            if finite:
                 return math.sqrt(torch.finfo(dtype).eps)
         except RuntimeError:
             # Some models create fp32 tensors, or masks of the least fp32 number.
