@@ -2,7 +2,7 @@
 
 The files in the order of reading:
 
-    __main__.py                      the command line: run, list, report, compare, targets, compatibility, gpu
+    __main__.py                      the command line: run, report, compare, targets, compatibility, gpu
     results.py                       settings of a run, the list of cases, result files
     cases/                           the grid of each case, and how a point is checked; rounds.py times it
     implementations/, models.py      what is compared: ways to compute a layer and to train a model

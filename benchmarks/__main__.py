@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run, list, report, compare, targets, compatibility, gpu."""
+"""`python -m benchmarks`: run, report, compare, targets, compatibility, gpu."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.results import CASES, RESULTS, BenchmarkError, read_result, require_writable
-from benchmarks.timing import COMPARABLE_ROUNDS, first_line
+from benchmarks.timing import first_line
 from slora.errors import WriteError
-
-COMMIT = "what to record as the commit where the source is no git repository"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,26 +20,18 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="What is fast, measured.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("run", help="run cases and write results/<device>/<case>.json")
+    cases = "; ".join(f"{case.name}: {case.summary}" for case in CASES.values())
+    command = commands.add_parser("run", help="run cases and write results/<device>/<case>.json", description=cases)
     command.set_defaults(call=run)
-    command.add_argument("--case", nargs="+", action="extend", required=True, metavar="CASE", help="names, or 'all'")
-    command.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    command.add_argument(
-        "--full", dest="grid", action="store_const", const="full", help="the whole grid; hours on a CPU"
-    )
+    command.add_argument("--case", nargs="+", action="extend", required=True, choices=["all", *CASES], metavar="CASE")
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    command.add_argument("--grid", choices=("tiny", "quick", "default", "full"), default="default")
     command.add_argument("--quick", dest="grid", action="store_const", const="quick", help="one point of every kind")
-    command.add_argument("--grid", choices=("tiny", "quick", "default", "full"), help=argparse.SUPPRESS)
-    # Of several actions for one name argparse takes the default of the first.
-    command.set_defaults(grid="default")
     command.add_argument("--rounds", type=int, help="repetitions of every implementation (default: by case)")
     command.add_argument("--only", nargs="+", action="extend", default=[], metavar="PART", help="parts of their names")
     command.add_argument("--seconds", type=float, help="begin no new point of a case after this time")
     command.add_argument("--out", type=Path, help="folder to write into (default: benchmarks/results/<device>)")
     command.add_argument("--keep-partial", action="store_true", help="write after every point, marked incomplete")
-    command.add_argument("--commit", help=COMMIT)
-
-    command = commands.add_parser("list", help="name the cases")
-    command.set_defaults(call=list_cases)
 
     command = commands.add_parser("report", help="write the pages, figures and tables that show the result files")
     command.set_defaults(call=report)
@@ -51,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=compare)
     command.add_argument("files", nargs=2, type=Path, metavar="FILE", help="before and after")
 
-    command = commands.add_parser("targets", aliases=["bars"], help="the targets: met, missed or not measured")
+    command = commands.add_parser("targets", help="the targets: met, missed or not measured")
     command.set_defaults(call=targets)
     command.add_argument("--results", type=Path, help="a folder of result files of one device (default: results/*)")
 
@@ -66,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     stages = "first: build, candidates, linear, merge (4 minutes); second: train steps, tests, profile (7 minutes)"
     command.add_argument("stage", nargs="?", choices=("first", "second"), help=f"{stages}; default: all (9 minutes)")
     command.add_argument("--out", type=Path, help="folder to write into (default: benchmarks/results/<device>)")
-    command.add_argument("--commit", help=COMMIT)
+    command.add_argument("--commit", help="what to record as the commit where the source is no git repository")
     command.add_argument("--seconds", type=float, help="all the time there is, its start included")
     command.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="only these parts")
     command.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, the kernels interpreted")
@@ -76,8 +66,6 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 2 for what the user can change, 1 where a case or a text is wrong."""
     args = parser().parse_args(arguments)
-    if getattr(args, "commit", None):
-        os.environ["SLORA_COMMIT"] = args.commit
     try:
         code: int = args.call(args)
         return code
@@ -90,21 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run cases; those after one that fails are run all the same."""
-    partial = {
-        "--only": args.only,
-        f"the {args.grid} grid": args.grid in ("tiny", "quick"),
-        "--seconds": args.seconds is not None,
-        "--keep-partial": args.keep_partial,
-        f"--rounds {args.rounds}": args.rounds is not None and args.rounds < COMPARABLE_ROUNDS,
-    }
-    option = next((option for option in partial if partial[option]), None)
-    if args.out is None and option:
-        raise BenchmarkError(f"{option} needs --out; results/ holds whole runs of {COMPARABLE_ROUNDS} or more rounds")
+    part = args.only or args.rounds or args.seconds is not None or args.keep_partial or args.grid in ("tiny", "quick")
+    if part and args.out is None:
+        raise BenchmarkError("a part of a run needs --out; results/ holds whole ones")
     measured = [name for name, case in CASES.items() if args.device in case.devices]
     names = dict.fromkeys(name for word in args.case for name in (measured if word == "all" else [word]))
-    unknown = [name for name in names if name not in CASES]
-    if unknown:
-        raise BenchmarkError(f"case {unknown[0]!r} is unknown; there are {', '.join(CASES)}")
     code, errors = 0, []
     # The start of Python and torch counts as time of the first case.
     started = results.process_began()
@@ -137,13 +115,6 @@ def headline(row: results.Row) -> str:
     return f"{row['peak_memory_mib']:.5g} MiB" if seconds is None else f"{1e3 * seconds:.4g} ms"
 
 
-def list_cases(args: argparse.Namespace) -> int:
-    """Print the cases."""
-    for case in CASES.values():
-        print(f"{case.name:13} {case.summary} ({', '.join(case.devices)})")
-    return 0
-
-
 def report(args: argparse.Namespace) -> int:
     """Write what shows the result files, or say what is out of date."""
     from benchmarks.report import page
@@ -161,8 +132,7 @@ def compare(args: argparse.Namespace) -> int:
     """Print what moved between two files."""
     from benchmarks import compare
 
-    before, after = map(read_result, args.files)
-    print("\n".join(compare.lines(before, after)))
+    print("\n".join(compare.lines(*map(read_result, args.files))))
     return 0
 
 
@@ -194,6 +164,8 @@ def gpu(args: argparse.Namespace) -> int:
     """Validate a GPU."""
     from benchmarks import gpu
 
+    if args.commit:
+        os.environ["SLORA_COMMIT"] = args.commit
     return gpu.validate(args)
 
 

@@ -53,14 +53,9 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--case", "merge", "--case", "liner"], "case 'liner' is unknown; there are linear,"),
-        (["run", "--case", "linear", "--device", "tpu"], "device 'tpu' is unknown; use cpu or cuda"),
         (["run", "--case", "linear", *TINY, "--out", __file__], "cannot be written into (File exists)"),
-        (["run", "--case", "linear", "--rounds", "1", "--out", "x"], "--rounds 1 is below 3"),
-        (["run", "--case", "linear", "--quick"], "the quick grid needs --out"),
-        (["run", "--case", "linear", "--only", "PEFT"], "--only needs --out"),
-        (["run", "--case", "linear", "--rounds", "4"], "--rounds 4 needs --out"),
-        (["run", "--case", "linear", "--seconds", "nan", "--out", "x"], "--seconds nan is not a time"),
+        (["run", "--case", "linear", "--quick"], "a part of a run needs --out"),
+        (["run", "--case", "linear", "--only", "PEFT"], "a part of a run needs --out"),
         (["compare", "no.json", "other.json"], "no.json does not exist"),
     ],
     ids=lambda value: " ".join(Path(word).name for word in value) if isinstance(value, list) else "",
@@ -122,9 +117,9 @@ def test_a_run_whose_time_is_up_has_its_first_point_and_is_marked_incomplete(tmp
 def test_a_result_says_what_was_measured_on_what_and_from_which_source(
     tmp_path: Path, case: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setenv("SLORA_COMMIT", "")
+    monkeypatch.setenv("SLORA_COMMIT", "abc-dirty")
     case(_row("a", seconds=results.spread([0.4, 0.5, 0.6])), _row("b", skipped="no reason"))
-    assert run("run", "--case", "own", "--out", tmp_path, "--commit", "abc-dirty") == 0
+    assert run("run", "--case", "own", "--out", tmp_path) == 0
     result = read_result(tmp_path / "own.json")
     assert (result["schema"], result["device"], result["complete"]) == (SCHEMA, "cpu", True)
     about = result["environment"]
