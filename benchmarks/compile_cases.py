@@ -59,16 +59,19 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             kernel: Any = linear.fused_linear
             if variant in ("precomputed", "masked"):
                 kernel = linear.precomputed_linear
-                common |= tile.unrolled(R) | ({} if variant == "masked" else {"seed": None})
-            # Widths beyond 256 are those of dx. Without one pipeline over its tiles, any width takes the same code, and
-            # dx of one block the loop of several.
-            y = variant == "fused" or (variant == "precomputed" and (R != configs.ANY_WIDTH or not tile.FLATTEN))
+                common["R"], common["PIECES"] = tile.pieces(R, tma)
+                common |= {} if variant == "masked" else {"seed": None}
+            # Without one pipeline over its tiles, dx of one block takes the loop of several.
+            y = variant in ("fused", "precomputed")
             dx = variant != "fused" or tile.FLATTEN
             for forward in [True] * y + [False] * dx:
                 inner = (R, tile.BK) if forward else (tile.BK, R)
                 label = f"{'y' if forward else 'dx'}{f', {variant}' * (variant in ('looped', 'masked'))}, R={R}"
                 constants = common | {"FORWARD": forward} | ({} if forward else {"bias": None})
                 of_call = types | {"W": box(*tile.of_weight(forward)), "inner": box(*inner)}
+                if common.get("PIECES"):
+                    low = common["R"]
+                    of_call |= {"low": box(tile.BM, low), "factor": box(*(tile.BN, low) if forward else (low, tile.BN))}
                 yield _case(kernel, arch, label, tile, of_call, constants)
     for columns, low in configs.WEIGHT_GRADIENTS[arch]:
         types = dict.fromkeys(("x", "dy"), box(columns.ROWS, columns.TILE))

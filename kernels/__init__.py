@@ -11,7 +11,7 @@
 | `launch.py` | what every launcher asks of the device |
 
 They serve bf16 and fp16; fp32 in the interpreter alone, where tests see how exact they are. x, dy and W have rows of
-16 aligned bytes, K and the outputs of a block are multiples of 8, the rank is a multiple of 4 up to 256.
+16 aligned bytes, K and the outputs of a block are multiples of 8, the rank is a multiple of 8 up to 256.
 
 Importing this package does not import Triton; importing one of its files does.
 """

@@ -62,11 +62,6 @@ class Gemm(_Tile):
         """Return the shape of the tiles of W."""
         return (self.BN, self.BK) if forward else (self.BK, self.BN)
 
-    def unrolled(self, width: int) -> dict[str, int]:
-        """Return how `width` columns of S or T are read: at most 32 at once, in R / 32 pieces or a loop (R = 0)."""
-        R = padded(width)
-        return {"AT_ONCE": min(R, 32), "R": R if self.FLATTEN and R != ANY_WIDTH else 0}
-
 
 @dataclasses.dataclass(frozen=True)
 class Rows(_Tile):
@@ -108,7 +103,7 @@ GEMMS: dict[tuple[int, Variant], tuple[tuple[Gemm, int], ...]] = {
     (80, "masked"): ((_NARROW_80, ANY_WIDTH),),
     (90, "fused"): ((_WIDE, 32), (_PAIR, 32), (_SQUARE, 64), (_TALL, 16), (_LOW, 64)),
     (90, "looped"): ((_WIDE, 32), (_SQUARE, 64)),
-    (90, "precomputed"): ((_WIDE, 64), (_TALL, 256), (_PAIR, 64), (_SQUARE, 256), (_SQUARE, ANY_WIDTH)),
+    (90, "precomputed"): ((_WIDE, 256), (_PAIR, 256), (_TALL, 256), (_SQUARE, 256), (_SQUARE, ANY_WIDTH)),
     (90, "masked"): ((_SQUARE, 256), (_LOW, 256), (_SQUARE, ANY_WIDTH)),
     (100, "fused"): ((_SQUARE_100, 64),),
     (100, "looped"): ((_SQUARE_100, 64),),

@@ -65,7 +65,7 @@ def probe(
     BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Program (block, tile of sampled rows): `c <x A_i^T, dy[:, block i] B_i>` over its rows, one number."""
-    K, n, r = tiles.eights(K), tiles.eights(n), tiles.fours(r)
+    K, n, r = tiles.eights(K), tiles.eights(n), tiles.eights(r)
     stride_dy, stride_x = tiles.eights(stride_dy), tiles.eights(stride_x)
     block = tl.program_id(0) // row_tiles
     total = 0.0

@@ -112,20 +112,24 @@ class _Box(TensorDescriptor):  # type: ignore[misc]
         self.base, self.shape, self.strides, self.block_shape = base, shape, strides, box
 
 
-def boxed(matrix: Tensor, *box: int, shape: Sequence[int] | None = None) -> Any:
+def boxed(
+    matrix: Tensor, *box: int, shape: Sequence[int] | None = None, strides: Sequence[int] | None = None
+) -> Any:
     """Return what a kernel takes tiles of the shape `box` from: a descriptor for TMA, or the matrix.
 
     Args:
         matrix: as `aligned` returns it.
-        shape: another shape that it is viewed in; it is contiguous then.
+        shape: another shape that it is viewed in.
+        strides: of that shape, which by default is contiguous. Like those of `matrix` multiples of 16 bytes, the last 1.
     """
     if not described(matrix.device):
         return matrix
     if shape is None:
-        return _Box(matrix, matrix.shape, matrix.stride(), list(box))
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, size * strides[0])
+        shape, strides = matrix.shape, matrix.stride()
+    elif strides is None:
+        strides = [1]
+        for size in reversed(shape[1:]):
+            strides.insert(0, size * strides[0])
     return _Box(matrix, shape, strides, list(box))
 
 

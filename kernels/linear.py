@@ -8,7 +8,8 @@
 `fused_linear` computes S or T in the loop of the base product, from the tile of x or dy that is on chip: `low [BM, R]`
 beside `acc [BM, BN]`, both fp32. After the loop low is rounded to the dtype of x, which is what later passes read, and
 multiplied into acc. Programs that have a first tile of columns store it; it is never read here. `precomputed_linear`
-reads an S or T that was made before, and its sums start from the update. Both round y and dx once.
+reads an S or T that was made before and adds the update after the loop: low's product costs a tenth to a quarter of the
+loop, because wgmma takes hardly less time for 16 columns than for 64. Both round y and dx once.
 
 Each program computes one tile after the other, all of them one pipeline (`flatten`): the loads of the next tile run
 during the epilogue of this one. dx of several blocks is the exception when fused: its pipeline ends with every block.
@@ -22,7 +23,6 @@ first tile of columns of each block alone, or all but the first columns.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -125,7 +125,7 @@ def fused_linear(
     rows, W, inner and out are descriptors or pointers. Of each block of y, or of dx, the columns up to `end` are
     computed. LOOP: a tile of dx goes through several blocks.
     """
-    N, K, n, r = tiles.eights(N), tiles.eights(K), tiles.eights(n), tiles.fours(r)
+    N, K, n, r = tiles.eights(N), tiles.eights(K), tiles.eights(n), tiles.eights(r)
     stride_rows, stride_w = tiles.eights(stride_rows), tiles.eights(stride_w)
     tl.assume((K if FORWARD else n) > 0)
     order, count = blocks_of.in_order(gate, threshold, blocks, packed)
@@ -164,63 +164,78 @@ def fused_linear(
         last, width = height * per_block * groups, per_block * (groups - updated)
 
 
+@triton.jit
+def _masked_update(
+    low, factor, seed, drop, row, column, M, K, width,
+    BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of low times factor, both pointers, with the dropout mask of x."""
+    update = tl.zeros((BM, BN), tl.float32)
+    for k in tl.range(0, width, R, num_stages=1):
+        left = tiles.load_low(low, row, k, M, width, width, BM, R)
+        update = tl.dot(left, tiles.load_low(factor, k, column, width, K, K, R, BN), update)
+    key0, key1, key2 = counter.keys(tl.load(seed))
+    a, b = counter.row_keys(key0, key1, row + tl.arange(0, BM))
+    return tl.where(counter.keep(a, b, key2, column, drop, BN), update, 0.0)
+
+
 @triton.jit(do_not_specialize=["drop", "M", "blocks", "packed", "begin"])
 def precomputed_linear(
-    rows, W, bias, factor, low, out, gate, seed, threshold, scaling, drop,
+    rows, W, bias, low, factor, out, gate, seed, threshold, drop,
     M, N, K, n, r, blocks, packed, stride_rows, stride_w, begin,
     FORWARD: tl.constexpr, DROPOUT: tl.constexpr, DESCRIBED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, AT_ONCE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
     GROUP: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """See the head of this file. rows is x, factor B, low S and out y (FORWARD), or dy, A, T and dx.
+    """See the head of this file. rows is x, low S, factor c B and out y (FORWARD), or dy, T, c A and dx.
 
-    rows, W and out are descriptors or pointers. Of each block of y, or of dx, the columns from `begin` on are computed.
-    low is read AT_ONCE columns at a time: R of them without a loop, which would cost the tiles their one pipeline, or
-    with R = 0 as many as there are. All packed blocks of dx are one update.
+    rows `[1, M, columns]`, W, out, low and factor are descriptors or pointers; with DROPOUT, low and factor are
+    pointers. low is `[packed, M, r]` (FORWARD), else `[1, M, packed * r]`: all packed blocks of dx are one update. Of
+    each block of y, or of dx, the columns from `begin` on are computed.
     """
-    N, K, n, r = tiles.eights(N), tiles.eights(K), tiles.eights(n), tiles.fours(r)
+    N, K, n, r = tiles.eights(N), tiles.eights(K), tiles.eights(n), tiles.eights(r)
     stride_rows, stride_w = tiles.eights(stride_rows), tiles.eights(stride_w)
     order, count = blocks_of.in_order(gate, threshold, blocks, packed)
-    depth, columns, groups, stride = (K, n, blocks, r) if FORWARD else (N, K, 1, K)
-    tl.assume(depth > 0)
+    depth, columns, groups = (K, n, blocks) if FORWARD else (N, K, 1)
+    width = r if FORWARD else packed * r
+    main = tl.cdiv(depth, BK)
+    tl.assume(main > 0)
     height, per_block = tl.cdiv(M, BM), tl.cdiv(columns - begin, BN)
-    if DROPOUT:
-        key0, key1, key2 = counter.keys(tl.load(seed))
-
-    for tile in tl.range(tl.program_id(0), height * per_block * groups, tl.num_programs(0), flatten=FLATTEN):
-        m, j = tiles.grouped(tile, height, per_block * groups, GROUP)
-        place = j // per_block
-        row, column = m * BM, begin + j % per_block * BN
-        # The update is where the sums start, not where they end: after the main loop ptxas 12.9 makes every wgmma
-        # wait for the last, as it does after a branch. So zeros are added, and nothing read, of an inactive block.
-        if FORWARD:
-            block = blocks_of.at_place(order, place)
-            own = low + (block if packed == blocks else place) * r
-            there = tl.where(place < count, r, 0)
-        else:
-            block = 0
-            own = low
-            there = tl.where(count > 0, packed * r, 0)
-        first, stop = block * columns + column, block * columns + columns
-        acc = tl.zeros((BM, BN), tl.float32)
-        if R > 0:
-            for k in tl.static_range(0, R, AT_ONCE):
-                piece = tiles.load_low(own, row, k, M, there, packed * r, BM, AT_ONCE)
-                acc = _add_update(acc, piece, factor, k, first, there, stop, stride, scaling, FORWARD, AT_ONCE, BN)
-        else:
-            for k in tl.range(0, there, AT_ONCE, num_stages=1):
-                piece = tiles.load_low(own, row, k, M, there, packed * r, BM, AT_ONCE)
-                acc = _add_update(acc, piece, factor, k, first, there, stop, stride, scaling, FORWARD, AT_ONCE, BN)
-        if DROPOUT:
-            a_key, b_key = counter.row_keys(key0, key1, row + tl.arange(0, BM))
-            acc = tl.where(counter.keep(a_key, b_key, key2, column, drop, BN), acc, 0.0)
-        for k in range(0, depth, BK):
-            left = tiles.load(rows, row, k, M, depth, stride_rows, BM, BK, DESCRIBED)
-            acc = _times(acc, left, W, k, first, depth, columns * groups, stride_w, FORWARD, DESCRIBED, BK, BN)
-        _finish(
-            acc, bias, out, low.dtype.element_ty, row, block, column, M, columns, columns * groups,
-            BM, BN, HALVES, DESCRIBED,
-        )  # fmt: skip
+    # Tiles with an update come first, as in `fused_linear`.
+    updated = count if FORWARD else min(count, 1)
+    first, last, before, across, place = tl.program_id(0), height * per_block * updated, 0, per_block * updated, 0
+    for rest in tl.static_range(2):
+        steps = main + tl.cdiv(width, BK) if rest == 0 and not DROPOUT else main
+        for tile in tl.range(first, last, tl.num_programs(0), flatten=FLATTEN and not (DROPOUT and rest == 0)):
+            m, j = tiles.grouped(tile - before, height, across, GROUP)
+            row, column, here = m * BM, begin + j % per_block * BN, place + j // per_block
+            block = blocks_of.at_place(order, here) if FORWARD else 0
+            index = (block if packed == blocks else here) if FORWARD else 0
+            at = block * columns + column
+            acc = tl.zeros((BM, BN), tl.float32)
+            for step in range(0, steps):
+                # After the last columns of x come those of S, after those of W those of B: one pipeline.
+                k, limit, left, right, group, stride_left, stride_right = step, depth, rows, W, 0, stride_rows, stride_w
+                if rest == 0 and not DROPOUT:
+                    if step >= main:
+                        k, limit, left, right, group = step - main, width, low, factor, index
+                        stride_left, stride_right = packed * r, r if FORWARD else K
+                if DESCRIBED:
+                    a = tl.reshape(left.load([group, row, k * BK]), (BM, BK))
+                else:
+                    a = tiles.load(left + group * r, row, k * BK, M, limit, stride_left, BM, BK, False)
+                acc = _times(
+                    acc, a, right, k * BK, at, limit, columns * groups, stride_right, FORWARD, DESCRIBED, BK, BN
+                )
+            if DROPOUT and rest == 0:
+                acc += _masked_update(low, factor, seed, drop, row, column, M, K, width, BM, BN, R)
+            _finish(
+                acc, bias, out, out.dtype if DESCRIBED else out.dtype.element_ty, row, block, column, M, columns,
+                columns * groups, BM, BN, HALVES, DESCRIBED,
+            )  # fmt: skip
+        first += tl.cdiv(max(last - first, 0), tl.num_programs(0)) * tl.num_programs(0)
+        before, place = last, updated
+        last, across = height * per_block * groups, per_block * (groups - updated)
 
 
 def fused(
@@ -234,7 +249,6 @@ def fused(
         W: `[N, K]` likewise, in the dtype of rows.
         bias: `[N]` in the dtype of x, contiguous, at a multiple of 16 bytes, or None, as it is for dx.
         operands: A, B contiguous in the dtype of rows, gates in fp32, r at most `configs.MAX_FUSED_RANK`, no dropout.
-            Where r is no multiple of 8, rows of B are padded to 16 bytes for TMA in the backward: `2 N r` bytes.
         tile: one of `configs.gemm(arch, "fused", R)`; in the backward of several blocks `tile.BK` divides n, because a
             tile that TMA brings must not reach over the end of a block.
         first_tile: fill only the first `tile.BN` columns of each block of y, or of dx.
@@ -248,8 +262,6 @@ def fused(
     described = launch.described(device)
     if forward:
         inner = launch.boxed(A, R, tile.BK, shape=(blocks * r, K))
-    elif r % 8 and described:
-        inner = launch.boxed(F.pad(B, (0, -r % 8)), tile.BK, R, shape=(N, r + -r % 8))
     else:
         inner = launch.boxed(B, tile.BK, R, shape=(N, r))
     loop = not forward and (blocks > 1 or not tile.FLATTEN)
@@ -279,26 +291,33 @@ def precomputed(
         tile: one of `configs.gemm(arch, "precomputed", R)`, for dx with dropout of "masked".
         out: filled from the column `begin` of each block of y, or of dx, on; by default a new one is filled whole.
     """
-    M, (N, K), blocks = rows.shape[0], W.shape, operands.blocks
-    groups, columns = (blocks, operands.n) if forward else (1, K)
+    M, (N, K), (blocks, r, _) = rows.shape[0], W.shape, operands.lora_A.shape
+    n, packed, device, strides = operands.n, operands.packed, rows.device, (rows.stride(0), W.stride(0))
+    groups, columns = (blocks, n) if forward else (1, K)
     out = rows.new_empty(M, groups * columns) if out is None else out
-    dropout = not forward and operands.dropout > 0.0
     if begin >= columns:
         return out
-    device, n, r, strides = rows.device, operands.n, operands.r, (rows.stride(0), W.stride(0))
-    width = r if forward else low.shape[1]
+    # Rounded as in `fused`. To scale S would save a launch, but could overflow.
+    factor = factor if operands.factor == 1.0 else factor * operands.factor
+    dropout, width = not forward and operands.dropout > 0.0, packed * r
+    if not dropout:
+        # Of y, each packed block is an update of its own; of dx, all of them are one.
+        shape = (packed, M, r) if forward else (1, M, width)
+        low = launch.boxed(low, 1, tile.BM, tile.BK, shape=shape, strides=(r if forward else width, width, 1))
+        factor = launch.boxed(factor, *tile.of_weight(forward), shape=(N, r) if forward else (width, K))
     launch.run(
         precomputed_linear, device, launch.persistent(device, tile, M, columns - begin, groups),
-        (rows.dtype, bias is None, M >> 31, N, K, n, r, width, strides, forward, dropout, tile),
+        (rows.dtype, bias is None, M >> 31, N, K, n, r, strides, forward, dropout, dropout and width, tile),
         (
-            launch.boxed(rows, tile.BM, tile.BK), launch.boxed(W, *tile.of_weight(forward)), bias, factor, low,
+            launch.boxed(rows, 1, tile.BM, tile.BK, shape=(1, *rows.shape), strides=(strides[0], strides[0], 1)),
+            launch.boxed(W, *tile.of_weight(forward)), bias, low, factor,
             launch.boxed(out, tile.BM, 1, tile.store_width, shape=(M, groups, columns)), operands.gate,
-            operands.seed if dropout else None, operands.threshold, operands.factor,
-            drop_units(operands.dropout), M, N, K, n, r, blocks, operands.packed, *strides, begin,
+            operands.seed if dropout else None, operands.threshold, drop_units(operands.dropout),
+            M, N, K, n, r, blocks, packed, *strides, begin,
         ),
         lambda: {
-            "FORWARD": forward, "DROPOUT": dropout, "DESCRIBED": launch.described(device), **tile.unrolled(width),
-            **tile.meta(),
+            "FORWARD": forward, "DROPOUT": dropout, "DESCRIBED": launch.described(device),
+            "R": min(configs.padded(width), 32), **tile.meta(),
         },
     )  # fmt: skip
     return out

@@ -51,7 +51,7 @@ def skinny(
     Those of block i start at `i * step`. Element (k, j) of its factor is at `i * depth * r + k * stride_k +
     j * stride_j` of low.
     """
-    depth, step, r, stride_x = tiles.eights(depth), tiles.eights(step), tiles.fours(r), tiles.eights(stride_x)
+    depth, step, r, stride_x = tiles.eights(depth), tiles.eights(step), tiles.eights(r), tiles.eights(stride_x)
     rows = tl.program_id(0) // packed * BM + tl.arange(0, BM)
     index = tl.program_id(0) % packed
     j = tl.arange(0, R)

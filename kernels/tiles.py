@@ -2,7 +2,7 @@
 
 A matrix comes either as a tensor descriptor, through which TMA moves whole tiles and clips them to the matrix, or as a
 pointer with a stride; then addresses are int64 and masks clip. Strides of x, W and dy, and numbers of columns, are
-multiples of 8 (16 bytes), ranks of 4: `eights` and `fours` tell the compiler, which then moves vectors.
+and ranks are multiples of 8 (16 bytes), which `eights` tells the compiler: it then moves vectors.
 """
 
 import triton
@@ -13,12 +13,6 @@ import triton.language as tl
 def eights(size):
     """Return `size`, a multiple of 8, as the compiler can see."""
     return size // 8 * 8
-
-
-@triton.jit
-def fours(size):
-    """Return `size`, a multiple of 4, as the compiler can see."""
-    return size // 4 * 4
 
 
 @triton.jit

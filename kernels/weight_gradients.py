@@ -81,7 +81,7 @@ def partial_sums(
     g the group of LOW_B columns of that packed block's S; j counts within the block, so that a tile's sums belong to
     one block. `dots [splits, dy_tiles]` gets the inner product of each with B, where it is asked for.
     """
-    K, N, n, r = tiles.eights(K), tiles.eights(N), tiles.eights(n), tiles.fours(r)
+    K, N, n, r = tiles.eights(K), tiles.eights(N), tiles.eights(n), tiles.eights(r)
     stride_x, stride_dy = tiles.eights(stride_x), tiles.eights(stride_dy)
     tile = tl.program_id(0) % (x_tiles + dy_tiles)
     split = tl.program_id(0) // (x_tiles + dy_tiles)

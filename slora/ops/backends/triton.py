@@ -100,13 +100,13 @@ class Triton:
 
 
 def _prepared(operands: LoRAOperands) -> LoRAOperands:
-    """The operands as the kernels need them: contiguous matrices of a rank that is a multiple of 4, gates in fp32; all
+    """The operands as the kernels need them: contiguous matrices of a rank that is a multiple of 8, gates in fp32; all
     at multiples of 16 bytes."""
     from slora.kernels import launch
 
     A, B = operands[:2]
     gate, threshold = fp32_gate(operands.gate, operands.threshold)
-    if missing := -A.shape[1] % 4:
+    if missing := -A.shape[1] % 8:
         A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
     A, B = launch.at_16(A.contiguous()), launch.at_16(B.contiguous())
     return LoRAOperands(A, B, launch.at_16(gate), threshold, *operands[4:])
