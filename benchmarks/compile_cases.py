@@ -59,8 +59,8 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             kernel: Any = linear.fused_linear
             if variant in ("precomputed", "masked"):
                 kernel = linear.precomputed_linear
-                common["R"], common["PIECES"] = tile.pieces(R, tma)
-                common |= {} if variant == "masked" else {"seed": None}
+                types["rows"] = box(1, tile.BM, tile.BK)
+                common |= {"R": 32} | ({} if variant == "masked" else {"seed": None})
             # Without one pipeline over its tiles, dx of one block takes the loop of several.
             y = variant in ("fused", "precomputed")
             dx = variant != "fused" or tile.FLATTEN
@@ -69,9 +69,8 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 label = f"{'y' if forward else 'dx'}{f', {variant}' * (variant in ('looped', 'masked'))}, R={R}"
                 constants = common | {"FORWARD": forward} | ({} if forward else {"bias": None})
                 of_call = types | {"W": box(*tile.of_weight(forward)), "inner": box(*inner)}
-                if common.get("PIECES"):
-                    low = common["R"]
-                    of_call |= {"low": box(tile.BM, low), "factor": box(*(tile.BN, low) if forward else (low, tile.BN))}
+                if variant == "precomputed":
+                    of_call |= {"low": types["rows"], "factor": of_call["W"]}
                 yield _case(kernel, arch, label, tile, of_call, constants)
     for columns, low in configs.WEIGHT_GRADIENTS[arch]:
         types = dict.fromkeys(("x", "dy"), box(columns.ROWS, columns.TILE))

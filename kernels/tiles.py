@@ -1,8 +1,8 @@
 """How the GEMM kernels find, read and write a tile of a matrix with unit column stride. Tile sizes are in `configs.py`.
 
 A matrix comes either as a tensor descriptor, through which TMA moves whole tiles and clips them to the matrix, or as a
-pointer with a stride; then addresses are int64 and masks clip. Strides of x, W and dy, and numbers of columns, are
-and ranks are multiples of 8 (16 bytes), which `eights` tells the compiler: it then moves vectors.
+pointer with a stride; then addresses are int64 and masks clip. Strides of x, W and dy, numbers of columns and ranks are
+multiples of 8 (16 bytes), which `eights` tells the compiler: it then moves vectors.
 """
 
 import triton

@@ -18,9 +18,9 @@ from slora.ops.backends.algorithms import Algorithm, Forward, InputGradient, Wei
 
 # M, K, n, blocks, r, which blocks are active: rows of 1, 5, 123 and 197, and columns that are no powers of two.
 SHAPES = {
-    "one row": (1, 24, 40, 1, 4, "all"),
+    "one row": (1, 24, 40, 1, 8, "all"),
     "five rows": (5, 72, 136, 1, 16, "all"),
-    "several column tiles": (123, 136, 296, 1, 20, "all"),
+    "several column tiles": (123, 136, 296, 1, 24, "all"),
     "none active": (5, 40, 24, 1, 8, "none"),
     "two of three": (123, 72, 64, 3, 8, "some"),
     "three": (37, 40, 192, 3, 16, "all"),
@@ -85,7 +85,7 @@ def test_every_form_agrees_with_the_formulas(
 def test_every_tile_size_computes_the_same(
     K: int, n: int, blocks: int, make_problem: Callable[..., Any], assert_as_exact_as: Callable[..., None]
 ) -> None:
-    p = make_problem(70, K, n, blocks, 12, "all", torch.float16)
+    p = make_problem(70, K, n, blocks, 24, "all", torch.float16)
     for found in results(p, every_tile=True).values():
         for algorithm, values in found:
             p.compare(assert_as_exact_as, values, str(algorithm))
@@ -160,12 +160,12 @@ def test_split_leaves_the_first_tile_of_columns_to_the_fused_kernel(
 
 @pytest.mark.parametrize("host_known", [True, False], ids=["host-known", "device-known"])
 def test_nothing_of_an_inactive_block_is_read(host_known: bool, make_problem: Callable[..., Any]) -> None:
-    p = make_problem(197, 24, 16, 3, 4, "some", host_known=host_known)
+    p = make_problem(197, 24, 16, 3, 8, "some", host_known=host_known)
     exact = p.computed_in(torch.float64)
     p.dy.view(197, 3, 16)[:, 1] = math.nan
     S, T = (exact[name].to(p.x) for name in "ST")
     if not host_known:
-        S[:, 4:8], T[:, 4:8] = math.nan, math.nan
+        S[:, 8:16], T[:, 8:16] = math.nan, math.nan
     assert skinny.products(p.dy, p.operands, forward=False).isfinite().all()
     operation = WeightGradients(p.x, p.dy, S, T, p.operands, Needs(True, True, True, True))
     for algorithm in operation.algorithms():
@@ -179,7 +179,7 @@ def test_nothing_of_an_inactive_block_is_read(host_known: bool, make_problem: Ca
 def test_a_gate_that_moved_since_the_host_counted_writes_and_reads_nothing_out_of_bounds(
     blocks: int, packed: int, make_problem: Callable[..., Any], assert_as_exact_as: Callable[..., None]
 ) -> None:
-    p = make_problem(40, 48, 64, blocks, 4, "all")
+    p = make_problem(40, 48, 64, blocks, 8, "all")
     # What the host counted: the kernels give the columns to the first of the active blocks.
     p.active = list(range(packed))
     p.operands = p.operands._replace(active=p.active)
@@ -193,7 +193,7 @@ def test_a_gate_that_moved_since_the_host_counted_writes_and_reads_nothing_out_o
 def test_only_the_weight_gradients_that_are_needed_are_computed(
     needs: tuple[bool, ...], make_problem: Callable[..., Any], assert_as_exact_as: Callable[..., None]
 ) -> None:
-    p = make_problem(123, 40, 24, 3, 4, "some")
+    p = make_problem(123, 40, 24, 3, 8, "some")
     exact = p.computed_in(torch.float64)
     S, T = (exact[name].to(p.x) for name in "ST")
     x, T = (p.x, T) if needs[0] else (None, None)

@@ -17,12 +17,12 @@ from slora.ops.operands import LoRAOperands
 
 # M, sampled rows, K, blocks, n, r, active, seed
 CASES = {
-    "one row of one": (1, 1, 16, 1, 8, 4, (), 1),
-    "sampled": (150, 40, 40, 3, 24, 4, (0,), 3),
+    "one row of one": (1, 1, 16, 1, 8, 8, (), 1),
+    "sampled": (150, 40, 40, 3, 24, 8, (0,), 3),
     "all rows": (33, 64, 16, 1, 24, 16, (), 2**40 + 7),
     "rank above a group": (300, 100, 24, 2, 8, 72, (1,), 123456789),
-    "all active": (7, 7, 8, 4, 8, 4, (0, 1, 2, 3), 5),
-    "many blocks": (20, 10, 16, 30, 8, 4, (0, 29), 9),
+    "all active": (7, 7, 8, 4, 8, 8, (0, 1, 2, 3), 5),
+    "many blocks": (20, 10, 16, 30, 8, 8, (0, 29), 9),
 }
 
 
@@ -115,7 +115,7 @@ def test_two_runs_give_the_same_bits(device: torch.device) -> None:
 def test_an_element_of_x_or_dy_may_lie_beyond_2_to_the_31(device: torch.device) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     M, K, n, stride = 3, 40, 24, 2**30 + 8
-    x, dy, A, B = (torch.randn(shape).to(device, torch.float16) for shape in ((M, K), (M, n), (1, 4, K), (1, n, 4)))
+    x, dy, A, B = (torch.randn(shape).to(device, torch.float16) for shape in ((M, K), (M, n), (1, 8, K), (1, n, 8)))
     near = Layer(dy, x, LoRAOperands(A, B, torch.zeros(1, device=device), 0.1, 1.7), 5)
     # Three rows, 4 GiB of addresses, of which three pages are touched.
     far = torch.empty(2 * stride + 64, dtype=torch.float16, device=device).as_strided((M, 64), (stride, 1))

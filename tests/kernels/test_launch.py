@@ -74,7 +74,7 @@ def test_no_grid_exceeds_what_a_gpu_launches(
         grids[kernel.fn.__name__] = grid
 
     monkeypatch.setattr(launch, "run", record)
-    monkeypatch.setattr(launch, "boxed", lambda matrix, *box, shape=None: matrix)
+    monkeypatch.setattr(launch, "boxed", lambda matrix, *box, shape=None, strides=None: matrix)
     everything(M, K, n, blocks, r)
     assert set(grids) == {name for name in KERNELS if r <= configs.MAX_FUSED_RANK or not name.startswith("fused")}
     for name, (x, *others) in grids.items():
