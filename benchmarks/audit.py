@@ -38,7 +38,8 @@ SHARED_MEMORY = {80: 164 * 1024, 90: 228 * 1024, 100: 228 * 1024}
 class Report(NamedTuple):
     """What became of a case: `spilled` bytes per thread and of stack, `shared` bytes per program, programs that fit on
     an SM, products of tiles by instruction, arguments that TMA `loads`, whether it `stores` results, whether there are
-    other asynchronous `copies`, and whether ptxas makes every wgmma wait for the one before.
+    other asynchronous `copies`, whether wgmma instructions of two steps of a loop are `overlapped`, and whether ptxas
+    makes every wgmma wait for the one before.
     """
 
     registers: int
@@ -49,6 +50,7 @@ class Report(NamedTuple):
     loads: tuple[str, ...]
     stores: bool
     copies: bool
+    overlapped: bool
     serialized: bool
 
 
@@ -91,12 +93,17 @@ def compile_kernel(case: CompileCase) -> Report:
             "fma": sum(not layout.startswith("mma") for layout in dots),
         },
         # What is no argument is one of two, as the step of the loop says.
-        loads=tuple(sorted({
-            name if name in names else "..."
-            for name in re.findall(r"async_tma_copy_global_to_local %(\w+?)(?:_\d+)?(?:#\d+)?\[", code)
-        })),
+        loads=tuple(
+            sorted(
+                {
+                    name if name in names else "..."
+                    for name in re.findall(r"async_tma_copy_global_to_local %(\w+?)(?:_\d+)?(?:#\d+)?\[", code)
+                }
+            )
+        ),
         stores=bool(re.search(r"cp\.async\.bulk\.tensor\.\dd\.global\.shared", ptx)),
         copies="cp.async.c" in ptx,
+        overlapped=bool(re.search(r"warp_group_dot_wait .*pendings = [1-9]", code)),
         serialized="wgmma.mma_async instructions are serialized" in said,
     )
 
@@ -112,6 +119,8 @@ def mismatches(case: CompileCase, report: Report) -> list[str]:
         f"{report.shared} bytes of shared memory; sm_{case.arch} has {limit}": report.shared > limit,
         f"{case.programs} programs are meant to share an SM; {report.occupancy} fit": report.occupancy < case.programs,
         "ptxas serializes its wgmma instructions": report.serialized,
+        "every step of its loop waits for its own wgmma":
+            case.arch == 90 and "out" in described and not report.overlapped,
         f"products by {report.products}; expected {' or '.join(sorted(case.products))} alone":
             not used <= case.products or (case.products and not used),
         "its loop does not load by asynchronous copies": case.products and not described and not report.copies,

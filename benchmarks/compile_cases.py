@@ -66,7 +66,8 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             dx = variant != "fused" or tile.FLATTEN
             for forward in [True] * y + [False] * dx:
                 inner = (R, tile.BK) if forward else (tile.BK, R)
-                label = f"{'y' if forward else 'dx'}{f', {variant}' * (variant in ('looped', 'masked'))}, R={R}"
+                rank = "any rank" if R == configs.ANY_WIDTH else f"R={R}"
+                label = f"{'y' if forward else 'dx'}{f', {variant}' * (variant in ('looped', 'masked'))}, {rank}"
                 constants = common | {"FORWARD": forward} | ({} if forward else {"bias": None})
                 of_call = types | {"W": box(*tile.of_weight(forward)), "inner": box(*inner)}
                 if variant == "precomputed":

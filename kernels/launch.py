@@ -112,9 +112,7 @@ class _Box(TensorDescriptor):  # type: ignore[misc]
         self.base, self.shape, self.strides, self.block_shape = base, shape, strides, box
 
 
-def boxed(
-    matrix: Tensor, *box: int, shape: Sequence[int] | None = None, strides: Sequence[int] | None = None
-) -> Any:
+def boxed(matrix: Tensor, *box: int, shape: Sequence[int] | None = None, strides: Sequence[int] | None = None) -> Any:
     """Return what a kernel takes tiles of the shape `box` from: a descriptor for TMA, or the matrix.
 
     Args:

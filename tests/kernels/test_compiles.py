@@ -46,7 +46,11 @@ def test_the_audit_in_the_tree_is_of_the_kernels_in_the_tree() -> None:
     assert audit.PATH.stat().st_size < 16_000
 
 
-SAMPLE = ["fused_linear, dx, R=32, 128x256x64", "precomputed_linear, dx, R=256, 128x128x64", "partial_sums, 64 columns"]
+SAMPLE = [
+    "fused_linear, dx, R=32, 128x256x64",
+    "precomputed_linear, dx, any rank, 128x128x64",
+    "partial_sums, 64 columns",
+]
 
 
 @pytest.mark.once
@@ -68,24 +72,26 @@ def test_every_call_finds_its_candidates_and_they_fit_into_shared_memory(arch: i
     low = variant in ("fused", "looped")
     for R in configs.RANKS[:3] if low else (*configs.RANKS, configs.ANY_WIDTH):
         tiles = configs.gemm(arch, variant, R)
-        assert 1 <= len(set(tiles)) == len(tiles) <= 5
+        assert 1 <= len(set(tiles)) == len(tiles) <= 6
         # The GPUs that are measured first have a choice.
         assert len(tiles) > 1 or arch != 90 or R == configs.ANY_WIDTH or (variant, R) == ("looped", 64)
         for tile in tiles:
             steps = 2 * tile.num_stages * tile.BK * (tile.BM + tile.BN + R * low)
             store = 2 * tile.BM * tile.store_width if arch >= 90 else 0
             # What there is beyond: factors in the epilogue, barriers.
-            assert tile.programs * (steps + store) <= 0.95 * configs.SHARED_MEMORY[arch]
+            assert tile.programs * (steps + store) <= (0.95 if low else 0.99) * configs.SHARED_MEMORY[arch]
 
 
 GOOD = Report(
-    registers=168, spilled=0, shared=200 * 1024, occupancy=1, stores=True, copies=True, serialized=False,
+    registers=168, spilled=0, shared=200 * 1024, occupancy=1, stores=True, copies=True, overlapped=True,
+    serialized=False,
     products={"wgmma": 9, "tcgen05": 0, "mma.sync": 0, "fma": 0}, loads=("A", "W", "x"),
 )  # fmt: skip
 MISMATCHES: dict[str, dict[str, Any]] = {
     "8 bytes of stack and spills": {"spilled": 8},
     "bytes of shared memory; sm_90 has": {"shared": 228 * 1024},
     "serializes": {"serialized": True},
+    "waits for its own wgmma": {"overlapped": False},
     "meant to share an SM": {"occupancy": 0},
     "expected wgmma alone": {"products": {"wgmma": 9, "tcgen05": 0, "mma.sync": 0, "fma": 1}},
     "asynchronous copies": {"copies": False},
