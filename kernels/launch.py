@@ -118,7 +118,7 @@ def boxed(matrix: Tensor, *box: int, shape: Sequence[int] | None = None, strides
     Args:
         matrix: as `aligned` returns it.
         shape: another shape that it is viewed in.
-        strides: of that shape, which by default is contiguous. Like those of `matrix` multiples of 16 bytes, the last 1.
+        strides: of that shape, by default contiguous; multiples of 16 bytes, the last 1.
     """
     if not described(matrix.device):
         return matrix

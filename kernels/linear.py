@@ -216,7 +216,7 @@ def precomputed_linear(
             for step in range(0, steps):
                 # After the last columns of x come those of S, after those of W those of B: one pipeline.
                 k, limit, left, right, group, stride_left, stride_right = step, depth, rows, W, 0, stride_rows, stride_w
-                if rest == 0 and not DROPOUT:
+                if rest == 0 and not DROPOUT:  # noqa: SIM102 (known when compiled; the other is not)
                     if step >= main:
                         k, limit, left, right, group = step - main, width, low, factor, index
                         stride_left, stride_right = packed * r, r if FORWARD else K
