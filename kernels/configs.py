@@ -8,6 +8,7 @@ instructions.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 # Bytes of shared memory that one program may use, by arch. For 80 it is that of compute capability 8.6, 8.9 and 12.0,
@@ -25,13 +26,14 @@ Variant = Literal["fused", "looped", "precomputed", "masked"]
 """S or T computed in the main loop, or for dx of several blocks in one per block; read; read, and dx has a mask."""
 
 
+# Tiles are keys at every launch: compared by identity, they are hashed without reading their fields.
 class _Tile:
     def meta(self) -> dict[str, Any]:
         """Return the compile-time arguments and the options of the launch."""
         return {name: value for name, value in vars(self).items() if name != "programs"}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Gemm(_Tile):
     """Tile sizes of the kernels in `linear`."""
 
@@ -63,7 +65,7 @@ class Gemm(_Tile):
         return (self.BN, self.BK) if forward else (self.BK, self.BN)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rows(_Tile):
     """Tile sizes of `skinny` and `gate_probe`, whose programs own rows and walk along the columns of x or dy."""
 
@@ -73,7 +75,7 @@ class Rows(_Tile):
     num_stages: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Columns(_Tile):
     """Tile sizes of `weight_gradients`, whose programs own columns of x or dy and walk along the rows."""
 
@@ -132,6 +134,7 @@ def arch_of(major: int) -> int:
     return {9: 90, 10: 100}.get(major, 80)
 
 
+@functools.cache
 def padded(r: int) -> int:
     """Return the entry of `RANKS` that holds `r` columns, else `ANY_WIDTH`."""
     return next((R for R in RANKS if r <= R), ANY_WIDTH)

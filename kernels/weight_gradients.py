@@ -22,7 +22,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -188,9 +187,8 @@ def weight_gradients(
     A, B, gate, threshold, _, _, dropout, seed = operands
     need_A, need_B, need_gate = needs
     (M, N), (blocks, r, K), n, packed, device = dy.shape, A.shape, operands.n, operands.packed, dy.device
-    dA = torch.empty(A.shape, dtype=torch.float32, device=device) if need_A else None
-    dB = torch.empty(B.shape, dtype=torch.float32, device=device) if need_B else None
-    dgate = torch.empty(blocks, dtype=torch.float32, device=device) if need_gate else None
+    # Like the gates, all that is made here is in fp32.
+    dA, dB, dgate = (gate.new_empty(t.shape) if need else None for t, need in zip((A, B, gate), needs, strict=True))
     if packed == 0:
         return tuple(None if t is None else t.zero_() for t in (dA, dB, dgate))  # type: ignore[return-value]
     # What is not needed is not read, but the kernel wants a tensor in its place.
@@ -201,8 +199,7 @@ def weight_gradients(
     tiles_in_all = x_tiles + packed * count
     splits = row_splits(launch.cdiv(M, tile.ROWS), tiles_in_all, 2 * launch.sms(device))
     partial_A, partial_B, dots = (
-        torch.empty(splits * packed * size, dtype=torch.float32, device=device)
-        for size in (r * K if need_A else 0, n * r if count else 0, count)
+        gate.new_empty(splits * packed * size) for size in (r * K if need_A else 0, n * r if count else 0, count)
     )
     parts_A, parts_B = launch.cdiv(r * K, CHUNK) * need_A, launch.cdiv(n * r, CHUNK) * need_B
     strides, dropped = (x.stride(0), dy.stride(0)), need_A and dropout > 0.0

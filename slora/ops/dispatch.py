@@ -29,7 +29,7 @@ from slora.ops.backends.triton import Triton
 from slora.ops.operands import LoRAOperands
 
 SETTINGS = ("auto", "triton", "torch", "reference")
-TRITON = Triton()
+TRITON, PINNED = Triton(), Triton(pinned=True)
 # Looked up once here, because torch.compile cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -67,7 +67,9 @@ def _decided(wanted: str, device: torch.device, dtype: torch.dtype) -> Backend |
     if wanted == "reference":
         return None
     check_device(device, dtype)
-    return TRITON if _kernels_serve(device, dtype) else EAGER
+    if not _kernels_serve(device, dtype):
+        return EAGER
+    return PINNED if wanted == "triton" else TRITON
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:

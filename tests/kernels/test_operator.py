@@ -118,7 +118,7 @@ def test_forward_and_backward_may_take_different_forms(
 ) -> None:
     taken = []
 
-    def choose(operation: triton.Operation) -> triton.Algorithm:
+    def choose(operation: triton.Operation, pinned: bool) -> triton.Algorithm:
         algorithms = operation.algorithms()
         wanted = {"forward": "precomputed", "input gradient": "cublas_before", "weight gradients": "cublas"}
         taken.append(next(algorithm for algorithm in algorithms if algorithm.name == wanted[operation.key[0]]))

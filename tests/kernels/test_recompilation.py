@@ -68,7 +68,7 @@ def step(
         A, B, gate, bias = (torch.cat([t.flatten()[:1], t.flatten()])[1:].view(t.shape) for t in (A, B, gate, bias))
     active = [i for i, score in enumerate(scores) if score >= threshold] if host_known else None
     operands = LoRAOperands(A, B, gate, threshold, scaling, active, p, torch.tensor(seed) if p else None)
-    def choose(operation):
+    def choose(operation, pinned):
         algorithms = operation.algorithms()
         return next((f for f in algorithms if f.name == algorithm), algorithms[0])
     triton._algorithm = choose

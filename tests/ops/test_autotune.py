@@ -248,26 +248,25 @@ def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_forgotten")
 def test_an_operation_runs_the_algorithm_that_was_measured_and_is_not_looked_at_again(clock: Clock) -> None:
     operation = Operation(fused=2.0, split=1.0)
-    assert [triton._run(operation) for _ in range(3)] == [("split", 1.0)] * 3
+    assert [triton._run(operation, False) for _ in range(3)] == [("split", 1.0)] * 3
     assert (operation.listed, clock.measured) == (1, ["fused", "split"])
     # Eager mode and a graph are measured apart, and so are other numbers of rows.
-    assert triton._run(Operation(host_known=False, fused=1.0, split=2.0))[0] == "fused"
-    assert triton._run(Operation(M=1000, fused=1.0, split=2.0))[0] == "fused"
+    assert triton._run(Operation(host_known=False, fused=1.0, split=2.0), False)[0] == "fused"
+    assert triton._run(Operation(M=1000, fused=1.0, split=2.0), False)[0] == "fused"
 
 
 @pytest.mark.usefixtures("_forgotten")
-def test_a_pinned_backend_takes_its_first_kernel(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLORA_BACKEND", "triton")
-    assert triton._run(Operation(fused=2.0, split=1.0))[0] == "fused"
+def test_a_pinned_backend_takes_its_first_kernel(clock: Clock) -> None:
+    assert triton._run(Operation(fused=2.0, split=1.0), True)[0] == "fused"
     assert clock.measured == []
 
 
 @pytest.mark.usefixtures("_forgotten")
 def test_a_default_during_capture_is_not_remembered(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_capturing", lambda device: True)
-    assert triton._run(Operation(fused=2.0, split=1.0))[0] == "fused"
+    assert triton._run(Operation(fused=2.0, split=1.0), False)[0] == "fused"
     monkeypatch.setattr(tuning, "_capturing", lambda device: False)
-    assert triton._run(Operation(fused=2.0, split=1.0))[0] == "split"
+    assert triton._run(Operation(fused=2.0, split=1.0), False)[0] == "split"
 
 
 @pytest.mark.gpu

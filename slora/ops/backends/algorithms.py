@@ -42,7 +42,7 @@ class Algorithm(NamedTuple):
         return " ".join([self.name, *map(str, self.tiles)])
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Linear:
     """`(y [M, N], S [M, packed * r])` of x, or `(dx [M, K], T [M, packed * r])` of dy."""
 

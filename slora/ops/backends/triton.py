@@ -32,9 +32,12 @@ MAX_BLOCKS, MAX_RANK = 64, 256
 
 
 class Triton:
-    """The backend of kernels and cuBLAS; see the head of this file."""
+    """The backend of kernels and cuBLAS; see the head of this file. With `pinned` it never measures."""
 
     name = "triton"
+
+    def __init__(self, pinned: bool = False) -> None:
+        self.pinned = pinned
 
     def supports(self, x: Tensor, operands: LoRAOperands | None) -> bool:
         """bf16 and fp16 (in the interpreter also fp32); K and n that are multiples of 8; up to 64 blocks of rank up to
@@ -43,8 +46,8 @@ class Triton:
             return x.numel() > 0
         if x.dtype not in (torch.bfloat16, torch.float16) and (x.is_cuda or x.dtype != torch.float32):
             return False
-        K, n = operands.lora_A.shape[2], operands.n
-        fits = operands.blocks <= MAX_BLOCKS and 0 < operands.r <= MAX_RANK and operands.packed > 0
+        (blocks, r, K), n = operands.lora_A.shape, operands.n
+        fits = blocks <= MAX_BLOCKS and 0 < r <= MAX_RANK and operands.packed > 0
         return fits and K > 0 and n > 0 and K % 8 == n % 8 == 0 and x.numel() > 0
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> tuple[Tensor, Tensor]:
@@ -53,7 +56,7 @@ class Triton:
 
         r, operands = operands.r, _prepared(operands)
         bias = None if bias is None else launch.at_16(bias.contiguous())
-        y, S = _run(Forward(launch.aligned(rows(x)), launch.aligned(weight), bias, operands))
+        y, S = _run(Forward(launch.aligned(rows(x)), launch.aligned(weight), bias, operands), self.pinned)
         if operands.r != r:
             S = S.view(len(S), -1, operands.r)[:, :, :r].flatten(1)
         return y.view(*x.shape[:-1], weight.shape[0]), S
@@ -68,7 +71,7 @@ class Triton:
         dy = launch.aligned(dy)
         dx = T = None
         if needs.x:
-            dx, T = _run(InputGradient(dy, launch.aligned(weight), None, operands))
+            dx, T = _run(InputGradient(dy, launch.aligned(weight), None, operands), self.pinned)
         elif needs.lora_A:
             T = skinny.products(dy, operands, forward=False)
         if not any(needs[1:]):
@@ -76,7 +79,7 @@ class Triton:
         if operands.r != r and (needs.lora_B or needs.gate):
             S = F.pad(S.view(len(S), -1, r), (0, operands.r - r)).flatten(1)
         x = launch.aligned(x) if x is not None and needs.lora_A else None
-        dA, dB, dgate = _run(WeightGradients(x, dy, launch.at_16(S), T, operands, needs))
+        dA, dB, dgate = _run(WeightGradients(x, dy, launch.at_16(S), T, operands, needs), self.pinned)
         if operands.r != r:
             dA, dB = dA if dA is None else dA[:, :r], dB if dB is None else dB[:, :, :r].contiguous()
         return Gradients(dx, dA, dB, dgate)
@@ -117,24 +120,22 @@ def _prepared(operands: LoRAOperands) -> LoRAOperands:
 _chosen: dict[Key, Algorithm] = {}
 
 
-def _run(operation: Operation) -> Any:
-    return operation.compute(_algorithm(operation))
+def _run(operation: Operation, pinned: bool) -> Any:
+    return operation.compute(_algorithm(operation, pinned))
 
 
-def _algorithm(operation: Operation) -> Algorithm:
-    """The first candidate if `SLORA_BACKEND=triton`, which never measures, else the fastest."""
-    from slora.ops.dispatch import setting
-
-    pinned = setting() == "triton"
+def _algorithm(operation: Operation, pinned: bool) -> Algorithm:
+    """The first candidate if `pinned`, else the fastest."""
     rows, key = operation.rows, operation.key
-    cache_key = key, autotune.bucket(rows.shape[0]), rows.device, pinned or torch.are_deterministic_algorithms_enabled()
+    M, device = rows.shape[0], rows.device
+    cache_key = key, autotune.bucket(M), device, pinned or torch.are_deterministic_algorithms_enabled()
     algorithm = _chosen.get(cache_key)
     if algorithm is None:
         candidates = {str(algorithm): algorithm for algorithm in operation.algorithms()}
         name: str | None = next(iter(candidates))
         if not pinned:
             calls = {name: functools.partial(operation.compute, algorithm) for name, algorithm in candidates.items()}
-            name = autotune.choose(describe_key(key), rows.shape[0], rows.device, calls)
+            name = autotune.choose(describe_key(key), M, device, calls)
         if name is None:
             return next(iter(candidates.values()))
         algorithm = _chosen[cache_key] = candidates[name]
