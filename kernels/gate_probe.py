@@ -20,6 +20,7 @@ from torch import Tensor
 
 from slora.kernels import configs, launch, tiles
 from slora.kernels import dropout as counter
+from slora.kernels.launch import Launch
 from slora.kernels.skinny import product
 from slora.ops.operands import LoRAOperands
 
@@ -95,13 +96,14 @@ def sample_rows(x: Tensor, m: int, seed: int, seed_offset: Tensor | None = None)
     """
     M, K = x.shape
     out = torch.empty(m, K, dtype=x.dtype, device=x.device)
-    tile = configs.COPY
-    launch.run(
+    tile, stride = configs.COPY, x.stride(0)
+    # Not kept for the next call, which comes with another seed.
+    launch_copy = Launch(
         copy_rows, x.device, (launch.cdiv(m, tile.BM), launch.cdiv(K, tile.BK), 1),
-        (x.dtype, seed_offset is None, M >> 31, K, x.stride(0), x.data_ptr() % 16 == 0),
-        (x, out, seed_offset, M, m, K, x.stride(0), seed_word(seed)),
-        tile.meta,
+        (x.dtype, seed_offset is None, M >> 31, K, stride, x.data_ptr() % 16 == 0),
+        [M, m, K, stride, seed_word(seed)], tile.meta(),
     )  # fmt: skip
+    launch_copy(x, out, seed_offset)
     return out
 
 
@@ -123,13 +125,12 @@ def gate_probe(dy: Tensor, x: Tensor, operands: LoRAOperands, seed: int, seed_of
     row_tiles = launch.cdiv(m, tile.BM)
     out = torch.empty(blocks, row_tiles, dtype=torch.float32, device=dy.device)
     strides = dy.stride(0), x.stride(0)
-    launch.run(
+    launch_probe = Launch(
         probe, dy.device, (blocks * row_tiles, 1, 1),
         (dy.dtype, seed_offset is None, M >> 31, K, n, r, strides, tile),
-        (
-            dy, x, operands.lora_A, operands.lora_B, operands.gate, out, seed_offset, operands.threshold,
-            operands.scaling, M, m, K, n, r, *strides, seed_word(seed), row_tiles,
-        ),
-        lambda: {"R": R, **tile.meta()},
+        [M, m, K, n, r, *strides, seed_word(seed), row_tiles], {"R": R, **tile.meta()},
     )  # fmt: skip
+    launch_probe(
+        dy, x, operands.lora_A, operands.lora_B, operands.gate, out, seed_offset, operands.threshold, operands.scaling
+    )
     return out.sum(1)

@@ -1,14 +1,14 @@
 """What every launcher asks: the properties of the device, how a tensor is handed to a kernel, and the launch itself.
 
 A training step of a layer launches four kernels. In eager mode the GPU waits for the host wherever that takes longer
-than the kernels run, so that `run` and `boxed` leave out what Triton repeats at every launch.
+than the kernels run, so that `Launch` leaves out what Triton repeats at every launch.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,46 +38,87 @@ def arch(device: torch.device) -> int:
     return configs.arch_of(torch.cuda.get_device_capability(device)[0])
 
 
-# A compiled kernel and its compile-time arguments, by kernel, device and key.
-_compiled: dict[Any, tuple[Any, list[Any]]] = {}
+class Box(NamedTuple):
+    """Which tiles of a tensor TMA moves: what a kernel takes a descriptor for where `described`, else the tensor."""
+
+    position: int
+    """Of the tensor among the arguments."""
+    shape: tuple[int, ...]
+    """That the tensor is viewed in."""
+    strides: tuple[int, ...]
+    """Of that shape: multiples of 16 bytes, the last 1."""
+    tile: tuple[int, ...]
 
 
-def run(
-    kernel: Any, device: torch.device, grid: tuple[int, int, int], key: tuple[Any, ...], args: tuple[Any, ...],
-    constants: Callable[[], dict[str, Any]],
-) -> None:  # fmt: skip
-    """Launch `kernel` on `device`, where the tensors of `args` are.
+class _Descriptor(NamedTuple):
+    """What a launch reads of a `TensorDescriptor`, whose constructor would check it again every time."""
+
+    base: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str = "zero"
+    round_f32_to_tf32: bool = False
+
+
+# What Triton has compiled, by kernel, device and key.
+_compiled: dict[Any, Any] = {}
+
+
+class Launch:
+    """A launch for which only the tensors and floats are still to be given, as a layer repeats it in every step.
 
     Triton asks at every launch what each argument could be specialised on, and so finds what it has compiled; that
-    takes longer than the launch. Here it does so once for each `key`.
-
-    Args:
-        kernel: a function under `triton.jit` whose compile-time arguments come last.
-        grid: numbers of programs.
-        key: what Triton compiles for: dtypes, which of `args` are None, the integers that it may specialise on, and
-            what `constants` depend on. Tensors are aligned to 16 bytes.
-        args: the other arguments, in order.
-        constants: makes the compile-time arguments and the options of the launch.
+    takes longer than the launch. Here it does so once for each `key`. Whoever makes a launch keeps it by all that it is
+    made of (`functools.lru_cache`).
     """
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        # Triton launches on the current device, not on that of the tensors.
-        with torch.cuda.device(device):
-            return run(kernel, device, grid, key, args, constants)
-    key = kernel.fn, device, key
-    found = _compiled.get(key)
-    runtime = knobs.runtime
-    if found is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
-        given = constants()
-        compiled = kernel[grid](*args, **given)
-        # The interpreter compiles nothing.
-        if compiled is not None:
-            _compiled[key] = compiled, [given[name] for name in kernel.arg_names[len(args) :]]
-        return
-    compiled, values = found
-    compiled.run(
-        *grid, driver.active.get_current_stream(device.index), compiled.function, compiled.packed_metadata,
-        None, None, None, *args, *values,
-    )  # fmt: skip
+
+    def __init__(
+        self, kernel: Any, device: torch.device, grid: tuple[int, int, int], key: tuple[Any, ...], numbers: list[int],
+        constants: dict[str, Any], boxes: Sequence[Box] = (),
+    ) -> None:  # fmt: skip
+        """Prepare the launch.
+
+        Args:
+            kernel: a function under `triton.jit`: tensors and floats, then integers, then compile-time arguments.
+            device: where the tensors are.
+            grid: numbers of programs.
+            key: what Triton compiles for: dtypes, which tensors are None, those of the `numbers` that it may specialise
+                on, and what `constants` and `boxes` depend on. Tensors start at multiples of 16 bytes.
+            numbers: the integers, in order.
+            constants: the compile-time arguments and the options of the launch.
+            boxes: of the tensors that TMA moves the tiles of; unused where it does not.
+        """
+        self.kernel, self.device, self.grid, self.numbers, self.constants = kernel, device, grid, numbers, constants
+        self.key = kernel.fn, device, key
+        self.boxes = boxes if described(device) else ()
+        self.values = [constants[name] for name in kernel.arg_names if name in constants]
+        self.compiled: Any = None
+
+    def __call__(self, *args: Any) -> None:
+        """Launch the kernel with these tensors and floats."""
+        device, compiled, runtime = self.device, self.compiled, knobs.runtime
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            # Triton launches on the current device, not on that of the tensors.
+            with torch.cuda.device(device):
+                return self(*args)
+        if compiled is None:
+            compiled = self.compiled = _compiled.get(self.key)
+        if compiled is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+            return self._by_triton(args)
+        given = [*args, *self.numbers, *self.values]
+        for i, shape, strides, _ in self.boxes:
+            given[i] = _Descriptor(given[i], shape, strides)
+        compiled.run(
+            *self.grid, driver.active.get_current_stream(device.index), compiled.function, compiled.packed_metadata,
+            None, None, None, *given,
+        )  # fmt: skip
+
+    def _by_triton(self, args: Sequence[Any]) -> None:
+        given = [*args, *self.numbers]
+        for i, shape, strides, tile in self.boxes:
+            given[i] = TensorDescriptor(given[i], list(shape), list(strides), list(tile))
+        # The interpreter compiles nothing and returns None.
+        self.compiled = _compiled[self.key] = self.kernel[self.grid](*given, **self.constants)
 
 
 def at_16(tensor: Tensor) -> Tensor:
@@ -100,35 +141,6 @@ def aligned(matrix: Tensor) -> Tensor:
 def described(device: torch.device) -> bool:
     """Return whether TMA moves tiles on `device`; elsewhere kernels form their addresses."""
     return arch(device) >= 90
-
-
-class _Box(TensorDescriptor):  # type: ignore[misc]
-    """A tensor descriptor without the checks of its constructor, which take four times as long as all the rest of it.
-
-    What they check holds by `aligned`.
-    """
-
-    def __init__(self, base: Tensor, shape: Sequence[int], strides: Sequence[int], box: list[int]) -> None:
-        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, box
-
-
-def boxed(matrix: Tensor, *box: int, shape: Sequence[int] | None = None, strides: Sequence[int] | None = None) -> Any:
-    """Return what a kernel takes tiles of the shape `box` from: a descriptor for TMA, or the matrix.
-
-    Args:
-        matrix: as `aligned` returns it.
-        shape: another shape that it is viewed in.
-        strides: of that shape, by default contiguous; multiples of 16 bytes, the last 1.
-    """
-    if not described(matrix.device):
-        return matrix
-    if shape is None:
-        shape, strides = matrix.shape, matrix.stride()
-    elif strides is None:
-        strides = [1]
-        for size in reversed(shape[1:]):
-            strides.insert(0, size * strides[0])
-    return _Box(matrix, shape, strides, list(box))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -23,6 +23,9 @@ first tile of columns of each block alone, or all but the first columns.
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,6 +33,7 @@ from torch import Tensor
 from slora.kernels import configs, launch, tiles
 from slora.kernels import dropout as counter
 from slora.kernels import packed as blocks_of
+from slora.kernels.launch import Box, Launch
 from slora.ops.dropout import drop_units
 from slora.ops.operands import LoRAOperands
 
@@ -255,28 +259,38 @@ def fused(
     """
     M, (N, K) = rows.shape[0], W.shape
     A, B, gate, threshold, scaling, *_ = operands
-    (blocks, r, _), n, packed, R, device = A.shape, operands.n, operands.packed, configs.padded(operands.r), rows.device
-    groups, columns = (blocks, n) if forward else (1, K)
-    out, low = rows.new_empty(M, groups * columns), rows.new_empty(M, packed * r)
-    end = min(tile.BN, columns) if first_tile else columns
-    described = launch.described(device)
-    if forward:
-        inner = launch.boxed(A, R, tile.BK, shape=(blocks * r, K))
-    else:
-        inner = launch.boxed(B, tile.BK, R, shape=(N, r))
-    loop = not forward and (blocks > 1 or not tile.FLATTEN)
+    (blocks, r, _), packed = A.shape, operands.packed
+    out, low = rows.new_empty(M, N if forward else K), rows.new_empty(M, packed * r)
+    inner, outer = (A, B) if forward else (B, A)
     strides = rows.stride(0), W.stride(0)
-    launch.run(
-        fused_linear, device, launch.persistent(device, tile, M, end, groups),
-        (rows.dtype, bias is None, M >> 31, N, K, n, r, strides, forward, loop, tile),
-        (
-            launch.boxed(rows, tile.BM, tile.BK), launch.boxed(W, *tile.of_weight(forward)), bias, inner,
-            B if forward else A, low, launch.boxed(out, tile.BM, 1, tile.store_width, shape=(M, groups, columns)),
-            gate, threshold, scaling, M, N, K, n, r, blocks, packed, *strides, end,
-        ),
-        lambda: {"FORWARD": forward, "LOOP": loop, "DESCRIBED": described, "R": R, **tile.meta()},
-    )  # fmt: skip
+    launch_fused = _fused(
+        rows.device, rows.dtype, bias is None, M, N, K, blocks, r, packed, strides, forward, tile, first_tile
+    )
+    launch_fused(rows, W, bias, inner, outer, low, out, gate, threshold, scaling)
     return out, low
+
+
+@functools.lru_cache(maxsize=1024)
+def _fused(
+    device: torch.device, dtype: torch.dtype, no_bias: bool, M: int, N: int, K: int, blocks: int, r: int, packed: int,
+    strides: tuple[int, int], forward: bool, tile: configs.Gemm, first_tile: bool,
+) -> Launch:  # fmt: skip
+    n, R = N // blocks, configs.padded(r)
+    groups, columns, depth = (blocks, n, K) if forward else (1, K, N)
+    end = min(tile.BN, columns) if first_tile else columns
+    loop = not forward and (blocks > 1 or not tile.FLATTEN)
+    return Launch(
+        fused_linear, device, launch.persistent(device, tile, M, end, groups),
+        (dtype, no_bias, M >> 31, N, K, n, r, strides, forward, loop, tile),
+        [M, N, K, n, r, blocks, packed, *strides, end],
+        {"FORWARD": forward, "LOOP": loop, "DESCRIBED": launch.described(device), "R": R, **tile.meta()},
+        [
+            Box(0, (M, depth), (strides[0], 1), (tile.BM, tile.BK)),
+            Box(1, (N, K), (strides[1], 1), tile.of_weight(forward)),
+            Box(3, (blocks * r, K), (K, 1), (R, tile.BK)) if forward else Box(3, (N, r), (r, 1), (tile.BK, R)),
+            Box(6, (M, groups, columns), (groups * columns, columns, 1), (tile.BM, 1, tile.store_width)),
+        ],
+    )  # fmt: skip
 
 
 def precomputed(
@@ -291,33 +305,49 @@ def precomputed(
         tile: one of `configs.gemm(arch, "precomputed", R)`, for dx with dropout of "masked".
         out: filled from the column `begin` of each block of y, or of dx, on; by default a new one is filled whole.
     """
-    M, (N, K), (blocks, r, _) = rows.shape[0], W.shape, operands.lora_A.shape
-    n, packed, device, strides = operands.n, operands.packed, rows.device, (rows.stride(0), W.stride(0))
-    groups, columns = (blocks, n) if forward else (1, K)
-    out = rows.new_empty(M, groups * columns) if out is None else out
-    if begin >= columns:
+    M, (N, K) = rows.shape[0], W.shape
+    _, B, gate, threshold, _, _, p, seed = operands
+    (blocks, n, r), packed = B.shape, operands.packed
+    out = rows.new_empty(M, N if forward else K) if out is None else out
+    if begin >= (n if forward else K):
         return out
     # Rounded as in `fused`. To scale S would save a launch, but could overflow.
     factor = factor if operands.factor == 1.0 else factor * operands.factor
-    dropout, width = not forward and operands.dropout > 0.0, packed * r
+    dropout, strides = not forward and p > 0.0, (rows.stride(0), W.stride(0))
+    launch_precomputed = _precomputed(
+        rows.device, rows.dtype, bias is None, M, N, K, blocks, r, packed, strides, forward, tile, dropout,
+        drop_units(p), begin,
+    )  # fmt: skip
+    launch_precomputed(rows, W, bias, low, factor, out, gate, seed if dropout else None, threshold)
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _precomputed(
+    device: torch.device, dtype: torch.dtype, no_bias: bool, M: int, N: int, K: int, blocks: int, r: int, packed: int,
+    strides: tuple[int, int], forward: bool, tile: configs.Gemm, dropout: bool, drop: int, begin: int,
+) -> Launch:  # fmt: skip
+    n, width = N // blocks, packed * r
+    groups, columns, depth = (blocks, n, K) if forward else (1, K, N)
+    boxes = [
+        Box(0, (1, M, depth), (strides[0], strides[0], 1), (1, tile.BM, tile.BK)),
+        Box(1, (N, K), (strides[1], 1), tile.of_weight(forward)),
+        Box(5, (M, groups, columns), (groups * columns, columns, 1), (tile.BM, 1, tile.store_width)),
+    ]
     if not dropout:
         # Of y, each packed block is an update of its own; of dx, all of them are one.
-        shape = (packed, M, r) if forward else (1, M, width)
-        low = launch.boxed(low, 1, tile.BM, tile.BK, shape=shape, strides=(r if forward else width, width, 1))
-        factor = launch.boxed(factor, *tile.of_weight(forward), shape=(N, r) if forward else (width, K))
-    launch.run(
-        precomputed_linear, device, launch.persistent(device, tile, M, columns - begin, groups),
-        (rows.dtype, bias is None, M >> 31, N, K, n, r, strides, forward, dropout, dropout and width, tile),
-        (
-            launch.boxed(rows, 1, tile.BM, tile.BK, shape=(1, *rows.shape), strides=(strides[0], strides[0], 1)),
-            launch.boxed(W, *tile.of_weight(forward)), bias, low, factor,
-            launch.boxed(out, tile.BM, 1, tile.store_width, shape=(M, groups, columns)), operands.gate,
-            operands.seed if dropout else None, operands.threshold, drop_units(operands.dropout),
-            M, N, K, n, r, blocks, packed, *strides, begin,
-        ),
-        lambda: {
+        shape, columns = ((packed, M, r), r) if forward else ((1, M, width), K)
+        boxes += [
+            Box(3, shape, (shape[2], width, 1), (1, tile.BM, tile.BK)),
+            Box(4, (N if forward else width, columns), (columns, 1), tile.of_weight(forward)),
+        ]
+    return Launch(
+        precomputed_linear, device, launch.persistent(device, tile, M, (n if forward else K) - begin, groups),
+        (dtype, no_bias, M >> 31, N, K, n, r, strides, forward, dropout, dropout and width, tile),
+        [drop, M, N, K, n, r, blocks, packed, *strides, begin],
+        {
             "FORWARD": forward, "DROPOUT": dropout, "DESCRIBED": launch.described(device),
             "R": min(configs.padded(width), 32), **tile.meta(),
         },
+        boxes,
     )  # fmt: skip
-    return out

@@ -10,6 +10,9 @@ fp32, rounded once. The columns of an inactive block are written as 0 without re
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,6 +20,7 @@ from torch import Tensor
 from slora.kernels import configs, launch, tiles
 from slora.kernels import dropout as counter
 from slora.kernels import packed as blocks_of
+from slora.kernels.launch import Launch
 from slora.ops.dropout import drop_units
 from slora.ops.operands import LoRAOperands
 
@@ -72,20 +76,29 @@ def skinny(
 
 def products(rows: Tensor, operands: LoRAOperands, *, forward: bool) -> Tensor:
     """Return S of x, or T of dy, `[M, packed * r]`; arguments as for `linear.fused`, any rank, for S dropout too."""
-    M, r, packed, dropout = rows.shape[0], operands.r, operands.packed, operands.dropout if forward else 0.0
-    n, K = operands.n, operands.lora_A.shape[2]
-    low, depth, step, strides = (operands.lora_A, K, 0, (1, K)) if forward else (operands.lora_B, n, n, (r, 1))
-    out, R = rows.new_empty(M, packed * r), configs.padded(r)
+    A, B, gate, threshold, _, _, p, seed = operands
+    M, (blocks, r, K), packed, dropout = rows.shape[0], A.shape, operands.packed, forward and p > 0.0
+    out = rows.new_empty(M, packed * r)
     if out.numel() == 0:
         return out
-    tile = configs.skinny(M // launch.sms(rows.device), R)
-    launch.run(
-        skinny, rows.device, (launch.cdiv(M, tile.BM) * packed, 1, 1),
-        (rows.dtype, M >> 31, K, n, r, forward, dropout > 0.0, rows.stride(0), tile),
-        (
-            rows, low, out, operands.gate, operands.seed if dropout else None, operands.threshold, drop_units(dropout),
-            M, depth, step, r, operands.blocks, packed, rows.stride(0), *strides,
-        ),
-        lambda: {"DROPOUT": dropout > 0.0, "R": R, **tile.meta()},
-    )  # fmt: skip
+    launch_skinny = _skinny(
+        rows.device, rows.dtype, M, K, B.shape[1], blocks, r, packed, rows.stride(0), forward, dropout, drop_units(p)
+    )
+    launch_skinny(rows, A if forward else B, out, gate, seed if dropout else None, threshold)
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _skinny(
+    device: torch.device, dtype: torch.dtype, M: int, K: int, n: int, blocks: int, r: int, packed: int, stride: int,
+    forward: bool, dropout: bool, drop: int,
+) -> Launch:  # fmt: skip
+    R = configs.padded(r)
+    tile = configs.skinny(M // launch.sms(device), R)
+    depth, step, stride_k, stride_j = (K, 0, 1, K) if forward else (n, n, r, 1)
+    return Launch(
+        skinny, device, (launch.cdiv(M, tile.BM) * packed, 1, 1),
+        (dtype, M >> 31, K, n, r, stride, forward, dropout, tile),
+        [drop, M, depth, step, r, blocks, packed, stride, stride_k, stride_j],
+        {"DROPOUT": dropout, "R": R, **tile.meta()},
+    )  # fmt: skip

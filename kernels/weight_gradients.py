@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch import Tensor
 from slora.kernels import configs, launch, tiles
 from slora.kernels import dropout as counter
 from slora.kernels import packed as blocks_of
+from slora.kernels.launch import Box, Launch
 from slora.ops.dropout import drop_units
 from slora.ops.operands import LoRAOperands
 
@@ -185,46 +187,58 @@ def weight_gradients(
     S holds products of the masked x that are not divided by `1 - dropout`. Sums and results are fp32.
     """
     A, B, gate, threshold, _, _, dropout, seed = operands
-    need_A, need_B, need_gate = needs
-    (M, N), (blocks, r, K), n, packed, device = dy.shape, A.shape, operands.n, operands.packed, dy.device
+    need_A, _, need_gate = needs
+    M, packed = dy.shape[0], operands.packed
     # Like the gates, all that is made here is in fp32.
     dA, dB, dgate = (gate.new_empty(t.shape) if need else None for t, need in zip((A, B, gate), needs, strict=True))
     if packed == 0:
         return tuple(None if t is None else t.zero_() for t in (dA, dB, dgate))  # type: ignore[return-value]
     # What is not needed is not read, but the kernel wants a tensor in its place.
     x, T = dy if x is None else x, S if T is None else T
-    LOW_A, LOW_B = low_width(packed * r), low_width(r)
+    dropped = need_A and dropout > 0.0
+    sizes, launch_sums, launch_reduce = _one_pass(
+        dy.device, dy.dtype, M, A.shape, B.shape[1], packed, tuple(needs), (x.stride(0), dy.stride(0)), tile, dropped,
+        drop_units(dropout),
+    )  # fmt: skip
+    partial_A, partial_B, dots = (gate.new_empty(size) for size in sizes)
+    launch_sums(
+        x, dy, S, T, B, gate, seed if dropped else None, partial_A, partial_B, dots if need_gate else None, threshold
+    )
+    launch_reduce(partial_A, partial_B, dots, dA, dB, dgate, gate, threshold, operands.factor)
+    return dA, dB, dgate
+
+
+@functools.lru_cache(maxsize=1024)
+def _one_pass(
+    device: torch.device, dtype: torch.dtype, M: int, shape: tuple[int, int, int], n: int, packed: int,
+    needs: tuple[bool, bool, bool], strides: tuple[int, int], tile: configs.Columns, dropped: bool, drop: int,
+) -> tuple[tuple[int, int, int], Launch, Launch]:  # fmt: skip
+    """The sizes of the buffers of partial sums, and both launches; `shape` is that of A."""
+    (blocks, r, K), (need_A, need_B, need_gate) = shape, needs
+    N, LOW_A, LOW_B = blocks * n, low_width(packed * r), low_width(r)
     x_tiles = launch.cdiv(K, tile.TILE) * launch.cdiv(packed * r, LOW_A) if need_A else 0
     count = launch.cdiv(n, tile.TILE) * launch.cdiv(r, LOW_B) if need_B or need_gate else 0
     tiles_in_all = x_tiles + packed * count
     splits = row_splits(launch.cdiv(M, tile.ROWS), tiles_in_all, 2 * launch.sms(device))
-    partial_A, partial_B, dots = (
-        gate.new_empty(splits * packed * size) for size in (r * K if need_A else 0, n * r if count else 0, count)
+    size_A, size_B, size_dots = (
+        splits * packed * size for size in (r * K if need_A else 0, n * r if count else 0, count)
     )
     parts_A, parts_B = launch.cdiv(r * K, CHUNK) * need_A, launch.cdiv(n * r, CHUNK) * need_B
-    strides, dropped = (x.stride(0), dy.stride(0)), need_A and dropout > 0.0
-    sizes = M >> 31, K, n, r
-    launch.run(
+    box = tile.ROWS, tile.TILE
+    sums = Launch(
         partial_sums, device, (splits * tiles_in_all, 1, 1),
-        (dy.dtype, *sizes, blocks, LOW_A, strides, need_A, need_gate, dropped, tile),
-        (
-            launch.boxed(x, tile.ROWS, tile.TILE), launch.boxed(dy, tile.ROWS, tile.TILE), S, T, B, gate,
-            seed if dropped else None, partial_A, partial_B, dots if need_gate else None, threshold,
-            drop_units(dropout), M, K, N, n, r, blocks, packed, *strides, splits, x_tiles, packed * count,
-        ),
-        lambda: {
-            "DROPOUT": dropped, "DESCRIBED": launch.described(device), "LOW_A": LOW_A, "LOW_B": LOW_B, **tile.meta(),
-        },
+        (dtype, M >> 31, K, n, r, blocks, LOW_A, strides, need_A, need_gate, dropped, tile),
+        [drop, M, K, N, n, r, blocks, packed, *strides, splits, x_tiles, packed * count],
+        {"DROPOUT": dropped, "DESCRIBED": launch.described(device), "LOW_A": LOW_A, "LOW_B": LOW_B, **tile.meta()},
+        # Where dA is not needed, dy stands for x.
+        [Box(0, (M, K if need_A else N), (strides[0], 1), box), Box(1, (M, N), (strides[1], 1), box)],
     )  # fmt: skip
-    launch.run(
-        reduce, device, (parts_A + parts_B + need_gate, blocks, 1), (*sizes, *needs),
-        (
-            partial_A, partial_B, dots, dA, dB, dgate, gate, threshold, operands.factor, K, n, r, blocks, packed,
-            splits, count, parts_A, parts_B,
-        ),
-        lambda: {"CHUNK": CHUNK, "AT_ONCE": AT_ONCE, "num_warps": 2},
+    total = Launch(
+        reduce, device, (parts_A + parts_B + need_gate, blocks, 1), (K, n, r, needs),
+        [K, n, r, blocks, packed, splits, count, parts_A, parts_B],
+        {"CHUNK": CHUNK, "AT_ONCE": AT_ONCE, "num_warps": 2},
     )  # fmt: skip
-    return dA, dB, dgate
+    return (size_A, size_B, size_dots), sums, total
 
 
 def low_width(width: int) -> int:

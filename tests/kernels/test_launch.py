@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +23,8 @@ from slora.kernels import (
 )  # fmt: skip
 from slora.ops.backends.algorithms import Forward, InputGradient
 from slora.ops.operands import LoRAOperands
+
+CPU = torch.device("cpu")
 
 
 def rows(M: int, columns: int) -> Tensor:
@@ -70,11 +72,10 @@ def test_no_grid_exceeds_what_a_gpu_launches(
 ) -> None:
     grids: dict[str, tuple[int, ...]] = {}
 
-    def record(kernel: Any, device: torch.device, grid: tuple[int, int, int], *_: Any) -> None:
-        grids[kernel.fn.__name__] = grid
+    def record(self: launch.Launch, *_: Any) -> None:
+        grids[self.kernel.fn.__name__] = self.grid
 
-    monkeypatch.setattr(launch, "run", record)
-    monkeypatch.setattr(launch, "boxed", lambda matrix, *box, shape=None, strides=None: matrix)
+    monkeypatch.setattr(launch.Launch, "__call__", record)
     everything(M, K, n, blocks, r)
     assert set(grids) == {name for name in KERNELS if r <= configs.MAX_FUSED_RANK or not name.startswith("fused")}
     for name, (x, *others) in grids.items():
@@ -95,9 +96,9 @@ class Compiled:
 
 
 class Kernel:
-    """A kernel `(x, size, TILE: tl.constexpr)` that notes the launches that Triton makes, and where."""
+    """A kernel `(x, scaling, size, TILE: tl.constexpr)` that notes the launches that Triton makes, and where."""
 
-    arg_names = ("x", "size", "TILE")
+    arg_names = ("x", "scaling", "size", "TILE")
 
     def __init__(self, log: list[Any]) -> None:
         self.log, self.fn = log, object()
@@ -110,6 +111,11 @@ class Kernel:
         return call
 
 
+def launch_of(kernel: Kernel, size: int = 1, device: torch.device = CPU, **more: Any) -> launch.Launch:
+    """A launch of `size` programs."""
+    return launch.Launch(kernel, device, (size, 1, 1), (), [size], {"TILE": 16, "num_warps": 2}, **more)
+
+
 @pytest.fixture
 def triton_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stream of a device is 100 more than its number."""
@@ -118,36 +124,40 @@ def triton_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("triton_driver")
-def test_triton_is_asked_for_the_compiled_kernel_once_for_each_key() -> None:
+def test_triton_is_asked_once_for_what_it_has_compiled_for_a_key() -> None:
     log: list[Any] = []
-    kernel, device = Kernel(log), torch.device("cpu")
-    for size, key in ((5, ("a",)), (6, ("a",)), (7, ("b",))):
-        launch.run(kernel, device, (size, 1, 1), key, ("x", size), lambda: {"TILE": 16, "num_warps": 2})
+    kernel = Kernel(log)
+    first, other, another = (launch_of(kernel, size) for size in (5, 6, 7))
+    another.key = "another"
+    for each in (first, first, other, another):
+        each("x", 0.5)
     constants = {"TILE": 16, "num_warps": 2}
-    again = ("again", 6, 1, 1, 100, "function", "metadata", None, None, None, "x", 6, 16)
-    assert log == [((5, 1, 1), ("x", 5), constants), again, ((7, 1, 1), ("x", 7), constants)]
+
+    def again(size: int) -> tuple[Any, ...]:
+        return ("again", size, 1, 1, 100, "function", "metadata", None, None, None, "x", 0.5, size, 16)
+
+    by_triton = [((size, 1, 1), ("x", 0.5, size), constants) for size in (5, 7)]
+    assert log == [by_triton[0], again(5), again(6), by_triton[1]]
 
 
 @pytest.mark.usefixtures("triton_driver")
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_hooks_of_a_profiler_see_every_launch(hook: str) -> None:
     log: list[Any] = []
-    kernel, device = Kernel(log), torch.device("cpu")
-    hooks, profiler = getattr(launch.knobs.runtime, hook), print
-    launch.run(kernel, device, (1, 1, 1), (), ("x", 1), lambda: {"TILE": 16})
-    hooks.add(profiler)
+    hooks, watched = getattr(launch.knobs.runtime, hook), launch_of(Kernel(log))
+    watched("x", 0.5)
+    hooks.add(print)
     try:
-        launch.run(kernel, device, (1, 1, 1), (), ("x", 2), lambda: {"TILE": 16})
+        watched("x", 0.5)
     finally:
-        hooks.remove(profiler)
-    launch.run(kernel, device, (1, 1, 1), (), ("x", 3), lambda: {"TILE": 16})
+        hooks.remove(print)
+    watched("x", 0.5)
     assert [entry[0] for entry in log] == [(1, 1, 1), (1, 1, 1), "again"]
 
 
 @pytest.mark.usefixtures("triton_driver")
 def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    log: list[Any] = []
-    current = [0]
+    current, log, where = [0], [], []
 
     @contextmanager
     def on(device: torch.device) -> Iterator[None]:
@@ -157,16 +167,37 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch: pytest
 
     class Noting(Kernel):
         def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., Compiled]:
-            log.append(current[-1])
+            where.append(current[-1])
             return super().__getitem__(grid)
 
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
-    kernel = Noting([])
+    monkeypatch.setattr(launch, "arch", lambda device: 80)
+    kernel = Noting(log)
     for index in (1, 0, 1):
-        launch.run(kernel, torch.device("cuda", index), (1, 1, 1), (), ("x", 1), lambda: {"TILE": 16})
-    assert log == [1, 0]
-    assert kernel.log[-1][:5] == ("again", 1, 1, 1, 101)
+        launch_of(kernel, device=torch.device("cuda", index))("x", 0.5)
+    assert where == [1, 0]
+    assert log[-1][:5] == ("again", 1, 1, 1, 101)
+
+
+@pytest.mark.usefixtures("triton_driver")
+def test_tma_gets_descriptors_and_elsewhere_a_kernel_gets_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.zeros(6, 32, dtype=torch.float16)[:, :16]
+    box = launch.Box(0, (6, 2, 8), (32, 8, 1), (4, 1, 8))
+    log: list[Any] = []
+    described = launch_of(Kernel(log), boxes=[box])
+    described(matrix, 0.5)
+    described(matrix, 0.5)
+    made, again = log[0][1][0], log[1][10]
+    assert made == TensorDescriptor(matrix, [6, 2, 8], [32, 8, 1], [4, 1, 8])
+    for field in dataclasses.fields(TensorDescriptor):
+        if field.name != "block_shape":
+            expected, found = getattr(made, field.name), getattr(again, field.name)
+            assert found is expected or list(found) == list(expected), field.name
+    monkeypatch.setattr(launch, "arch", lambda device: 80)
+    plain = launch_of(Kernel(log), boxes=[box])
+    plain(matrix, 0.5)
+    assert log[-1][1][0] is matrix
 
 
 @pytest.mark.gpu
@@ -215,15 +246,3 @@ def test_a_vector_that_does_not_start_at_16_bytes_is_copied(device: torch.device
     copied = launch.at_16(whole[1:])
     assert copied.data_ptr() % 16 == 0
     assert torch.equal(copied, whole[1:])
-
-
-def test_a_box_says_what_a_descriptor_of_triton_says() -> None:
-    def said(descriptor: TensorDescriptor) -> list[Any]:
-        fields = [getattr(descriptor, field.name) for field in dataclasses.fields(TensorDescriptor)]
-        return [fields[0].data_ptr(), *(list(f) if isinstance(f, Sequence) and f != "zero" else f for f in fields[1:])]
-
-    matrix = torch.zeros(6, 32, dtype=torch.float16)[:, :16]
-    assert said(launch.boxed(matrix, 4, 8)) == said(TensorDescriptor(matrix, [6, 16], [32, 1], [4, 8]))
-    whole = matrix.contiguous()
-    triton_made = TensorDescriptor.from_tensor(whole.view(6, 2, 8), [4, 1, 8])
-    assert said(launch.boxed(whole, 4, 1, 8, shape=(6, 2, 8))) == said(triton_made)

@@ -24,7 +24,7 @@ from triton.compiler import make_backend
 
 backend = make_backend(GPUTarget("cuda", 90, 32))
 keys = set()
-# By kernel and key of `launch.run`, which takes what was compiled for the same key before.
+# By the key of a launch, which takes what was compiled for the same key before.
 compiled_for = collections.defaultdict(set)
 
 def record(self, *args, grid, warmup, **kwargs):
@@ -32,20 +32,20 @@ def record(self, *args, grid, warmup, **kwargs):
     bind = jit.create_function_from_signature(self.signature, self.params, backend)
     _, specialization, options = bind(*args, **kwargs)
     keys.add(f"{self.__name__} {specialization} {sorted(options.items())}")
-    compiled_for[self.__name__, launched[-1]].add(f"{specialization} {sorted(options.items())}")
+    compiled_for[launched[-1]].add(f"{specialization} {sorted(options.items())}")
 
 jit.JITFunction.run = record
 from slora.kernels import gate_probe, launch
 from slora.ops.backends import Needs, triton
 from slora.ops.operands import LoRAOperands
 
-launched, run = [], launch.run
+launched, call = [], launch.Launch.__call__
 
-def noted(kernel, device, grid, key, args, constants):
-    launched.append(key)
-    run(kernel, device, grid, key, args, constants)
+def noted(self, *args):
+    launched.append(self.key)
+    call(self, *args)
 
-launch.run = noted
+launch.Launch.__call__ = noted
 
 # Without a GPU: descriptors are made, nothing runs.
 triton.Triton.supports = lambda *_: True
@@ -80,7 +80,7 @@ def step(
     return sorted(keys)
 
 found = [step(**arguments) for arguments in json.loads(sys.argv[1])]
-shared = {f"{kernel} {key}": sorted(forms) for (kernel, key), forms in compiled_for.items() if len(forms) > 1}
+shared = {str(key): sorted(forms) for key, forms in compiled_for.items() if len(forms) > 1}
 print(json.dumps([found, len(compiled_for), len(launched), shared]))
 """
 
