@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from slora.kernels import configs, gate_probe, linear, skinny
+from slora.kernels import cast, configs, gate_probe, linear, skinny
 from slora.kernels import weight_gradients as wg
 
 # What does products of tiles at full speed, by arch.
@@ -84,14 +84,16 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     for rows, R in configs.PROBE:
         yield _case(gate_probe.probe, arch, f"R={R}", rows, {"out": "*fp32"}, {"R": R})
     yield _case(gate_probe.copy_rows, arch, "", configs.COPY, {}, {}, frozenset())
+    types = dict.fromkeys("AB", "*fp32") | dict.fromkeys(("low_A", "low_B"), "*bf16")
+    yield _case(cast.cast_both, arch, "", None, types, {"CHUNK": cast.CHUNK}, frozenset(), num_warps=4)
 
 
 def _case(
     kernel: Any, arch: int, label: str, tile: Any, types: dict[str, str], constants: dict[str, Any],
-    products: frozenset[str] | None = None,
+    products: frozenset[str] | None = None, num_warps: int = 2,
 ) -> CompileCase:  # fmt: skip
     """A case with bf16 matrices, and integers where nothing else is said."""
-    meta = tile.meta() if tile else {"num_warps": 2}
+    meta = tile.meta() if tile else {"num_warps": num_warps}
     options = {name: value for name, value in meta.items() if name.startswith("num_")}
     given = constants | {name: value for name, value in meta.items() if name not in options}
     sizes = "x".join(str(value) for name, value in meta.items() if name in ("BM", "BN", "BK", "TILE", "ROWS"))

@@ -3,6 +3,7 @@
 | file | what it computes |
 |---|---|
 | `linear.py` | y or dx: base product and low-rank update, S or T made in the same pass or read |
+| `cast.py` | A and B in the dtype of x |
 | `skinny.py` | S and T alone |
 | `weight_gradients.py` | dA, dB and the gates' gradients in one pass over x and dy |
 | `gate_probe.py` | gradients of inactive gates from a random subset of rows |

@@ -336,13 +336,13 @@ def _precomputed(
     ]
     if not dropout:
         # Of y, each packed block is an update of its own; of dx, all of them are one.
-        shape, columns = ((packed, M, r), r) if forward else ((1, M, width), K)
+        low, factor = ((packed, M, r), (N, r)) if forward else ((1, M, width), (width, K))
         boxes += [
-            Box(3, shape, (shape[2], width, 1), (1, tile.BM, tile.BK)),
-            Box(4, (N if forward else width, columns), (columns, 1), tile.of_weight(forward)),
+            Box(3, low, (low[2], width, 1), (1, tile.BM, tile.BK)),
+            Box(4, factor, (factor[1], 1), tile.of_weight(forward)),
         ]
     return Launch(
-        precomputed_linear, device, launch.persistent(device, tile, M, (n if forward else K) - begin, groups),
+        precomputed_linear, device, launch.persistent(device, tile, M, columns - begin, groups),
         (dtype, no_bias, M >> 31, N, K, n, r, strides, forward, dropout, dropout and width, tile),
         [drop, M, N, K, n, r, blocks, packed, *strides, begin],
         {

@@ -94,7 +94,7 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands
         # An observer has to see one operator with a schema rather than the calls that compute it.
         return _as_operator(x, weight, bias, operands)
     if not torch.is_grad_enabled():
-        return backend.forward(x, weight, bias, operands.cast(x.dtype))[0]
+        return backend.forward(x, weight, bias, backend.cast(operands, x.dtype))[0]
     A, B, gate = operands[:3]
     y: Tensor = _apply(x, weight, bias, A, B, gate, operands, backend)
     return y
@@ -113,7 +113,7 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         operands: LoRAOperands = rest[3]
         backend: Backend = rest[4]
-        low = operands.cast(x.dtype)
+        low = backend.cast(operands, x.dtype)
         y, S = backend.forward(x, weight, bias, low)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(*_saved_tensors(ctx.needs_input_grad, x, weight, S, operands))
@@ -162,7 +162,7 @@ def _gradients_of(
         found = torch.ops.slora.selective_linear_backward(dy, x, S, weight, needs, *operands)
         dx, dA, dB, dgate = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
     elif any(needs):
-        low = operands.cast(dy.dtype) if cast is None else operands._replace(lora_A=cast[0], lora_B=cast[1])
+        low = backend.cast(operands, dy.dtype) if cast is None else operands._replace(lora_A=cast[0], lora_B=cast[1])
         dx, dA, dB, dgate = _backend_gradients(backend, dy, x, S, weight, needs, operands, low)
     dW = rows(dy).T @ rows(x) if need_weight else None
     db = rows(dy).sum(0) if need_bias else None
@@ -226,14 +226,16 @@ def apply_reference(
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, *blocks: Any) -> tuple[Tensor, Tensor]:
     operands = LoRAOperands(*blocks)
     check_operands(x, weight, bias, operands)
-    return (backend_for(x, operands) or EAGER).forward(x, weight, bias, operands.cast(x.dtype))
+    backend = backend_for(x, operands) or EAGER
+    return backend.forward(x, weight, bias, backend.cast(operands, x.dtype))
 
 
 def _backward(
     dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Sequence[bool], *blocks: Any
 ) -> tuple[Tensor, ...]:
     operands = LoRAOperands(*blocks)
-    backend, low = backend_for(dy, operands) or EAGER, operands.cast(dy.dtype)
+    backend = backend_for(dy, operands) or EAGER
+    low = backend.cast(operands, dy.dtype)
     found = _backend_gradients(backend, dy, x, S, weight, Needs(*needs), operands, low)
     # An operator cannot return None: an empty tensor stands for a gradient that is not needed.
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)

@@ -56,7 +56,9 @@ def fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     empty, new_empty = torch.empty, Tensor.new_empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: fence(empty, *shape, **options))
     monkeypatch.setattr(
-        Tensor, "new_empty", lambda self, *shape, **options: fence(lambda n, **o: new_empty(self, n, **o), *shape)
+        Tensor,
+        "new_empty",
+        lambda self, *shape, **options: fence(lambda n, **o: new_empty(self, n, **o), *shape, **options),
     )
     yield
     monkeypatch.undo()

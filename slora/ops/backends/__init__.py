@@ -1,6 +1,6 @@
 """What computes the operator: PyTorch calls (`eager`) or kernels (`triton`), behind one interface.
 
-A backend gets operands that were checked, with A and B in the dtype of x (`LoRAOperands.cast`). S is `[M, packed * r]`
+A backend gets operands that were checked, with A and B in the dtype of x (`Backend.cast`). S is `[M, packed * r]`
 for both, so that one can compute the backward of the other's forward.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from slora.ops.operands import LoRAOperands
@@ -43,6 +44,10 @@ class Backend(Protocol):
 
     def supports(self, x: Tensor, operands: LoRAOperands | None) -> bool:
         """Return whether the backend can compute rows of `x` (or of dy) with these blocks; `eager` can compute all."""
+        ...
+
+    def cast(self, operands: LoRAOperands, dtype: torch.dtype) -> LoRAOperands:
+        """Return `operands.cast(dtype)`."""
         ...
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> tuple[Tensor, Tensor]:

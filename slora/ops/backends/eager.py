@@ -29,6 +29,10 @@ class Eager:
         """Every device, dtype and shape."""
         return True
 
+    def cast(self, operands: LoRAOperands, dtype: torch.dtype) -> LoRAOperands:
+        """Return `operands.cast(dtype)`."""
+        return operands.cast(dtype)
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> tuple[Tensor, Tensor]:
         """Return `(y [..., N], S)`.
 

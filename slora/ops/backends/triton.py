@@ -50,6 +50,16 @@ class Triton:
         fits = blocks <= MAX_BLOCKS and 0 < r <= MAX_RANK and operands.packed > 0
         return fits and K > 0 and n > 0 and K % 8 == n % 8 == 0 and x.numel() > 0
 
+    def cast(self, operands: LoRAOperands, dtype: torch.dtype) -> LoRAOperands:
+        """Return `operands.cast(dtype)`, by one launch."""
+        A, B = operands[:2]
+        if A.dtype == dtype or not (A.is_contiguous() and B.is_contiguous()):
+            return operands.cast(dtype)
+        from slora.kernels import cast, launch
+
+        A, B = cast.cast(launch.at_16(A), launch.at_16(B), dtype)
+        return LoRAOperands(A, B, *operands[2:])
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> tuple[Tensor, Tensor]:
         """Return `(y [..., N], S [M, packed * r])`."""
         from slora.kernels import launch
