@@ -109,14 +109,15 @@ def check(build: Callable[[], ModelUnderTest], folder: Path) -> Row:
 
 def _check(test: ModelUnderTest, folder: Path, row: Row) -> None:
     """Fill `row` with what is counted, and its "mismatches" with sentences; "step" is what is being done."""
-    model, linear, size = test.model, linear_layers(test.model), parameter_count(test.model)
+    linear, size = linear_layers(test.model), parameter_count(test.model)
     row["model"] = test.name
     if not linear:
         raise NothingToAdapt("no linear layer below the head")
 
     row["step"] = "the base model alone"
-    tolerance = _prepared(test, model)
-    plain, before = copy.deepcopy(model), test.outputs(model)
+    plain = _prepared(test)
+    model, tolerance = copy.deepcopy(plain), math.sqrt(torch.finfo(next(plain.parameters()).dtype).eps)
+    before = test.outputs(model)
     if not _same(before, test.outputs(model)):
         raise Skip("the base model's own output differs from call to call")
 
@@ -172,30 +173,31 @@ def _check(test: ModelUnderTest, folder: Path, row: Row) -> None:
     _require(row, _same(plain.parameters(), model.parameters()), "unload leaves other weights")
 
 
-def _prepared(test: ModelUnderTest, model: nn.Module) -> float:
-    """Convert `model` to the widest dtype in which it trains, and return the tolerance in this dtype.
+def _prepared(test: ModelUnderTest) -> nn.Module:
+    """The model in the widest dtype in which its output and its gradients are finite.
 
     Weights that are constant or NaN, such as LayerScale, which would hide a layer's output, become random. Batch norms
     take the statistics of the one batch that there is.
     """
     torch.manual_seed(1)
-    for module in model.modules():
+    for module in test.model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
-    for p in model.parameters():
+    for p in test.model.parameters():
         if p.is_floating_point() and p.numel() > 1 and not p.min() < p.max():
             p.data.nan_to_num_(0.0).add_(torch.randn_like(p), alpha=0.1 if p.dim() == 1 else 0.02)
     # In fp64 PyTorch's recurrent layers add in another order where their weights are frozen.
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    recurrent = any(isinstance(module, nn.RNNBase) for module in test.model.modules())
     for dtype in (torch.float64,) * (not recurrent) + (torch.float32,):
+        trial = copy.deepcopy(test.model).to(dtype)
         try:
-            test.outputs(model.to(dtype).train())
-            outputs = test.outputs(model.eval(), grad=True)
+            test.outputs(trial.train())
+            # Before the trial's own backward, because some models keep what they have computed.
+            plain = copy.deepcopy(trial.eval())
+            outputs = test.outputs(trial, grad=True)
             _loss(outputs).backward()
-            finite = all(bool(t.isfinite().all()) for t in (*outputs, *map(_gradient, model.parameters())))
-            model.zero_grad()
-            if finite:
-                return math.sqrt(torch.finfo(dtype).eps)
+            if all(bool(t.isfinite().all()) for t in (*outputs, *map(_gradient, trial.parameters()))):
+                return plain
         except RuntimeError:
             # Some models create fp32 tensors, or masks of the least fp32 number.
             if dtype == torch.float32:
