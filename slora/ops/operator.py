@@ -131,7 +131,8 @@ class _Eager(torch.autograd.Function):
                 return _Eager.backward(ctx, *grads)
         # By the operator where the backward is itself differentiated, which the operator refuses, or observed.
         as_operator = torch.is_grad_enabled() or is_in_torch_dispatch_mode()
-        return *_gradients_of(ctx, grads[0], None if as_operator else ctx.backend, ctx.cast), None, None
+        by = (None, None) if as_operator else (ctx.backend, ctx.cast)
+        return *_gradients_of(ctx, grads[0], *by), None, None
 
 
 def _saved_tensors(
@@ -153,8 +154,9 @@ def _gradients_of(
     """
     x, weight, S, lora_A, lora_B, gate, seed = ctx.saved_tensors
     need_x, need_weight, need_bias, need_A, need_B, need_gate = ctx.needs_input_grad[:6]
+    A, B = cast or (lora_A, lora_B)
     threshold, scaling, active, dropout = ctx.call
-    operands = LoRAOperands(lora_A, lora_B, gate, threshold, scaling, active, dropout, seed)
+    operands = LoRAOperands(A, B, gate, threshold, scaling, active, dropout, seed)
     needs = Needs(need_x, need_A, need_B, need_gate)
     S = dy.new_empty(0) if S is None else S
     dx = dA = dB = dgate = None
@@ -162,8 +164,7 @@ def _gradients_of(
         found = torch.ops.slora.selective_linear_backward(dy, x, S, weight, needs, *operands)
         dx, dA, dB, dgate = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
     elif any(needs):
-        low = backend.cast(operands, dy.dtype) if cast is None else operands._replace(lora_A=cast[0], lora_B=cast[1])
-        dx, dA, dB, dgate = _backend_gradients(backend, dy, x, S, weight, needs, operands, low)
+        dx, dA, dB, dgate = _backend_gradients(backend, dy, x, S, weight, needs, operands, lora_A.dtype)
     dW = rows(dy).T @ rows(x) if need_weight else None
     db = rows(dy).sum(0) if need_bias else None
     return dx, dW, db, dA, dB, dgate
@@ -171,17 +172,18 @@ def _gradients_of(
 
 def _backend_gradients(
     backend: Backend, dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, needs: Needs, operands: LoRAOperands,
-    low: LoRAOperands,
+    dtype: torch.dtype,
 ) -> Gradients:  # fmt: skip
-    """The gradients by a backend, each in the shape and dtype of its tensor; `low`: the operands in the dtype of dy."""
+    """The gradients by a backend, each in the shape and dtype of its tensor: A and B are parameters of `dtype`."""
+    low = backend.cast(operands, dy.dtype)
     dx, dA, dB, dgate = backend.backward(rows(dy), None if x is None else rows(x), S, weight, low, needs)
     if dx is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    return Gradients(dx, _like(dA, operands.lora_A), _like(dB, operands.lora_B), _like(dgate, operands.gate))
+    return Gradients(dx, _in(dtype, dA), _in(dtype, dB), _in(operands.gate.dtype, dgate))
 
 
-def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor | None:
-    return gradient if gradient is None or gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
+def _in(dtype: torch.dtype, gradient: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or gradient.dtype == dtype else gradient.to(dtype)
 
 
 # `Function.apply` without its search for transforms of torch.func: `needs_reference` has made that already.
@@ -235,8 +237,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     operands = LoRAOperands(*blocks)
     backend = backend_for(dy, operands) or EAGER
-    low = backend.cast(operands, dy.dtype)
-    found = _backend_gradients(backend, dy, x, S, weight, Needs(*needs), operands, low)
+    found = _backend_gradients(backend, dy, x, S, weight, Needs(*needs), operands, operands.lora_A.dtype)
     # An operator cannot return None: an empty tensor stands for a gradient that is not needed.
     return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)
 
