@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+_SIGNALS = tuple(signal.valid_signals())
+
 changing = threading.RLock()
 """Held by inject, unload, merge, unmerge, loading and saving. One for all models, since the same layers may be reached
 through a model, its wrapper and a part of it; it is held for milliseconds. Reentrant."""
@@ -29,7 +31,7 @@ class _Held:
             self.handlers[number](number, frame)
 
     def install(self) -> None:
-        for number in signal.valid_signals():
+        for number in _SIGNALS:
             handler = signal.getsignal(number)
             if callable(handler):
                 self.handlers[number] = handler

@@ -44,7 +44,8 @@ def reshard(model: nn.Module) -> None:
     A write into such a copy would be lost.
     """
     for module in model.modules():
-        if hasattr(module, "set_reshard_after_forward"):
+        # fully_shard gives a module a class of its own with these methods.
+        if hasattr(type(module), "set_reshard_after_forward"):
             module.reshard()  # type: ignore[operator]
 
 

@@ -18,12 +18,12 @@ def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     them (`forward` itself, where accelerate has set one on the instance), and partial functions of them.
     """
     # The wrapper of a module that is compiled by itself is bound to its forward: it needs a new one.
-    new = dict(new)
-    for module in list(model.modules()):
+    new, modules = dict(new), list(model.modules())
+    for module in modules:
         inner = module._modules.get("_orig_mod")
         if inner is not None and inner in new and hasattr(module, "dynamo_ctx"):
             new[module] = type(module)(new[inner], module.dynamo_ctx)
-    parents = [module for module in model.modules() if module not in new]
+    parents = [module for module in modules if module not in new]
     for holder in [*parents, *new.values()]:
         for name, child in holder._modules.items():
             if child is not None and child in new:
@@ -34,6 +34,9 @@ def swap(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
 def rebind(holder: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Let the attributes of `holder` itself, other than its children, refer to `new[module]` instead of `module`."""
     for name, value in list(holder.__dict__.items()):
+        # Most are flags, and hooks that there are none of.
+        if value is None or type(value) is bool or (type(value) in (dict, OrderedDict) and not value):
+            continue
         if name not in ("_parameters", "_buffers", "_modules"):
             replaced = _rebound(value, new, 3)
             if replaced is not value:

@@ -56,18 +56,23 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[t
     Raises:
         StateError: as `unwrapped`.
     """
-    return _walk(unwrapped(model), "", set() if remove_duplicate else None)
+    return _walk(unwrapped(model), set() if remove_duplicate else None)
 
 
-def _walk(module: nn.Module, name: str, seen: set[nn.Module] | None) -> Iterator[tuple[str, nn.Module]]:
-    if seen is not None:
-        if module in seen:
-            return
-        seen.add(module)
-    yield name, module
-    for key, child in module._modules.items():
-        if child is not None:
-            yield from _walk(unwrapped(child), f"{name}.{key}" if name else key, seen)
+def _walk(model: nn.Module, seen: set[nn.Module] | None) -> Iterator[tuple[str, nn.Module]]:
+    # A stack, not a generator per module: each item would pass through all those above it.
+    ahead = [("", model)]
+    while ahead:
+        name, module = ahead.pop()
+        module = unwrapped(module)
+        if seen is not None:
+            if module in seen:
+                continue
+            seen.add(module)
+        yield name, module
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            ahead += [(prefix + key, child) for key, child in reversed(module._modules.items()) if child is not None]
 
 
 def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
