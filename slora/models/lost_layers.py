@@ -121,17 +121,17 @@ def _replaced(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> dict[str, s
 def _untrained(layers: Mapping[str, LoRABlocks]) -> list[str]:
     moved: dict[torch.device, dict[str, Tensor]] = {}
     for name, layer in layers.items():
-        active = list(layer.activity().active)
-        if active and layer.lora_B.requires_grad:
+        if layer.activity().active and layer.lora_B.requires_grad:
             B = full(layer.lora_B)
-            moved.setdefault(B.device, {})[name] = B[active].any()
-    known = {name: flag for flags in moved.values() for name, flag in zip(flags, _read(flags), strict=True)}
+            moved.setdefault(B.device, {})[name] = B.flatten(1).any(1)
+    known: dict[str, bool] = {}
+    for of_device in moved.values():
+        # One copy from each device, of a flag for every block.
+        flags = iter(torch.cat(list(of_device.values())).tolist())
+        for name, blocks in of_device.items():
+            mine = [next(flags) for _ in range(len(blocks))]
+            known[name] = any(mine[i] for i in layers[name].activity().active)
     return [name for name in layers if not known.get(name, True)] if any(known.values()) else []
-
-
-def _read(flags: Mapping[str, Tensor]) -> list[bool]:
-    read: list[bool] = torch.stack(list(flags.values())).tolist()
-    return read
 
 
 def _were(names: Mapping[str, str] | list[str]) -> str:

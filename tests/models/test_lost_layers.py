@@ -81,6 +81,17 @@ def test_layers_that_another_process_left_untrained_are_named_once(call: str, tm
     assert seen[0].filename == __file__
 
 
+def test_what_is_trained_in_inactive_blocks_does_not_count() -> None:
+    config = slora.SelectiveLoRAConfig(r=2, blocks=2)
+    model = slora.inject(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), config)
+    with torch.no_grad():
+        model[0].lora_B.fill_(1.0)
+        model[1].lora_B[1].fill_(1.0)
+        model[1].gate[1] = 0.0
+    with pytest.warns(slora.UntrainedLayerWarning, match=r"^'1' was adapted and active, but not trained"):
+        slora.merge(model)
+
+
 class Reads(nn.Module):
     """Reads its layer in ways that no scan of its forward finds."""
 
