@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from slora.gates.cache import GateCache
 from slora.gates.gated import AnyGated, Gated, gated_layers
@@ -43,9 +43,14 @@ def set_gates(values: Mapping[AnyGated, Sequence[float]]) -> None:
 
 def gate_values(model: nn.Module) -> dict[str, list[float]]:
     """Return `{layer name: the scores of its blocks}` of `model`, read by one device-to-host copy per device."""
-    layers = list(gated_layers(model))
-    values = {
-        device: iter(torch.cat([full(gate.detach()) for gate in gates(model) if gate.device == device]).tolist())
-        for device in {layer.gate.device for _, layer in layers}
-    }
-    return {name: [next(values[layer.gate.device]) for _ in range(len(layer.gate))] for name, layer in layers}
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, layer in gated_layers(model):
+        gate = full(layer.gate_parameter.detach())
+        by_device.setdefault(gate.device, []).append((name, gate))
+    values: dict[str, list[float]] = {}
+    for found in by_device.values():
+        numbers = torch.cat([gate for _, gate in found]).tolist()
+        first = 0
+        for name, gate in found:
+            values[name] = numbers[first : (first := first + len(gate))]
+    return values

@@ -27,13 +27,14 @@ from slora.ops import flops
 Update = tuple[Tensor, Tensor, float, int]
 """`A [r, K]`, `B [n, r]`, the factor, and the first row of the weight: `factor * B @ A` added to `n` rows."""
 
-# What an adapted layer has in its `__dict__` and the base layer has not.
-_ATTRIBUTES = (
+# What an adapted layer has and the base layer has not.
+_OWN = {
+    *LORA_PARAMETERS, "_compiled_call_impl",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
     "gate_init", "enabled", "merged", "released", "injected_name", "warned_untrained", "gate_cache", "weight_backup",
     "unmerge_updates", "_activity", "_gate_key", "_sharded_gate", "_seed", "_cast", "_ready", "_base_class",
     "_slora_reads", "_slora_unseen",
-)  # fmt: skip
+}  # fmt: skip
 
 
 class LoRABlocks(Projection):
@@ -69,11 +70,10 @@ class LoRABlocks(Projection):
         """Return a module of the class that was adapted, sharing the base parameters, without the blocks."""
         module = self._base_class.__new__(self._base_class)
         nn.Module.__init__(module)
-        own = {*LORA_PARAMETERS, "_compiled_call_impl", *_ATTRIBUTES}
-        module.__dict__.update({key: value for key, value in self.__dict__.items() if key not in own})
+        module.__dict__.update({key: value for key, value in self.__dict__.items() if key not in _OWN})
         for registry in ("_parameters", "_buffers", "_modules"):
             entries = self.__dict__[registry]
-            module.__dict__[registry] = {key: value for key, value in entries.items() if key not in own}
+            module.__dict__[registry] = {key: value for key, value in entries.items() if key not in _OWN}
         return module
 
     def __prepare_scriptable__(self) -> Any:

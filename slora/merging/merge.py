@@ -19,10 +19,10 @@ from slora.layers import LoRABlocks, adapted_layers
 from slora.layers.base import Update
 from slora.merging import batched
 from slora.merging.overflow import refuse_overflow
-from slora.merging.terms import Span, Term, check, disjoint, is_plain, real, span
+from slora.merging.terms import Term, check, disjoint, is_plain, real, span
 from slora.models.adaptable import refuse_parametrized, refuse_replaced_forward
 from slora.models.exclusive import changing, signals_held
-from slora.models.inject import refuse_layer, unload
+from slora.models.inject import refuse_layer, remove_blocks
 from slora.models.injection_record import find_injection
 from slora.models.lost_layers import refuse_computed, refuse_fused, warn_of_lost
 from slora.module_tree import sharded
@@ -31,6 +31,8 @@ from slora.selection.strategy import unfinished_selection
 
 Model = TypeVar("Model", bound=nn.Module)
 Keep = Literal["device", "cpu"]
+
+_WHOLE = "save the adapter, load it into a model that is not, and merge there"
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> 
         layers = _adapted(model)
         if keep not in ("device", "cpu", None):
             raise ConfigError(f'keep={keep!r} is unknown; use "device", "cpu" or None')
-        updates = _checked_updates(model, layers, scale)
+        updates, calls = _checked_updates(model, layers, scale)
         warn_of_lost(model, layers, stacklevel=3)
         # Everything that needs memory comes before the first weight changes.
         backups: dict[str, Tensor] = {}
@@ -76,7 +78,7 @@ def merge(model: Model, scale: float = 1.0, *, keep: Keep | None = "device") -> 
             else:
                 backups[name] = _backup_buffer(layers[name].base_weight, keep)
         with signals_held():
-            _run(_calls(layers, updates), backups)
+            _run(calls, backups)
             for name, layer in layers.items():
                 layer.mark_merged(backups.get(name), negated.get(name, ()))
         return model
@@ -150,15 +152,16 @@ def merge_and_unload(model: Model, scale: float = 1.0) -> Model:
                 raise StateError(
                     f"the model is merged already, so scale={scale!r} has no effect; call slora.unmerge first"
                 )
-            calls = []
+            sharded.refuse(model, _WHOLE)
+            calls: list[_Call] = []
         else:
-            calls = _calls(layers, _checked_updates(model, layers, scale))
+            _, calls = _checked_updates(model, layers, scale)
             warn_of_lost(model, layers, stacklevel=3)
         with signals_held():
             _run(calls)
             for layer in layers.values():
                 layer.mark_unmerged()
-            return unload(model)
+            return remove_blocks(model, layers.values())
 
 
 class _Call(NamedTuple):
@@ -169,8 +172,10 @@ class _Call(NamedTuple):
     names: list[str]
 
 
-def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: float) -> dict[str, list[Update]]:
-    """The updates of all layers with an active block, after all checks that they can be merged."""
+def _checked_updates(
+    model: nn.Module, layers: Mapping[str, LoRABlocks], scale: float
+) -> tuple[dict[str, list[Update]], list[_Call]]:
+    """The updates of all layers with an active block, and the calls that merge them, after all checks that they can."""
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise StateError(f"{merged[0]!r} is merged already; call slora.unmerge(model) first")
@@ -179,7 +184,7 @@ def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: 
         raise ConfigError(f"scale={scale!r} is not a number; 1.0 merges the full update")
     if not math.isfinite(number):
         raise ConfigError(f"scale={scale} is not finite; 1.0 merges the full update")
-    sharded.refuse(model, "save the adapter, load it into a model that is not, and merge there")
+    sharded.refuse(model, _WHOLE)
     refresh_gates(model)
     for name, gate in gate_values(model).items():
         if not all(map(math.isfinite, gate)):
@@ -194,13 +199,13 @@ def _checked_updates(model: nn.Module, layers: Mapping[str, LoRABlocks], scale: 
     for weights, terms, names in calls if len(calls) > 1 else []:
         check(weights, terms, names, in_place=True, whole=False)
     refuse_overflow({name: layers[name].base_weight.detach() for name in updates}, updates)
-    return updates
+    return updates, calls
 
 
 def _updates(layer: LoRABlocks, scale: float) -> list[Update]:
-    n = layer.base_weight.shape[0] // layer.blocks
-    active = layer.activity().active
-    return [(layer.lora_A[i].detach(), layer.lora_B[i].detach(), scale * layer.scaling, i * n) for i in active]
+    n, factor = layer.base_weight.shape[0] // layer.blocks, scale * layer.scaling
+    lora_A, lora_B = layer.lora_A.detach(), layer.lora_B.detach()
+    return [(lora_A[i], lora_B[i], factor, i * n) for i in layer.activity().active]
 
 
 def _calls(layers: Mapping[str, LoRABlocks], updates: Mapping[str, Sequence[Update]]) -> list[_Call]:
@@ -255,21 +260,25 @@ def _adapted(model: nn.Module) -> dict[str, LoRABlocks]:
 
 def _refuse_shared(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
     """Raise if writing a weight in place would change a tensor of another module, or of another name."""
-    changing = {name for name, layer in layers.items() if layer.activity().active}
-    held: list[tuple[Span, bool]] = []
+    changing = {name: layer.base_weight for name, layer in layers.items() if layer.activity().active}
+    held: list[tuple[int, int, str, Any]] = []
     tensor: Any
     for name, module in named_modules(model):
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             # A tensor of another kind (quantised, distributed) has no bytes of its own to compare.
             if is_plain(tensor) and tensor.numel() and tensor.device.type != "meta":
-                held.append((span(tensor, name), name in changing and tensor is layers[name].base_weight))
-    held.sort(key=lambda entry: entry[0])
-    for i, (one, changes) in enumerate(held):
-        for other, too in held[i + 1 :]:
-            if other.begin >= one.end:
+                begin = tensor.data_ptr()
+                end = begin + tensor.nbytes if tensor.is_contiguous() else span(tensor, name).end
+                held.append((begin, end, name, tensor))
+    held.sort(key=lambda entry: entry[:3])
+    for i, (_, end, name, tensor) in enumerate(held):
+        changes = changing.get(name) is tensor
+        for begin, _, other_name, other in held[i + 1 :]:
+            if begin >= end:
                 break
-            if (changes or too) and not disjoint(one, other):
-                adapted, name = (one.name, other.name) if changes else (other.name, one.name)
+            too = changing.get(other_name) is other
+            if (changes or too) and not disjoint(span(tensor, name), span(other, other_name)):
+                adapted, name = (name, other_name) if changes else (other_name, name)
                 raise StateError(
                     f"the weight of {adapted!r} is shared with {name!r}, which merging would change, too; "
                     f"give one of them a copy of its own, or exclude {adapted!r} from the adapter"

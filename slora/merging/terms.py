@@ -271,7 +271,8 @@ def _overlaps_itself(W: Tensor) -> bool:
 
 
 def _several(entry: Any) -> list[Any]:
-    return list(entry) if isinstance(entry, Sequence) else [entry]
+    # A tensor is no Sequence, but it takes Python long to find that out.
+    return list(entry) if type(entry) is not Tensor and isinstance(entry, Sequence) else [entry]
 
 
 def _item(argument: str, index: int, names: Sequence[str] | None) -> str:

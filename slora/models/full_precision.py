@@ -85,6 +85,8 @@ def keep_in_fp32(model: nn.Module, saved: Saved) -> OriginalDtypes:
 
 def restore_dtypes(model: nn.Module, original: OriginalDtypes) -> None:
     """Cast back what `keep_in_fp32` cast, to the dtype that the rest of the model has now, and remove the hooks."""
+    if not original:
+        return
     tensors = _tensors(model)
     for name, like in original:
         tensors[name].data = tensors[name].data.to(like.dtype)

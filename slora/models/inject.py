@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
@@ -248,24 +248,29 @@ def unload(model: Model) -> Model:
     with changing:
         refuse_layer(model)
         sharded.refuse(model, "save the adapter, and go on with a model that is not")
-        layers = [layer for _, layer in adapted_layers(model)]
-        merged = [name for name, layer in adapted_layers(model) if layer.merged]
+        layers = dict(adapted_layers(model))
+        merged = [name for name, layer in layers.items() if layer.merged]
         if merged:
             raise StateError(
                 f"{merged[0]!r} is merged; call slora.unmerge(model) first, or slora.merge_and_unload(model)"
             )
-        refuse_parametrized(dict(adapted_layers(model)))
-        refuse_replaced_forward(dict(adapted_layers(model)))
-        for module in model.modules():
-            unwatch(module)
-        swap(model, {layer: layer.plain() for layer in layers})
-        set_fused_encoders(model)
-        record = find_injection(model)
-        if record is not None:
-            set_injection(model, None)
-            restore_dtypes(model, record.original_dtypes)
-        plain: Any = unwrapped(model)
-        return plain  # type: ignore[no-any-return]
+        refuse_parametrized(layers)
+        refuse_replaced_forward(layers)
+        return remove_blocks(model, layers.values())
+
+
+def remove_blocks(model: Model, layers: Iterable[LoRABlocks]) -> Model:
+    """Do what `unload` says with all the adapted layers of `model`, after its checks."""
+    for module in model.modules():
+        unwatch(module)
+    swap(model, {layer: layer.plain() for layer in layers})
+    set_fused_encoders(model)
+    record = find_injection(model)
+    if record is not None:
+        set_injection(model, None)
+        restore_dtypes(model, record.original_dtypes)
+    plain: Any = unwrapped(model)
+    return plain  # type: ignore[no-any-return]
 
 
 def refuse_layer(model: nn.Module) -> None:

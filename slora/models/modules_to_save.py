@@ -29,7 +29,10 @@ class Saved(NamedTuple):
 
     def buffers(self, model: nn.Module) -> set[str]:
         """Return the names of those of `tensors` that are buffers."""
-        return self.tensors(model).keys() - {name for name, _ in named_parameters(model, remove_duplicate=False)}
+        tensors = self.tensors(model)
+        if not tensors:
+            return set()
+        return tensors.keys() - {name for name, _ in named_parameters(model, remove_duplicate=False)}
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """Return `{full name: tensor}`: single parameters, then the parameters and buffers of modules."""
