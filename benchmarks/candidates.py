@@ -72,7 +72,7 @@ def points(device: str) -> list[Point]:
     """One block, and two active ones of three; last the large one."""
     if device == "cpu":
         # Wide enough for the algorithms of several column tiles.
-        return [Point(Shape(32, 48, 24, 8, 2, 3, "fp32"), False), Point(Shape(136, 264, 40, 8, 1, 1, "fp32"), True, 8)]
+        return [Point(Shape(32, 48, 24, 8, 2, 3, "fp32"), False), Point(Shape(264, 264, 40, 8, 1, 1, "fp32"), True, 8)]
     one, three = Shape(768, 3072, 1000, 16, 1, 1, "bf16"), Shape(768, 2304, 1000, 16, 2, 3, "bf16")
     small = [Point(shape, host_known) for shape in (one, three) for host_known in (True, False)]
     # 700 000 x 3072 is more than 2^31: the last 949 rows of y and dy are past it.

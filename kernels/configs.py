@@ -88,13 +88,11 @@ class Columns(_Tile):
 
 
 _WIDE = Gemm(128, 256, 64, 8, 3, HALVES=True, FLATTEN=True)
-_TALL = Gemm(256, 128, 64, 8, 3, HALVES=True, FLATTEN=True)
 _SQUARE = Gemm(128, 128, 64, 8, 4, FLATTEN=True)
 _LOW = Gemm(64, 128, 64, 8, 4, FLATTEN=True)
 _DEEP = Gemm(128, 256, 64, 8, 4, HALVES=True, FLATTEN=True)
 # Two programs share an SM: the main loop of one runs during the epilogue of the other.
 _PAIR = Gemm(128, 128, 32, 4, 4, programs=2, HALVES=True, FLATTEN=True)
-_DEEP_PAIR = Gemm(128, 128, 32, 4, 5, programs=2, HALVES=True, FLATTEN=True)
 # Elsewhere than on sm_90 `FLATTEN` costs registers, or the compiler fails.
 _SQUARE_80, _NARROW_80 = Gemm(128, 128, 32, 8, 4), Gemm(128, 64, 32, 8, 4)
 _SQUARE_100, _WIDE_100 = Gemm(128, 128, 64, 8, 3), Gemm(128, 256, 64, 8, 3, HALVES=True)
@@ -105,9 +103,9 @@ GEMMS: dict[tuple[int, Variant], tuple[tuple[Gemm, int], ...]] = {
     (80, "looped"): ((_SQUARE_80, 32), (_NARROW_80, 64)),
     (80, "precomputed"): ((_SQUARE_80, ANY_WIDTH),),
     (80, "masked"): ((_NARROW_80, ANY_WIDTH),),
-    (90, "fused"): ((_WIDE, 32), (_PAIR, 32), (_SQUARE, 64), (_TALL, 16), (_LOW, 64)),
+    (90, "fused"): ((_WIDE, 32), (_PAIR, 32), (_SQUARE, 64), (_LOW, 64)),
     (90, "looped"): ((_WIDE, 32), (_SQUARE, 64)),
-    (90, "precomputed"): tuple((tile, ANY_WIDTH) for tile in (_WIDE, _PAIR, _DEEP, _DEEP_PAIR, _TALL, _SQUARE)),
+    (90, "precomputed"): ((_WIDE, ANY_WIDTH), (_DEEP, ANY_WIDTH), (_PAIR, ANY_WIDTH)),
     (90, "masked"): ((_SQUARE, ANY_WIDTH), (_LOW, ANY_WIDTH)),
     (100, "fused"): ((_SQUARE_100, 64),),
     (100, "looped"): ((_SQUARE_100, 64),),

@@ -48,7 +48,7 @@ def test_the_audit_in_the_tree_is_of_the_kernels_in_the_tree() -> None:
 
 SAMPLE = [
     "fused_linear, dx, R=32, 128x256x64",
-    "precomputed_linear, dx, any rank, 128x128x64",
+    "precomputed_linear, dx, any rank, 128x128x32",
     "partial_sums, 64 columns",
 ]
 

@@ -25,7 +25,7 @@ class Clock:
     def __init__(self) -> None:
         self.measured: list[str] = []
 
-    def __call__(self, call: Callable[[], Any], device: torch.device) -> float:
+    def __call__(self, call: Callable[[], Any], device: torch.device, eager: bool) -> float:
         name, milliseconds = call()
         self.measured.append(name)
         if milliseconds is None:
@@ -155,7 +155,7 @@ def test_choices_of_other_devices_and_versions_stay_and_do_not_count(clock: Cloc
 def choose_often(rank: int, folder: Path) -> None:
     os.environ["SLORA_CACHE"] = str(folder)
     warnings.simplefilter("error")
-    tuning._milliseconds = lambda call, device: call()  # type: ignore[assignment]
+    tuning._milliseconds = lambda call, device, eager: call()  # type: ignore[assignment]
     for i in range(20):
         tuning.choose(f"{rank}-{i}", 100, CPU, {"fused": lambda: 1.0, "addmm": lambda: 2.0})
 
@@ -220,9 +220,13 @@ def test_calls_are_queued_behind_a_delay_between_two_events(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append("delay"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: queue.append("wait"))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    assert tuning._milliseconds(lambda: queue.append("call"), CPU) == 10.0 / tuning.CALLS
+    seconds = iter(range(1000))
+    monkeypatch.setattr(tuning.time, "perf_counter", lambda: next(seconds))
+    assert tuning._milliseconds(lambda: queue.append("call"), CPU, False) == 10.0 / tuning.CALLS
     sample = ["delay", "event", *["call"] * tuning.CALLS, "event", "wait"]
     assert queue == ["call", "call", "wait", *sample * tuning.SAMPLES]
+    # The host takes a second for the calls of a sample.
+    assert tuning._milliseconds(lambda: None, CPU, True) == 1000.0 / tuning.CALLS
 
 
 class Operation:
@@ -273,6 +277,6 @@ def test_a_default_during_capture_is_not_remembered(clock: Clock, monkeypatch: p
 def test_a_gpu_is_timed_by_its_own_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     small, large = torch.randn(64, 64, device="cuda"), torch.randn(8192, 8192, device="cuda")
-    fast = tuning._milliseconds(lambda: small @ small, torch.device("cuda"))
-    slow = tuning._milliseconds(lambda: large @ large, torch.device("cuda"))
+    fast = tuning._milliseconds(lambda: small @ small, torch.device("cuda"), False)
+    slow = tuning._milliseconds(lambda: large @ large, torch.device("cuda"), False)
     assert 0 < fast < slow

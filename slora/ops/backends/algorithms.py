@@ -78,10 +78,9 @@ class Linear:
             if looped and arch >= 90:
                 # Tiles of dy that TMA brings must not reach over the end of a block.
                 fused = [tile for tile in fused if n % tile.BK == 0]
-        pairs = [(fused[0], tile) for tile in others] + [(tile, others[0]) for tile in fused[1:]] if fused else []
         algorithms = [
+            *(Algorithm("split", (first, tile)) for first in fused[:1] for tile in others if columns > first.BN),
             *(Algorithm("fused", (tile,)) for tile in fused),
-            *(Algorithm("split", pair) for pair in pairs if columns > pair[0].BN),
             *(Algorithm("precomputed", (tile,)) for tile in others),
         ]
         # With a dropout mask on dx, cuBLAS would have to write the update to memory first.
@@ -200,3 +199,8 @@ def _key(operation: str, rows: Tensor, operands: LoRAOperands, *options: bool) -
 def describe_key(key: Key) -> str:
     """Return the key as text, for the file of cached choices."""
     return " ".join(f"{name}={value}" for name, value in zip(_FIELDS, key, strict=False))
+
+
+def host_known(key: Key) -> bool:
+    """Return whether the host knows the active blocks, as in eager mode."""
+    return bool(key[_FIELDS.index("host_known")])

@@ -4,8 +4,9 @@
 `forms.json` in the folder `SLORA_CACHE` (default: `slora` in `XDG_CACHE_HOME` or `~/.cache`). An entry holds for one
 device name, one version of torch and of Triton and one source of the kernels. Delete the file to measure again.
 
-The number of rows is rounded up to a power of two, and each power is measured by itself. Times are those of the device:
-several calls are queued behind a delay, so that none waits for Python.
+The number of rows is rounded up to a power of two, and each power is measured by itself. Several calls are queued
+behind a delay, so that the device does not wait for Python. In eager mode, where it will, the time of a call is that of
+the device or of the host, whichever is longer: of a small layer, the fewest launches win.
 
 During capture of a CUDA graph: the cached choice, else the default. Warm up inside `slora.gates_on_device()`, which
 measures what the graph will run. Under `torch.use_deterministic_algorithms` it is always the default, because the next
@@ -19,6 +20,7 @@ import hashlib
 import os
 import statistics
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +32,7 @@ from slora.errors import CheckpointError
 from slora.io import atomic
 from slora.io.bounded import read_json
 
-FORMAT = 2
+FORMAT = 3
 # Calls between two events, how often they are timed, and the cycles of the delay before them: about 2 ms, for launches
 # of some 50 us each.
 CALLS, SAMPLES, DELAY = 5, 5, 4_000_000
@@ -39,7 +41,7 @@ Candidates = Mapping[str, Callable[[], Any]]
 _lock = threading.Lock()
 
 
-def choose(shape: str, M: int, device: torch.device, candidates: Candidates) -> str | None:
+def choose(shape: str, M: int, device: torch.device, candidates: Candidates, eager: bool = False) -> str | None:
     """Return the name of the fastest of `candidates`; None during capture if it is not cached: use the first then.
 
     Args:
@@ -48,6 +50,7 @@ def choose(shape: str, M: int, device: torch.device, candidates: Candidates) -> 
         device: where they run.
         candidates: callables by name; the first is the default. They must be free of side effects, because they are
             called several times.
+        eager: whether Python will launch them each time; a graph will otherwise.
     """
     default = next(iter(candidates))
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
@@ -59,7 +62,7 @@ def choose(shape: str, M: int, device: torch.device, candidates: Candidates) -> 
             return str(entry["choice"])
         if _capturing(device):
             return None
-        times = _times(candidates, device)
+        times = _times(candidates, device, eager)
         fastest = min(times, key=times.__getitem__)
         _remember(device, key, {"choice": fastest, "milliseconds": times})
         return fastest
@@ -92,7 +95,7 @@ def describe_cache() -> str:
     return f"{path} ({count} choices)" if path.exists() else f"{path} (not written yet)"
 
 
-def _times(candidates: Candidates, device: torch.device) -> dict[str, float]:
+def _times(candidates: Candidates, device: torch.device, eager: bool) -> dict[str, float]:
     """Milliseconds of each candidate; those that the device cannot run are left out.
 
     Tiles that are too large for the device are skipped silently; any other failure gives a warning, unless all fail.
@@ -103,7 +106,7 @@ def _times(candidates: Candidates, device: torch.device) -> dict[str, float]:
     failures: dict[str, Exception] = {}
     for name, call in candidates.items():
         try:
-            times[name] = round(_milliseconds(call, device), 5)
+            times[name] = round(_milliseconds(call, device, eager), 5)
         except Exception as error:
             failures[name] = error
     if not times:
@@ -114,8 +117,8 @@ def _times(candidates: Candidates, device: torch.device) -> dict[str, float]:
     return times
 
 
-def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call on the device, after two that compile and warm up.
+def _milliseconds(call: Callable[[], Any], device: torch.device, eager: bool) -> float:
+    """Median time of a call on the device, after two that compile and warm up; if `eager`, at least that of the host.
 
     A delay is queued first, for as long as Python takes to queue the calls behind it.
     """
@@ -123,17 +126,20 @@ def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
         for _ in range(2):
             call()
         torch.cuda.synchronize()
-        times: list[float] = []
+        on_device: list[float] = []
+        on_host: list[float] = []
         for _ in range(SAMPLES):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda._sleep(DELAY)
             start.record()
+            began = time.perf_counter()
             for _ in range(CALLS):
                 call()
+            on_host.append((time.perf_counter() - began) * 1000 / CALLS)
             stop.record()
             stop.synchronize()
-            times.append(start.elapsed_time(stop) / CALLS)
-    return statistics.median(times)
+            on_device.append(start.elapsed_time(stop) / CALLS)
+    return max(statistics.median(on_device), min(on_host) if eager else 0.0)
 
 
 def _remember(device: torch.device, key: str, entry: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from slora.ops.backends.algorithms import (
     Operation,
     WeightGradients,
     describe_key,
+    host_known,
 )
 from slora.ops.layout import fp32_gate, rows
 from slora.ops.operands import LoRAOperands
@@ -145,7 +146,7 @@ def _algorithm(operation: Operation, pinned: bool) -> Algorithm:
         name: str | None = next(iter(candidates))
         if not pinned:
             calls = {name: functools.partial(operation.compute, algorithm) for name, algorithm in candidates.items()}
-            name = autotune.choose(describe_key(key), M, device, calls)
+            name = autotune.choose(describe_key(key), M, device, calls, eager=host_known(key))
         if name is None:
             return next(iter(candidates.values()))
         algorithm = _chosen[cache_key] = candidates[name]
