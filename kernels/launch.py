@@ -60,8 +60,8 @@ class _Descriptor(NamedTuple):
     round_f32_to_tf32: bool = False
 
 
-# What Triton has compiled, by kernel, device and key.
-_compiled: dict[Any, Any] = {}
+# What Triton has compiled and which arguments are pointers, by kernel, device and key.
+_compiled: dict[Any, tuple[Any, list[int]]] = {}
 
 
 class Launch:
@@ -92,22 +92,25 @@ class Launch:
         self.key = kernel.fn, device, key
         self.boxes = boxes if described(device) else ()
         self.values = [constants[name] for name in kernel.arg_names if name in constants]
-        self.compiled: Any = None
+        self.compiled: tuple[Any, list[int]] | None = None
 
     def __call__(self, *args: Any) -> None:
         """Launch the kernel with these tensors and floats."""
-        device, compiled, runtime = self.device, self.compiled, knobs.runtime
+        device, found, runtime = self.device, self.compiled, knobs.runtime
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             # Triton launches on the current device, not on that of the tensors.
             with torch.cuda.device(device):
                 return self(*args)
-        if compiled is None:
-            compiled = self.compiled = _compiled.get(self.key)
-        if compiled is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+        if found is None:
+            found = self.compiled = _compiled.get(self.key)
+        if found is None or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
             return self._by_triton(args)
-        given = [*args, *self.numbers, *self.values]
+        (compiled, pointers), given = found, [*args, *self.numbers, *self.values]
         for i, shape, strides, _ in self.boxes:
             given[i] = _Descriptor(given[i], shape, strides)
+        for i in pointers:
+            # Of a tensor, the launch would ask the driver whether the address is one of the device.
+            given[i] = given[i].data_ptr()
         compiled.run(
             *self.grid, driver.active.get_current_stream(device.index), compiled.function, compiled.packed_metadata,
             None, None, None, *given,
@@ -117,8 +120,15 @@ class Launch:
         given = [*args, *self.numbers]
         for i, shape, strides, tile in self.boxes:
             given[i] = TensorDescriptor(given[i], list(shape), list(strides), list(tile))
-        # The interpreter compiles nothing and returns None.
-        self.compiled = _compiled[self.key] = self.kernel[self.grid](*given, **self.constants)
+        compiled = self.kernel[self.grid](*given, **self.constants)
+        # The interpreter compiles nothing.
+        if compiled is not None:
+            _compiled[self.key] = compiled, [i for i, value in enumerate(given) if isinstance(value, Tensor)]
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Return whether `tensor` is contiguous and starts at a multiple of 16 bytes."""
+    return tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
 
 
 def at_16(tensor: Tensor) -> Tensor:
@@ -132,8 +142,9 @@ def aligned(matrix: Tensor) -> Tensor:
     Columns have unit stride, every row starts at a multiple of 16 bytes, and rows do not overlap (as expanded ones do).
     The number of columns has to be a multiple of 16 bytes.
     """
-    stride, size = matrix.stride(0), matrix.element_size()
-    if matrix.stride(1) == 1 and stride * size % 16 == 0 and stride >= matrix.shape[1] and matrix.data_ptr() % 16 == 0:
+    stride, unit = matrix.stride()
+    fine = unit == 1 and stride * matrix.element_size() % 16 == 0 and stride >= matrix.shape[1]
+    if fine and matrix.data_ptr() % 16 == 0:
         return matrix
     return matrix.clone(memory_format=torch.contiguous_format)
 

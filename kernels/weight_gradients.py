@@ -187,10 +187,12 @@ def weight_gradients(
     S holds products of the masked x that are not divided by `1 - dropout`. Sums and results are fp32.
     """
     A, B, gate, threshold, _, _, dropout, seed = operands
-    need_A, _, need_gate = needs
+    need_A, need_B, need_gate = needs
     M, packed = dy.shape[0], operands.packed
     # Like the gates, all that is made here is in fp32.
-    dA, dB, dgate = (gate.new_empty(t.shape) if need else None for t, need in zip((A, B, gate), needs, strict=True))
+    dA = gate.new_empty(A.shape) if need_A else None
+    dB = gate.new_empty(B.shape) if need_B else None
+    dgate = gate.new_empty(gate.shape) if need_gate else None
     if packed == 0:
         return tuple(None if t is None else t.zero_() for t in (dA, dB, dgate))  # type: ignore[return-value]
     # What is not needed is not read, but the kernel wants a tensor in its place.

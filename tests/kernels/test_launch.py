@@ -126,17 +126,17 @@ def triton_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("triton_driver")
 def test_triton_is_asked_once_for_what_it_has_compiled_for_a_key() -> None:
     log: list[Any] = []
-    kernel = Kernel(log)
+    kernel, x = Kernel(log), torch.zeros(4)
     first, other, another = (launch_of(kernel, size) for size in (5, 6, 7))
     another.key = "another"
     for each in (first, first, other, another):
-        each("x", 0.5)
+        each(x, 0.5)
     constants = {"TILE": 16, "num_warps": 2}
 
     def again(size: int) -> tuple[Any, ...]:
-        return ("again", size, 1, 1, 100, "function", "metadata", None, None, None, "x", 0.5, size, 16)
+        return ("again", size, 1, 1, 100, "function", "metadata", None, None, None, x.data_ptr(), 0.5, size, 16)
 
-    by_triton = [((size, 1, 1), ("x", 0.5, size), constants) for size in (5, 7)]
+    by_triton = [((size, 1, 1), (x, 0.5, size), constants) for size in (5, 7)]
     assert log == [by_triton[0], again(5), again(6), by_triton[1]]
 
 

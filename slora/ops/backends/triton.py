@@ -54,11 +54,13 @@ class Triton:
     def cast(self, operands: LoRAOperands, dtype: torch.dtype) -> LoRAOperands:
         """Return `operands.cast(dtype)`, by one launch."""
         A, B = operands[:2]
-        if A.dtype == dtype or not (A.is_contiguous() and B.is_contiguous()):
-            return operands.cast(dtype)
+        if A.dtype == dtype:
+            return operands
         from slora.kernels import cast, launch
 
-        A, B = cast.cast(launch.at_16(A), launch.at_16(B), dtype)
+        if not (launch.is_dense(A) and launch.is_dense(B)):
+            return operands.cast(dtype)
+        A, B = cast.cast(A, B, dtype)
         return LoRAOperands(A, B, *operands[2:])
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, operands: LoRAOperands) -> tuple[Tensor, Tensor]:
@@ -70,7 +72,7 @@ class Triton:
         y, S = _run(Forward(launch.aligned(rows(x)), launch.aligned(weight), bias, operands), self.pinned)
         if operands.r != r:
             S = S.view(len(S), -1, operands.r)[:, :, :r].flatten(1)
-        return y.view(*x.shape[:-1], weight.shape[0]), S
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), S
 
     def backward(
         self, dy: Tensor, x: Tensor | None, S: Tensor, weight: Tensor, operands: LoRAOperands, needs: Needs
@@ -118,8 +120,10 @@ def _prepared(operands: LoRAOperands) -> LoRAOperands:
     at multiples of 16 bytes."""
     from slora.kernels import launch
 
-    A, B = operands[:2]
-    gate, threshold = fp32_gate(operands.gate, operands.threshold)
+    A, B, gate = operands[:3]
+    if gate.dtype == torch.float32 and A.shape[1] % 8 == 0 and all(map(launch.is_dense, (A, B, gate))):
+        return operands
+    gate, threshold = fp32_gate(gate, operands.threshold)
     if missing := -A.shape[1] % 8:
         A, B = F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
     A, B = launch.at_16(A.contiguous()), launch.at_16(B.contiguous())
