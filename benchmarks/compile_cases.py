@@ -53,21 +53,17 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 "R": R,
                 "DESCRIBED": tma,
                 "DROPOUT": variant == "masked",
-                "LOOP": variant == "looped",
             }
             types = {"rows": box(tile.BM, tile.BK), "out": box(tile.BM, 1, tile.store_width)}
             kernel: Any = linear.fused_linear
             if variant in ("precomputed", "masked"):
                 kernel = linear.precomputed_linear
                 types["rows"] = box(1, tile.BM, tile.BK)
-                common |= {"R": 32} | ({} if variant == "masked" else {"seed": None})
-            # Without one pipeline over its tiles, dx of one block takes the loop of several.
-            y = variant in ("fused", "precomputed")
-            dx = variant != "fused" or tile.FLATTEN
-            for forward in [True] * y + [False] * dx:
+                common |= {"R": 32} if variant == "masked" else {"R": 0, "seed": None}
+            for forward in [False] if variant == "masked" else [True, False]:
                 inner = (R, tile.BK) if forward else (tile.BK, R)
                 rank = "any rank" if R == configs.ANY_WIDTH else f"R={R}"
-                label = f"{'y' if forward else 'dx'}{f', {variant}' * (variant in ('looped', 'masked'))}, {rank}"
+                label = f"{'y' if forward else 'dx'}{', masked' * (variant == 'masked')}, {rank}"
                 constants = common | {"FORWARD": forward} | ({} if forward else {"bias": None})
                 of_call = types | {"W": box(*tile.of_weight(forward)), "inner": box(*inner)}
                 if variant == "precomputed":

@@ -22,8 +22,8 @@ ANY_WIDTH = 512
 MAX_FUSED_RANK = 64
 """Above it the fp32 sums of S or T would not fit beside those of a tile of y or dx."""
 
-Variant = Literal["fused", "looped", "precomputed", "masked"]
-"""S or T computed in the main loop, or for dx of several blocks in one per block; read; read, and dx has a mask."""
+Variant = Literal["fused", "precomputed", "masked"]
+"""S or T computed in the main loop; read; read, and dx has a mask."""
 
 
 # Tiles are keys at every launch: compared by identity, they are hashed without reading their fields.
@@ -100,15 +100,12 @@ _SQUARE_100, _WIDE_100 = Gemm(128, 128, 64, 8, 3), Gemm(128, 256, 64, 8, 3, HALV
 # The best guess first, each with the widest S or T that registers (or tensor memory) and shared memory allow.
 GEMMS: dict[tuple[int, Variant], tuple[tuple[Gemm, int], ...]] = {
     (80, "fused"): ((_SQUARE_80, 32), (_NARROW_80, 64)),
-    (80, "looped"): ((_SQUARE_80, 32), (_NARROW_80, 64)),
     (80, "precomputed"): ((_SQUARE_80, ANY_WIDTH),),
     (80, "masked"): ((_NARROW_80, ANY_WIDTH),),
     (90, "fused"): ((_WIDE, 32), (_PAIR, 32), (_SQUARE, 64), (_LOW, 64)),
-    (90, "looped"): ((_WIDE, 32), (_SQUARE, 64)),
     (90, "precomputed"): ((_WIDE, ANY_WIDTH), (_DEEP, ANY_WIDTH), (_PAIR, ANY_WIDTH)),
     (90, "masked"): ((_SQUARE, ANY_WIDTH), (_LOW, ANY_WIDTH)),
     (100, "fused"): ((_SQUARE_100, 64),),
-    (100, "looped"): ((_SQUARE_100, 64),),
     (100, "precomputed"): ((_WIDE_100, ANY_WIDTH), (_SQUARE_100, ANY_WIDTH)),
     (100, "masked"): ((_SQUARE_100, ANY_WIDTH),),
 }

@@ -8,13 +8,12 @@
 `fused_linear` computes S or T in the loop of the base product, from the tile of x or dy that is on chip: `low [BM, R]`
 beside `acc [BM, BN]`, both fp32. After the loop low is rounded to the dtype of x, which is what later passes read, and
 multiplied into acc. Programs that have a first tile of columns store it; it is never read here. `precomputed_linear`
-reads an S or T that was made before and adds the update after the loop: low's product costs a tenth to a quarter of the
-loop, because wgmma takes hardly less time for 16 columns than for 64. Both round y and dx once.
+reads an S or T that was made before, as the last steps of the loop: S costs `fused_linear` a tenth to a quarter of it,
+because wgmma takes hardly less time for 16 columns than for 64. Both round y and dx once.
 
 Each program computes one tile after the other, all of them one pipeline (`flatten`): the loads of the next tile run
-during the epilogue of this one. dx of several blocks is the exception when fused: its pipeline ends with every block.
-Which blocks are active is read from the gates on the device, so that one CUDA graph serves while they move. The
-LoRA part of an inactive block is neither read nor, when fused, computed.
+during the epilogue of this one. Which blocks are active is read from the gates on the device, so that one CUDA graph
+serves while they move. The LoRA part of an inactive block of y is neither read nor computed.
 
 Read: x or dy once per group of row tiles, W once per program wave from L2; A, B, S and T, a few columns wide, from L2.
 Written: y or dx once, and S or T when fused: beyond a frozen layer that is `2 M r` bytes. A launch may compute the
@@ -52,59 +51,6 @@ def _times(
 
 
 @triton.jit
-def _add_update(
-    acc, low, factor, j, column, width, columns, stride, scaling,
-    FORWARD: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Return acc + low times R columns of the scaled B from j on (FORWARD), or as many rows of A."""
-    if FORWARD:
-        b = tiles.load_low(factor, column, j, columns, width, stride, BN, R)
-        acc = tl.dot(low, (b.to(tl.float32) * scaling).to(low.dtype).T, acc)
-    else:
-        a = tiles.load_low(factor, j, column, width, columns, stride, R, BN)
-        acc = tl.dot(low, (a.to(tl.float32) * scaling).to(low.dtype), acc)
-    return acc
-
-
-@triton.jit
-def _add_block(
-    acc, rows, W, inner, outer, low, row, block, place, column, scaling,
-    M, N, K, n, r, blocks, packed, stride_rows, stride_w,
-    UPDATE: tl.constexpr, FORWARD: tl.constexpr, DESCRIBED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
-):  # fmt: skip
-    """Return acc + a tile of the block's product and UPDATE, from `column` of the block's y, or of dx, on."""
-    dtype: tl.constexpr = low.dtype.element_ty
-    # The block's columns of y come of all x, all columns of dx of the block's columns of dy.
-    first = 0 if FORWARD else block * n
-    depth = K if FORWARD else n
-    begin = block * n + column if FORWARD else column
-    t = tl.zeros((BM, R), tl.float32)
-    for k in range(0, depth, BK):
-        left = tiles.load(rows, row, first + k, M, first + depth, stride_rows, BM, BK, DESCRIBED)
-        acc = _times(
-            acc, left, W, first + k, begin, first + depth, N if FORWARD else K, stride_w, FORWARD, DESCRIBED, BK, BN
-        )
-        if UPDATE:
-            # Of A, rows of the next block may come along; the columns that they make are dropped below.
-            t = _times(
-                t, left, inner, first + k, block * r if FORWARD else 0, first + depth, blocks * r if FORWARD else r,
-                K if FORWARD else r, FORWARD, DESCRIBED, BK, R,
-            )  # fmt: skip
-    t = tl.where((tl.arange(0, R) < r)[None, :], t, 0.0)
-    if column == 0 and (UPDATE or packed == blocks):
-        index = block if packed == blocks else place
-        tiles.store_low(low + index * r, t.to(dtype), row, M, r, packed * r, BM, R)
-    if UPDATE:
-        if FORWARD:
-            acc = _add_update(acc, t.to(dtype), outer, 0, begin, r, block * n + n, r, scaling, FORWARD, R, BN)
-        else:
-            own = outer + tl.cast(block, tl.int64) * r * K
-            acc = _add_update(acc, t.to(dtype), own, 0, begin, r, K, K, scaling, FORWARD, R, BN)
-    return acc
-
-
-@triton.jit
 def _finish(
     acc, bias, out, dtype: tl.constexpr, row, block, column, M, n, stride,
     BM: tl.constexpr, BN: tl.constexpr, HALVES: tl.constexpr, DESCRIBED: tl.constexpr,
@@ -120,52 +66,55 @@ def _finish(
 def fused_linear(
     rows, W, bias, inner, outer, low, out, gate, threshold, scaling,
     M, N, K, n, r, blocks, packed, stride_rows, stride_w, end,
-    FORWARD: tl.constexpr, LOOP: tl.constexpr, DESCRIBED: tl.constexpr,
+    FORWARD: tl.constexpr, DESCRIBED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
     GROUP: tl.constexpr, HALVES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """See the head of this file. rows is x, inner A, outer B, low S and out y (FORWARD), or dy, B, A, T and dx.
 
     rows, W, inner and out are descriptors or pointers. Of each block of y, or of dx, the columns up to `end` are
-    computed. LOOP: a tile of dx goes through several blocks.
+    computed. dx is that of a single block.
     """
     N, K, n, r = tiles.eights(N), tiles.eights(K), tiles.eights(n), tiles.eights(r)
     stride_rows, stride_w = tiles.eights(stride_rows), tiles.eights(stride_w)
-    tl.assume((K if FORWARD else n) > 0)
+    dtype: tl.constexpr = low.dtype.element_ty
     order, count = blocks_of.in_order(gate, threshold, blocks, packed)
+    depth, columns, groups = (K, n, blocks) if FORWARD else (N, K, 1)
+    tl.assume(depth > 0)
     height, per_block = tl.cdiv(M, BM), tl.cdiv(end, BN)
     # Tiles with an update come first, then those without, in a loop of their own.
-    groups = blocks if FORWARD else 1
-    updated = count if FORWARD else (1 if LOOP else min(count, 1))
-    first, last, before, width, place = tl.program_id(0), height * per_block * updated, 0, per_block * updated, 0
-    for rest in tl.static_range(0, 1 if LOOP else 2):
-        for tile in tl.range(first, last, tl.num_programs(0), flatten=FLATTEN and not LOOP):
-            m, j = tiles.grouped(tile - before, height, width, GROUP)
+    first, last, before, across, place = tl.program_id(0), height * per_block * count, 0, per_block * count, 0
+    for rest in tl.static_range(2):
+        for tile in tl.range(first, last, tl.num_programs(0), flatten=FLATTEN):
+            m, j = tiles.grouped(tile - before, height, across, GROUP)
             row, column, here = m * BM, j % per_block * BN, place + j // per_block
             block = blocks_of.at_place(order, here) if FORWARD else 0
-            acc = tl.zeros((BM, BN), tl.float32)
-            if LOOP:
-                for off in tl.static_range(0, 2):
-                    for i in range(count if off else 0, blocks if off else count):
-                        acc = _add_block(
-                            acc, rows, W, inner, outer, low, row, blocks_of.at_place(order, i), i, column, scaling,
-                            M, N, K, n, r, blocks, packed, stride_rows, stride_w,
-                            off == 0, FORWARD, DESCRIBED, BM, BN, BK, R,
-                        )  # fmt: skip
-            else:
-                acc = _add_block(
-                    acc, rows, W, inner, outer, low, row, block, here, column, scaling,
-                    M, N, K, n, r, blocks, packed, stride_rows, stride_w,
-                    rest == 0, FORWARD, DESCRIBED, BM, BN, BK, R,
-                )  # fmt: skip
-            _finish(
-                acc, bias, out, low.dtype.element_ty, row, block, column, M, n if FORWARD else K, N if FORWARD else K,
-                BM, BN, HALVES, DESCRIBED,
-            )  # fmt: skip
+            at = block * columns + column
+            acc, t = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, R), tl.float32)
+            for k in range(0, depth, BK):
+                left = tiles.load(rows, row, k, M, depth, stride_rows, BM, BK, DESCRIBED)
+                acc = _times(acc, left, W, k, at, depth, columns * groups, stride_w, FORWARD, DESCRIBED, BK, BN)
+                if rest == 0:
+                    # Of A, rows of the next block may come along; the columns that they make are dropped below.
+                    t = _times(
+                        t, left, inner, k, block * r, depth, groups * r, K if FORWARD else r, FORWARD, DESCRIBED, BK, R
+                    )
+            t = tl.where((tl.arange(0, R) < r)[None, :], t, 0.0)
+            if column == 0 and (rest == 0 or packed == blocks):
+                index = block if packed == blocks else here
+                tiles.store_low(low + index * r, t.to(dtype), row, M, r, packed * r, BM, R)
+            if rest == 0:
+                if FORWARD:
+                    b = tiles.load_low(outer, at, 0, block * n + n, r, r, BN, R)
+                    acc = tl.dot(t.to(dtype), (b.to(tl.float32) * scaling).to(dtype).T, acc)
+                else:
+                    a = tiles.load_low(outer, 0, at, r, K, K, R, BN)
+                    acc = tl.dot(t.to(dtype), (a.to(tl.float32) * scaling).to(dtype), acc)
+            _finish(acc, bias, out, dtype, row, block, column, M, columns, columns * groups, BM, BN, HALVES, DESCRIBED)
         # The program whose turn it is goes on.
         first += tl.cdiv(max(last - first, 0), tl.num_programs(0)) * tl.num_programs(0)
-        before, place = last, updated
-        last, width = height * per_block * groups, per_block * (groups - updated)
+        before, place = last, count
+        last, across = height * per_block * groups, per_block * (groups - count)
 
 
 @triton.jit
@@ -194,7 +143,7 @@ def precomputed_linear(
     """See the head of this file. rows is x, low S, factor c B and out y (FORWARD), or dy, T, c A and dx.
 
     rows `[1, M, columns]`, W, out, low and factor are descriptors or pointers; with DROPOUT, low and factor are
-    pointers. low is `[packed, M, r]` (FORWARD), else `[1, M, packed * r]`: all packed blocks of dx are one update. Of
+    pointers, R columns of low at a time. low is `[packed, M, r]` (FORWARD), else `[1, M, packed * r]`: all packed blocks of dx are one update. Of
     each block of y, or of dx, the columns from `begin` on are computed.
     """
     N, K, n, r = tiles.eights(N), tiles.eights(K), tiles.eights(n), tiles.eights(r)
@@ -253,8 +202,8 @@ def fused(
         W: `[N, K]` likewise, in the dtype of rows.
         bias: `[N]` in the dtype of x, contiguous, at a multiple of 16 bytes, or None, as it is for dx.
         operands: A, B contiguous in the dtype of rows, gates in fp32, r at most `configs.MAX_FUSED_RANK`, no dropout.
-        tile: one of `configs.gemm(arch, "fused", R)`; in the backward of several blocks `tile.BK` divides n, because a
-            tile that TMA brings must not reach over the end of a block.
+            In the backward there is one block.
+        tile: one of `configs.gemm(arch, "fused", R)`.
         first_tile: fill only the first `tile.BN` columns of each block of y, or of dx.
     """
     M, (N, K) = rows.shape[0], W.shape
@@ -278,12 +227,11 @@ def _fused(
     n, R = N // blocks, configs.padded(r)
     groups, columns, depth = (blocks, n, K) if forward else (1, K, N)
     end = min(tile.BN, columns) if first_tile else columns
-    loop = not forward and (blocks > 1 or not tile.FLATTEN)
     return Launch(
         fused_linear, device, launch.persistent(device, tile, M, end, groups),
-        (dtype, no_bias, M >> 31, N, K, n, r, strides, forward, loop, tile),
+        (dtype, no_bias, M >> 31, N, K, n, r, strides, forward, tile),
         [M, N, K, n, r, blocks, packed, *strides, end],
-        {"FORWARD": forward, "LOOP": loop, "DESCRIBED": launch.described(device), "R": R, **tile.meta()},
+        {"FORWARD": forward, "DESCRIBED": launch.described(device), "R": R, **tile.meta()},
         [
             Box(0, (M, depth), (strides[0], 1), (tile.BM, tile.BK)),
             Box(1, (N, K), (strides[1], 1), tile.of_weight(forward)),
@@ -347,7 +295,7 @@ def _precomputed(
         [drop, M, N, K, n, r, blocks, packed, *strides, begin],
         {
             "FORWARD": forward, "DROPOUT": dropout, "DESCRIBED": launch.described(device),
-            "R": min(configs.padded(width), 32), **tile.meta(),
+            "R": min(configs.padded(width), 32) if dropout else 0, **tile.meta(),
         },
         boxes,
     )  # fmt: skip

@@ -65,5 +65,4 @@ def test_a_wrong_result_is_seen_and_a_candidate_that_raises_costs_the_others_not
         ("input gradient", "cublas_after", "right", "", False),
         ("input gradient", "cublas_before", "right", "", False),
         ("weight gradients", "one_pass", "wrong", "lora_A is off", False),
-        ("weight gradients", "cublas", "right", "", False),
     }  # fmt: skip

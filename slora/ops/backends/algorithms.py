@@ -8,8 +8,8 @@
 | `cublas_after` | S by a skinny product, base product by cuBLAS, `addmm_` of the update | T likewise |
 | `cublas_before` | S by a skinny product, the update, the base product added to it by cuBLAS | T likewise |
 
-All of them leave the same S and T, so that forward and backward may run different ones. dA, dB and the gates' gradients
-are one pass over x and dy (`one_pass`), or cuBLAS products (`cublas`).
+All of them leave the same S and T, so that forward and backward may run different ones. With several blocks dx is not
+`fused`. dA, dB and the gates' gradients are one pass over x and dy (`one_pass`).
 
 `Forward`, `InputGradient` and `WeightGradients` are the three operations.
 """
@@ -64,20 +64,17 @@ class Linear:
         from slora.kernels import configs, launch
 
         operands, arch = self.operands, launch.arch(self.rows.device)
-        blocks, r, n = operands.blocks, operands.r, operands.n
-        columns, width = (n, r) if self.forward else (self.W.shape[1], operands.packed * r)
-        looped, masked = (not self.forward and flag for flag in (blocks > 1, operands.dropout > 0.0))
+        blocks, r = operands.blocks, operands.r
+        columns, width = (operands.n, r) if self.forward else (self.W.shape[1], operands.packed * r)
+        masked = not self.forward and operands.dropout > 0.0
 
         def tiles(variant: Any, R: int) -> list[Any]:
             # Tiles of which more than an eighth would be outside the columns come last.
             return sorted(configs.gemm(arch, variant, R), key=lambda tile: 8 * (-columns % tile.BN) > columns)
 
         fused, others = [], tiles("masked" if masked else "precomputed", configs.padded(width))
-        if r <= configs.MAX_FUSED_RANK and not operands.dropout:
-            fused = tiles("looped" if looped else "fused", configs.padded(r))
-            if looped and arch >= 90:
-                # Tiles of dy that TMA brings must not reach over the end of a block.
-                fused = [tile for tile in fused if n % tile.BK == 0]
+        if r <= configs.MAX_FUSED_RANK and not operands.dropout and (self.forward or blocks == 1):
+            fused = tiles("fused", configs.padded(r))
         algorithms = [
             *(Algorithm("split", (first, tile)) for first in fused[:1] for tile in others if columns > first.BN),
             *(Algorithm("fused", (tile,)) for tile in fused),
@@ -152,19 +149,14 @@ class WeightGradients(NamedTuple):
         operands = self.operands
         low = weight_gradients.low_width(operands.packed * operands.r if self.needs.lora_A else operands.r)
         tiles = configs.weight_gradients(launch.arch(self.rows.device), low)
-        cublas = [Algorithm("cublas")] * (_known_or_single(operands) and not operands.dropout)
-        return [Algorithm("one_pass", (tile,)) for tile in tiles] + cublas
+        return [Algorithm("one_pass", (tile,)) for tile in tiles]
 
     def compute(self, algorithm: Algorithm) -> tuple[Tensor | None, ...]:
         """Return the result by one of `algorithms`."""
         from slora.kernels import weight_gradients
 
         x, dy, S, T, operands, needs = self
-        if algorithm.name == "one_pass":
-            return weight_gradients.weight_gradients(x, dy, S, T, operands, needs[1:], *algorithm.tiles)
-        B, active = _zeroed(operands.lora_B, operands)
-        found = eager.weight_gradients(dy, x, S, T, operands._replace(lora_B=B), active, needs)
-        return tuple(None if value is None else _zeroed(value, operands)[0] for value in found)
+        return weight_gradients.weight_gradients(x, dy, S, T, operands, needs[1:], *algorithm.tiles)
 
 
 Operation = Linear | WeightGradients
