@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(call=run)
     command.add_argument("--case", nargs="+", action="extend", required=True, choices=["all", *CASES], metavar="CASE")
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    command.add_argument("--grid", choices=("tiny", "quick", "default", "full"), default="default")
+    command.add_argument("--grid", choices=("tiny", "quick", "default"), default="default")
     command.add_argument("--quick", dest="grid", action="store_const", const="quick", help="one point of every kind")
     command.add_argument("--rounds", type=int, help="repetitions of every implementation (default: by case)")
     command.add_argument("--only", nargs="+", action="extend", default=[], metavar="PART", help="parts of their names")

@@ -69,7 +69,6 @@ STEPS = (
     Step("inference", steps.case("inference"), 20),
     Step("memcheck", steps.sanitizer("memcheck"), 35),
     Step("racecheck", steps.sanitizer("racecheck"), 35),
-    Step("scaling", steps.case("scaling"), 20),
     Step("gates", steps.case("gates"), 15),
 )
 

@@ -1,49 +1,31 @@
-"""Peak memory of a call on the CPU, in a process of its own: what others have freed cannot hide what it needs."""
+"""Peaks of memory in MiB: of a GPU what PyTorch has allocated, of the CPU what is resident of this process."""
 
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
 import re
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.results import Missing, need
 
-# Every process imports all of these, whoever is measured in it: nobody is charged for what it imports.
-LIBRARIES = ("timm", "peft")
-
-
-def in_a_process(measure: Callable[..., float], *arguments: Any) -> float:
-    """Return what `measure(*arguments)` gives in a new process with as many threads as this one, or raise its error."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, _prepare, (torch.get_num_threads(),)) as pool:
-        return pool.submit(measure, *arguments).result()
-
-
-def _prepare(threads: int) -> None:
-    torch.set_num_threads(threads)
-    for library in LIBRARIES:
-        with suppress(Missing):
-            need(library)
-
-
-def peak_begins() -> float:
-    """Forget the peak so far and return the resident memory, in MiB."""
+def begin(device: str) -> float:
+    """Forget the peak so far and return what is in use."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
     # What earlier calls have freed but the allocator has kept would hide what comes.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
 
 
-def peak() -> float:
-    """The largest resident memory since `peak_begins`, in MiB."""
-    # Not getrusage: its maximum survives exec, so a child would report its parent's.
+def peak(device: str) -> float:
+    """The most that was in use since `begin`."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / 2**20
     return _resident("VmHWM")
 
 

@@ -233,8 +233,7 @@ class Settings:
     """What the command line asks for.
 
     Attributes:
-        grid: "tiny" only shows that the code runs, "quick" touches every kind of point, "default" covers the targets,
-            "full" is the whole grid.
+        grid: "tiny" only shows that the code runs, "quick" touches every kind of point, "default" covers the targets.
         rounds: repetitions of every implementation; None: what suits the grid.
         only: parts of the names of implementations; empty: all.
         seconds: the time that the case may take from `started` on (of `time.monotonic`), None without limit.
@@ -298,12 +297,10 @@ CASES = {
     for name, *rest in (
         ("linear", "linear", "one linear layer: forward, and forward with backward, per shape, beside every peer"),
         ("train_step", "model", "one training step of a whole model, beside PEFT, full and frozen"),
-        ("train_memory", "model", "its peak memory, in a process of its own", ("cpu",)),
         ("merge", "merge", "folding LoRA into all linear layers of a ViT-L/16, beside PEFT and a copy"),
         ("inference", "model", "a forward: base, merged, unmerged, PEFT merged and unmerged"),
         ("gates", "model", "a training step under each policy for inactive blocks"),
         ("host", "host", "host time per layer: tiny tensors on one thread of the CPU", ("cpu",)),
-        ("scaling", "linear", "cost against rank, active share and tokens, beside what the cost model predicts"),
     )
 }
 

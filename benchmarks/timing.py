@@ -90,8 +90,8 @@ def captured(calls: Sequence[Call], pool: Any = None) -> Any:
     """Return a CUDA graph of `calls`, run a few times on a side stream first, as capturing asks for.
 
     They run there as slora will be captured (`slora.gates_on_device`). Graphs that share a `pool` share their memory:
-    none of them may need what it computed in an earlier replay. A call with a method `settle` gets it called right
-    before the capture, to read what it may not read inside.
+    none of them may need what it computed in an earlier replay. A partial of a function with a method `settle` gets it
+    called right before the capture, to read what it may not read inside.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -101,7 +101,7 @@ def captured(calls: Sequence[Call], pool: Any = None) -> Any:
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     for call in calls:
-        getattr(call, "settle", lambda: None)()
+        getattr(getattr(call, "func", None), "settle", lambda: None)()
     # What eager runs have left with the allocator is of no use to the graph's own pool.
     torch.cuda.empty_cache()
     graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()

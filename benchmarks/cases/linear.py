@@ -3,17 +3,12 @@
 `forward` is that of inference, without a graph. `forward_backward` asks for dx and the gradients of everything the
 implementation trains. On a GPU both are replays of a CUDA graph; `eager` is forward and backward launched from Python.
 `peak_over_outputs` is the memory that one forward and backward adds at its peak, over y, S, T and the gradients.
-
-`floor_seconds` is the frozen layer's time with what any update costs beyond it at the rates of this run
-(`counting.predicted_seconds`); `over_floor` is the multiple of the floor's overhead over frozen, `of_floor` the floor's
-time over one's own. On the grid of `scaling`, whose points lie on curves against rank, active share and tokens,
-`predicted` is the same for the algorithm that was taken, `deviation` the time over it, less 1; `update_seconds` is what
-each round took beyond the frozen layer in the same round, `update_deviation` its median over the prediction, less 1.
+`over_floor` is the multiple of the floor's overhead over the frozen layer (`roofline.floor_seconds`), `of_floor` the
+floor's time over one's own; `deterministic` whether two calls give the same bits.
 """
 
 from __future__ import annotations
 
-import itertools
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -21,87 +16,51 @@ from typing import Any
 import torch
 
 import slora
-from benchmarks import counting
+from benchmarks import memory
 from benchmarks.cases.rounds import measuring, take_times
 from benchmarks.correctness import mismatch
-from benchmarks.implementations.layer import FROZEN, IMPLEMENTATIONS, Layer, Problem, Shape, taken_algorithm
-from benchmarks.results import Row, Settings, Wrong, reason_in, spread
+from benchmarks.implementations.layer import FROZEN, IMPLEMENTATIONS, Layer, Problem, Shape
+from benchmarks.results import Row, Settings, Wrong, reason_in
+from benchmarks.roofline import floor_seconds, percent_of_gemm
 from benchmarks.timing import Call, input_sets
 from slora.ops.flops import count_flops
 
-SHAPES = [(768, 768), (768, 2304), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (1280, 5120), (4096, 4096)]
-TARGET_SHAPES = [shape for shape in SHAPES if shape not in ((768, 2304), (4096, 4096))]
-TOKENS = (3152, 12608, 50432)
-RANKS = (4, 16, 64, 128)
+TARGET_SHAPES = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (1280, 5120)]
 # Blocks that are active, and of how many.
 ALL, NONE, SOME = (1, 1), (0, 1), ((1, 16), (4, 16))
-CURVES = (FROZEN, "slora, torch", "slora, triton", "slora, auto")
 
 
-def grid(settings: Settings, case: str = "linear") -> list[tuple[str, Shape]]:
-    """`(curve, shape)` in the order in which they matter; `linear` has no curves."""
-    return curves(settings) if case == "scaling" else [("", shape) for shape in shapes(settings)]
-
-
-def shapes(settings: Settings) -> list[Shape]:
-    """The points of `linear`: a run that is cut short has the targets."""
+def grid(settings: Settings, case: str = "linear") -> list[Shape]:
+    """The points in the order in which they matter: a run that is cut short has the targets."""
     if settings.grid == "tiny":
         return [Shape(32, 48, 24, 4, *active) for active in (ALL, NONE, SOME[1])] + [Shape(32, 48, 24, 4, dtype="bf16")]
-    if settings.grid == "full":
-        whole = itertools.product(SHAPES, TOKENS, RANKS, (ALL, NONE, *SOME), ("bf16", "fp32"))
-        return [Shape(K, N, M, r, *active, dtype) for (K, N), M, r, active, dtype in whole]
     if settings.on_gpu:
         targets = [Shape(K, N, 50432, 16, *active, "bf16") for active in (ALL, NONE) for K, N in TARGET_SHAPES]
         if settings.grid == "quick":
             return targets
         rest = [Shape(768, 3072, 50432, 16, *active, "bf16") for active in SOME]
-        rest += [Shape(K, N, 50432, 16, dtype="bf16") for K, N in SHAPES if (K, N) not in TARGET_SHAPES]
-        rest += [Shape(768, 3072, M, 16, dtype="bf16") for M in TOKENS[:2]]
-        rest += [Shape(768, 3072, 50432, r, dtype="bf16") for r in RANKS if r != 16]
+        rest += [Shape(K, N, 50432, 16, dtype="bf16") for K, N in ((768, 2304), (4096, 4096))]
+        rest += [Shape(768, 3072, M, 16, dtype="bf16") for M in (3152, 12608)]
+        rest += [Shape(768, 3072, 50432, r, dtype="bf16") for r in (4, 64, 128)]
         return [*targets, *rest, Shape(768, 3072, 12608, 16)]
     if settings.grid == "quick":
         return [Shape(768, 768, 788, 16, *active) for active in (ALL, NONE)]
-    points = [Shape(K, N, 3152, 16) for K, N in (SHAPES[0], *SHAPES[2:4])]
-    points += [Shape(768, 3072, 3152, 16, dtype="bf16")]
+    points = [Shape(K, N, 3152, 16) for K, N in TARGET_SHAPES[:3]] + [Shape(768, 3072, 3152, 16, dtype="bf16")]
     return [*points, *(Shape(768, 3072, 3152, 16, *active) for active in (NONE, *SOME)), Shape(768, 3072, 3152, 64)]
 
 
-def curves(settings: Settings) -> list[tuple[str, Shape]]:
-    """`(curve, point)` of `scaling`; every curve has the middle as a point of its own, so that it is one run."""
-    ranks: tuple[int, ...]
-    shares: tuple[int, ...]
-    tokens: tuple[int, ...]
-    K, N, r, ranks, shares = 768, 3072, 16, RANKS, (0, 1, 2, 4, 8, 16)
-    M, dtype, tokens = 3152, "fp32", (788, 1576, 3152, 6304)
-    if settings.on_gpu:
-        M, dtype, tokens = 50432, "bf16", (3152, 12608, 25216, 50432)
-    if settings.grid == "full":
-        ranks, shares = (4, 16, 32, 64, 128, 256), (0, 1, 2, 4, 6, 8, 12, 16)
-    if settings.grid == "quick":
-        ranks, shares, tokens = (16,), (0, 4, 16), tokens[:1]
-    if settings.grid == "tiny":
-        K, N, M, dtype, r, ranks, shares, tokens = 32, 48, 24, "fp32", 4, (2, 4), (0, 4), (8, 24)
-    points = [("active", Shape(K, N, M, r, active, 16, dtype)) for active in shares]
-    points += [("rank", Shape(K, N, M, rank, dtype=dtype)) for rank in ranks]
-    return points + [("tokens", Shape(K, N, tokens_, r, dtype=dtype)) for tokens_ in tokens]
-
-
-def measure(point: tuple[str, Shape], settings: Settings, roofline: dict[str, Any], case: str) -> list[Row]:
+def measure(shape: Shape, settings: Settings, roofline: dict[str, Any], case: str) -> list[Row]:
     """The rows of a point."""
-    curve, shape = point
     names = list(IMPLEMENTATIONS)
-    if case == "scaling":
-        # "auto" is "torch" on a CPU.
-        names = [name for name in CURVES if settings.on_gpu or name in (FROZEN, "slora, torch")]
-    elif settings.grid == "tiny" or (settings.on_gpu and settings.grid != "full"):
+    if settings.on_gpu or settings.grid == "tiny":
         # Its compiler takes longer than all the rest of a point.
         names.remove("PEFT, compiled")
-    with measuring({**({"curve": curve} if curve else {}), **shape.point}, names, settings) as rows:
-        fill(rows, shape, settings, roofline, case == "scaling")
+    with measuring(shape.point, names, settings) as rows:
+        fill(rows, shape, settings, roofline)
     return list(rows.values())
 
 
-def fill(rows: dict[str, Row], shape: Shape, settings: Settings, roofline: dict[str, Any], scaling: bool) -> None:
+def fill(rows: dict[str, Row], shape: Shape, settings: Settings, roofline: dict[str, Any]) -> None:
     """Check the implementations, time those that are right, and set the times beside the roofline and the floor."""
     element = 4 if shape.dtype == "fp32" else 2
     sets = 2 if settings.grid == "tiny" else input_sets(shape.M * (shape.K + shape.N) * element)
@@ -111,7 +70,7 @@ def fill(rows: dict[str, Row], shape: Shape, settings: Settings, roofline: dict[
             layer = IMPLEMENTATIONS[name](problem)
             row.update(checked(layer, problem), input_sets=sets)
             layers[name] = layer
-    for measure in ["forward"] * (not scaling) + ["forward_backward"] + ["eager"] * settings.on_gpu:
+    for measure in ("forward", "forward_backward", *["eager"] * settings.on_gpu):
         calls: dict[str, list[Call]] = {
             name: [partial(layer.inferred, x) for x in problem.xs]
             if measure == "forward"
@@ -122,33 +81,13 @@ def fill(rows: dict[str, Row], shape: Shape, settings: Settings, roofline: dict[
         layers = {name: layers[name] for name in calls}
     frozen = rows.get(FROZEN, {}).get("forward_backward")
     for name, layer in layers.items():
-        row = rows[name]
-        seconds, moved = row["forward_backward"]["median"], None
-        if layer.algorithm is not None:
-            share = shape.share if layer.updates else 1.0
-            moved = counting.bytes_moved(layer.algorithm, shape.M, shape.N, shape.K, element, share)
-            row.update(form=layer.algorithm, bytes=moved)
+        row, seconds = rows[name], rows[name]["forward_backward"]["median"]
         if "flops" in row:
-            row.update(counting.beside_roofline(roofline, shape.dtype, seconds, row["flops"], moved))
-        if frozen and layer.updates:
-            beside_frozen(row, frozen, roofline, scaling)
-
-
-def beside_frozen(row: Row, frozen: Row, roofline: dict[str, Any], scaling: bool) -> None:
-    """Set the time of a row beside the floor, and on a curve beside what the cost model predicts."""
-    measured, active = row["forward_backward"], not row["point"]["active"].startswith("0")
-    if scaling and "form" in row:
-        predicted = counting.predicted_seconds(frozen["median"], row["form"], row["point"], roofline)
-        row.update(predicted=predicted, deviation=measured["median"] / predicted - 1)
-        if active:
-            # Round by round: both were taken within moments of each other.
-            beyond = [own - limit for own, limit in zip(measured["values"], frozen["values"], strict=True)]
-            row["update_seconds"] = spread(beyond)
-            row["update_deviation"] = row["update_seconds"]["median"] / (predicted - frozen["median"]) - 1
-    if active:
-        floor = counting.predicted_seconds(frozen["median"], "fused", row["point"], roofline)
-        over = (measured["median"] - frozen["median"]) / (floor - frozen["median"])
-        row.update(floor_seconds=floor, over_floor=over, of_floor=floor / measured["median"])
+            row["percent_of_gemm"] = percent_of_gemm(roofline, shape.dtype, seconds, row["flops"])
+        if frozen and layer.updates and shape.active:
+            floor = floor_seconds(roofline, frozen["median"], shape.point)
+            over = (seconds - frozen["median"]) / (floor - frozen["median"])
+            row.update(floor_seconds=floor, over_floor=over, of_floor=floor / seconds)
 
 
 def checked(layer: Layer, problem: Problem) -> Row:
@@ -170,19 +109,15 @@ def checked(layer: Layer, problem: Problem) -> Row:
         outputs = sum(t.nbytes for t in found.values())
     del found, again, inferred, results
     result: Row = {"deterministic": int(same)}
-    layer.algorithm = taken_algorithm(lambda: layer.trained(x, dy)) or layer.algorithm
     # The counter does not see what a compiler has put together.
     if not hasattr(layer.forward, "_orig_mod"):
         result["flops"] = count_flops(lambda: layer.counted(x, dy))
     if problem.device == "cuda":
         low_rank = 2 * problem.shape.M * problem.shape.active * problem.shape.r * problem.dtype.itemsize
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = memory.begin("cuda")
         for context in (nullcontext, slora.gates_on_device):
             with context():
                 layer.trained(x, dy)
-        torch.cuda.synchronize()
-        added = torch.cuda.max_memory_allocated() - before
+        added = (memory.peak("cuda") - before) * 2**20
         result["peak_over_outputs"] = added / (outputs + low_rank * layer.updates)
     return result

@@ -2,8 +2,8 @@
 
 Putting the adapters on is not timed. Each merged weight is compared with the sum formed in fp64 before any call is
 timed. `device_seconds` is the time between two events on a GPU's stream, with the host far enough ahead;
-`added_memory_mib` what one call adds at its peak, on the CPU in a process of its own. `flops` and `bytes` are by
-formula, the least that the result takes. All calls work on one set of weights, which is larger than the last cache.
+`added_memory_mib` what one call adds at its peak. All calls work on one set of weights, which is larger than the last
+cache.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ import slora
 from benchmarks import memory
 from benchmarks.cases.rounds import in_turns, measuring
 from benchmarks.correctness import expected, mismatch
-from benchmarks.counting import beside_roofline
-from benchmarks.models import UPDATE, peft_model, randomise_updates
+from benchmarks.models import PEFT_EXCLUDES, PEFT_TARGETS, UPDATE, peft_model, randomise_updates
 from benchmarks.results import BenchmarkError, Row, Settings, Wrong, need, reason_in, spread
 from benchmarks.roofline import DTYPES
 from benchmarks.timing import between_events
 from slora.layers import adapted_layers
 from slora.models.inject import unload
-from slora.ops.flops import linear_flops
 
 
 class Weights:
@@ -66,8 +64,7 @@ class Weights:
 
     def with_peft(self) -> Any:
         """The model with PEFT's LoRA on the same layers, in fp32 as slora's: in 16 bits PEFT would round the update."""
-        targets = ["qkv", "proj", "fc1", "fc2"]
-        net = peft_model(self.net, self.rank, self.rank, targets, ("patch_embed.proj",), fp32=True)
+        net = peft_model(self.net, self.rank, self.rank, [*PEFT_TARGETS], PEFT_EXCLUDES, fp32=True)
         randomise_updates(net)
         return net
 
@@ -97,12 +94,8 @@ def grid(settings: Settings, case: str = "merge") -> list[tuple[str, str, int]]:
     """`(model, dtype, rank)` in the order in which they matter."""
     if settings.grid == "tiny":
         return [("vit_tiny_patch16_224", "fp32", 4)]
-    points = [("bf16", 16), *[("bf16", 128)] * (settings.on_gpu or settings.grid == "full"), ("fp32", 16)]
-    if settings.grid == "quick":
-        points = points[:1]
-    if settings.grid == "full":
-        points += [(dtype, rank) for dtype in ("bf16", "fp32", "fp16") for rank in (4, 64)]
-    return [("vit_large_patch16_224", *point) for point in points]
+    points = [("bf16", 16), *[("bf16", 128)] * settings.on_gpu, ("fp32", 16)]
+    return [("vit_large_patch16_224", *point) for point in points[: 1 if settings.grid == "quick" else None]]
 
 
 def measure(point: tuple[str, str, int], settings: Settings, roofline: dict[str, Any], case: str) -> list[Row]:
@@ -116,17 +109,18 @@ def measure(point: tuple[str, str, int], settings: Settings, roofline: dict[str,
         raise BenchmarkError(f"slora._C cannot be used: {extension['reason'] or 'it has no CUDA'}; nothing was timed")
     about = dict(zip(("model", "dtype", "r"), point, strict=True))
     with measuring(about, IMPLEMENTATIONS, settings) as rows, torch.no_grad():
-        fill(rows, point, settings, roofline)
+        fill(rows, point, settings)
     return list(rows.values())
 
 
-def fill(rows: dict[str, Row], point: tuple[str, str, int], settings: Settings, roofline: dict[str, Any]) -> None:
-    """Check the implementations, time those that are right, and measure the memory that they add."""
+def fill(rows: dict[str, Row], point: tuple[str, str, int], settings: Settings) -> None:
+    """Check the implementations, measure the memory that they add, and time those that are right."""
     weights = Weights(*point, settings.device)
     running: dict[str, Callable[[], Callable[[], float]]] = {}
     for name, row in rows.items():
         with reason_in(row):
             check(weights, name)
+            row.update(added(weights, name))
             running[name] = lambda name=name: partial(wall_clock, weights, name)  # type: ignore[misc]
     # A round puts PEFT on a whole model, which takes far longer than the merge.
     most = 30 if settings.on_gpu else 45
@@ -140,27 +134,6 @@ def fill(rows: dict[str, Row], point: tuple[str, str, int], settings: Settings, 
         }
         for name, (seconds, _) in in_turns(rows, events, settings, 15, most).items():
             rows[name]["device_seconds"] = spread(seconds)
-    products = sum(linear_flops(W.shape[0], W.shape[1], point[2]) for W in weights.now())
-    moved, factors = (sum(t.nbytes for t in tensors) for tensors in (weights.now(), [*weights.As, *weights.Bs]))
-    if not settings.on_gpu:
-        # The processes below have models of their own.
-        del weights
-        running.clear()
-    for name, row in rows.items():
-        if "seconds" not in row:
-            continue
-        # The weights read and written, a saved copy written, A and B read.
-        row["flops"] = 0 if name == "copy" else products
-        row["bytes"] = 2 * moved + ("copy kept" in name) * moved + (name != "copy") * factors
-        median = row["device_seconds" if "device_seconds" in row else "seconds"]["median"]
-        # Merging computes in fp32, whatever the weights' dtype.
-        row.update(beside_roofline(roofline, "fp32", median, row["flops"], row["bytes"]))
-        with reason_in(row):
-            if settings.on_gpu:
-                row.update(on_gpu(weights, name))
-            # A process takes far longer than a tiny merge.
-            elif settings.grid != "tiny" or name == "copy":
-                row["added_memory_mib"] = memory.in_a_process(added_memory, name, *point)
 
 
 def check(weights: Weights, name: str) -> None:
@@ -208,16 +181,13 @@ def wall_clock(weights: Weights, name: str) -> float:
         return time.perf_counter() - start
 
 
-def on_gpu(weights: Weights, name: str) -> Row:
-    """MiB of a GPU that one call adds at its peak; and of the operator, the number of its launches."""
+def added(weights: Weights, name: str) -> Row:
+    """MiB that one call adds at its peak; and of the operator on a GPU, the number of its launches."""
     with weights.call(name) as call:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = memory.begin(weights.device)
         call()
-        torch.cuda.synchronize()
-        row: Row = {"added_memory_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
-    if name == "slora batched_merge_":
+        row: Row = {"added_memory_mib": memory.peak(weights.device) - before}
+    if name == "slora batched_merge_" and weights.device == "cuda":
         profile: Any = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
         with profile:
             call()
@@ -227,11 +197,3 @@ def on_gpu(weights: Weights, name: str) -> Row:
         if started:
             row["launches"] = sum(not event.startswith(("Memcpy", "Memset")) for event in started)
     return row
-
-
-def added_memory(name: str, model: str, dtype: str, rank: int) -> float:
-    """MiB that one call adds on the CPU at its peak, to be measured in a process of its own."""
-    with torch.no_grad(), Weights(model, dtype, rank, "cpu").call(name) as call:
-        before = memory.peak_begins()
-        call()
-        return memory.peak() - before

@@ -19,7 +19,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,6 @@ from benchmarks.results import Missing
 from benchmarks.roofline import DTYPES
 from slora import reference
 from slora.ops import dispatch
-from slora.ops.backends import algorithms
 
 THRESHOLD = 0.5
 SCALING = 0.5
@@ -118,13 +116,11 @@ class Problem:
 class Layer:
     """A way to compute the layer.
 
-    `algorithm` is what it moves through memory, as `counting.bytes_moved` takes it; None where that is not known.
     `updates`: whether the low-rank update is part of it. `around`: a context that every call runs in.
     """
 
     forward: Callable[[Tensor], Tensor]
     parameters: dict[str, Tensor]
-    algorithm: str | None
     updates: bool = True
     around: Callable[[], Any] = nullcontext
 
@@ -157,13 +153,13 @@ class Layer:
 
 def frozen(problem: Problem) -> Layer:
     """`F.linear` with frozen parameters."""
-    return Layer(lambda x: F.linear(x, problem.W, problem.b), {}, "frozen", updates=False)
+    return Layer(lambda x: F.linear(x, problem.W, problem.b), {}, updates=False)
 
 
 def full(problem: Problem) -> Layer:
     """`F.linear` with trainable parameters."""
     W, b = (t.clone().requires_grad_() for t in (problem.W, problem.b))
-    return Layer(lambda x: F.linear(x, W, b), {"weight": W, "bias": b}, "full", updates=False)
+    return Layer(lambda x: F.linear(x, W, b), {"weight": W, "bias": b}, updates=False)
 
 
 def with_slora(backend: str) -> Callable[[Problem], Layer]:
@@ -187,7 +183,7 @@ def with_slora(backend: str) -> Callable[[Problem], Layer]:
             layer.lora_B.copy_(problem.B)
             layer.gate.copy_(problem.gate)
         parameters: dict[str, Tensor] = {"lora_A": layer.lora_A, "lora_B": layer.lora_B, "gate": layer.gate}
-        return Layer(layer, parameters, "addmm", around=partial(_backend, backend))
+        return Layer(layer, parameters, around=partial(_backend, backend))
 
     return build
 
@@ -205,23 +201,6 @@ def _backend(name: str) -> Iterator[None]:
             os.environ["SLORA_BACKEND"] = before
 
 
-def taken_algorithm(call: Callable[[], Any]) -> str | None:
-    """The algorithms of the forward and of dx, as `counting.bytes_moved` takes them; None where there was no choice.
-
-    On a GPU those of a CUDA graph, which is what is timed: there only the device knows the active blocks.
-    """
-    taken: dict[str, str] = {}
-    compute = algorithms.Linear.compute
-
-    def noted(operation: algorithms.Linear, algorithm: algorithms.Algorithm) -> Any:
-        taken[operation.key[0]] = algorithm.name
-        return compute(operation, algorithm)
-
-    with mock.patch.object(algorithms.Linear, "compute", noted), slora.gates_on_device():
-        call()
-    return "/".join(dict.fromkeys(taken[part] for part in ("forward", "input gradient") if part in taken)) or None
-
-
 def with_peft(compiled: bool) -> Callable[[Problem], Layer]:
     """PEFT's linear layer, its LoRA parameters in the dtype of the weight, which is its faster choice."""
 
@@ -235,7 +214,7 @@ def with_peft(compiled: bool) -> Callable[[Problem], Layer]:
             A.copy_(problem.A[0])
             B.copy_(problem.B[0])
         forward = torch.compile(layer, dynamic=False) if compiled else layer
-        return Layer(forward, {"lora_A": A, "lora_B": B}, None if compiled else "eager")
+        return Layer(forward, {"lora_A": A, "lora_B": B})
 
     return build
 
@@ -250,7 +229,7 @@ def addmm_function(problem: Problem) -> Layer:
         y: Tensor = AddmmLinear.apply(x, problem.W, problem.b, A, B, SCALING)  # type: ignore[no-untyped-call]
         return y
 
-    return Layer(forward, {"lora_A": A, "lora_B": B}, "addmm")
+    return Layer(forward, {"lora_A": A, "lora_B": B})
 
 
 class AddmmLinear(torch.autograd.Function):

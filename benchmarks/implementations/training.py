@@ -1,4 +1,4 @@
-"""Ways to train or run a whole model: what is frozen, what is adapted, and by which library.
+"""Ways to train or run a vision transformer: what is frozen, what is adapted, and by which library.
 
     head only                     the lower limit: nothing but a new head is trained
     frozen, dx everywhere         the limit that no low-rank update on all layers can pass
@@ -6,10 +6,10 @@
     PEFT, all / few               LoRA on all linears, or on the few that stay active below
     slora, all / few / none active, by policy for inactive blocks
 
-"Few" is the attention and MLP output projections of the last two layers. "frozen, dx everywhere" computes the frozen
-model, the gradient of the loss down to the outputs of the first layers that can be adapted, which any update of those
-layers needs for its B, and the gradients of the head that everybody trains. Under autocast both limits hold frozen
-weights in bf16, so that no step casts them; slora keeps such casts, PEFT casts at every step.
+"frozen, dx everywhere" computes the frozen model, the gradient of the loss down to the output of the first layer that
+can be adapted, which any update of this layer needs for its B, and the gradients of the head that everybody trains.
+Under autocast both limits hold frozen weights in bf16, so that no step casts them; slora keeps such casts, PEFT casts
+at every step.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 import slora
 from benchmarks.correctness import expected, mismatch
-from benchmarks.models import Inputs, Model, peft_model, randomise_updates
-from benchmarks.results import Missing, Wrong
+from benchmarks.models import PEFT_EXCLUDES, PEFT_TARGETS, Inputs, Model, peft_model, randomise_updates
+from benchmarks.results import Wrong
 from slora.layers import adapted_layers
 
 RANK = 16
@@ -47,10 +47,10 @@ class Way(NamedTuple):
 
 
 def frozen(everywhere: bool) -> Prepare:
-    """Frozen weights, only the head is trained; `everywhere`, dx down to the first layers that can be adapted."""
+    """Frozen weights, only the head is trained; `everywhere`, dx down to the first layer that can be adapted."""
 
     def prepare(model: Model, net: nn.Module, precision: str) -> nn.Module:
-        model.with_trainable_head(net.requires_grad_(False))
+        net.requires_grad_(False).get_submodule("head").requires_grad_(True)
         for module in net.modules() if precision == "amp" else ():
             if isinstance(module, nn.Linear) and not module.weight.requires_grad:
                 module.bfloat16()
@@ -60,8 +60,8 @@ def frozen(everywhere: bool) -> Prepare:
             # A compiler knows no new leaves, and fuses the sum.
             return output + nothing if torch.compiler.is_compiling() else output.requires_grad_()
 
-        for name in model.first if everywhere else ():
-            net.get_submodule(name).register_forward_hook(ask_for_gradient)
+        if everywhere:
+            net.get_submodule("blocks.0.attn.qkv").register_forward_hook(ask_for_gradient)
         return net
 
     return prepare
@@ -71,11 +71,9 @@ def with_peft(few: bool) -> Prepare:
     """PEFT's LoRA on all linears of every block, or on the few; in a bf16 model its adapters are bf16 as well."""
 
     def prepare(model: Model, net: nn.Module, precision: str) -> nn.Module:
-        if model.peft_targets is None:
-            raise Missing(f"PEFT does not adapt the attention of {model.name} without materialising its weights")
-        names = model.few(net) if few else list(model.peft_targets)
-        adapted: nn.Module = peft_model(net, RANK, RANK, names, model.peft_excludes, precision != "bf16")
-        model.with_trainable_head(net)
+        names = model.few(net) if few else list(PEFT_TARGETS)
+        adapted: nn.Module = peft_model(net, RANK, RANK, names, PEFT_EXCLUDES, precision != "bf16")
+        net.get_submodule("head").requires_grad_(True)
         return adapted
 
     return prepare
@@ -91,7 +89,8 @@ def with_slora(active: str, inactive: str, blocks: Any = "auto") -> Prepare:
         with torch.no_grad():
             for name, layer in adapted_layers(net):
                 layer.gate.fill_(1.0 if active == "all" or name in keep else 0.0)
-        return model.with_trainable_head(net)
+        net.get_submodule("head").requires_grad_(True)
+        return net
 
     return prepare
 
@@ -155,7 +154,8 @@ class Run:
 
     @torch.no_grad()
     def _output(self, net: nn.Module, inputs: Inputs) -> Tensor:
-        return self.model.forward(net, inputs)
+        output: Tensor = net(inputs[0])
+        return output
 
     def _backward(self, net: nn.Module, inputs: Inputs, loss_of: Callable[..., Tensor]) -> Tensor:
         wide = next(net.parameters()).dtype == torch.float64
@@ -184,7 +184,7 @@ class Run:
 
     def _copied_results(self, inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
         """What slora's reference, or PEFT, computes of the same in `dtype`."""
-        cast = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
+        cast = inputs[0].to(dtype), inputs[1]
         with mock.patch.dict("os.environ", {"SLORA_BACKEND": "reference"}):
             return self._results(copy.deepcopy(self.net).to(dtype), cast, self.model.loss)
 

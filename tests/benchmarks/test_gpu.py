@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command_line
-from benchmarks import gpu, gpu_steps, memory
+from benchmarks import gpu, gpu_steps
 from benchmarks.results import CASES, ROOT, BenchmarkError, read_result
 
 NCU = """
@@ -209,7 +209,6 @@ def test_the_stages_are_rehearsed_on_the_cpu_with_the_kernels_interpreted(
     monkeypatch.setattr(gpu_steps.Validation, "call", call)
     monkeypatch.setattr(gpu_steps, "find_tool", lambda name: name)
     monkeypatch.setattr(gpu, "process_began", time.monotonic)
-    monkeypatch.setattr(memory, "in_a_process", lambda *_: 1.0)
     one = ["memcheck"]
     for asked, names in ((["first"], NAMES["first"]), (["second"], NAMES["second"]), (["--parts", *one], one)):
         code = command(*asked, "--out", out)
