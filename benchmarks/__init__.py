@@ -8,7 +8,7 @@ The files in the order of reading:
     implementations/, models.py      what is compared: ways to compute a layer and to train a model
     correctness.py                   the one check of results
     timing.py, memory.py             how one time and one peak of memory are taken
-    roofline.py, counting.py         what the device reaches; FLOPs, bytes and the cost model
+    roofline.py                      what the device reaches, and the floor of a layer
     targets.toml, targets.py         what the work is held to
     compare.py                       two result files side by side
     report/                          from result files to pages, tables and figures

@@ -26,7 +26,6 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--case", nargs="+", action="extend", required=True, choices=["all", *CASES], metavar="CASE")
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     command.add_argument("--grid", choices=("tiny", "quick", "default"), default="default")
-    command.add_argument("--quick", dest="grid", action="store_const", const="quick", help="one point of every kind")
     command.add_argument("--rounds", type=int, help="repetitions of every implementation (default: by case)")
     command.add_argument("--only", nargs="+", action="extend", default=[], metavar="PART", help="parts of their names")
     command.add_argument("--seconds", type=float, help="begin no new point of a case after this time")
@@ -53,12 +52,10 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("gpu", help="validation on a GPU: build, kernels, cases, tests, sanitizer, profile")
     command.set_defaults(call=gpu)
-    stages = "first: build, candidates, linear, merge (4 minutes); second: train steps, tests, profile (7 minutes)"
-    command.add_argument("stage", nargs="?", choices=("first", "second"), help=f"{stages}; default: all (9 minutes)")
+    stages = "first: kernels, linear, merge (4 minutes); second: train steps, tests, profile (7); rest: all else (4)"
+    command.add_argument("stage", choices=("first", "second", "rest"), help=stages)
     command.add_argument("--out", type=Path, help="folder to write into (default: benchmarks/results/<device>)")
     command.add_argument("--commit", help="what to record as the commit where the source is no git repository")
-    command.add_argument("--seconds", type=float, help="all the time there is, its start included")
-    command.add_argument("--parts", nargs="+", action="extend", metavar="PART", help="only these parts")
     command.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, the kernels interpreted")
     return top
 

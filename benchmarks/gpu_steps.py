@@ -1,7 +1,7 @@
 """The steps of the GPU validation: each runs a command of its own and returns its state.
 
-A state has "state" ("ok", "failed", "cut" at its limit, "skipped"), "reason" where something is wrong, and what the
-step found: "counts" and "failed" of tests and candidates, "left_out" with the reason for what the step did not do.
+A state has "state" ("ok", "failed", "cut" at its limit, "skipped"), "reason" where something is wrong or left out, and
+what the step found, such as "counts" and "failed" of tests and candidates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from xml.etree import ElementTree
 import torch
 
 from benchmarks.results import ROOT, folder_name, read_result, write_result
-from slora.merging.batched import serves
 
 State = dict[str, Any]
 # What a case, or pytest after an interrupt, has to end by itself before it is killed.
@@ -54,8 +53,7 @@ class Validation:
     out: Path
     scratch: Path
     dry: bool
-    stage: str | None
-    """"first" or "second"; None for all steps, or for those that are named."""
+    stage: str
     about: dict[str, Any] = field(default_factory=dict)
     states: dict[str, State] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -64,7 +62,12 @@ class Validation:
     @property
     def name(self) -> str:
         """Of the files that each stage has for itself, <name>.json and <name>.log."""
-        return f"gpu-{self.stage}" if self.stage else "gpu"
+        return f"gpu-{self.stage}"
+
+    @property
+    def log(self) -> Path:
+        """What every command prints."""
+        return self.out / f"{self.name}.log"
 
     @property
     def device(self) -> str:
@@ -99,8 +102,7 @@ class Validation:
 
         Its output goes to the log as it comes. It is interrupted `grace` seconds before it is killed.
         """
-        log = self.out / f"{self.name}.log"
-        with open(log, "ab") as file:
+        with open(self.log, "ab") as file:
             file.write(f"\n$ {' '.join(map(str, command))}\n".encode())
             file.flush()
             start = file.tell()
@@ -121,7 +123,7 @@ class Validation:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        return code, log.read_bytes()[start:].decode(errors="replace")
+        return code, self.log.read_bytes()[start:].decode(errors="replace")
 
     def write(self) -> None:
         """Write the state of every step, and the measured choices of kernels."""
@@ -143,31 +145,19 @@ def state_of(code: int | None, text: str) -> State:
 
 
 def build(run: Validation, limit: float) -> State:
-    """Build the extension in place for this GPU, and say what it is; "failed" where this GPU cannot merge with it."""
+    """Build the extension in place for this GPU, and say what it is; "failed" where it cannot merge on one."""
     until = time.monotonic() + limit
     environ = {"SLORA_SKIP_EXT": "1"}
     if not run.dry:
         environ = {"TORCH_CUDA_ARCH_LIST": "{}.{}".format(*torch.cuda.get_device_capability())}
     code, text = run.call([sys.executable, "setup.py", "build_ext", "--inplace"], limit, environ=environ)
     state = state_of(code, text)
-    said = [line for line in text.splitlines() if line.startswith("slora: extension")][-1:]
     ask = "import json, slora; print(json.dumps(slora.merging.extension_info()))"
     code, text = run.call([sys.executable, "-c", ask], max(LEAST, until - time.monotonic()))
-    reason: str | None = "what was built is not known"
-    if code == 0:
-        state["extension"] = json.loads(text.splitlines()[-1])
-        reason = None if run.dry else unusable(state["extension"])
-    return state | {"state": "failed", "reason": "; ".join([reason, *said])} if reason else state
-
-
-def unusable(extension: Mapping[str, Any]) -> str | None:
-    """Why this GPU cannot merge with the extension that `extension_info` describes, None where it can."""
-    if not extension["available"]:
-        return f"slora._C cannot be used: {extension['reason']}"
-    if extension["cuda"] is None:
-        return "slora._C was built without CUDA"
-    archs = " ".join(extension["architectures"])
-    return None if serves(torch.cuda.get_device_capability(), archs) else f"slora._C has code for {archs} alone"
+    extension = json.loads(text.splitlines()[-1]) if code == 0 else {"reason": "what was built is not known"}
+    if not run.dry and not extension.get("cuda"):
+        state |= {"state": "failed", "reason": extension.get("reason") or "slora._C was built without CUDA"}
+    return state | {"extension": extension}
 
 
 def candidates(run: Validation, limit: float) -> State:
@@ -178,16 +168,13 @@ def candidates(run: Validation, limit: float) -> State:
     """
     command = [sys.executable, "-m", "benchmarks.candidates", run.out, "--device", run.device]
     state, content = written(run, "candidates", [*command, "--seconds", f"{max(1.0, limit - GRACE):.0f}"], limit)
-    if content:
-        entries = content["candidates"]
-        state["counts"] = dict(Counter(entry["state"] for entry in entries))
-        state["failed"] = [
-            f"{entry['operation']}, {entry['algorithm']} at {entry['point']}: {entry['reason']}"[:300]
-            for entry in entries
-            if entry["state"] in ("wrong", "failed")
-        ][:40]
-        if not content["complete"]:
-            state["left_out"] = {"the rest of the candidates": TIME_UP}
+    entries = content["candidates"] if content else []
+    state["counts"] = dict(Counter(entry["state"] for entry in entries))
+    state["failed"] = [
+        f"{entry['operation']}, {entry['algorithm']} at {entry['point']}: {entry['reason']}"[:300]
+        for entry in entries
+        if entry["state"] in ("wrong", "failed")
+    ][:40]
     return state
 
 
@@ -196,14 +183,14 @@ def case(name: str) -> Run:
 
     def run_case(run: Validation, limit: float) -> State:
         # Without GPU the first point shows that it runs.
-        size = ["--grid", "tiny", "--seconds", "0"] if run.dry else ["--seconds", f"{max(1.0, limit - GRACE):.0f}"]
-        size += ["--quick"] * (run.stage is not None and not run.dry)
-        command = [sys.executable, "-m", "benchmarks", "run", "--case", name, "--device", run.device]
-        state, result = written(run, name, [*command, "--keep-partial", "--out", run.out, *size], limit)
+        grid, seconds = ("tiny", 0.0) if run.dry else ("quick", max(1.0, limit - GRACE))
+        command = [sys.executable, "-m", "benchmarks", "run", "--case", name, "--device", run.device, "--grid", grid]
+        command += ["--seconds", f"{seconds:.0f}", "--keep-partial", "--out", str(run.out)]
+        state, result = written(run, name, command, limit)
         if result:
             run.results[name] = result
             if not result["complete"]:
-                state["left_out"] = {"the rest of its grid": TIME_UP}
+                state["reason"] = f"without the rest of its grid: {TIME_UP}"
         return state
 
     return run_case
@@ -310,3 +297,13 @@ def find_tool(name: str) -> str | None:
         "/usr/local/cuda/bin",
     ]
     return shutil.which(name, path=os.pathsep.join(folders))
+
+
+STEPS: dict[str, Run] = {
+    "build": build,
+    "candidates": candidates,
+    "tests": tests,
+    "profile": profile,
+    **{name: case(name) for name in ("linear", "merge", "train_step", "inference", "gates")},
+    **{name: sanitizer(name) for name in ("memcheck", "racecheck")},
+}

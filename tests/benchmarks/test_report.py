@@ -78,7 +78,7 @@ def test_the_first_page_answers_its_three_questions_for_every_measured_device(tm
 def test_a_device_page_gives_the_reason_of_what_is_missing_and_no_ratio_of_two_clocks(tmp_path: Path) -> None:
     rows = [*_steps(clock="graph"), {"point": POINT, "contender": "PEFT, few", "failed": "no compiler"}]
     rows[2] |= {"clock": "events", "not_captured": "it reads the host"}
-    tests = {"state": "cut", "seconds": 41.2, "counts": {"passed": 12}, "left_out": {"the rest": "the time was up"}}
+    tests = {"state": "cut", "seconds": 41.2, "counts": {"passed": 12}, "reason": "the time was up"}
     profile = {"state": "ok", "seconds": 9.0, "kernels": [{"kernel": "_kernel", "duration": "212 us"}]}
     validation = {"parts": {"tests": tests, "profile": profile}}
     results = {"nvidia-h200": {"train_step": {"rows": rows, "complete": False}, "gpu-second": validation}}
@@ -89,7 +89,7 @@ def test_a_device_page_gives_the_reason_of_what_is_missing_and_no_ratio_of_two_c
         "* slora, all active: not captured: it reads the host (1 of 1 points)",
         "* PEFT, few: failed: no compiler (1 of 1 points)",
         "**Incomplete: the time was up before the grid was.**",
-        "| tests | cut | 41 | passed: 12, left out: the rest (the time was up) |",
+        "| tests | cut | 41 | passed: 12, the time was up |",
         "| _kernel | 212 us |",
     ):
         assert f"{line}\n" in texts["benchmarks/results/nvidia-h200.md"]

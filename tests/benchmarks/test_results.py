@@ -54,7 +54,7 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("arguments", "message"),
     [
         (["run", "--case", "linear", *TINY, "--out", __file__], "cannot be written into (File exists)"),
-        (["run", "--case", "linear", "--quick"], "a part of a run needs --out"),
+        (["run", "--case", "linear", "--grid", "quick"], "a part of a run needs --out"),
         (["run", "--case", "linear", "--only", "PEFT"], "a part of a run needs --out"),
         (["compare", "no.json", "other.json"], "no.json does not exist"),
     ],
@@ -72,7 +72,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("arguments", [["run", "--case", "linear", "--device", "cuda"], ["gpu"]], ids=["run", "gpu"])
+@pytest.mark.parametrize("arguments", [["run", "--case", "linear", "--device", "cuda"], ["gpu", "first"]])
 def test_without_a_gpu_a_gpu_is_not_measured(arguments: list[str], tmp_path: Path, capsys: Any) -> None:
     assert run(*arguments, "--out", tmp_path / "out") == 2
     assert "no CUDA GPU is visible" in capsys.readouterr().err
