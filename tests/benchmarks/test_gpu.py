@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import subprocess
 import sys
 import time
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import __main__ as command_line
 from benchmarks import gpu, gpu_steps
@@ -110,40 +108,6 @@ def test_the_stages_have_every_step_and_the_first_tests_are_there() -> None:
         "second": 400,
         "rest": 250,
     }
-
-
-def test_a_case_on_a_gpu_has_its_share_of_the_time_to_measure_the_quick_grid(
-    run: gpu_steps.Validation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-
-    def call(self: Any, words: list[object], limit: float) -> tuple[int, str]:
-        asked.append(command_line.parser().parse_args([str(word) for word in words[3:]]))
-        return 1, "ModuleNotFoundError"
-
-    monkeypatch.setattr(gpu_steps.Validation, "call", call)
-    run.dry = False
-    # That of an earlier run.
-    (run.out / "linear.json").write_text("{}")
-    state = gpu_steps.case("linear")(run, 85.0)
-    assert state == {"state": "failed", "exit_code": 1, "last_lines": ["ModuleNotFoundError"]}
-    assert (asked[0].case, asked[0].device, asked[0].grid, asked[0].out) == (["linear"], "cuda", "quick", run.out)
-    assert (asked[0].seconds, asked[0].keep_partial) == (79.0, True)
-
-
-def test_a_build_that_no_gpu_can_use_has_failed(monkeypatch: pytest.MonkeyPatch, run: gpu_steps.Validation) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    run.dry = False
-    for extension, reason in (
-        ({"reason": "it was not built", "cuda": None}, "it was not built"),
-        ({"reason": None, "cuda": None}, "slora._C was built without CUDA"),
-        ({"reason": None, "cuda": "13.0"}, None),
-        (None, "what was built is not known"),
-    ):
-        answers = iter([(0, ""), (1, "ImportError") if extension is None else (0, json.dumps(extension))])
-        monkeypatch.setattr(gpu_steps.Validation, "call", lambda *_, answers=answers, **__: next(answers))
-        state = gpu_steps.build(run, 20.0)
-        assert (state["state"], state.get("reason")) == ("failed" if reason else "ok", reason)
 
 
 def test_outcomes_of_tests_are_read_from_the_report_of_pytest(
