@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import results
-from benchmarks.results import CASES, RESULTS, BenchmarkError, read_result, require_writable
+from benchmarks.results import CASES, RESULTS, BenchmarkError, made, read_result
 from benchmarks.timing import first_line
 from slora.errors import WriteError
 
@@ -152,7 +152,7 @@ def compatibility(args: argparse.Namespace) -> int:
 
     out = args.out or (None if args.names else RESULTS)
     if out is not None:
-        require_writable(out)
+        made(out)
     rows = census.run(census.chosen(args.names), max(1, args.jobs), out)
     return 1 if any(row["verdict"] in ("wrong", "failed") for row in rows) else 0
 

@@ -9,8 +9,7 @@ result is compared with the fp32 reference; unwritten elements are NaN. (Times o
 by: see "choices" in `gpu-<stage>.json`.)
 
 Processes on all cores compile and check side by side; they share Triton's cache on disk. One process does the large
-point. A candidate that fails, hangs or breaks its CUDA context costs only itself. `candidates.json` is written as they
-end:
+point. A candidate that fails, hangs or breaks its CUDA context costs only itself. The end writes `candidates.json`:
 
     {"complete": ..., "candidates": [{"point", "operation", "algorithm", "state", "error", "reason"}, ...]}
 
@@ -45,8 +44,8 @@ from slora.ops.backends import Needs
 from slora.ops.backends.algorithms import Forward, InputGradient, Operation, WeightGradients
 from slora.ops.operands import LoRAOperands
 
-# Of all the time, what the small points may take; the longest for one candidate; how often the file is written, in s.
-SMALL, EACH, EVERY = 0.75, 60.0, 2.0
+# Of all the time, what the small points may take; the longest for one candidate in seconds.
+SMALL, EACH = 0.75, 60.0
 # What each operation returns.
 RESULTS = {"forward": ("y", "S"), "input gradient": ("dx", "T"), "weight gradients": ("lora_A", "lora_B", "gate")}
 
@@ -161,24 +160,18 @@ def listed(device: str) -> dict[Task, dict[str, Any]]:
 
 
 def examine(folder: Path, device: str, until: float) -> list[dict[str, Any]]:
-    """Check every candidate, write `candidates.json` as they end, and return the entries."""
-    entries, about, written = listed(device), environment(device), 0.0
+    """Check every candidate, write `candidates.json`, and return the entries."""
+    entries, about = listed(device), environment(device)
     large = [task for task in entries if points(device)[task.point].ends]
     small = [task for task in entries if task not in large]
     cores = 1 if device == "cpu" else min(16, len(os.sched_getaffinity(0)))
     most = time.monotonic() + SMALL * (until - time.monotonic())
-
-    def write(complete: bool) -> None:
-        content = {"environment": about, "complete": complete, "candidates": list(entries.values())}
-        write_result("candidates", folder_name(device), content, folder)
-
     at_once = workers.run(check, small, cores, most, EACH)
     for task, outcome in itertools.chain(at_once, workers.run(check, large, 1, until, EACH)):
         entries[task].update(outcome)
-        if time.monotonic() - written > EVERY:
-            write(complete=False)
-            written = time.monotonic()
-    write(all(entry["state"] != workers.NO_TIME for entry in entries.values()))
+    complete = all(entry["state"] != workers.NO_TIME for entry in entries.values())
+    content = {"environment": about, "complete": complete, "candidates": list(entries.values())}
+    write_result("candidates", folder_name(device), content, folder)
     return list(entries.values())
 
 

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import gpu_steps as steps
 from benchmarks import targets
-from benchmarks.results import RESULTS, BenchmarkError, environment, folder_name, process_began, require_writable
+from benchmarks.results import RESULTS, BenchmarkError, environment, folder_name, made, process_began
 
 DRY_SECONDS = 900.0
 # Estimates in seconds. In the second stage the candidates fill Triton's cache: train steps would compile one kernel
@@ -49,8 +49,7 @@ def validate(args: argparse.Namespace) -> int:
     if args.dry_run and args.out is None:
         raise BenchmarkError("--dry-run measures nothing worth keeping; name a folder with --out")
     device, whole = ("cpu", DRY_SECONDS) if args.dry_run else ("cuda", sum(shares.values()))
-    out = (args.out or RESULTS / folder_name(device)).resolve()
-    require_writable(out)
+    out = made(args.out or RESULTS / folder_name(device)).resolve()
     # `timeout` sends its signal twice: the second must not come between the first and the end of what runs.
     signal.signal(signal.SIGTERM, interrupted)
     # Commands inherit what is ignored, and pytest has to hear an interrupt.

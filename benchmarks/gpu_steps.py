@@ -291,12 +291,7 @@ def profiled(text: str) -> list[dict[str, str]]:
 
 def find_tool(name: str) -> str | None:
     """A tool of the CUDA toolkit, on PATH or where the toolkit usually is."""
-    folders = [
-        os.environ.get("PATH", ""),
-        f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin",
-        "/usr/local/cuda/bin",
-    ]
-    return shutil.which(name, path=os.pathsep.join(folders))
+    return shutil.which(name) or shutil.which(name, path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
 
 
 STEPS: dict[str, Run] = {

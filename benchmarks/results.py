@@ -20,10 +20,9 @@ import platform
 import re
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -108,12 +107,10 @@ def environment(device: str) -> dict[str, Any]:
 
     Where the source is no git repository the commit is what SLORA_COMMIT says, followed by "-dirty" if it was changed.
     """
-    packages: dict[str, str | None] = {}
+    packages = {}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = None
     commit, dirty = _commit()
     return {
         "commit": commit,
@@ -150,9 +147,9 @@ def folder_name(device: str) -> str:
     return "cpu" if device == "cpu" else re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
-def write_result(case: str, device: str, payload: dict[str, Any], folder: Path | None = None) -> Path:
-    """Write `<case>.json` into `folder`, by default `results/<device>`, atomically, and return its path."""
-    path = (RESULTS / device if folder is None else folder) / f"{case}.json"
+def write_result(case: str, device: str, payload: dict[str, Any], folder: Path) -> Path:
+    """Write `<case>.json` into `folder`, atomically, and return its path."""
+    path = folder / f"{case}.json"
     write_json(path, {"schema": SCHEMA, "case": case, "device": device, **payload})
     return path
 
@@ -182,18 +179,17 @@ def results_in(folder: Path) -> dict[str, dict[str, Any]]:
     return {str(result["case"]): result for result in results if "rows" in result}
 
 
-def require_writable(folder: Path) -> None:
-    """Create `folder`, and find out before anything is measured whether files can be written into it.
+def made(folder: Path) -> Path:
+    """Create `folder` before anything is measured, and return it.
 
     Raises:
-        BenchmarkError: they cannot.
+        BenchmarkError: it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
     except OSError as error:
-        raise BenchmarkError(f"{folder} cannot be written into ({error.strerror}); choose another folder") from error
+        raise BenchmarkError(f"{folder} cannot be created ({error.strerror}); choose another folder") from error
+    return folder
 
 
 def _commit() -> tuple[str | None, bool | None]:
@@ -318,7 +314,7 @@ def run_case(name: str, settings: Settings, folder: Path | None = None, keep_par
     if settings.device not in CASES[name].devices:
         raise BenchmarkError(f"case {name!r} is not measured on {settings.device}; leave it out")
     device = folder_name(settings.device)
-    require_writable(RESULTS / device if folder is None else folder)
+    folder = made(RESULTS / device if folder is None else folder)
     # What a case that failed before this one has left.
     release(settings.device)
     ieee_fp32()

@@ -52,7 +52,7 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "--case", "linear", *TINY, "--out", __file__], "cannot be written into (File exists)"),
+        (["run", "--case", "linear", *TINY, "--out", __file__], "cannot be created (File exists)"),
         (["run", "--case", "linear", "--grid", "quick"], "a part of a run needs --out"),
         (["run", "--case", "linear", "--only", "PEFT"], "a part of a run needs --out"),
         (["compare", "no.json", "other.json"], "no.json does not exist"),
