@@ -111,8 +111,6 @@ def show(run: steps.Validation, took: float) -> None:
     for name, state in run.states.items():
         notes = [f"{number} {word}" for word, number in state.get("counts", {}).items()] + [state.get("reason", "")]
         print(f"{name:12} {state['state']:8} {state['seconds']:7.1f}  {', '.join(filter(None, notes))}".rstrip())
-        for what in state.get("failed", ())[:8]:
-            print(f"    failed: {what}")
     print(f"\n{run.about['device']}, in {took:.0f} s; results in {run.out}\n")
     device = folder_name(run.device)
     try:

@@ -1,7 +1,7 @@
 """The steps of the GPU validation: each runs a command of its own and returns its state.
 
-A state has "state" ("ok", "failed", "cut" at its limit, "skipped"), "reason" where something is wrong or left out, and
-what the step found, such as "counts" and "failed" of tests and candidates.
+A state has "state" ("ok", "failed", "cut" at its limit, "skipped"), "reason" where something is wrong or left out,
+"last_lines" of what failed, and what the step found, such as "counts" of tests and candidates.
 """
 
 from __future__ import annotations
@@ -35,15 +35,10 @@ LEAST = 3.0
 TIME_UP = "the time was up"
 # Tested first, because a cut loses what is at the end: every kernel's values, the operator, and the merge.
 FIRST = ("tests/kernels/test_algorithms.py", "tests/kernels/test_operator.py", "tests/merging/test_batched_cuda.py")
-METRICS = {
-    "gpu__time_duration.sum": "duration",
-    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "compute_percent",
-    "gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
-    "dram__bytes_read.sum": "bytes_read",
-    "dram__bytes_write.sum": "bytes_written",
-    "launch__registers_per_thread": "registers",
-    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
-}
+# Of ncu: time, throughput of the SMs and of memory, bytes, registers, occupancy.
+METRICS = """gpu__time_duration.sum sm__throughput.avg.pct_of_peak_sustained_elapsed
+gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed dram__bytes_read.sum dram__bytes_write.sum
+launch__registers_per_thread sm__warps_active.avg.pct_of_peak_sustained_active""".split()
 
 
 @dataclass
@@ -170,11 +165,6 @@ def candidates(run: Validation, limit: float) -> State:
     state, content = written(run, "candidates", [*command, "--seconds", f"{max(1.0, limit - GRACE):.0f}"], limit)
     entries = content["candidates"] if content else []
     state["counts"] = dict(Counter(entry["state"] for entry in entries))
-    state["failed"] = [
-        f"{entry['operation']}, {entry['algorithm']} at {entry['point']}: {entry['reason']}"[:300]
-        for entry in entries
-        if entry["state"] in ("wrong", "failed")
-    ][:40]
     return state
 
 
@@ -212,27 +202,16 @@ def tests(run: Validation, limit: float) -> State:
                "--continue-on-collection-errors", f"--junitxml={report}"]  # fmt: skip
     if find_spec("xdist") and not run.dry:
         command += ["-n", str(min(8, os.cpu_count() or 1))]
-    state = state_of(*run.call([*command, *gpu_files()], limit, GRACE))
+    # Wide enough for what a failed test says in its last lines.
+    state = state_of(*run.call([*command, *gpu_files()], limit, GRACE, {"COLUMNS": "300"}))
     if not report.exists():
         return state | {"reason": "pytest has written no report"}
     suite = next(ElementTree.parse(report).iter("testsuite"))
     counts = {kind: int(suite.get(kind, 0)) for kind in ("failures", "errors", "skipped")}
     state["counts"] = {"passed": int(suite.get("tests", 0)) - sum(counts.values()), **counts}
-    state["failed"] = [
-        f"{test.get('classname')}::{test.get('name')}: {first_error(child)}"[:300]
-        for test in suite.iter("testcase")
-        for child in test
-        if child.tag in ("failure", "error")
-    ][:40]
     if state["state"] == "ok" and not state["counts"]["passed"] and not run.dry:
         state |= {"state": "failed", "reason": "no test passed"}
     return state
-
-
-def first_error(outcome: ElementTree.Element) -> str:
-    """The first line of an exception that a test, or the import of its file, has raised."""
-    lines = [line[1:].strip() for line in (outcome.text or "").splitlines() if line.startswith("E ")]
-    return lines[0] if lines else outcome.get("message", "")
 
 
 def gpu_files() -> list[str]:
@@ -278,15 +257,10 @@ def profile(run: Validation, limit: float) -> State:
 
 
 def profiled(text: str) -> list[dict[str, str]]:
-    """ncu's CSV: one entry per kernel, each metric with its unit."""
+    """ncu's CSV: an entry of units, then one per kernel."""
     _, head, table = text.partition('"ID"')
-    rows = list(csv.DictReader((head + table).splitlines()))
-    return [
-        {"kernel": row["Kernel Name"], "grid": row["Grid Size"], "block": row["Block Size"]}
-        | {short: f"{row[name]} {rows[0][name]}" for name, short in METRICS.items() if row.get(name)}
-        for row in rows
-        if row["Kernel Name"]
-    ]
+    rows = [row for row in csv.DictReader((head + table).splitlines()) if not row["ID"].startswith("==")]
+    return [{name: row.get(name, "") for name in ("Kernel Name", "Grid Size", "Block Size", *METRICS)} for row in rows]
 
 
 def find_tool(name: str) -> str | None:
