@@ -47,22 +47,13 @@ def test_a_wrong_result_is_seen_and_a_candidate_that_raises_costs_the_others_not
     assert candidates.main([str(tmp_path), "--device", "cpu"]) == 1
     content = json.loads((tmp_path / "candidates.json").read_text())
     assert content["complete"]
-    found = set()
-    for entry in content["candidates"]:
-        reason = entry.get("reason", "").partition(" by")[0]
-        found.add(
-            (entry["operation"], entry["algorithm"].split()[0], entry["state"], reason, entry.get("error") is None)
-        )
+    found = {
+        (e["operation"], e["algorithm"].split()[0], e["reason"].partition(" by")[0], e.get("error") is None)
+        for e in content["candidates"]
+        if e["state"] != "right"
+    }
     assert found == {
-        ("forward", "fused", "wrong", "y is off", False),
-        ("forward", "split", "right", "", False),
-        ("forward", "precomputed", "failed", "of all things", True),
-        ("forward", "cublas_after", "wrong", "y is off", True),
-        ("forward", "cublas_before", "right", "", False),
-        ("input gradient", "fused", "wrong", "dx is off", False),
-        ("input gradient", "split", "right", "", False),
-        ("input gradient", "precomputed", "right", "", False),
-        ("input gradient", "cublas_after", "right", "", False),
-        ("input gradient", "cublas_before", "right", "", False),
-        ("weight gradients", "one_pass", "wrong", "lora_A is off", False),
+        ("forward", "fused", "y is off", False), ("forward", "cublas_after", "y is off", True),
+        ("forward", "precomputed", "of all things", True), ("input gradient", "fused", "dx is off", False),
+        ("weight gradients", "one_pass", "lora_A is off", False),
     }  # fmt: skip

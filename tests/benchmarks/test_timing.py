@@ -36,23 +36,6 @@ def test_implementations_take_turns_in_an_order_that_changes_and_is_the_same_in_
     assert runs[0] == runs[1]
 
 
-def test_one_that_fails_costs_the_others_nothing() -> None:
-    class Fails:
-        def __init__(self, after: int) -> None:
-            self.left = after
-
-        def __call__(self) -> None:
-            self.left -= 1
-            if self.left < 0:
-                raise RuntimeError("no memory\nand a stack")
-
-    # In the call that warms up, in the round that does not count, and in the second that does.
-    taken, rows = _in_turns({"a": [Fails(0)], "b": [Fails(1)], "c": [Fails(3)], "right": [lambda: None]}, 4)
-    assert {name: len(seconds) for name, (seconds, _) in taken.items()} == {"right": 4}
-    for name in "abc":
-        assert rows[name] == {"point": {}, "contender": name, "failed": "RuntimeError: no memory"}
-
-
 def test_every_call_gets_the_next_set_of_inputs_whoever_makes_it() -> None:
     seen: list[tuple[str, int]] = []
     _in_turns({name: [lambda name=name, i=i: seen.append((name, i)) for i in range(5)] for name in "ab"}, 5)
