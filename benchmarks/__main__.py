@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -20,17 +21,15 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m benchmarks", description="What is fast, measured.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    cases = "; ".join(f"{case.name}: {case.summary}" for case in CASES.values())
+    cases = "; ".join(f"{name}: {case.summary}" for name, case in CASES.items())
     command = commands.add_parser("run", help="run cases and write results/<device>/<case>.json", description=cases)
     command.set_defaults(call=run)
     command.add_argument("--case", nargs="+", action="extend", required=True, choices=["all", *CASES], metavar="CASE")
     command.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     command.add_argument("--grid", choices=("tiny", "quick", "default"), default="default")
-    command.add_argument("--rounds", type=int, help="repetitions of every implementation (default: by case)")
     command.add_argument("--only", nargs="+", action="extend", default=[], metavar="PART", help="parts of their names")
-    command.add_argument("--seconds", type=float, help="begin no new point of a case after this time")
+    command.add_argument("--seconds", type=float, help="begin no new point after this time; write after every point")
     command.add_argument("--out", type=Path, help="folder to write into (default: benchmarks/results/<device>)")
-    command.add_argument("--keep-partial", action="store_true", help="write after every point, marked incomplete")
 
     command = commands.add_parser("report", help="write the pages, figures and tables that show the result files")
     command.set_defaults(call=report)
@@ -69,25 +68,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BenchmarkError, WriteError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nbenchmarks: interrupted; only what --keep-partial wrote is there", file=sys.stderr)
+        print("\nbenchmarks: interrupted; what was written before is kept", file=sys.stderr)
     return 2
 
 
 def run(args: argparse.Namespace) -> int:
     """Run cases; those after one that fails are run all the same."""
-    part = args.only or args.rounds or args.seconds is not None or args.keep_partial or args.grid in ("tiny", "quick")
-    if part and args.out is None:
+    if args.out is None and (args.only or args.seconds is not None or args.grid != "default"):
         raise BenchmarkError("a part of a run needs --out; results/ holds whole ones")
     measured = [name for name, case in CASES.items() if args.device in case.devices]
     names = dict.fromkeys(name for word in args.case for name in (measured if word == "all" else [word]))
+    # The start of Python and torch counts.
+    until = math.inf if args.seconds is None else results.process_began() + args.seconds
+    settings = results.Settings(args.device, args.grid, tuple(args.only), until)
     code, errors = 0, []
-    # The start of Python and torch counts as time of the first case.
-    started = results.process_began()
     for name in names:
         try:
-            settings = results.Settings(args.device, args.grid, args.rounds, tuple(args.only), args.seconds)
-            settings.started, started = min(settings.started, started), settings.started
-            path = results.run_case(name, settings, args.out, args.keep_partial)
+            path = results.run_case(name, settings, args.out)
             for row in read_result(path)["rows"]:
                 point = " ".join(f"{key}={value}" for key, value in row["point"].items())
                 print(f"{point:58} {row['contender']:38} {headline(row)}")

@@ -175,7 +175,7 @@ def case(name: str) -> Run:
         # Without GPU the first point shows that it runs.
         grid, seconds = ("tiny", 0.0) if run.dry else ("quick", max(1.0, limit - GRACE))
         command = [sys.executable, "-m", "benchmarks", "run", "--case", name, "--device", run.device, "--grid", grid]
-        command += ["--seconds", f"{seconds:.0f}", "--keep-partial", "--out", str(run.out)]
+        command += ["--seconds", f"{seconds:.0f}", "--out", str(run.out)]
         state, result = written(run, name, command, limit)
         if result:
             run.results[name] = result

@@ -23,7 +23,6 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,10 +125,8 @@ def environment(device: str) -> dict[str, Any]:
 
 def source(environment: Mapping[str, Any]) -> str:
     """The commit that was measured, in words."""
-    commit, dirty = environment["commit"], environment["dirty"]
-    if not commit:
-        return "unknown commit" + " with changes" * bool(dirty)
-    return f"commit {commit[:10]}" + (", perhaps with changes" if dirty is None else " with changes" * dirty)
+    commit = environment["commit"]
+    return (f"commit {commit[:10]}" if commit else "unknown commit") + " with changes" * bool(environment["dirty"])
 
 
 def device_name(device: str) -> str:
@@ -215,38 +212,27 @@ def _git(*arguments: str) -> str | None:
 
 def process_began() -> float:
     """When this process started, imports included, on the clock of `time.monotonic`; now where that is not known."""
-    now = time.monotonic()
-    try:
-        # Field 22 of the line, counted from after the program's name, which may have blanks: ticks since boot.
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return now - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, AttributeError, ValueError, IndexError):
-        return now
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.monotonic()
+    # Field 22 of the line, counted from after the program's name, which may have blanks: ticks since boot.
+    ticks = int(stat.read_text().rpartition(")")[2].split()[19])
+    return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
 
 
-@dataclass
-class Settings:
+class Settings(NamedTuple):
     """What the command line asks for.
 
     Attributes:
         grid: "tiny" only shows that the code runs, "quick" touches every kind of point, "default" covers the targets.
-        rounds: repetitions of every implementation; None: what suits the grid.
         only: parts of the names of implementations; empty: all.
-        seconds: the time that the case may take from `started` on (of `time.monotonic`), None without limit.
-        stopped: whether the grid was left before its end.
+        until: when to begin no new point, on the clock of `time.monotonic`.
     """
 
     device: str = "cpu"
     grid: str = "default"
-    rounds: int | None = None
     only: tuple[str, ...] = ()
-    seconds: float | None = None
-    started: float = field(default_factory=time.monotonic)
-    stopped: bool = False
-
-    def __post_init__(self) -> None:
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise BenchmarkError("no CUDA GPU is visible (torch.cuda.is_available() is False); use --device cpu")
+    until: float = math.inf
 
     @property
     def on_gpu(self) -> bool:
@@ -255,8 +241,7 @@ class Settings:
 
     def repetitions(self, usual: int) -> int:
         """How many rounds to take where `usual` would do."""
-        few = {"tiny": 0, "quick": usual // 2}.get(self.grid, usual)
-        return max(FEWEST_ROUNDS, few if self.rounds is None else self.rounds)
+        return max(FEWEST_ROUNDS, {"tiny": 0, "quick": usual // 2}.get(self.grid, usual))
 
     def wanted(self, implementation: str) -> bool:
         """Whether this implementation takes part."""
@@ -264,71 +249,60 @@ class Settings:
 
     def left(self) -> float:
         """Seconds that are left."""
-        return math.inf if self.seconds is None else max(0.0, self.seconds - (time.monotonic() - self.started))
+        return max(0.0, self.until - time.monotonic())
 
 
 class Case(NamedTuple):
-    """A case by name. `benchmarks/cases/<module>.py` has its `grid(settings, name)` and how a point is measured."""
+    """A case. `benchmarks/cases/<module>.py` has its `grid(settings, name)` and how a point is measured."""
 
-    name: str
     module: str
     summary: str
     devices: tuple[str, ...] = ("cpu", "cuda")
 
-    def measure(self, settings: Settings, rates: dict[str, Any]) -> Iterator[list[Row]]:
-        """Yield the rows of every point; the first is measured in any case, the others while there is time.
-
-        `rates` are the roofline of this run.
-        """
-        module = importlib.import_module(f"benchmarks.cases.{self.module}")
-        for i, point in enumerate(module.grid(settings, self.name)):
-            settings.stopped = i > 0 and settings.left() == 0
-            if settings.stopped:
-                return
-            yield module.measure(point, settings, rates, self.name)
-
 
 CASES = {
-    name: Case(name, *rest)
-    for name, *rest in (
-        ("linear", "linear", "one linear layer: forward, and forward with backward, per shape, beside every peer"),
-        ("train_step", "model", "one training step of a whole model, beside PEFT, full and frozen"),
-        ("merge", "merge", "folding LoRA into all linear layers of a ViT-L/16, beside PEFT and a copy"),
-        ("inference", "model", "a forward: base, merged, unmerged, PEFT merged and unmerged"),
-        ("gates", "model", "a training step under each policy for inactive blocks"),
-        ("host", "host", "host time per layer: tiny tensors on one thread of the CPU", ("cpu",)),
-    )
+    "linear": Case("linear", "one linear layer: forward, and forward with backward, per shape, beside every peer"),
+    "train_step": Case("model", "one training step of a whole model, beside PEFT, full and frozen"),
+    "merge": Case("merge", "folding LoRA into all linear layers of a ViT-L/16, beside PEFT and a copy"),
+    "inference": Case("model", "a forward: base, merged, unmerged, PEFT merged and unmerged"),
+    "gates": Case("model", "a training step under each policy for inactive blocks"),
+    "host": Case("host", "host time per layer: tiny tensors on one thread of the CPU", ("cpu",)),
 }
 
 
-def run_case(name: str, settings: Settings, folder: Path | None = None, keep_partial: bool = False) -> Path:
+def run_case(name: str, settings: Settings, folder: Path | None = None) -> Path:
     """Run a case and write `<name>.json` into `folder`, by default the device's under `results/`; return its path.
 
-    An interrupted run leaves the file that was there. With `keep_partial` the file is written after every point, marked
-    incomplete until the end.
+    An interrupted run leaves the file that was there. Where time is limited, the file is written after every point,
+    marked incomplete until the end; the first point is measured in any case.
 
     Raises:
-        BenchmarkError: it is not measured on the device, the folder cannot be written into, or nothing was measured; or
-            the file is written, and an implementation in it failed or was wrong.
+        BenchmarkError: it is not measured on the device, the folder cannot be created, or nothing was measured; or the
+            file is written, and an implementation in it failed or was wrong.
     """
     if settings.device not in CASES[name].devices:
         raise BenchmarkError(f"case {name!r} is not measured on {settings.device}; leave it out")
-    device = folder_name(settings.device)
+    if settings.on_gpu and not torch.cuda.is_available():
+        raise BenchmarkError("no CUDA GPU is visible (torch.cuda.is_available() is False); use --device cpu")
+    device, case = folder_name(settings.device), importlib.import_module(f"benchmarks.cases.{CASES[name].module}")
     folder = made(RESULTS / device if folder is None else folder)
     # What a case that failed before this one has left.
     release(settings.device)
     ieee_fp32()
     rates, rows = roofline.measure(settings.device, settings.grid, settings.repetitions(7)), list[Row]()
-    asked = {"grid": settings.grid, "rounds": settings.rounds, "only": list(settings.only), "order_seed": ORDER_SEED}
+    asked = {"grid": settings.grid, "only": list(settings.only), "order_seed": ORDER_SEED}
     payload = {"environment": environment(settings.device), "settings": asked, "ceilings": rates, "rows": rows}
-    for measured in CASES[name].measure(settings, rates):
-        rows += measured
-        if keep_partial:
+    complete = True
+    for i, point in enumerate(case.grid(settings, name)):
+        complete = i == 0 or settings.left() > 0
+        if not complete:
+            break
+        rows += case.measure(point, settings, rates, name)
+        if settings.until < math.inf:
             write_result(name, device, {"complete": False, **payload}, folder)
     if not rows:
-        reason = f"no name of an implementation has {' or '.join(map(repr, settings.only)) or 'any text'}"
-        raise BenchmarkError(f"case {name!r} measured nothing ({reason}); nothing was written")
-    path = write_result(name, device, {"complete": not settings.stopped, **payload}, folder)
+        raise BenchmarkError(f"case {name!r} measured nothing: no implementation has {settings.only} in its name")
+    path = write_result(name, device, {"complete": complete, **payload}, folder)
     words = {"refused": "a wrong result was not timed", "failed": "an implementation failed"}
     errors = [f"{words[state]}: {row['contender']} at {row['point']}: {row[state]}"
               for state in words for row in rows if state in row]  # fmt: skip

@@ -31,8 +31,10 @@ FEW = {"linear": "slora", "train_step": "head", "gates": "exact", "inference": "
 
 def _rows(case: str, only: str = "") -> dict[str, Row]:
     """The rows of the first point of a case, by implementation."""
-    points = results.CASES[case].measure(Settings("cpu", "tiny", only=(only,) if only else ()), ROOFLINE)
-    return {row["contender"]: row for row in next(points)}
+    module = importlib.import_module(f"benchmarks.cases.{results.CASES[case].module}")
+    settings = Settings("cpu", "tiny", (only,) if only else ())
+    point, *_ = module.grid(settings, case)
+    return {row["contender"]: row for row in module.measure(point, settings, ROOFLINE, case)}
 
 
 @pytest.mark.parametrize("case", list(results.CASES))

@@ -6,12 +6,11 @@ import random
 from typing import Any
 
 import pytest
-import torch
 
 import slora
 from benchmarks import compare, targets
 from benchmarks.cases import linear, merge, model
-from benchmarks.results import CASES, RESULTS, BenchmarkError, Settings, results_in, spread
+from benchmarks.results import RESULTS, BenchmarkError, Settings, results_in, spread
 
 POINT = {"K": 768, "N": 768, "M": 50432, "r": 16, "active": "0", "dtype": "bf16"}
 NAME = "linear, none active, over frozen, K 768, N 768"
@@ -95,12 +94,13 @@ def test_the_targets_of_the_cpu_are_measured_and_the_stages_of_a_gpu_measure_the
 ) -> None:
     lines = targets.lines({"cpu": results_in(RESULTS / "cpu")}, ["cpu"])
     assert lines[-1].endswith(" 0 not measured")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(slora.merging, "extension_info", lambda: {"available": True, "cuda": "13.0"})
     rows: dict[str, list[dict[str, Any]]] = {}
+    quick = Settings("cuda", "quick")
     for name, module in (("linear", linear), ("merge", merge), ("train_step", model)):
         monkeypatch.setattr(module, "fill", lambda *_, **__: None)
-        rows[name] = [row for found in CASES[name].measure(Settings("cuda", "quick"), {}) for row in found]
+        points = module.grid(quick, name)  # type: ignore[attr-defined]
+        rows[name] = [row for point in points for row in module.measure(point, quick, {}, name)]  # type: ignore[attr-defined]
     for target in targets.load():
         if target.device != "cpu":
             names = [row["contender"] for row in rows[target.case] if target.where.items() <= row["point"].items()]

@@ -98,7 +98,7 @@ def test_a_step_that_fails_or_has_no_time_costs_the_others_nothing(
 def test_the_stages_have_every_step_and_the_first_tests_are_there() -> None:
     assert set(gpu_steps.FIRST) == set(gpu_steps.gpu_files()[: len(gpu_steps.FIRST)])
     assert {name for stage in gpu.STAGES.values() for name in stage} == gpu_steps.STEPS.keys()
-    assert {case.name for case in CASES.values() if "cuda" in case.devices} <= gpu_steps.STEPS.keys()
+    assert {name for name, case in CASES.items() if "cuda" in case.devices} <= gpu_steps.STEPS.keys()
     assert {name: sum(stage.values()) for name, stage in gpu.STAGES.items()} == {
         "first": 240,
         "second": 400,

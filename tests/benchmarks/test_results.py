@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from benchmarks import __main__ as command_line
 from benchmarks import results, roofline
 from benchmarks.results import SCHEMA, read_result
 
-TINY = ["--grid", "tiny", "--rounds", "3"]
+TINY = ["--grid", "tiny"]
 
 
 def run(*arguments: object) -> int:
@@ -28,24 +29,24 @@ def _row(name: str = "a", **measures: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def case(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`case(*rows, name="own")` registers a case that yields `rows`; an exception among them is raised."""
+    """`case(*rows, name="own")` registers a case with a point for each row; an exception among them is raised."""
     cases = {}
 
-    def measure(case: results.Case, settings: Any, limits: Any) -> Iterator[list[dict[str, Any]]]:
+    def measure(row: Any, *_: Any) -> list[dict[str, Any]]:
         # fp32 means fp32, and the older switch can still be read.
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert not torch.backends.cudnn.allow_tf32
-        for row in cases[case.name]:
-            if isinstance(row, BaseException):
-                raise row
-            yield [row]
+        if isinstance(row, BaseException):
+            raise row
+        return [row]
 
     def register(*rows: Any, name: str = "own") -> None:
         cases[name] = rows
-        monkeypatch.setitem(results.CASES, name, results.Case(name, "", "of the test"))
-        monkeypatch.setattr(results.Case, "measure", measure)
+        monkeypatch.setitem(results.CASES, name, results.Case("own", "of the test"))
         monkeypatch.setattr(roofline, "measure", lambda *args: {"copy_bytes_per_s": 1.0, "gemm_flops_per_s": {}})
 
+    module = SimpleNamespace(grid=lambda settings, name: cases[name], measure=measure)
+    monkeypatch.setitem(sys.modules, "benchmarks.cases.own", module)
     return register
 
 
@@ -77,17 +78,18 @@ def test_without_a_gpu_a_gpu_is_not_measured(arguments: list[str], tmp_path: Pat
     assert "no CUDA GPU is visible" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("keep", [False, True], ids=["whole", "partial"])
+@pytest.mark.parametrize("limit", [[], ["--seconds", "1000"]], ids=["whole", "limited"])
 def test_a_case_that_fails_is_one_line_and_the_next_case_is_run(
-    keep: bool, tmp_path: Path, case: Any, capsys: Any
+    limit: list[str], tmp_path: Path, case: Any, capsys: Any
 ) -> None:
     case(_row(seconds=1.0), torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"))
     case(_row(seconds=2.0), name="other")
-    assert run("run", "--case", "own", "other", "--out", tmp_path, *["--keep-partial"] * keep) == 1
+    assert run("run", "--case", "own", "other", "--out", tmp_path, *limit) == 1
     assert capsys.readouterr().err == "benchmarks: case 'own' failed: OutOfMemoryError: CUDA out of memory.\n"
     assert read_result(tmp_path / "other.json")["rows"] == [_row(seconds=2.0)]
-    assert (tmp_path / "own.json").exists() is keep
-    assert not keep or read_result(tmp_path / "own.json")["complete"] is False
+    # What a limited time may cut short is written after every point.
+    assert (tmp_path / "own.json").exists() is bool(limit)
+    assert not limit or read_result(tmp_path / "own.json")["complete"] is False
 
 
 def test_an_interrupted_run_leaves_the_file_that_was_there(tmp_path: Path, case: Any, capsys: Any) -> None:

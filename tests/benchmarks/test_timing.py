@@ -19,7 +19,7 @@ def _in_turns(calls: dict[str, list[Any]], rounds: int, most: float = 1e9) -> tu
     rows: dict[str, Row] = {name: {"point": {}, "contender": name, "flops": 1} for name in calls}
     turns = itertools.count()
     makers: dict[str, Any] = {name: partial(timing.Sampler, own, "cpu", turns=turns) for name, own in calls.items()}
-    return in_turns(rows, makers, Settings(rounds=rounds), rounds, most), rows
+    return in_turns(rows, makers, Settings(), rounds, most), rows
 
 
 def test_implementations_take_turns_in_an_order_that_changes_and_is_the_same_in_every_run() -> None:
