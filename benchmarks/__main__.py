@@ -49,10 +49,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each (default 1)")
     command.add_argument("--out", type=Path, help="folder to write into (default of the whole: benchmarks/results)")
 
-    command = commands.add_parser("gpu", help="validation on a GPU: build, kernels, cases, tests, sanitizer, profile")
+    command = commands.add_parser("gpu", help="validation on a GPU")
     command.set_defaults(call=gpu)
-    stages = "first: kernels, linear, merge (4 minutes); second: train steps, tests, profile (7); rest: all else (4)"
-    command.add_argument("stage", choices=("first", "second", "rest"), help=stages)
+    stages = "first: kernels, linear, merge (4 minutes); second: train steps, tests, profile (7 minutes)"
+    command.add_argument("stage", choices=("first", "second"), help=stages)
     command.add_argument("--out", type=Path, help="folder to write into (default: benchmarks/results/<device>)")
     command.add_argument("--commit", help="what to record as the commit where the source is no git repository")
     command.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, the kernels interpreted")

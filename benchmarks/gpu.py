@@ -1,9 +1,9 @@
 """Validation on a GPU, in stages that stand alone: is it right, how fast is it, and which targets are met.
 
-    python -m benchmarks gpu first|second|rest [--out FOLDER]
+    python -m benchmarks gpu first|second [--out FOLDER]
 
 `first`: are the kernels right, how fast are one layer and the merge; `second`: how fast does a model train, and what do
-the tests and the profiler say; `rest`: inference, the policies for inactive blocks, and the sanitizer.
+the tests and the profiler say. Other cases: `python -m benchmarks run --case inference gates --device cuda`.
 
 Every step is a process of its own. Step i has to end when the shares of steps 1 to i are used up, so the time that one
 leaves is the next one's. A step that fails or is cut costs the others nothing; the most important come first. A stage
@@ -33,7 +33,6 @@ DRY_SECONDS = 900.0
 STAGES = {
     "first": {"build": 40.0, "candidates": 80.0, "linear": 85.0, "merge": 35.0},
     "second": {"build": 40.0, "candidates": 60.0, "train_step": 170.0, "tests": 95.0, "profile": 35.0},
-    "rest": {"build": 40.0, "inference": 30.0, "gates": 60.0, "memcheck": 60.0, "racecheck": 60.0},
 }
 
 

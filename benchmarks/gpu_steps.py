@@ -33,8 +33,6 @@ GRACE = 6.0
 # With less than this nothing is begun.
 LEAST = 3.0
 TIME_UP = "the time was up"
-# Tested first, because a cut loses what is at the end: every kernel's values, the operator, and the merge.
-FIRST = ("tests/kernels/test_algorithms.py", "tests/kernels/test_operator.py", "tests/merging/test_batched_cuda.py")
 # Of ncu: time, throughput of the SMs and of memory, bytes, registers, occupancy.
 METRICS = """gpu__time_duration.sum sm__throughput.avg.pct_of_peak_sustained_elapsed
 gpu__compute_memory_throughput.avg.pct_of_peak_sustained_elapsed dram__bytes_read.sum dram__bytes_write.sum
@@ -220,22 +218,7 @@ def gpu_files() -> list[str]:
     files = {
         file for path in marking for file in (path.parent.glob("test_*.py") if path.stem == "conftest" else [path])
     }
-    return sorted((file.relative_to(ROOT).as_posix() for file in files), key=lambda name: (name not in FIRST, name))
-
-
-def sanitizer(check: str) -> Run:
-    """A step that runs small merges and kernels under one check of compute-sanitizer."""
-
-    def run_check(run: Validation, limit: float) -> State:
-        tool = find_tool("compute-sanitizer")
-        if tool is None:
-            return {"state": "skipped", "reason": "compute-sanitizer was not found"}
-        command = [tool, "--tool", check, "--error-exitcode", "9"]
-        command += [sys.executable, "-m", "benchmarks.sanitizer_runs", "all"]
-        # Without the allocator's own pools an access past a tensor is one past an allocation.
-        return state_of(*run.call(command, limit, environ={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
-
-    return run_check
+    return sorted(file.relative_to(ROOT).as_posix() for file in files)
 
 
 def profile(run: Validation, limit: float) -> State:
@@ -273,6 +256,5 @@ STEPS: dict[str, Run] = {
     "candidates": candidates,
     "tests": tests,
     "profile": profile,
-    **{name: case(name) for name in ("linear", "merge", "train_step", "inference", "gates")},
-    **{name: sanitizer(name) for name in ("memcheck", "racecheck")},
+    **{name: case(name) for name in ("linear", "merge", "train_step")},
 }

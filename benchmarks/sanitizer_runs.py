@@ -1,5 +1,7 @@
 """The kernels by themselves: `python -m benchmarks.sanitizer_runs all|profile`, for compute-sanitizer and the profiler.
 
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m benchmarks.sanitizer_runs all
+
 all       the batched merge over ragged weights, and layers forward and backward over odd shapes
 profile   one large layer and one large merge, of which the profiler sees the second time alone
 """
