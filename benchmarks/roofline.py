@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.timing import Call, Sampler
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Edge of the square product, and bytes of the copy, by grid.
 SIZES = {
     "cpu": {"tiny": (64, 2**16), "quick": (1024, 2**27), "default": (2048, 2**28)},
