@@ -1,8 +1,6 @@
-"""What the device reaches, measured in the same run, and what that allows.
+"""What the device reaches, measured in the same run: a large matrix product and a large copy.
 
-Percentages beside the times are of a large matrix product, not of a data sheet. The floor of one layer, forward and
-backward, is the frozen layer's measured time with what every low-rank update costs beyond it: its FLOPs (six products)
-at the rate of the product, and x and dy once more, for dA and dB, at the rate of a large copy.
+Percentages beside the times are of these, not of a data sheet.
 """
 
 from __future__ import annotations
@@ -48,18 +46,3 @@ def measure(device: str, grid: str, rounds: int) -> Roofline:
 def percent_of_gemm(roofline: Roofline, dtype: str, seconds: float, flops: float) -> float:
     """The rate of `flops` in `seconds`, in percent of the measured product's."""
     return float(100 * flops / seconds / roofline["gemm_flops_per_s"][dtype])
-
-
-def lora_flops(M: int, N: int, K: int, r: int, active: float, share: float) -> float:
-    """FLOPs of the update: S and its update; T, dx, dA and dB. `active` blocks cover the `share` of N."""
-    return 2.0 * M * r * 3 * (active * K + share * N)
-
-
-def floor_seconds(roofline: Roofline, frozen: float, point: dict[str, Any]) -> float:
-    """The floor at a point of the case `linear`; `frozen` is the frozen layer's time there."""
-    M, N, K, r, dtype = (point[key] for key in ("M", "N", "K", "r", "dtype"))
-    active, _, blocks = point["active"].partition("/")
-    share = int(active) / int(blocks or 1)
-    moved = DTYPES[dtype].itemsize * M * (K + share * N)
-    flops = lora_flops(M, N, K, r, int(active), share)
-    return float(frozen + moved / roofline["copy_bytes_per_s"] + flops / roofline["gemm_flops_per_s"][dtype])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,25 +28,15 @@ class Worker:
 
 
 def _serve(work: Callable[[Any], Outcome], connection: Connection) -> None:
-    while True:
-        task, usable = connection.recv(), True
+    outcome: Outcome = {}
+    # What raises may have broken the CUDA context, and every later call would fail: another process goes on.
+    while outcome.get("state") != "failed":
+        task = connection.recv()
         try:
             outcome = work(task)
         except Exception as error:
             outcome = {"state": "failed", "reason": f"{type(error).__name__}: {error}".partition("\n")[0]}
-            usable = _cuda_works()
-        connection.send((outcome, usable))
-
-
-def _cuda_works() -> bool:
-    """Whether the CUDA context, if there is one, can go on: after an illegal access every call fails."""
-    torch = sys.modules.get("torch")
-    try:
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except Exception:
-        return False
-    return True
+        connection.send(outcome)
 
 
 def run(
@@ -77,9 +66,9 @@ def run(
         try:
             worker.connection.send(task)
             if worker.connection.poll(left):
-                found, usable = worker.connection.recv()
-                own.worker = worker if usable else None
-                return dict(found)
+                found: Outcome = worker.connection.recv()
+                own.worker = None if found.get("state") == "failed" else worker
+                return found
         except (EOFError, OSError):
             worker.process.join()
             return {"state": "failed", "reason": f"its process ended with exit code {worker.process.exitcode}"}

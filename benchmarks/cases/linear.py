@@ -3,8 +3,10 @@
 `forward` is that of inference, without a graph. `forward_backward` asks for dx and the gradients of everything the
 implementation trains. On a GPU both are replays of a CUDA graph; `eager` is forward and backward launched from Python.
 `peak_over_outputs` is the memory that one forward and backward adds at its peak, over y, S, T and the gradients.
-`over_floor` is the multiple of the floor's overhead over the frozen layer (`roofline.floor_seconds`), `of_floor` the
-floor's time over one's own; `deterministic` whether two calls give the same bits.
+`deterministic` is whether two calls give the same bits. The floor is the frozen layer's time with what every low-rank
+update costs beyond it: its FLOPs at the rate of a large product, and x and dy once more, for dA and dB, at the rate of
+a large copy. `over_floor` is the multiple of the floor's overhead over the frozen layer, `of_floor` the floor's time
+over one's own.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from benchmarks.cases.rounds import measuring, take_times
 from benchmarks.correctness import mismatch
 from benchmarks.implementations.layer import FROZEN, IMPLEMENTATIONS, Layer, Problem, Shape
 from benchmarks.results import Row, Settings, Wrong, reason_in
-from benchmarks.roofline import floor_seconds, percent_of_gemm
+from benchmarks.roofline import percent_of_gemm
 from benchmarks.timing import Call, input_sets
 from slora.ops.flops import count_flops
 
@@ -85,9 +87,15 @@ def fill(rows: dict[str, Row], shape: Shape, settings: Settings, roofline: dict[
         if "flops" in row:
             row["percent_of_gemm"] = percent_of_gemm(roofline, shape.dtype, seconds, row["flops"])
         if frozen and layer.updates and shape.active:
-            floor = floor_seconds(roofline, frozen["median"], shape.point)
+            moved = element * shape.M * (shape.K + shape.share * shape.N) / roofline["copy_bytes_per_s"]
+            floor = frozen["median"] + moved + lora_flops(shape) / roofline["gemm_flops_per_s"][shape.dtype]
             over = (seconds - frozen["median"]) / (floor - frozen["median"])
             row.update(floor_seconds=floor, over_floor=over, of_floor=floor / seconds)
+
+
+def lora_flops(shape: Shape) -> int:
+    """FLOPs of the update, six products: S and its update, T, dx, dA and dB; three with K, three with N of a block."""
+    return 6 * shape.M * shape.r * shape.active * (shape.K + shape.N // shape.blocks)
 
 
 def checked(layer: Layer, problem: Problem) -> Row:

@@ -199,7 +199,7 @@ def test_flops_are_those_of_the_closed_forms() -> None:
         problem = layers.Problem(layers.Shape(K, N, M, R), "cpu", sets=1)
         layer = layers.IMPLEMENTATIONS[name](problem)
         assert count_flops(layer.counted, problem.xs[0], problem.dys[0]) == expected
-    assert roofline.lora_flops(M, N, K, R, 1, 1.0) == 3 * wide + 3 * narrow
+    assert linear.lora_flops(layers.Shape(K, N, M, R)) == 3 * wide + 3 * narrow
 
 
 def test_flops_of_a_transformers_step_are_their_closed_form() -> None:
@@ -213,7 +213,7 @@ def test_flops_of_a_transformers_step_are_their_closed_form() -> None:
     forward = 2 * batch * 4 * width * 3 * 8 * 8 + linears + attention + head
     # The first layer's input needs no gradient; S, T, dx, dA and dB make six products.
     limit = forward + linears - 2 * M * 3 * width * width + 5 * attention // 2 + 2 * head
-    update = depth * sum(roofline.lora_flops(M, N, K, rank, blocks, 1.0) for N, K, blocks in sizes)
+    update = depth * sum(linear.lora_flops(layers.Shape(K, N, M, rank, b, b)) for N, K, b in sizes)
     update -= 3 * 2 * M * rank * width
     for name, expected in {
         "head only": forward + head,
