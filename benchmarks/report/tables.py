@@ -85,18 +85,16 @@ def spelled(point: Mapping[str, Any]) -> str:
 def steps(cases: Cases) -> dict[str, dict[str, Row]]:
     """The rows of one training step by precision and implementation, of the first of several models.
 
-    They have the peak memory of `train_memory`. A step that is one CUDA graph is a precision of its own.
+    A step that is one CUDA graph is a precision of its own.
     """
-    rows, memory = (cases[case]["rows"] if case in cases else [] for case in ("train_step", "train_memory"))
-    peaks = {(row["point"]["precision"], row["contender"]): row for row in memory}
+    rows = cases["train_step"]["rows"] if "train_step" in cases else []
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
         point = row["point"]
         same = all(point[key] == rows[0]["point"][key] for key in ("model", "batch", "r"))
         if "seconds" in row and same and point["mode"] in ("eager", "graph"):
             column = point["precision"] + ", CUDA graph" * (point["mode"] == "graph")
-            peak = peaks.get((point["precision"], row["contender"]), {}).get("peak_memory_mib")
-            found.setdefault(column, {})[row["contender"]] = {**({"peak_memory_mib": peak} if peak else {}), **row}
+            found.setdefault(column, {})[row["contender"]] = row
     return found
 
 
@@ -111,19 +109,6 @@ def case_table(case: str, rows: Sequence[Row]) -> str:
             body.append(["" if i else spelled(point), row["contender"], *cells[:5], *over, *cells[5:]])
     heads = [head for head, _, _ in MEASURES.values()]
     return table(["point", "implementation", *heads[:5], *(head for *_, head in ratios), *heads[5:]], body)
-
-
-def reasons(rows: Sequence[Row]) -> list[str]:
-    """What was not measured, or not in a CUDA graph: each reason, with its implementations and the number of points."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        for key in {*NO_TIMES, "not_captured", "forward_not_captured"} & row.keys():
-            found.setdefault(f"{key.replace('_', ' ')}: {row[key]}", []).append(row)
-    return sorted(
-        f"{'; '.join(dict.fromkeys(row['contender'] for row in own))}: {reason} "
-        f"({len(points(own))} of {len(points(rows))} points)"
-        for reason, own in found.items()
-    )
 
 
 def repetitions(rows: Sequence[Row]) -> str:
