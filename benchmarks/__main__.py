@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("gpu", help="validation on a GPU")
     command.set_defaults(call=gpu)
     stages = "first: kernels, linear, merge (4 minutes); second: train steps, tests, profile (7 minutes)"
-    command.add_argument("stage", choices=("first", "second"), help=stages)
+    command.add_argument("stage", nargs="?", choices=("first", "second", "all"), default="all", help=stages)
+    command.add_argument("--parts", nargs="+", metavar="STEP", help="only these steps")
+    command.add_argument("--seconds", type=float, help="all the time there is, its start included")
     command.add_argument("--out", type=Path, help="folder to write into (default: benchmarks/results/<device>)")
     command.add_argument("--commit", help="what to record as the commit where the source is no git repository")
     command.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, the kernels interpreted")

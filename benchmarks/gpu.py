@@ -1,9 +1,10 @@
 """Validation on a GPU, in stages that stand alone: is it right, how fast is it, and which targets are met.
 
-    python -m benchmarks gpu first|second [--out FOLDER]
+    python -m benchmarks gpu [first|second] [--parts NAME ...] [--seconds S] [--out FOLDER]
 
 `first`: are the kernels right, how fast are one layer and the merge; `second`: how fast does a model train, and what do
-the tests and the profiler say. Other cases: `python -m benchmarks run --case inference gates --device cuda`.
+the tests and the profiler say. Without a stage all steps run; of these or of a stage, `--parts` names those to run.
+Other cases: `python -m benchmarks run --case inference gates --device cuda`.
 
 Every step is a process of its own. Step i has to end when the shares of steps 1 to i are used up, so the time that one
 leaves is the next one's. A step that fails or is cut costs the others nothing; the most important come first. A stage
@@ -34,20 +35,24 @@ STAGES = {
     "first": {"build": 40.0, "candidates": 80.0, "linear": 85.0, "merge": 35.0},
     "second": {"build": 40.0, "candidates": 60.0, "train_step": 170.0, "tests": 95.0, "profile": 35.0},
 }
+STAGES["all"] = STAGES["first"] | STAGES["second"]
 
 
 def validate(args: argparse.Namespace) -> int:
     """Run the steps, write what they find, print the table; 1 where a step failed, was cut or had no time, else 0.
 
     Raises:
-        BenchmarkError: there is no GPU, no folder where one is needed, or it cannot be written into.
+        BenchmarkError: there is no GPU, no such step, no folder where one is needed, or it cannot be created.
     """
-    began, shares = process_began(), STAGES[args.stage]
+    began = process_began()
+    shares = {name: share for name, share in STAGES[args.stage].items() if not args.parts or name in args.parts}
+    if unknown := set(args.parts or ()) - shares.keys():
+        raise BenchmarkError(f"there is no step {unknown.pop()!r}; there are {', '.join(STAGES[args.stage])}")
     if not args.dry_run and not torch.cuda.is_available():
         raise BenchmarkError("no CUDA GPU is visible (torch.cuda.is_available() is False); --dry-run needs none")
     if args.dry_run and args.out is None:
         raise BenchmarkError("--dry-run measures nothing worth keeping; name a folder with --out")
-    device, whole = ("cpu", DRY_SECONDS) if args.dry_run else ("cuda", sum(shares.values()))
+    device, whole = ("cpu", DRY_SECONDS) if args.dry_run else ("cuda", args.seconds or sum(shares.values()))
     out = made(args.out or RESULTS / folder_name(device)).resolve()
     # `timeout` sends its signal twice: the second must not come between the first and the end of what runs.
     signal.signal(signal.SIGTERM, interrupted)

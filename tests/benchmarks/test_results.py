@@ -56,6 +56,7 @@ def case(monkeypatch: pytest.MonkeyPatch) -> Any:
         (["run", "--case", "linear", *TINY, "--out", __file__], "cannot be created (File exists)"),
         (["run", "--case", "linear", "--grid", "quick"], "a part of a run needs --out"),
         (["run", "--case", "linear", "--only", "PEFT"], "a part of a run needs --out"),
+        (["gpu", "--dry-run", "--out", "x", "--parts", "lin"], "there is no step 'lin'"),
         (["compare", "no.json", "other.json"], "no.json does not exist"),
     ],
     ids=lambda value: " ".join(Path(word).name for word in value) if isinstance(value, list) else "",
