@@ -22,16 +22,22 @@ def gate_penalty(model: nn.Module) -> Tensor:
     Raises:
         ConfigError: the model has no adapted layer.
     """
-    scores = []
+    # Gates of one device, dtype and rule together: call by call the host would take longer than for the layers.
+    groups: dict[tuple[torch.device, torch.dtype, float | None], list[Tensor]] = {}
     for _, layer in gated_layers(model):
         gate = full(layer.gate)
         if torch.is_grad_enabled():
             layer.gate_cache.penalised = True
-        if layer.inactive == "frozen":
-            gate = torch.where(gate >= layer.threshold, gate, gate.detach())
-        scores.append(gate.float())
-    if not scores:
+        threshold = layer.threshold if layer.inactive == "frozen" else None
+        groups.setdefault((gate.device, gate.dtype, threshold), []).append(gate)
+    if not groups:
         raise ConfigError("the model has no gates; call slora.inject(model, config) first")
+    scores = []
+    for (_, _, threshold), gates in groups.items():
+        score = torch.cat(gates)
+        if threshold is not None:
+            score = torch.where(score >= threshold, score, score.detach())
+        scores.append(score.float())
     device = scores[0].device
     return torch.cat([score.to(device) for score in scores]).abs().mean()
 
