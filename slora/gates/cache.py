@@ -15,6 +15,7 @@ changed gates since.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -144,9 +145,10 @@ class GateCache:
             layer.set_activity(on, self.step, due, 1.0 if none_active else float(layer.probe_every))
 
     def _read(self, layers: list[Gated]) -> dict[Gated, list[bool]]:
-        groups: dict[tuple[torch.device, torch.dtype], list[Gated]] = {}
+        groups: dict[tuple[torch.device, torch.dtype], list[tuple[Gated, nn.Parameter]]] = {}
         for layer in layers:
-            groups.setdefault((layer.gate_parameter.device, layer.gate_parameter.dtype), []).append(layer)
+            gate = layer.gate_parameter
+            groups.setdefault((gate.device, gate.dtype), []).append((layer, gate))
         result: dict[Gated, list[bool]] = {}
         for (device, _), members in groups.items():
             if device.type == "meta":
@@ -154,16 +156,17 @@ class GateCache:
                     "the gates are on meta, where they have no values; call model.to_empty(device=...), load the base "
                     "weights, and then layer.reset_parameters() of each adapted layer or slora.load_adapter"
                 )
-            gates = torch.cat([full(layer.gate_parameter.detach()) for layer in members])
-            thresholds = [layer.threshold for layer in members for _ in range(layer.gate.shape[0])]
+            with torch.no_grad():
+                gates = torch.cat([full(gate) for _, gate in members])
+            thresholds = [layer.threshold for layer, gate in members for _ in range(gate.shape[0])]
             if len(set(thresholds)) == 1:
                 flags = gates >= thresholds[0]
             else:
                 flags = gates >= gates.new_tensor(thresholds)
             values = iter(flags.tolist())
             self.copies += 1
-            for layer in members:
-                result[layer] = [next(values) for _ in range(layer.gate.shape[0])]
+            for layer, gate in members:
+                result[layer] = list(itertools.islice(values, gate.shape[0]))
         return result
 
 

@@ -6,6 +6,7 @@ parameter and the threshold are those that the layer's activity was computed fro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -70,14 +71,16 @@ class Gated(nn.Module):
 
     def set_activity(self, active: Sequence[bool], step: int, probe_due: bool, probe_scale: float) -> None:
         """Store what the gates say now, one flag per block, until they change."""
-        self._activity = Activity(
-            active=tuple(i for i, on in enumerate(active) if on),
-            inactive=tuple(i for i, on in enumerate(active) if not on),
-            probe=self.inactive == "exact" or (self.inactive == "probe" and probe_due),
-            probe_scale=1.0 if self.inactive == "exact" else probe_scale,
+        exact, gate = self.inactive == "exact", self.gate_parameter
+        # Through `__dict__`, here and below: this is done for every layer in every step, and `nn.Module.__setattr__`
+        # takes longer than all the rest.
+        self.__dict__["_activity"] = Activity(
+            *_numbers(tuple(active)),
+            probe=exact or (probe_due and self.inactive == "probe"),
+            probe_scale=1.0 if exact else probe_scale,
             step=step,
         )
-        self._gate_key = self.gate_parameter, version(self.gate_parameter), self.threshold
+        self.__dict__["_gate_key"] = gate, version(gate), self.threshold
 
     def discard_activity(self) -> None:
         """Read the gates again at the next use, without counting that as a change of theirs."""
@@ -85,7 +88,7 @@ class Gated(nn.Module):
 
     def mark_gates_changed(self) -> None:
         """Read the gates of the model again at the next use, and count that as a change of theirs."""
-        self._gate_key = None
+        self.__dict__["_gate_key"] = None
 
     def mark_gates_unverified(self) -> None:
         """Read the gates of the model again at the next use; they count as changed only if other blocks are active."""
@@ -97,7 +100,7 @@ class Gated(nn.Module):
         assert self._activity is not None
         if self._gate_key is not _UNVERIFIED and not is_current(self):
             return True
-        return self._activity.active != tuple(i for i, on in enumerate(active) if on)
+        return self._activity.active != _numbers(tuple(active))[0]
 
     def release(self) -> int:
         """Free the LoRA matrices for good and return the bytes; `slora.release_frozen` calls this."""
@@ -119,6 +122,13 @@ def is_current(layer: Gated) -> bool:
     if key[0] is not gate:
         gate = layer._sharded_gate
     return key[0] is gate and gate is not None and key[1] == version(gate) and key[2] == layer.threshold
+
+
+@functools.lru_cache(maxsize=1024)
+def _numbers(active: tuple[bool, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The numbers of the active and of the inactive blocks."""
+    numbers = range(len(active))
+    return tuple(i for i in numbers if active[i]), tuple(i for i in numbers if not active[i])
 
 
 def version(tensor: Any) -> int:

@@ -23,7 +23,7 @@ from slora.config import scaling as scaling_of
 from slora.errors import StateError
 from slora.gates.gated import Activity, is_current, version
 from slora.layers.ddp import with_expected_parameters
-from slora.layers.state import BlockState
+from slora.layers.state import LORA_PARAMETERS, BlockState
 from slora.ops.backends.eager import base
 from slora.ops.checks import check_operands, fits
 from slora.ops.gate_probe import ProbeGates
@@ -127,7 +127,7 @@ class Projection(BlockState):
         ready = self._ready if blocks is None else None
         if (
             ready is not None
-            and ready[0] is activity
+            and ready[0] == activity.active
             and ready[1] == self._operands_key(weight, bias)
             and fits(x, weight)
         ):
@@ -147,19 +147,21 @@ class Projection(BlockState):
             rounded = self._sharded_gate is not None and operands.gate.dtype != self._sharded_gate.dtype
             check_operands(x, weight, bias, operands._replace(active=None) if rounded else operands)
             if blocks is None and weight.grad_fn is None:
-                self._ready = activity, self._operands_key(weight, bias), operands
+                self._ready = active, self._operands_key(weight, bias), operands
         return operands
 
     def _operands_key(self, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
-        """Identity, shape and dtype of the tensors in the operands: assigning `.data` changes the last two alone."""
-        lora_A, lora_B = self._parameters.get("lora_A"), self._parameters.get("lora_B")
-        if lora_A is None or lora_B is None:
+        """Identity, shape, dtype and device of the operands' tensors: assigning `.data` changes all but the first."""
+        lora_A, lora_B, gate = map(self._parameters.get, LORA_PARAMETERS)
+        if lora_A is None or lora_B is None or gate is None:
             # A parametrization computes it, or a replica of DataParallel holds it: another tensor at every call.
             return (object(),)
-        of_bias = () if bias is None else (id(bias), bias.shape, bias.dtype)
+        of_bias = () if bias is None else (id(bias), bias.shape, bias.dtype, bias.device)
         return (
-            id(lora_A), lora_A.shape, lora_A.dtype, id(lora_B), lora_B.shape, lora_B.dtype, id(weight), weight.shape,
-            weight.dtype, *of_bias,
+            id(lora_A), lora_A.shape, lora_A.dtype, lora_A.device,
+            id(lora_B), lora_B.shape, lora_B.dtype, lora_B.device,
+            id(gate), gate.shape, gate.dtype, gate.device,
+            id(weight), weight.shape, weight.dtype, *of_bias,
         )  # fmt: skip
 
     def _all_operands(self, blocks: slice | None, active: Sequence[int] | None) -> LoRAOperands:

@@ -61,8 +61,12 @@ def test_what_does_not_fit_is_refused_at_any_call() -> None:
         (lambda layer: setattr(layer.bias, "data", layer.bias.data.half()), r"bias has .* torch.float16 but x has"),
         (lambda layer: setattr(layer.lora_A, "data", layer.lora_A.data.half()), r"lora_A has .* torch.float16"),
         (lambda layer: setattr(layer.lora_A, "data", torch.randn(3, 3, 10)), r"lora_B has shape \[3, 4, 2\]; expected"),
+        (
+            lambda layer: setattr(layer.gate, "data", torch.ones(4)),
+            r"lora_A has shape \[3, 2, 10\]; expected \[4, r, 10\]",
+        ),
     ],
-    ids=["shape of bias", "dtype of bias", "dtype of A", "rank of A"],
+    ids=["shape of bias", "dtype of bias", "dtype of A", "rank of A", "number of gates"],
 )
 def test_what_was_put_behind_a_parameter_is_checked_again(change: Callable[[Any], object], message: str) -> None:
     layer = layer_of()
@@ -70,6 +74,19 @@ def test_what_was_put_behind_a_parameter_is_checked_again(change: Callable[[Any]
     change(layer)
     with pytest.raises(ShapeError, match=message):
         layer(torch.randn(7, 10))
+
+
+def test_after_a_step_the_new_values_are_used_whether_or_not_the_same_blocks_are_active() -> None:
+    layer, x = layer_of(inactive="frozen"), torch.randn(7, 10)
+    groups = [{"params": [layer.lora_A, layer.lora_B]}, {"params": [layer.gate], "lr": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.01)
+    for gates in ([0.2, 0.2, 0.2], [0.3, 0.2, 0.2], [0.3, 0.0, 0.2], [0.3, 0.0, 0.2], [0.0, 0.3, 0.2]):
+        layer(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            layer.gate.copy_(torch.tensor(gates))
+        torch.testing.assert_close(layer(x), by_hand(layer, x).float())
 
 
 def test_parametrizations_replicas_and_deleted_parameters() -> None:
