@@ -124,7 +124,7 @@ def test_a_profiler_that_may_not_look_is_skipped_and_one_that_sees_nothing_has_f
     assert gpu_steps.profile(run, 10.0)["state"] == "skipped"
     monkeypatch.setattr(gpu_steps, "find_tool", lambda name: name)
     for code, text, state in ((1, "==ERROR== ERR_NVGPUCTRPERM", "skipped"), (0, "==ERROR== no device", "failed"),
-                              (0, "right", "failed"), (0, NCU, "ok"), (1, NCU, "failed")):  # fmt: skip
+                              (0, NCU.partition('"0"')[0], "failed"), (0, NCU, "ok"), (1, NCU, "failed")):  # fmt: skip
         monkeypatch.setattr(gpu_steps.Validation, "call", lambda *_, code=code, text=text, **__: (code, text))
         assert gpu_steps.profile(run, 10.0)["state"] == state
     assert gpu_steps.profiled(NCU)[1:] == [
