@@ -142,9 +142,9 @@ def precomputed_linear(
 ):  # fmt: skip
     """See the head of this file. rows is x, low S, factor c B and out y (FORWARD), or dy, T, c A and dx.
 
-    rows `[1, M, columns]`, W, out, low and factor are descriptors or pointers; with DROPOUT low and factor are pointers,
-    R columns of low at a time. low is `[packed, M, r]` (FORWARD), else `[1, M, packed * r]`: all packed blocks of dx are
-    one update. Of each block of y, or of dx, the columns from `begin` on are computed.
+    rows `[1, M, columns]`, W, out, low and factor are descriptors or pointers; with DROPOUT low and factor are
+    pointers, R columns of low at a time. low is `[packed, M, r]` (FORWARD), else `[1, M, packed * r]`: all packed
+    blocks of dx are one update. Of each block of y, or of dx, the columns from `begin` on are computed.
     """
     N, K, n, r = tiles.eights(N), tiles.eights(K), tiles.eights(n), tiles.eights(r)
     stride_rows, stride_w = tiles.eights(stride_rows), tiles.eights(stride_w)

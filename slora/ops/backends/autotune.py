@@ -6,8 +6,8 @@ device name, one version of torch and of Triton and one source of the kernels. D
 
 The number of rows is rounded up to a power of two, and each power is measured by itself. Several calls are queued
 behind a delay, so that the device does not wait for Python. In eager mode, where it may, the time of a call is that of
-the device or `HOST` times that of the host, whichever is longer: of a small layer the fewest launches win, of a large one
-the fastest kernels.
+the device or `HOST` times that of the host, whichever is longer: of a small layer the fewest launches win, of a large
+one the fastest kernels.
 
 During capture of a CUDA graph: the cached choice, else the default. Warm up inside `slora.gates_on_device()`, which
 measures what the graph will run. Under `torch.use_deterministic_algorithms` it is always the default, because the next
@@ -121,8 +121,8 @@ def _times(candidates: Candidates, device: torch.device, eager: bool) -> dict[st
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device, eager: bool) -> float:
-    """Median time of a call on the device, after two that compile and warm up; if `eager`, at least `HOST` times that of
-    the host.
+    """Median time of a call on the device, after two that compile and warm up; if `eager`, `HOST` times that of the
+    host where it is longer.
 
     A delay is queued first, for as long as Python takes to queue the calls behind it.
     """
