@@ -32,7 +32,7 @@ def cast_both(A, B, low_A, low_B, size_A, size_B, CHUNK: tl.constexpr):
 
 def cast(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return A and B in `dtype`, rounded to nearest; both are contiguous fp32 at multiples of 16 bytes."""
-    low_A, low_B = A.new_empty(A.shape, dtype=dtype), B.new_empty(B.shape, dtype=dtype)
+    low_A, low_B = torch.empty_like(A, dtype=dtype), torch.empty_like(B, dtype=dtype)
     _cast(A.device, dtype, A.numel(), B.numel())(A, B, low_A, low_B)
     return low_A, low_B
 

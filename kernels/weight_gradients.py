@@ -189,10 +189,10 @@ def weight_gradients(
     A, B, gate, threshold, _, _, dropout, seed = operands
     need_A, need_B, need_gate = needs
     M, packed = dy.shape[0], operands.packed
-    # Like the gates, all that is made here is in fp32.
-    dA = gate.new_empty(A.shape) if need_A else None
-    dB = gate.new_empty(B.shape) if need_B else None
-    dgate = gate.new_empty(gate.shape) if need_gate else None
+    # Like the gates, all that is made here is in fp32. Half the time of `new_empty` with a shape.
+    dA = torch.empty_like(A, dtype=gate.dtype) if need_A else None
+    dB = torch.empty_like(B, dtype=gate.dtype) if need_B else None
+    dgate = torch.empty_like(gate) if need_gate else None
     if packed == 0:
         return tuple(None if t is None else t.zero_() for t in (dA, dB, dgate))  # type: ignore[return-value]
     # What is not needed is not read, but the kernel wants a tensor in its place.

@@ -56,6 +56,11 @@ def fenced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     empty, new_empty = torch.empty, Tensor.new_empty
     monkeypatch.setattr(torch, "empty", lambda *shape, **options: fence(empty, *shape, **options))
     monkeypatch.setattr(
+        torch,
+        "empty_like",
+        lambda like, dtype=None: fence(empty, *like.shape, dtype=dtype or like.dtype, device=like.device),
+    )
+    monkeypatch.setattr(
         Tensor,
         "new_empty",
         lambda self, *shape, **options: fence(lambda n, **o: new_empty(self, n, **o), *shape, **options),
