@@ -226,7 +226,7 @@ def test_calls_are_queued_behind_a_delay_between_two_events(monkeypatch: pytest.
     sample = ["delay", "event", *["call"] * tuning.CALLS, "event", "wait"]
     assert queue == ["call", "call", "wait", *sample * tuning.SAMPLES]
     # The host takes a second for the calls of a sample.
-    assert tuning._milliseconds(lambda: None, CPU, True) == tuning.HOST * 1000.0 / tuning.CALLS
+    assert tuning._milliseconds(lambda: None, CPU, True) == (10.0 + tuning.HOST * 1000.0) / tuning.CALLS
 
 
 class Operation:

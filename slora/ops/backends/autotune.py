@@ -5,9 +5,9 @@
 device name, one version of torch and of Triton and one source of the kernels. Delete the file to measure again.
 
 The number of rows is rounded up to a power of two, and each power is measured by itself. Several calls are queued
-behind a delay, so that the device does not wait for Python. In eager mode, where it may, the time of a call is that of
-the device or `HOST` times that of the host, whichever is longer: of a small layer the fewest launches win, of a large
-one the fastest kernels.
+behind a delay, so that the device does not wait for Python. In eager mode, where it may, a call counts as the device's
+time and the longer of that and `HOST` times the host's: of a small layer the fewest launches win, and among them the
+fastest tiles, of a large one the fastest kernels.
 
 During capture of a CUDA graph: the cached choice, else the default. Warm up inside `slora.gates_on_device()`, which
 measures what the graph will run. Under `torch.use_deterministic_algorithms` it is always the default, because the next
@@ -33,7 +33,7 @@ from slora.errors import CheckpointError
 from slora.io import atomic
 from slora.io.bounded import read_json
 
-FORMAT = 5
+FORMAT = 6
 # Calls between two events, how often they are timed, and the cycles of the delay before them: about 2 ms, for launches
 # of some 50 us each.
 CALLS, SAMPLES, DELAY = 5, 5, 4_000_000
@@ -121,8 +121,8 @@ def _times(candidates: Candidates, device: torch.device, eager: bool) -> dict[st
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device, eager: bool) -> float:
-    """Median time of a call on the device, after two that compile and warm up; if `eager`, `HOST` times that of the
-    host where it is longer.
+    """Median time of a call on the device, after two that compile and warm up; if `eager`, with the host's, see
+    above.
 
     A delay is queued first, for as long as Python takes to queue the calls behind it.
     """
@@ -143,7 +143,8 @@ def _milliseconds(call: Callable[[], Any], device: torch.device, eager: bool) ->
             stop.record()
             stop.synchronize()
             on_device.append(start.elapsed_time(stop) / CALLS)
-    return max(statistics.median(on_device), HOST * min(on_host) if eager else 0.0)
+    milliseconds = statistics.median(on_device)
+    return milliseconds + max(milliseconds, HOST * min(on_host)) if eager else milliseconds
 
 
 def _remember(device: torch.device, key: str, entry: dict[str, Any]) -> None:
