@@ -21,15 +21,20 @@ def lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """The two runs, a line per measure that differs, and what is in one file only.
 
     Raises:
-        BenchmarkError: the files are of different cases, or scipy is missing.
+        BenchmarkError: the files are of different cases, of something else than a case, have no point in common, or
+            scipy is missing.
     """
     if before["case"] != after["case"]:
         raise BenchmarkError(f"the files are of different cases, {before['case']!r} and {after['case']!r}")
+    if "rows" not in before or "rows" not in after:
+        raise BenchmarkError(f"{before['case']!r} is not a case: only files of `python -m benchmarks run` have times")
     about = [file["environment"] for file in (before, after)]
     found = [
         f"{before['case']}: " + " -> ".join(f"{run['device']}, {source(run)}, {run['date'][:10]}" for run in about)
     ]
     old, new = ({(str(row["point"]), row["contender"]): row for row in file["rows"]} for file in (before, after))
+    if old.keys().isdisjoint(new):
+        raise BenchmarkError("the files have no implementation at one point in common; compare runs of one grid")
     for key in dict.fromkeys([*old, *new]):
         a, b = old.get(key, {"absent": "no such row"}), new.get(key, {"absent": "no such row"})
         changes = [f"{m} {text}" for m in MEASURES if m in a and m in b and (text := change(a[m], b[m]))]

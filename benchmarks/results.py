@@ -159,8 +159,9 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BenchmarkError(f"{path} does not exist; `python -m benchmarks run` writes result files") from None
+    except (FileNotFoundError, IsADirectoryError):
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise BenchmarkError(f"{path} {what}; `python -m benchmarks run` writes result files") from None
     except (OSError, ValueError) as error:
         raise BenchmarkError(f"{path} is not readable JSON ({error}); run the case again") from error
     schema = content.get("schema") if isinstance(content, dict) else None

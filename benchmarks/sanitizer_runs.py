@@ -8,6 +8,7 @@ profile   one large layer and one large merge, of which the profiler sees the se
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -66,8 +67,12 @@ def profile() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run what is named."""
+    parser = argparse.ArgumentParser("python -m benchmarks.sanitizer_runs", description="what a tool of CUDA observes")
+    runs = {"all": everything, "profile": profile}
+    parser.add_argument("run", choices=runs)
+    run = runs[parser.parse_args(arguments).run]
     ieee_fp32()
-    {"all": everything, "profile": profile}[arguments[0]]()
+    run()
     return 0
 
 

@@ -7,6 +7,8 @@ penalty.py          mean |gate|, and its warm-up
 proximal.py         the gates' own optimizer
 optimizer_rules.py  which optimizers of torch and timm move gates so that blocks can be selected
 release.py          freeing the matrices of blocks that are off for good
+
+The gradient of a gate, straight-through, comes of the operator: `slora.reference` defines it.
 """
 
 from slora.gates.penalty import gate_penalty, penalty_at
