@@ -15,6 +15,7 @@ at every step.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -167,10 +168,7 @@ class Run:
         return loss.detach()
 
     def _results(self, net: nn.Module, inputs: Inputs, loss_of: Callable[..., Tensor]) -> dict[str, Tensor]:
-        """The output, or the loss and all gradients.
-
-        Gradients of gates and scalars are one vector: each is a single sum in which everything may cancel.
-        """
+        """The output, or the loss and all gradients; those of gates and scalars are one vector."""
         if self.mode == "forward":
             return {"output": self._output(net, inputs)}
         found, sums = {"loss": self._backward(net, inputs, loss_of)}, [torch.zeros(0, device=self.device)]
@@ -200,6 +198,12 @@ class Run:
             expected(self._copied_results(inputs, wide), self._copied_results(inputs, self.dtype), measured)
             for inputs in batches
         ]
+        for results in against if self.gated and self.mode != "forward" else ():
+            # A gate's gradient is <dB, B>, in which everything may cancel.
+            products = [float(results[name].exact.norm() * p.detach().norm()) for name, p in self.net.named_parameters()
+                        if name.endswith("lora_B") and name in results]  # fmt: skip
+            gates = results["gates and scalars"]
+            results["gates and scalars"] = gates._replace(magnitude=math.hypot(gates.magnitude, *products))
         if self.finish is not None:
             self.net = self.finish(self.net).eval()
         for inputs, results in zip(batches, against, strict=True):
