@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("gpu", help="validation on a GPU")
     command.set_defaults(call=gpu)
-    stages = "first: kernels, linear, merge (4 minutes); second: train steps, tests, profile (7 minutes)"
+    stages = "first: kernels, linear, merge (3 minutes); second: train steps, tests, profile (7 minutes)"
     command.add_argument("stage", nargs="?", choices=("first", "second", "all"), default="all", help=stages)
     command.add_argument("--parts", nargs="+", metavar="STEP", help="only these steps")
     command.add_argument("--seconds", type=float, help="all the time there is, its start included")
