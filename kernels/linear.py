@@ -8,7 +8,7 @@
 `fused_linear` computes S or T in the loop of the base product, from the tile of x or dy that is on chip: `low [BM, R]`
 beside `acc [BM, BN]`, both fp32. After the loop low is rounded to the dtype of x, which is what later passes read, and
 multiplied into acc. Programs that have a first tile of columns store it; it is never read here. `precomputed_linear`
-reads an S or T that was made before, as the last steps of the loop: S costs `fused_linear` a tenth to a quarter of it,
+reads an S or T that was made before, as the last steps of the loop: S costs `fused_linear` a fifth to a quarter of it,
 because wgmma takes hardly less time for 16 columns than for 64. Both round y and dx once.
 
 Each program computes one tile after the other, all of them one pipeline (`flatten`): the loads of the next tile run
