@@ -102,7 +102,7 @@ _MODULE_OF = {name: f"slora.{module}" for module, names in _LAZY.items() for nam
 
 # Packages that are attributes after `import slora` alone.
 _PACKAGES = (
-    "adapters evaluation gates io layers merging models module_tree ops reference report retention runs selection "
+    "adapters clip evaluation gates io layers merging models module_tree ops reference report retention runs selection "
     "sources training"
 ).split()
 

@@ -18,7 +18,7 @@ MODEL = "demo/letters_vit"
 def _model(classes: int, pretrained: bool, img_size: int | None, model_args: Mapping[str, Any]) -> Built:
     from slora.demo.letters import IMAGE_SIZE
     from slora.demo.model import build, load_pretrained
-    from slora.sources.data import InputSpec
+    from slora.models.input_spec import InputSpec
     from slora.sources.models import Built, arguments_text
 
     if model_args or img_size not in (None, IMAGE_SIZE):

@@ -1,6 +1,6 @@
 """Models and data sets by name, and the batches of a run.
 
-registry.py                  models and data sets that other packages add, such as those of `slora.demo`
+registry.py                  models, CLIPs and data sets that other packages add, such as those of `slora.demo`
 model_names.py, model_args.py, models.py   `timm/...`, `open_clip/...` and registered models
 data_names.py, data.py, folders.py         data sets of torchvision, image folders and registered data sets
 batches.py                   the batches of an epoch, in an order that depends on the seed alone

@@ -13,24 +13,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from slora.errors import DataError
+from slora.models.input_spec import InputSpec
 from slora.sources.batches import Damage, DamagedImage, Data
 from slora.sources.data_names import FOLDER, TORCHVISION, Entry, check_name
 from slora.sources.folders import UNREADABLE, described, image_folder, name_of, split
 from slora.sources.optional import first_line, imported
 from slora.sources.registry import DATA
-
-
-@dataclass(frozen=True)
-class InputSpec:
-    """The input format of a model: `[channels, size, size]` fp32, `(value in [0, 1] - mean) / std`."""
-
-    channels: int = 3
-    size: int = 224
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    interpolation: str = "bicubic"
-    crop: float = 1.0
-    """Centre crop of evaluation images, as a share of the shorter side."""
 
 
 @dataclass

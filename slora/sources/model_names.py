@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from slora.errors import ConfigError
-from slora.sources.registry import MODELS
+from slora.sources.registry import CLIPS, MODELS
 
 SOURCES = ("timm", "open_clip")
 
@@ -21,7 +21,7 @@ def source_of(name: str | None) -> tuple[str, str]:
     if not name:
         raise ConfigError(f"no model was named; use --model {_either(forms)}")
     source, _, rest = name.partition("/")
-    registered = [each.partition("/")[2] for each in MODELS if each.startswith(source + "/")]
+    registered = [each.partition("/")[2] for each in (*MODELS, *CLIPS) if each.startswith(source + "/")]
     if (source not in SOURCES and not registered) or not rest:
         raise ConfigError(f"model={name!r} does not say where it comes from; write {_either(forms)}")
     if registered:

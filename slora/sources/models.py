@@ -1,20 +1,21 @@
-"""`build`: models by name, `timm/NAME`, `open_clip/ARCH[:PRETRAINED]` and registered ones."""
+"""Models by name, `timm/NAME`, `open_clip/ARCH[:PRETRAINED]` and registered ones: `build`, `build_clip`."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from slora.clip import Clip, ClipClassifier
 from slora.errors import CheckpointError, ConfigError
-from slora.sources.data import InputSpec
+from slora.models.input_spec import InputSpec
 from slora.sources.model_names import SOURCES, check_known, source_of
 from slora.sources.optional import first_line, imported
-from slora.sources.registry import MODELS
+from slora.sources.registry import CLIPS, MODELS
 
 
 class Built(NamedTuple):
@@ -24,44 +25,26 @@ class Built(NamedTuple):
     input: InputSpec
 
 
-class ClipClassifier(nn.Module):
-    """The image tower of an open_clip model and a linear head on its embedding.
+def check_name(name: str | None, pretrained: bool | str = False) -> tuple[str, str, str]:
+    """Return `(source, architecture, weights)` of a model's name: an early check, before anything is loaded.
 
-    Has timm's `forward_features` and `forward_head`, from which k-NN gets the embedding.
-    """
-
-    def __init__(self, visual: nn.Module, features: int, classes: int) -> None:
-        super().__init__()
-        self.visual = visual
-        self.head = nn.Linear(features, classes)
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Return the image embedding, `[n, features]`."""
-        embedding: Tensor = self.visual(images)
-        return embedding
-
-    def forward_head(self, embedding: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits `[n, classes]`, or with `pre_logits` the input of the head."""
-        if pre_logits:
-            return embedding
-        logits: Tensor = self.head(embedding)
-        return logits
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits `[n, classes]`."""
-        return self.forward_head(self.forward_features(images))
-
-
-def check_name(name: str | None, pretrained: bool = False) -> tuple[str, str, str]:
-    """Return `(source, architecture, tag)` of a model's name: an early check, before anything is loaded.
+    `weights` is the pretrained tag, or for a CLIP a file of weights; empty if the name and `pretrained` give none.
 
     Raises:
         ConfigError: the source, the architecture or the tag is unknown; lists near names.
         MissingDependencyError: the package it comes from is not installed.
     """
     source, rest = source_of(name)
+    given = pretrained if isinstance(pretrained, str) else ""
+    if given and source != "open_clip" and name not in CLIPS:
+        raise ConfigError(
+            f"pretrained={given!r} names weights, which only a CLIP takes; {name} comes with weights of its own: use "
+            f"pretrained=True (on the command line --pretrained alone)"
+        )
     if source not in SOURCES:
-        return source, rest, ""
+        if given and not Path(given).is_file():
+            raise ConfigError(f"pretrained={given!r} is not a file; give the weights of a {name}, or pretrained=True")
+        return source, rest, given
     if source == "timm":
         timm = imported("timm")
         architecture, _, tag = rest.partition(".")
@@ -74,42 +57,53 @@ def check_name(name: str | None, pretrained: bool = False) -> tuple[str, str, st
         return source, architecture, tag
     open_clip = imported("open_clip")
     architecture, _, tag = rest.partition(":")
+    if tag and given not in ("", tag):
+        raise ConfigError(f"model={name!r} and pretrained={given!r} name different weights; leave one of them out")
+    weights = tag or given
     check_known("model", architecture, open_clip.list_models(), prefix="open_clip/")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if tag:
-        check_known(f"pretrained tag of open_clip/{architecture}", tag, tags)
-    elif pretrained:
+    if weights and not Path(weights).is_file():
+        if "/" in weights:
+            raise ConfigError(
+                f"pretrained={weights!r} is neither a file nor a pretrained tag of open_clip/{architecture}; its tags "
+                f"are {', '.join(tags[:5]) or 'none'}"
+            )
+        check_known(f"pretrained tag of open_clip/{architecture}", weights, tags)
+    elif pretrained and not weights:
         some = ", ".join(f"open_clip/{architecture}:{each}" for each in tags[:5]) or "none is known for it"
         raise ConfigError(f"pretrained open_clip weights need a tag; write one of {some}")
-    return source, architecture, tag
+    return source, architecture, weights
 
 
-def new_head(name: str, pretrained: bool, classes: int) -> bool:
+def new_head(name: str, pretrained: bool | str, classes: int) -> bool:
     """Whether `build` puts a new head on pretrained features."""
-    source, architecture, tag = check_name(name, pretrained)
+    source, architecture, weights = check_name(name, pretrained)
     if source == "open_clip":
-        return bool(tag)
+        return bool(weights)
     if not pretrained:
         return False
+    if name in CLIPS:
+        return True
     if name in MODELS:
         return classes != MODELS[name].classes()
-    config = imported("timm").models.get_pretrained_cfg(f"{architecture}.{tag}" if tag else architecture)
+    config = imported("timm").models.get_pretrained_cfg(f"{architecture}.{weights}" if weights else architecture)
     return config is None or config.num_classes != classes
 
 
 def build(
     name: str,
     classes: int,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
     img_size: int | None = None,
     model_args: Mapping[str, Any] | None = None,
 ) -> Built:
     """Build a model with a head of `classes` outputs, on the CPU in fp32.
 
     Weights that are not pretrained, such as those of a new head, come from torch's global generator. An open_clip name
-    with a tag is always pretrained.
+    with a tag is always pretrained; a CLIP is its image tower with a new head.
 
     Args:
+        pretrained: whether to load pretrained weights; for a CLIP also their tag or a file.
         img_size: side of the images in pixels; None for the model's default.
         model_args: more keyword arguments of `timm.create_model` or `open_clip.create_model`.
 
@@ -119,13 +113,47 @@ def build(
         CheckpointError: the pretrained weights could not be fetched or read.
         MissingDependencyError: the package it comes from is not installed.
     """
-    source, architecture, tag = check_name(name, pretrained)
+    _, architecture, tag = check_name(name, pretrained)
+    if is_clip(name):
+        clip = build_clip(name, pretrained, img_size, model_args)
+        return Built(ClipClassifier.of(clip, classes), clip.input)
     model_args = dict(model_args or {})
     if name in MODELS:
-        return MODELS[name].build(classes, pretrained, img_size, model_args)
-    if source == "timm":
-        return _timm(f"{architecture}.{tag}" if tag else architecture, classes, pretrained, img_size, model_args)
-    return _open_clip(architecture, tag, classes, img_size, model_args)
+        return MODELS[name].build(classes, bool(pretrained), img_size, model_args)
+    return _timm(f"{architecture}.{tag}" if tag else architecture, classes, bool(pretrained), img_size, model_args)
+
+
+def is_clip(name: str) -> bool:
+    """Whether `build_clip` builds a model of this name."""
+    return name.startswith("open_clip/") or name in CLIPS
+
+
+def build_clip(
+    name: str,
+    pretrained: bool | str = False,
+    img_size: int | None = None,
+    model_args: Mapping[str, Any] | None = None,
+) -> Clip:
+    """Build both towers of a CLIP, `open_clip/ARCH[:PRETRAINED]` or a registered one, on the CPU in fp32.
+
+    Args:
+        pretrained: a pretrained tag of open_clip, or a file that `open_clip.create_model` loads, such as one written by
+            `slora merge`; the name may hold it instead. True for the weights of a registered CLIP.
+        img_size, model_args: see `build`.
+
+    Raises:
+        ConfigError: the name is unknown or not that of a CLIP, or see `build`.
+        CheckpointError: the weights could not be fetched or read, or are of another architecture.
+        MissingDependencyError: open_clip is not installed.
+    """
+    _, architecture, weights = check_name(name, pretrained)
+    model_args = dict(model_args or {})
+    if not is_clip(name):
+        known = ", ".join(["open_clip/ARCH:PRETRAINED", *CLIPS])
+        raise ConfigError(f"model={name!r} has no text tower; use a CLIP: {known}")
+    if name in CLIPS:
+        return _registered_clip(name, pretrained, img_size, model_args)
+    return _open_clip(architecture, weights, img_size, model_args)
 
 
 def _timm(name: str, classes: int, pretrained: bool, img_size: int | None, model_args: dict[str, Any]) -> Built:
@@ -157,35 +185,33 @@ def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
     return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
-def _open_clip(architecture: str, tag: str, classes: int, img_size: int | None, model_args: Mapping[str, Any]) -> Built:
+def _open_clip(architecture: str, weights: str, img_size: int | None, model_args: Mapping[str, Any]) -> Clip:
     open_clip = imported("open_clip")
-    name = f"open_clip/{architecture}:{tag}" if tag else f"open_clip/{architecture}"
-    with _explaining(name, bool(tag), img_size, model_args):
-        clip = open_clip.create_model(architecture, pretrained=tag or None, force_image_size=img_size, **model_args)
+    name = f"open_clip/{architecture}:{weights}" if weights else f"open_clip/{architecture}"
+    with _explaining(name, weights or False, img_size, model_args):
+        clip = open_clip.create_model(architecture, pretrained=weights or None, force_image_size=img_size, **model_args)
+        tokenizer = open_clip.get_tokenizer(architecture, context_length=getattr(clip, "context_length", None))
     visual = clip.visual
     size = visual.image_size[0] if isinstance(visual.image_size, (tuple, list)) else visual.image_size
     mean, std = (
         getattr(visual, attribute, None) or getattr(open_clip, constant)
         for attribute, constant in (("image_mean", "OPENAI_DATASET_MEAN"), ("image_std", "OPENAI_DATASET_STD"))
     )
-    spec = InputSpec(3, size, tuple(mean), tuple(std))
-    return Built(ClipClassifier(visual, _width(visual, size), classes), spec)
+    return Clip(clip, tokenizer, InputSpec(3, size, tuple(mean), tuple(std)))
 
 
-@torch.no_grad()
-def _width(visual: Any, size: int) -> int:
-    """The size of the image embedding, by a forward pass if the tower does not state it, as those from timm."""
-    width = getattr(visual, "output_dim", None)
-    if isinstance(width, int):
-        return width
-    was_training = visual.training
-    embedding = visual.eval()(torch.zeros(1, 3, size, size))
-    visual.train(was_training)
-    return int(embedding.shape[-1])
+def _registered_clip(name: str, pretrained: bool | str, img_size: int | None, model_args: Mapping[str, Any]) -> Clip:
+    clip = CLIPS[name].build(pretrained is True, img_size, model_args)
+    if isinstance(pretrained, str):
+        with _explaining(name, pretrained, img_size, model_args):
+            imported("open_clip").load_checkpoint(clip.model, pretrained)
+    return clip
 
 
 @contextlib.contextmanager
-def _explaining(name: str, pretrained: bool, img_size: int | None, model_args: Mapping[str, Any]) -> Iterator[None]:
+def _explaining(
+    name: str, pretrained: bool | str, img_size: int | None, model_args: Mapping[str, Any]
+) -> Iterator[None]:
     """Turn errors inside into ones that name `img_size`, `model_args` or the pretrained weights as the cause."""
     try:
         yield
@@ -197,6 +223,12 @@ def _explaining(name: str, pretrained: bool, img_size: int | None, model_args: M
                 f"model_args holds {key!r}, which {name} does not take; use arguments of that model, or remove it"
             ) from error
         reason = first_line(error)
+        if isinstance(pretrained, str) and Path(pretrained).is_file():
+            reason = " ".join(str(error).split())[:300] or reason
+            raise CheckpointError(
+                f"{pretrained} does not hold weights of {name.partition(':')[0]}"
+                f"{f' with {arguments}' if arguments else ''} ({reason}); name the model that it was saved from"
+            ) from error
         if arguments and not pretrained:
             raise ConfigError(f"{name} cannot be built with {arguments} ({reason}); use other values") from error
         if arguments and "state_dict" in reason:

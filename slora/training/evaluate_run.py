@@ -16,11 +16,12 @@ from slora.evaluation.accuracy import accuracy
 from slora.evaluation.knn import NEIGHBOURS, features, knn_accuracy
 from slora.io.atomic import write_json
 from slora.models.disabled import disabled
+from slora.models.input_spec import InputSpec
 from slora.runs.checkpoint_folders import chosen
 from slora.runs.rundir import EVALUATION, read_settings
 from slora.runs.settings import TrainSettings
 from slora.sources.batches import make_batches
-from slora.sources.data import InputSpec, Source, open_data
+from slora.sources.data import Source, open_data
 from slora.sources.data_names import check_name
 from slora.training.run_model import build, load_result, rebuild
 

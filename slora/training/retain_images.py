@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from slora.errors import DataError
+from slora.models.input_spec import InputSpec
 from slora.retention import generic_samples
 from slora.runs.settings import TrainSettings
 from slora.sources.batches import DamagedImage
-from slora.sources.data import InputSpec, Source, as_input, open_data
+from slora.sources.data import Source, as_input, open_data
 from slora.sources.data_names import GENERIC, check_retained, is_folder
 from slora.sources.folders import UNREADABLE, described
 

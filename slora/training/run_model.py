@@ -11,12 +11,13 @@ from torch import nn
 from slora.adapters.save_load import load_adapter, selective
 from slora.adapters.tensors import read_safetensors
 from slora.errors import CheckpointError, DamagedCheckpointError
+from slora.models.input_spec import InputSpec
 from slora.runs import read_results, rundir
 from slora.runs.checkpoint_folders import chosen
 from slora.runs.rundir import ADAPTER, MODEL, read_settings
 from slora.runs.settings import TrainSettings
 from slora.sources import models
-from slora.sources.data import InputSpec, Source, open_data
+from slora.sources.data import Source, open_data
 from slora.sources.data_names import check_name
 from slora.training.checkpoint_load import Checkpoint, check_values
 from slora.training.fingerprint import fingerprint
