@@ -1,6 +1,7 @@
 """A run before and after training: its settings and flags, and the files of its directory.
 
 settings.py            all settings of a run; conversion.py: from YAML and flags
+strategies.py          which budget and settings each strategy takes
 flags.py               the settings as flags of `slora finetune`; request.py: its arguments, checked
 rundir.py              the files of a run directory; lock.py: one run at a time writes into it
 checkpoint_folders.py  which checkpoints there are; checkpoint_state.py: their `state.json`

@@ -20,8 +20,8 @@ from slora.runs.settings import TrainSettings
 FIXED = (
     "model", "pretrained", "img_size", "model_args", "data", "augment", "method", "r", "lora_alpha", "target_modules",
     "exclude_modules", "modules_to_save", "use_rslora", "blocks", "threshold", "inactive", "base_dtype", "gate_rule",
-    "optimizer", "budget", "budget_unit", "ranking", "drift_price", "depth_price", "selection_warmup", "settling",
-    "batch_size", "gradient_accumulation", "seed",
+    "optimizer", "strategy", "budget", "budget_unit", "ranking", "drift_price", "depth_price", "selection_warmup",
+    "settling", "batch_size", "gradient_accumulation", "seed",
 )  # fmt: skip
 
 

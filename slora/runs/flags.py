@@ -45,9 +45,9 @@ def _flag(name: str, hint: Any, sentence: str, default: Any) -> Any:
     flags = FLAGS.get(name, ("--" + name.replace("_", "-"),))
     help = f"{sentence} [default: {_shown(default)}]"
     # None means that the flag was not used: then a config file, or the default, decides.
-    if get_origin(hint) is Literal:
-        return Annotated[str | None, typer.Option(*flags, help=help, metavar="|".join(get_args(hint)))]
-    types = [option for option in get_args(hint) or (hint,) if option is not type(None)]
+    types = [hint] if get_origin(hint) is Literal else [t for t in get_args(hint) or (hint,) if t is not type(None)]
+    if get_origin(types[0]) is Literal and len(types) == 1:
+        return Annotated[str | None, typer.Option(*flags, help=help, metavar="|".join(get_args(types[0])))]
     if types == [bool]:
         return Annotated[bool | None, typer.Option(f"{flags[0]}/--no-{flags[0][2:]}", help=help)]
     number = types[0] if types in ([int], [float]) else str

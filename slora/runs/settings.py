@@ -12,19 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from slora.config import (
-    BUDGET_PHASES,
-    GATES_PHASES,
-    LEAST_SETTLING,
-    Inactive,
-    SelectiveLoRAConfig,
-    Unit,
-    check_budget,
-)
+from slora.config import Inactive, SelectiveLoRAConfig, Unit
 from slora.errors import ConfigError
 from slora.io.plain import plain, plain_list, plain_mapping, shown
 from slora.io.yaml_files import read_yaml
 from slora.runs.conversion import converted
+from slora.runs.strategies import StrategyName, check_strategy, strategy_of, unit_of
 from slora.sources.model_args import Scalar, check_keys
 
 Method = Literal["selective", "lora", "full", "linear"]
@@ -117,11 +110,18 @@ class TrainSettings:
     probe_rows: Annotated[int, "Rows of a layer's input that a probe reads."] = 512
     base_dtype: Annotated[str | None, "Dtype of the frozen weights, such as bfloat16; unset: unchanged."] = None
 
+    strategy: Annotated[
+        StrategyName | None,
+        "What chooses the blocks: gates (scores trained under a penalty) or budget (the lowest ranked are switched off "
+        "one by one); unset: budget where one is given, else gates.",
+    ] = None
     budget: Annotated[
         int | float | None,
         "LoRA blocks of the result: a number such as 4, or a share such as 0.1; unset: the gates decide.",
     ] = None
-    budget_unit: Annotated[Unit, "What a share is of: blocks, their parameters, or their FLOPs."] = "blocks"
+    budget_unit: Annotated[
+        Unit | None, "What a share is of: blocks, their parameters, or their FLOPs; unset: blocks."
+    ] = None
     ranking: Annotated[
         Literal["solo", "norm"],
         "How a budget ranks blocks: solo (loss reduction of each block alone, one forward pass per block) or norm (of "
@@ -216,30 +216,13 @@ class TrainSettings:
                 value = getattr(self, name)
                 _require(name, value, value is None or holds(value), remedy)
         check_keys(self.model_args or ())
-        self._check_selection()
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        check_strategy(self.to_dict(), defaults)
         if self.base_dtype is not None and self.precision == "fp32":
             raise ConfigError(
                 f"base_dtype={self.base_dtype!r} needs precision='bf16'; fp32 arithmetic needs fp32 weights"
             )
         self.lora_config()
-
-    def _check_selection(self) -> None:
-        warmup = 0.0 if self.selection_warmup is None else self.selection_warmup
-        default = GATES_PHASES if self.budget is None else BUDGET_PHASES
-        settling = default[1] if self.settling is None else self.settling
-        third = LEAST_SETTLING - 1e-9 <= settling <= 1
-        _require("settling", self.settling, third, "use a share from 1/3 to 1: the remaining blocks train on in it")
-        if warmup + settling > 1 + 1e-9:
-            raise ConfigError(
-                f"selection_warmup={warmup:g} and settling={settling:.3g} are longer than the run; lower one of them"
-            )
-        if self.budget is None:
-            return
-        check_budget(self.budget, self.budget_unit)
-        if self.method != "selective":
-            raise ConfigError(
-                f"budget={self.budget} needs method='selective'; method={self.method!r} trains all of its parameters"
-            )
 
     def lora_config(self, modules_to_save: Sequence[str] | None = None) -> SelectiveLoRAConfig:
         """Return the adapter config of the methods selective and lora; under lora every block is always active.
@@ -254,6 +237,16 @@ class TrainSettings:
         if self.method == "lora":
             fields |= {"threshold": ALWAYS_ACTIVE, "gate_init": 1.0}
         return SelectiveLoRAConfig.from_dict(fields)
+
+    @property
+    def chosen_strategy(self) -> str:
+        """The strategy of method selective: by default budget with a budget, else gates."""
+        return strategy_of(self.to_dict())
+
+    @property
+    def unit(self) -> str:
+        """What the budget counts or is a share of: by default the first unit of the strategy."""
+        return unit_of(self.to_dict())
 
     def workers(self) -> int:
         """Return the number of DataLoader workers."""

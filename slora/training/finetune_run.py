@@ -74,7 +74,7 @@ def finetune(
     if settings.budget is not None:
         # Before anything is written: a refused run must not leave a folder.
         blocks = sum(layer.blocks for _, layer in adapted_layers(model))
-        check_budget(settings.budget, settings.budget_unit, blocks)
+        check_budget(settings.budget, settings.unit, blocks)
     if settings.head_first is None:
         settings = settings.replace(head_first=_head_first(model, settings, len(source.classes)))
     with contextlib.ExitStack() as stack:

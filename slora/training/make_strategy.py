@@ -1,15 +1,16 @@
-"""`strategy`: the selection strategy that settings ask for, and the samples that its ranking uses."""
+"""`strategy`: the selection strategy that settings ask for, by a table of factories, and the samples it measures on."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from slora.config import DEPTH_PRICE, DRIFT_PRICE
+from slora.config import DEPTH_PRICE, DRIFT_PRICE, Unit
 from slora.errors import ConfigError
 from slora.evaluation.accuracy import logits_of
 from slora.gates.values import gates as gates_of
@@ -17,94 +18,109 @@ from slora.models.features import final_features
 from slora.module_tree.modes import evaluating
 from slora.retention import generic_samples
 from slora.runs.settings import TrainSettings
-from slora.selection import Budget, Gates, SoloGain, Strategy, budget, gates
+from slora.runs.strategies import STRATEGIES
+from slora.selection import Budget, Gates, SoloGain, Strategy
 
 # Training images for the loss of `SoloGain`, and samples for its drift.
 SAMPLE, DRIFT_SAMPLE = 128, 64
 
 
-def strategy(
-    model: nn.Module,
-    steps: int,
-    settings: TrainSettings,
-    sample: Callable[[int], tuple[Tensor, Tensor]],
-    criterion: Callable[[Tensor, Tensor], Tensor],
-    autocast: Callable[[], contextlib.AbstractContextManager[object]],
-    retains: bool = False,
-) -> Strategy | None:
-    """Return the active strategy of a run of `steps` steps on `model`.
+class Given(NamedTuple):
+    """What a run gives to the factory of its strategy.
 
-    None for methods without selection, and if there is no budget and the gates are frozen.
-
-    Args:
+    Attributes:
+        model: adapted, with all of its blocks still trainable.
+        steps: optimizer steps of the run.
+        settings: those of the run.
         sample: returns a number of training images with their labels, the same ones at every call.
         criterion: `(logits, labels) -> scalar`.
         autocast: returns the context that the model runs in.
         retains: whether the run distils features on old samples.
+    """
+
+    model: nn.Module
+    steps: int
+    settings: TrainSettings
+    sample: Callable[[int], tuple[Tensor, Tensor]]
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    autocast: Callable[[], contextlib.AbstractContextManager[object]]
+    retains: bool = False
+
+    def phases(self) -> dict[str, float]:
+        """Return the arguments `warmup` and `settling` of a strategy: the settings, or its defaults."""
+        default = STRATEGIES[self.settings.chosen_strategy].phases
+        assert default is not None
+        set_by_user = self.settings.selection_warmup, self.settings.settling
+        return {
+            name: own if value is None else value
+            for name, own, value in zip(("warmup", "settling"), default, set_by_user, strict=True)
+        }
+
+
+def strategy(given: Given) -> Strategy | None:
+    """Return the active strategy of a run.
+
+    None for methods without selection, and if there is no budget and the gates are frozen.
 
     Raises:
         ConfigError: the budget is out of range, or `drift_price` is set for a model without final features.
     """
-    if settings.method != "selective":
+    if given.settings.method != "selective":
         return None
-    warmup = settings.selection_warmup
-    if settings.budget is None:
-        if not any(gate.requires_grad for gate in gates_of(model)):
-            return None
-        return Gates(
-            model,
-            steps,
-            penalty=settings.penalty,
-            warmup=gates.WARMUP if warmup is None else warmup,
-            settling=gates.SETTLING if settings.settling is None else settings.settling,
-        )
-    measured = _Measured(model, sample, criterion, autocast, settings.seed)
-    ranking = None
-    if settings.ranking == "solo":
-        price, depth = settings.drift_price, settings.depth_price
-        price = (DRIFT_PRICE if retains else 0.0) if price is None else price
-        depth = (0.0 if retains else DEPTH_PRICE) if depth is None else depth
-        if price:
-            # Fail now rather than when selection begins.
-            try:
-                final_features(model)
-            except ConfigError as error:
-                raise ConfigError(f"drift_price={price}: {error}; or set drift_price to 0") from error
-        ranking = SoloGain(measured.loss, measured.features if price else None, price, depth)
+    return FACTORIES[given.settings.chosen_strategy](given)
+
+
+def _gates(given: Given) -> Strategy | None:
+    if not any(gate.requires_grad for gate in gates_of(given.model)):
+        return None
+    return Gates(given.model, given.steps, penalty=given.settings.penalty, **given.phases())
+
+
+def _budget(given: Given) -> Strategy:
+    settings = given.settings
+    assert settings.budget is not None
+    ranking = _solo_gain(given) if settings.ranking == "solo" else None
     chosen = Budget(
-        model,
-        settings.budget,
-        steps,
-        unit=settings.budget_unit,
-        ranking=ranking,
-        warmup=budget.WARMUP if warmup is None else warmup,
-        settling=budget.SETTLING if settings.settling is None else settings.settling,
+        given.model, settings.budget, given.steps, unit=cast(Unit, settings.unit), ranking=ranking, **given.phases()
     )
-    if settings.budget_unit == "flops":
+    if settings.unit == "flops":
         # Fail now, not after the first step, if the share is too small.
-        with torch.no_grad(), evaluating(model), autocast():
-            model(sample(1)[0])
+        with torch.no_grad(), evaluating(given.model), given.autocast():
+            given.model(given.sample(1)[0])
         chosen.check_rows()
     return chosen
+
+
+# A factory for each entry of `slora.runs.strategies.STRATEGIES`.
+FACTORIES: dict[str, Callable[[Given], Strategy | None]] = {
+    "gates": _gates,
+    "budget": _budget,
+}
+
+
+def _solo_gain(given: Given) -> SoloGain:
+    settings, measured = given.settings, _Measured(given)
+    price, depth = settings.drift_price, settings.depth_price
+    price = (DRIFT_PRICE if given.retains else 0.0) if price is None else price
+    depth = (0.0 if given.retains else DEPTH_PRICE) if depth is None else depth
+    if price:
+        # Fail now rather than when selection begins.
+        try:
+            final_features(given.model)
+        except ConfigError as error:
+            raise ConfigError(f"drift_price={price}: {error}; or set drift_price to 0") from error
+    return SoloGain(measured.loss, measured.features if price else None, price, depth)
 
 
 class _Measured:
     """Loss and final features of a model on fixed samples."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sample: Callable[[int], tuple[Tensor, Tensor]],
-        criterion: Callable[[Tensor, Tensor], Tensor],
-        autocast: Callable[[], contextlib.AbstractContextManager[object]],
-        seed: int,
-    ) -> None:
-        self.model, self.sample, self.criterion = model, sample, criterion
-        self.autocast, self.seed = autocast, seed
+    def __init__(self, given: Given) -> None:
+        self.given = given
 
     @cached_property
     def images(self) -> tuple[Tensor, Tensor]:
-        return self.sample(SAMPLE)
+        return self.given.sample(SAMPLE)
 
     @cached_property
     def generic(self) -> Tensor:
@@ -113,16 +129,16 @@ class _Measured:
             # Inputs that are not images have no patches.
             return images[:DRIFT_SAMPLE]
         patch = max(1, min(images.shape[2:]) // 4)
-        return generic_samples(images, DRIFT_SAMPLE, patch=patch, seed=self.seed)
+        return generic_samples(images, DRIFT_SAMPLE, patch=patch, seed=self.given.settings.seed)
 
     def loss(self) -> Tensor:
         images, labels = self.images
-        with self.autocast():
-            return self.criterion(logits_of(self.model(images)), labels)
+        with self.given.autocast():
+            return self.given.criterion(logits_of(self.given.model(images)), labels)
 
     def features(self) -> Tensor:
-        with self.autocast():
-            return final_features(self.model)(self.generic)
+        with self.given.autocast():
+            return final_features(self.given.model)(self.generic)
 
 
 def first_images(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

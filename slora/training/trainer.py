@@ -27,7 +27,7 @@ from slora.training.checkpoint_load import Checkpoint
 from slora.training.checkpoint_save import save_checkpoint
 from slora.training.fingerprint import fingerprint
 from slora.training.head_first import train_head
-from slora.training.make_strategy import first_images, strategy
+from slora.training.make_strategy import Given, first_images, strategy
 from slora.training.measure import BlockLog, Clock, Flops, Window
 from slora.training.nonfinite import origin, ruined_gates, ruined_parameter, run_error
 from slora.training.optimizers import Optimizers
@@ -87,13 +87,15 @@ class Trainer:
         self.selection: Strategy | None = None
         if self.layers:
             self.selection = strategy(
-                model,
-                schedule.steps,
-                settings,
-                lambda count: first_images(self._first_epoch(), count),
-                self.criterion,
-                self.accelerator.autocast,
-                retains=retain is not None and settings.retain_weight > 0,
+                Given(
+                    model,
+                    schedule.steps,
+                    settings,
+                    lambda count: first_images(self._first_epoch(), count),
+                    self.criterion,
+                    self.accelerator.autocast,
+                    retains=retain is not None and settings.retain_weight > 0,
+                )
             )
         if settings.lr_hold is None and isinstance(self.selection, Budget):
             # The cosine starts once the budget has chosen: earlier, little of the rate is left for the chosen blocks.

@@ -29,7 +29,9 @@ Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
 
 # Gates spread around the threshold, so that blocks come and go during the few steps of these runs.
-SPREAD = {"lr": 0.05, "gate_lr": 0.4, "penalty": 0.4, "selection_warmup": 0.0, "lora_dropout": 0.1, "blocks": 4}
+MOVING = {"gate_lr": 0.4, "penalty": 0.4}
+CHOOSING = {"lr": 0.05, "selection_warmup": 0.0, "lora_dropout": 0.1, "blocks": 4}
+SPREAD = CHOOSING | MOVING
 
 
 def started(make_model: Factory, settings: TrainSettings) -> nn.Module:
@@ -76,7 +78,8 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_ends(
     make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path, changes: dict[str, Any], at: int
 ) -> None:
-    settings = settings.replace(**(SPREAD | {"max_steps": 19, "save_every": at, "keep_last": 9} | changes))
+    spread = CHOOSING if "budget" in changes else SPREAD
+    settings = settings.replace(**(spread | {"max_steps": 19, "save_every": at, "keep_last": 9} | changes))
     whole = started(make_model, settings)
     full = train(whole, data, data, settings, tmp_path / "whole")
     again = started(make_model, settings)

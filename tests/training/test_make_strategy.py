@@ -15,7 +15,7 @@ import slora
 from slora import ConfigError
 from slora.selection import Budget, Gates, SoloGain, update_norm
 from slora.training import TrainSettings, prepare, train
-from slora.training.make_strategy import first_images, strategy
+from slora.training.make_strategy import Given, first_images, strategy
 
 Factory = Callable[[], nn.Module]
 Pair = tuple[Tensor, Tensor]
@@ -25,7 +25,7 @@ def made(model: nn.Module, settings: TrainSettings, data: Pair, retains: bool = 
     def sample(count: int) -> Pair:
         return data[0][:count], data[1][:count]
 
-    return strategy(model, 10, settings, sample, F.cross_entropy, contextlib.nullcontext, retains)
+    return strategy(Given(model, 10, settings, sample, F.cross_entropy, contextlib.nullcontext, retains))
 
 
 @pytest.mark.parametrize("price", [0.0, 0.5, 1.5])
