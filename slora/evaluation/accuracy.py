@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from slora.errors import DataError
 from slora.module_tree.modes import evaluating
 
+CALIBRATION_BINS = 15
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -22,7 +24,8 @@ class Accuracy:
         top1: top-1 accuracy.
         top5: top-5 accuracy (top-n with n < 5 classes).
         per_class: mean of the accuracies per class, over the classes present; usual for Pets and Flowers.
-        loss: mean cross-entropy.
+        loss: mean cross-entropy, which is the negative log-likelihood (NLL), in nats.
+        calibration_error: expected calibration error (ECE, arXiv 1706.04599) in 15 bins of the largest probability.
     """
 
     top1: float
@@ -30,6 +33,7 @@ class Accuracy:
     per_class: float
     loss: float
     count: int
+    calibration_error: float
 
 
 @torch.no_grad()
@@ -44,7 +48,7 @@ def accuracy(
     Raises:
         DataError: there is no image, or a label is not an output of the model.
     """
-    from torchmetrics.classification import MulticlassAccuracy
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
     metrics: dict[str, Any] = {}
     loss, count = torch.zeros((), dtype=torch.float64, device=device), 0
@@ -57,6 +61,7 @@ def accuracy(
                     "top1": MulticlassAccuracy(classes, average="micro"),
                     "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)),
                     "per_class": MulticlassAccuracy(classes, average="macro"),
+                    "calibration_error": MulticlassCalibrationError(classes, n_bins=CALIBRATION_BINS, norm="l1"),
                 }
                 metrics = {name: metric.to(device) for name, metric in metrics.items()}
             if int(labels.max()) >= classes:
@@ -64,8 +69,9 @@ def accuracy(
                     f"label {int(labels.max())} is not among the {classes} outputs of the model; evaluate on the "
                     f"data set it was trained for"
                 )
-            for metric in metrics.values():
-                metric.update(logits, labels)
+            for name, metric in metrics.items():
+                # It would take logits from 0 to 1 for probabilities.
+                metric.update(logits.float().softmax(1) if name == "calibration_error" else logits, labels)
             loss += F.cross_entropy(logits.float(), labels, reduction="sum")
             count += len(labels)
     if not count:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,26 @@ def test_accuracy_counts_over_uneven_batches() -> None:
     assert model.training
     correct, loss, count = tally(model, batches, "cpu").tolist()
     assert (correct / count, loss / count) == (pytest.approx(result.top1), pytest.approx(result.loss))
+
+
+def calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """The mean gap between confidence and accuracy over 15 bins of the confidence, weighted by their images."""
+    gap, probabilities = 0.0, logits.double().softmax(1)
+    for number in range(15):
+        inside = [i for i, p in enumerate(probabilities.amax(1).tolist()) if number < 15 * p <= number + 1]
+        if inside:
+            confidence = sum(float(probabilities[i].max()) for i in inside)
+            gap += abs(confidence - sum(int(logits[i].argmax() == labels[i]) for i in inside)) / len(logits)
+    return gap
+
+
+# Values between 0 and 1 could be taken for probabilities.
+@pytest.mark.parametrize("scale", [torch.sigmoid, lambda x: 3 * x], ids=["from 0 to 1", "any"])
+def test_the_calibration_error_is_that_of_the_probabilities(scale: Callable[[Tensor], Tensor]) -> None:
+    logits, labels = scale(torch.randn(400, 4)), torch.randint(4, (400,))
+    batches = list(zip(logits.split(70), labels.split(70), strict=True))
+    # Probabilities of fp32 are exact to 1e-7; one on the border of two bins would move by a 400th.
+    assert accuracy(Replay(), batches).calibration_error == pytest.approx(calibration_error(logits, labels), abs=1e-6)
 
 
 def test_fewer_than_five_classes_have_a_top_5_of_one() -> None:

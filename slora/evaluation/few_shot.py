@@ -1,0 +1,66 @@
+"""Few-shot evaluation: a linear classifier on frozen features of k images per class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from slora.errors import ConfigError, DataError
+
+SHOTS = (1, 2, 4, 8, 16)
+
+
+def few_shot_rows(labels: Sequence[int] | Tensor, shots: int, seed: int = 0) -> list[int]:
+    """Return the rows of `shots` images of each class, drawn at random.
+
+    The draw depends on the labels and the seed alone, and is nested: with fewer shots, a subset of the same rows.
+
+    Raises:
+        ConfigError: shots is below 1, or a class has fewer images.
+    """
+    if shots < 1:
+        raise ConfigError(f"shots={shots} is not a number of images per class; use 1 or more")
+    members: dict[int, list[int]] = {}
+    for row, label in enumerate(torch.as_tensor(labels).tolist()):
+        members.setdefault(label, []).append(row)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label in sorted(members):
+        rows = members[label]
+        if len(rows) < shots:
+            raise ConfigError(f"shots={shots} exceeds the {len(rows)} images of class {label}; use {len(rows)} or less")
+        chosen += [rows[i] for i in torch.randperm(len(rows), generator=generator)[:shots].tolist()]
+    return sorted(chosen)
+
+
+def linear_accuracy(
+    features: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, inverse_penalty: float = 0.316
+) -> float:
+    """Return the top-1 accuracy of a logistic regression on the features, by scikit-learn's L-BFGS.
+
+    The linear probe of CLIP (arXiv 2103.00020, appendix A.3). C is that of the official repository's example; the paper
+    chooses it on validation images, which few shots do not have.
+
+    Args:
+        features: of the images to learn from, `[n, d]`.
+        labels: their classes, `[n]`.
+        queries: of the images to classify, `[q, d]`.
+        query_labels: their classes, `[q]`.
+        inverse_penalty: C, the weight of the loss relative to the L2 penalty.
+
+    Raises:
+        DataError: there are fewer than two classes, or no query.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    if len(labels.unique()) < 2 or not len(queries):
+        raise DataError(
+            f"{len(labels.unique())} classes to learn and {len(queries)} images to classify; a linear probe needs at "
+            f"least two classes and one image"
+        )
+    probe = LogisticRegression(C=inverse_penalty, max_iter=1000)
+    probe.fit(features.float().cpu().numpy(), labels.cpu().numpy())
+    predicted = probe.predict(queries.float().cpu().numpy())
+    return float((torch.as_tensor(predicted) == query_labels.cpu()).float().mean())
