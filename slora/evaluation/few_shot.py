@@ -12,10 +12,15 @@ from slora.errors import ConfigError, DataError
 SHOTS = (1, 2, 4, 8, 16)
 
 
-def few_shot_rows(labels: Sequence[int] | Tensor, shots: int, seed: int = 0) -> list[int]:
+def few_shot_rows(
+    labels: Sequence[int] | Tensor, shots: int, seed: int = 0, names: Sequence[str] | None = None
+) -> list[int]:
     """Return the rows of `shots` images of each class, drawn at random.
 
     The draw depends on the labels and the seed alone, and is nested: with fewer shots, a subset of the same rows.
+
+    Args:
+        names: of the classes, for the error.
 
     Raises:
         ConfigError: shots is below 1, or a class has fewer images.
@@ -30,7 +35,8 @@ def few_shot_rows(labels: Sequence[int] | Tensor, shots: int, seed: int = 0) -> 
     for label in sorted(members):
         rows = members[label]
         if len(rows) < shots:
-            raise ConfigError(f"shots={shots} exceeds the {len(rows)} images of class {label}; use {len(rows)} or less")
+            name = label if names is None else repr(names[label])
+            raise ConfigError(f"shots={shots} exceeds the {len(rows)} images of class {name}; use {len(rows)} or less")
         chosen += [rows[i] for i in torch.randperm(len(rows), generator=generator)[:shots].tolist()]
     return sorted(chosen)
 

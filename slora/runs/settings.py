@@ -29,7 +29,8 @@ ALWAYS_ACTIVE = -1e9
 # Settings, the condition on their values, and the remedy. None, where a setting may be unset, is always valid.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "epochs max_steps batch_size gradient_accumulation eval_batch_size log_every keep_last retain_samples img_size",
+        "epochs max_steps batch_size gradient_accumulation eval_batch_size log_every keep_last retain_samples img_size "
+        "shots",
         lambda value: value >= 1,
         "use 1 or more",
     ),
@@ -51,8 +52,8 @@ class TrainSettings:
     """All settings of a run. `slora finetune` has a flag for each; `config.yaml` of a run directory holds them all.
 
     Fields that `slora.SelectiveLoRAConfig` has too mean the same. Shares are fractions of the run's optimizer steps,
-    from 0 to 1. `model`, `pretrained`, `img_size`, `model_args`, `data`, `data_root`, `download` and `augment` are for
-    the command line only: `slora.training.train` takes the model and the data themselves.
+    from 0 to 1. `model`, `pretrained`, `img_size`, `model_args`, `data`, `data_root`, `download`, `shots` and `augment`
+    are for the command line only: `slora.training.train` takes the model and the data themselves.
 
     Raises:
         ConfigError: a value is out of range or of the wrong type; names the field, the value and what is allowed.
@@ -72,6 +73,7 @@ class TrainSettings:
     data: Annotated[str | None, "Data set: a name such as cifar100, or imagefolder:PATH."] = None
     data_root: Annotated[str, "Folder that holds downloaded data sets."] = "data"
     download: Annotated[bool, "Download the data set where it is missing."] = True
+    shots: Annotated[int | None, "Training images per class, drawn by the seed (few-shot); unset: all."] = None
     augment: Annotated[
         Literal["auto", "none", "crop", "crop-flip"],
         "Augmentation: random crops and flips of training images; auto: what suits the data set.",

@@ -2,7 +2,7 @@
 
 registry.py                  models, CLIPs and data sets that other packages add, such as those of `slora.demo`
 model_names.py, model_args.py, models.py   `timm/...`, `open_clip/...` and registered models
-data_names.py, data.py, folders.py         data sets of torchvision, image folders and registered data sets
+data_names.py, data.py, folders.py, labels.py   data sets of torchvision, image folders, registered data sets
 batches.py                   the batches of an epoch, in an order that depends on the seed alone
 optional.py                  imports of timm, open_clip and torchvision
 """

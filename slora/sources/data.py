@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from slora.errors import DataError
+from slora.evaluation.few_shot import few_shot_rows
 from slora.models.input_spec import InputSpec
 from slora.sources.batches import Damage, DamagedImage, Data
 from slora.sources.data_names import FOLDER, TORCHVISION, Entry, check_name
 from slora.sources.folders import UNREADABLE, described, image_folder, name_of, split
+from slora.sources.labels import labels_of
 from slora.sources.optional import first_line, imported
 from slora.sources.registry import DATA
 
@@ -48,6 +51,19 @@ class Source:
         if isinstance(raw, TensorDataset) and augment == "none" and _fits(raw.tensors[0], spec):
             return raw
         return Transformed(raw, _transform(spec, augment), self.damage)
+
+    def few_shot(self, shots: int | None, seed: int) -> Source:
+        """Return the same data set with `shots` training images per class, drawn by `seed`; None keeps all.
+
+        Raises:
+            ConfigError: a class has fewer training images; names it.
+        """
+        if shots is None:
+            return self
+        rows = few_shot_rows(labels_of(self.training), shots, seed, self.classes)
+        if isinstance(self.training, TensorDataset):
+            return dataclasses.replace(self, training=TensorDataset(*(t[rows] for t in self.training.tensors)))
+        return dataclasses.replace(self, training=Subset(self.training, rows))
 
 
 def open_data(name: str, root: str | Path = "data", download: bool = True) -> Source:

@@ -32,6 +32,7 @@ def build(settings: TrainSettings) -> tuple[nn.Module, InputSpec, Source]:
     """
     models.check_name(settings.model, settings.pretrained)
     source = open_data(check_name(settings.data), settings.data_root, settings.download)
+    source = source.few_shot(settings.shots, settings.seed)
     return *rebuild(settings, len(source.classes)), source
 
 

@@ -89,6 +89,14 @@ def test_what_a_run_learned_is_loaded_into_a_plain_model(method: str) -> None:
     assert (folder / "model/model.safetensors").exists() == (method in ("full", "linear"))
 
 
+def test_a_few_shot_run_has_epochs_of_the_drawn_images_and_is_resumed_with_as_many() -> None:
+    settings = {**QUICK, "shots": 1, "batch_size": 5, "epochs": 2, "max_steps": None}
+    folder, result = finetune_run.finetune(settings)
+    assert result.steps == 4
+    with pytest.raises(CheckpointError, match=r"was written with shots=1, this run has 2"):
+        finetune_run.finetune({"shots": 2, "epochs": 3}, resume=folder)
+
+
 def test_a_stopped_run_goes_on_in_its_folder_and_ends_as_the_whole_one() -> None:
     whole, _ = finetune_run.finetune({**QUICK, "max_steps": 6})
     first, _ = finetune_run.finetune({**QUICK, "max_steps": 6}, out=Path("stopped"))
