@@ -6,10 +6,12 @@ and the pretrained model is a file in this folder. Read in this order:
     letters.py    the source data: 52 rendered letters
     digits.py     the target data: handwritten digits in the same format; shifts.py: the same digits, changed
     model.py      the model and its pretrained weights, `letters_vit.safetensors`; pretrain.py: trains them
+    captions.py   captions of letters, with their tokenizer; glyph_clip.py: a CLIP of captioned letters;
+                  pretrain_clip.py: trains it
     methods.py    the compared methods, and one training run of each
     judge.py      the table of results, and whether the aims are met
     run.py        `slora demo`: all runs; page.py: its HTML report
-    registration.py  the model and both data sets by name, for the other commands
+    registration.py  the models and both data sets by name, for the other commands
 """
 
 from slora.demo import registration as _registration  # noqa: F401 (registers itself)

@@ -8,8 +8,10 @@ size, rotation, shear, position, thickness and softness.
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -118,6 +120,20 @@ def _render(glyphs: Tensor, draw: dict[str, Tensor]) -> Tensor:
     return F.avg_pool2d(ink, _SUPERSAMPLING) * draw["brightness"][:, None, None, None]
 
 
+class Styled(NamedTuple):
+    """Rendered letters and how each was drawn."""
+
+    images: Tensor
+    """[n, 1, 16, 16] float32 in [0, 1], light ink on black."""
+    labels: Tensor
+    """[n] int64, indices into `CLASSES`."""
+    fonts: Tensor
+    """[n] int64, indices into `FONTS`."""
+    draw: dict[str, Tensor]
+    """[n] float32 each, lengths in pixels and angles in radians: `size`, `aspect`, `rotation`, `shear`, `shift_x`,
+    `shift_y`, `thicken`, `softness`, `brightness`, and `noise`, the standard deviation of the noise."""
+
+
 def letters(n_per_class: int, seed: int) -> tuple[Tensor, Tensor]:
     """Render `n_per_class` images of each of the 52 letters, in random order.
 
@@ -134,14 +150,31 @@ def letters(n_per_class: int, seed: int) -> tuple[Tensor, Tensor]:
     Raises:
         ConfigError: `n_per_class` is below 1, or `seed` is negative.
     """
+    styled = styled_letters(n_per_class, seed)
+    return styled.images, styled.labels
+
+
+def styled_letters(n_per_class: int, seed: int, fonts: Sequence[str] = FONTS) -> Styled:
+    """Render letters as `letters` does, in some of the fonts, and return with them how each was drawn.
+
+    Args:
+        fonts: names from `FONTS`, at least one.
+
+    Raises:
+        ConfigError: `n_per_class` is below 1, `seed` is negative, or `fonts` is empty or names an unknown font.
+    """
     if n_per_class < 1:
         raise ConfigError(f"n_per_class={n_per_class} leaves no image to render; use 1 or more")
     if seed < 0:
         raise ConfigError(f"seed={seed} is negative; use 0 or more")
+    unknown = [name for name in fonts if name not in FONTS]
+    if unknown or not fonts:
+        raise ConfigError(f"fonts={list(fonts)} must name at least one of {', '.join(FONTS)}, and no other font")
     rng = np.random.default_rng(seed)
     n = n_per_class * len(CLASSES)
     labels = rng.permutation(np.repeat(np.arange(len(CLASSES)), n_per_class))
-    glyphs = torch.from_numpy(rng.integers(len(FONTS), size=n) * len(CLASSES) + labels)
+    chosen = np.array([FONTS.index(name) for name in fonts])[rng.integers(len(fonts), size=n)]
+    glyphs = torch.from_numpy(chosen * len(CLASSES) + labels)
 
     def uniform(bounds: tuple[float, float]) -> Tensor:
         return torch.from_numpy(rng.uniform(*bounds, size=n).astype(np.float32))
@@ -156,8 +189,8 @@ def letters(n_per_class: int, seed: int) -> tuple[Tensor, Tensor]:
         "thicken": uniform(_THICKEN),
         "softness": uniform(_SOFTNESS),
         "brightness": uniform(_BRIGHTNESS),
+        "noise": uniform(_NOISE),
     }
-    noise_level = uniform(_NOISE)[:, None, None, None]
     # The gathered distance fields take 36 kB an image: in one piece, a training set would need a gigabyte.
     chunks = [
         _render(glyphs[start : start + _CHUNK], {k: v[start : start + _CHUNK] for k, v in draw.items()})
@@ -165,4 +198,5 @@ def letters(n_per_class: int, seed: int) -> tuple[Tensor, Tensor]:
     ]
     images = torch.cat(chunks)
     noise = torch.from_numpy(rng.standard_normal(size=images.shape, dtype=np.float32))
-    return (images + noise_level * noise).clamp_(0.0, 1.0), torch.from_numpy(labels).long()
+    images = (images + draw["noise"][:, None, None, None] * noise).clamp_(0.0, 1.0)
+    return Styled(images, torch.from_numpy(labels).long(), torch.from_numpy(chosen).long(), draw)
