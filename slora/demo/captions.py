@@ -197,8 +197,8 @@ def _sentence(letter: str, styles: list[str], rng: np.random.Generator) -> str:
         # The words say the case, so the letter need not: "an upper case a".
         letter = letter if rng.random() < _OWN_LETTER_SHARE else letter.lower()
     before = rng.random() < 0.5
-    noun = nouns[rng.integers(len(nouns))]
+    noun = nouns[int(rng.integers(len(nouns)))]
     phrase = noun.format("".join(f" {style}" for style in styles) if before else "", letter).strip()
     if styles and not before:
         phrase = f"{phrase}, {' and '.join(styles)}"
-    return _FRAMES[rng.integers(len(_FRAMES))].format(_ARTICLE.sub("an ", phrase))
+    return _FRAMES[int(rng.integers(len(_FRAMES)))].format(_ARTICLE.sub("an ", phrase))

@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Train the glyph CLIP again: a small CLIP of captioned letters.",
     )
     parser.add_argument("--out", type=Path, default=CLIP_CHECKPOINT, help="checkpoint to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3000, help="of 208 new images each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="of 208 new images each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of initial weights, images and captions")
     parser.add_argument(
         "--state", type=Path, default=None, help="file to save the training in, and to go on from if it is there"
