@@ -1,0 +1,32 @@
+"""The tasks by name. Each is made at first use, so that a missing extra costs its own task alone."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+from benchmarks.results import BenchmarkError
+from benchmarks.selection.task import Task
+
+# name: module with a function `task(name) -> Task`.
+TASKS = {
+    "digits": "benchmarks.selection.demo",
+    "inverted": "benchmarks.selection.demo",
+    "noisy": "benchmarks.selection.demo",
+    "mnist": "benchmarks.selection.demo",
+}
+# The tasks whose validation samples decide about learning rates and penalties.
+TUNED_ON = ("noisy", "mnist")
+
+
+@functools.lru_cache(None)
+def task_named(name: str) -> Task:
+    """Return the task.
+
+    Raises:
+        BenchmarkError: the name is unknown.
+    """
+    if name not in TASKS:
+        raise BenchmarkError(f"task {name!r} is unknown; use some of {', '.join(TASKS)}")
+    found: Task = importlib.import_module(TASKS[name]).task(name)
+    return found

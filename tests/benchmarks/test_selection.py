@@ -1,0 +1,160 @@
+"""The comparison of strategies: what is run, what is stored, and that a run that was ended goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import workers
+from benchmarks.results import BenchmarkError
+from benchmarks.selection import engine, registry, tuning
+from benchmarks.selection.engine import Case, cases, missing, run
+from benchmarks.selection.rows import ALL, LINEAR, SHARES, rows
+from benchmarks.selection.store import Store
+from benchmarks.selection.task import Configuration, Record
+
+PLAIN = Configuration("plain", {"lr": 0.1})
+OTHER = Configuration("other", {"lr": 0.1, "budget": 4})
+
+
+def record(target: float = 90.0, lost: float = 1.0, active: int = 4) -> Record:
+    """What a run of the task of these tests measures."""
+    return {
+        "target": target, "nll": 0.5, "lost": {"knn": lost}, "drift": 0.1, "active": active, "blocks": 36, "kept": 970,
+        "flops": None, "seconds": 1.0, "scaled": [],
+    }  # fmt: skip
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """The cases that are run; the third and later ones find no time."""
+    begun: list[Case] = []
+
+    def run(work: Any, todo: Sequence[Case], *_: Any) -> Iterator[tuple[Case, dict[str, Any]]]:
+        for i, case in enumerate(todo):
+            if i < 2:
+                begun.append(case)
+            yield case, {"state": "done", "record": record()} if i < 2 else {"state": workers.NO_TIME}
+
+    monkeypatch.setattr(workers, "run", run)
+    return begun
+
+
+def test_a_run_that_was_ended_goes_on_where_it_was_and_repeats_nothing(tmp_path: Path, ran: list[Case]) -> None:
+    store, todo = Store(tmp_path), cases([PLAIN, OTHER], ["noisy", "mnist"], [0])
+    assert len(missing(todo, store)) == 4
+    run(todo, store, say=lambda _: None)
+    run(todo, store, say=lambda _: None)
+    run(todo, store, say=lambda _: None)
+    assert [case.key for case in ran] == [case.key for case in todo]
+    assert not missing(todo, store)
+    (line,) = [each for each in store.runs("mnist") if each["row"] == "other"]
+    assert line["settings"] == {"lr": 0.1, "budget": 4}
+    assert line["seed"] == 0
+    assert {"commit", "versions", *record()} <= line.keys()
+    assert len((tmp_path / "mnist.jsonl").read_text()) < 2 * 600
+
+
+def test_a_run_with_other_settings_or_without_a_scale_is_made_again_and_replaces_the_first(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    (case,) = cases([PLAIN], ["noisy"], [0])
+    store.add({**case.asked(), **record()})
+    changed = Configuration("plain", {"lr": 0.2})
+    for other in (changed, Configuration("plain", {"lr": 0.1}, (0.5,)), Configuration("plain", {"lr": 0.1}, (), "old")):
+        assert missing(cases([other], ["noisy"], [0]), store)
+    store.add({**cases([changed], ["noisy"], [0])[0].asked(), **record(80.0)})
+    assert [(each["settings"], each["target"]) for each in store.runs("noisy")] == [({"lr": 0.2}, 80.0)]
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    refused = pytest.raises(BenchmarkError, match="another process is writing into")
+    with Store(tmp_path).alone(), refused, Store(tmp_path).alone():
+        pass
+    with Store(tmp_path).alone():
+        pass
+
+
+def test_cases_go_seed_by_seed_over_all_tasks(tmp_path: Path) -> None:
+    found = cases([PLAIN, OTHER], ["noisy", "mnist"], [0, 1])
+    assert [(case.seed, case.configuration.name, case.task) for case in found[:4]] == [
+        (0, "plain", "noisy"), (0, "plain", "mnist"), (0, "other", "noisy"), (0, "other", "mnist")
+    ]  # fmt: skip
+    assert {case.seed for case in found[4:]} == {1}
+
+
+def test_no_row_is_there_twice_and_all_blocks_are_trained_once_for_every_strategy() -> None:
+    names = [row.name for row in rows()]
+    assert len(set(names)) == len(names)
+    assert [row.name for row in rows() if row.share == 1.0] == ["all"]
+    assert {row.share for row in rows() if row not in (ALL, LINEAR)} == set(SHARES)
+
+
+def test_a_strategy_that_this_version_lacks_is_left_out_and_named(tmp_path: Path, ran: list[Case]) -> None:
+    said: list[str] = []
+    todo = cases([Configuration("new", {"strategy": "clairvoyant"}), PLAIN], ["noisy"], [0])
+    assert run(todo, Store(tmp_path), say=said.append) == 0
+    assert [case.configuration.name for case in ran] == ["plain"]
+    assert "strategy" in said[0]
+    assert said[0].endswith(": new")
+
+
+class Task:
+    """A task whose validation runs are known."""
+
+    name = family = title = target = "known"
+    retention = {"knn": "k-NN lost"}  # noqa: RUF012
+    rates = (0.1, 0.2, 0.4)
+
+
+def test_the_rate_is_the_one_with_the_highest_target_less_forgetting_and_the_penalty_the_nearest_to_the_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "task_named", lambda _: Task())
+    monkeypatch.setattr(tuning, "TUNED_ON", ("known",))
+    tuned = Store(tmp_path)
+    trials = tuning.grid(ALL, "known", tuned)
+    assert [case.configuration.settings["lr"] for case in trials] == [0.1, 0.2, 0.4]
+    assert all(case.validation and case.seed not in engine.SEEDS for case in trials)
+    for case, target, lost in zip(trials, (80.0, 90.0, 95.0), (0.0, 2.0, 9.0), strict=True):
+        assert tuning.chosen(ALL, "known", tuned) is None
+        tuned.add({**case.asked(), **record(target, lost)})
+    found = tuning.chosen(ALL, "known", tuned)
+    assert found is not None
+    assert (found.name, found.settings["lr"], found.scales) == ("all", 0.2, ALL.configuration.scales)
+
+    gates = next(row for row in rows(["gates"]) if row.share == 0.11)
+    first = tuning.grid(gates, "known", tuned)
+    # Of 36 blocks 11 % are 4: the fourth penalty leaves 5, the fifth 3.
+    for case, active in zip(first, (30, 20, 10, 5, 3, 0), strict=True):
+        tuned.add({**case.asked(), **record(active=active)})
+    assert tuning.penalty_of(gates, "known", tuned) == tuning.PENALTIES[3]
+    assert tuning.chosen(gates, "known", tuned) is None
+    second = tuning.grid(gates, "known", tuned)[len(first) :]
+    assert [case.configuration.settings["lr"] for case in second] == [0.1, 0.2, 0.4]
+    assert {case.configuration.settings["penalty"] for case in second} == {tuning.PENALTIES[3]}
+    for case in second:
+        tuned.add({**case.asked(), **record(case.configuration.settings["lr"])})
+    found = tuning.chosen(gates, "known", tuned)
+    assert found is not None
+    assert (found.settings["lr"], found.settings["penalty"]) == (0.4, tuning.PENALTIES[3])
+
+
+def test_an_unknown_task_is_refused_by_name() -> None:
+    with pytest.raises(BenchmarkError, match="task 'cats' is unknown; use some of digits"):
+        registry.task_named("cats")
+
+
+def test_a_quick_run_of_the_demo_measures_everything_and_keeps_the_old_task_when_scaled_to_nothing() -> None:
+    settings = {"budget": 4, "ranking": "norm", "lr": 7e-3}
+    found = registry.task_named("noisy").run(Configuration("budget", settings, (1e-6,), "generic"), 0, quick=True)
+    assert (found["active"], found["blocks"]) == (4, 36)
+    assert 970 < found["kept"] < 970 + 4 * 16 * (4 * 96 + 96) + 1
+    assert found["flops"] is not None
+    assert found["drift"] > found["scaled"][0]["drift"]
+    assert found["scaled"][0]["drift"] < 1e-6
+    assert found["scaled"][0]["lost"] == {"knn": 0.0, "head": 0.0}
+    again = registry.task_named("noisy").run(Configuration("budget", settings, (), "generic"), 0, quick=True)
+    assert [again[name] for name in ("target", "nll", "drift")] == [found[name] for name in ("target", "nll", "drift")]  # type: ignore[literal-required]
