@@ -74,6 +74,8 @@ def _is_number(value: object) -> bool:
 _OTHER: dict[str, Callable[[object], bool]] = {
     "error": lambda value: isinstance(value, str),
     "gates": lambda value: isinstance(value, dict) and all(all_are(_is_number, gates) for gates in value.values()),
+    "drift": lambda value: isinstance(value, dict) and all(all_are(_is_number, drifts) for drifts in value.values()),
+    "retention": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
     "active_blocks": lambda value: (
         isinstance(value, dict) and all(all_are(is_count, blocks) for blocks in value.values())
     ),

@@ -12,7 +12,7 @@ from slora.runs.checkpoint_folders import check_settings, checkpoints, newest, r
 from slora.runs.lock import refuse_locked
 from slora.runs.next_command import command, suggesting_intact
 from slora.runs.settings import TrainSettings
-from slora.sources.data_names import check_name, check_retained
+from slora.sources.data_names import check_name, check_replayed, check_retained
 from slora.sources.model_names import source_of
 
 
@@ -52,6 +52,13 @@ def read_request(
         settings = TrainSettings.from_yaml(config, **overrides) if config else TrainSettings.from_dict(overrides)
     data = check_name(settings.data)
     check_retained(settings.retain_data)
+    if settings.ewc_penalty and settings.retain_data is None:
+        raise ConfigError(
+            f"ewc_penalty={settings.ewc_penalty:g} needs images to find the important weights on; add some, such as "
+            f"--retain-data generic"
+        )
+    if settings.replay_data is not None:
+        check_replayed(settings.replay_data)
     source_of(settings.model)
     if out is None:
         out = _default_folder(settings, data)

@@ -38,7 +38,8 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("log_every retain_samples", lambda value: value <= 1_000_000, "use at most 1000000"),
     ("seed num_workers eval_every save_every head_first", lambda value: value >= 0, "use 0 or more"),
     (
-        "penalty gate_lr lr weight_decay clip_norm retain_weight drift_price depth_price",
+        "penalty gate_lr lr weight_decay clip_norm retain_weight drift_price depth_price drift_penalty l2_penalty "
+        "ewc_penalty replay_weight",
         lambda value: 0 <= value < math.inf,
         "use a finite number from 0 up",
     ),
@@ -161,11 +162,27 @@ class TrainSettings:
     ] = None
     retain_data: Annotated[
         str | None,
-        "Unlabelled images on which the features should not change: a folder, a data set by name, or generic (noise "
-        "and shuffled patches); unset: none.",
+        "Unlabelled images on which the features should not change: a folder, a data set by name, generic (noise and "
+        "shuffled patches), mixed (pairs of training images) or target (training images); unset: none.",
     ] = None
     retain_weight: Annotated[float, "Weight of the feature drift on retain_data in the loss."] = 2.0
-    retain_samples: Annotated[int, "Images of retain_data to use."] = 64
+    retain_samples: Annotated[int, "Images of retain_data, and of replay_data, to use."] = 64
+    drift_penalty: Annotated[
+        float,
+        "Weight of the local drift in the loss: what each block changes of its layer's output on retain_data, or else "
+        "on training images.",
+    ] = 0.0
+    l2_penalty: Annotated[float, "Weight of the squared distance to the base weights, ||cBA||^2, in the loss."] = 0.0
+    ewc_penalty: Annotated[
+        float,
+        "Weight of the same distance weighted by how much the features on retain_data depend on each weight (EWC).",
+    ] = 0.0
+    replay_data: Annotated[
+        str | None,
+        "Data set that the pretrained head was trained on; some of its images are classified by it; unset: none.",
+    ] = None
+    replay_weight: Annotated[float, "Weight of the cross-entropy on replay_data in the loss."] = 1.0
+    log_drift: Annotated[bool, "Write the local drift of every block to metrics.jsonl and the report."] = False
 
     epochs: Annotated[int, "Passes over the training data."] = 10
     max_steps: Annotated[int | None, "Optimizer steps of the run; overrides epochs."] = None

@@ -38,12 +38,16 @@ def update_norm(model: nn.Module) -> Tensor:
     device = None
     for _, layer in adapted_layers(model):
         A, B = full(layer.lora_A.detach()), full(layer.lora_B.detach())
-        squared = ((B.mT @ B) * (A @ A.mT)).sum((1, 2))
         # Rounding can make a zero slightly negative.
-        norm = layer.scaling * squared.clamp(min=0).sqrt().float()
+        norm = layer.scaling * squared_norms(A, B).clamp(min=0).sqrt().float()
         device = norm.device if device is None else device
         norms.append(norm.to(device))
     return torch.cat(norms)
+
+
+def squared_norms(A: Tensor, B: Tensor) -> Tensor:
+    """Return `||B_i A_i||_F^2`, `[blocks]`, of `A [blocks, r, K]` and `B [blocks, n, r]`."""
+    return ((B.mT @ B) * (A @ A.mT)).sum((1, 2))
 
 
 def block_scores(ranking: Ranking, model: nn.Module, n: int) -> list[float]:

@@ -50,7 +50,9 @@ TORCHVISION = {
     "svhn": _split("SVHN", 10, "train", "test", augment="none"),
 }
 FOLDER = "imagefolder:"
-GENERIC = "generic"
+# What `retain_data` may name beside data: proxies of old images that are made from the training images.
+GENERIC, MIXED, TARGET = "generic", "mixed", "target"
+PROXIES = (GENERIC, MIXED, TARGET)
 
 
 def names() -> list[str]:
@@ -80,6 +82,18 @@ def check_name(name: str | None) -> str:
     return plain
 
 
+def check_replayed(name: str) -> str:
+    """Return `replay_data` as `names()` spells it.
+
+    Raises:
+        ConfigError: it is not a data set.
+    """
+    try:
+        return check_name(name)
+    except ConfigError as error:
+        raise ConfigError(f"replay_data={name!r} is no data set with labels: {error}") from error
+
+
 def is_folder(name: str) -> bool:
     """Whether `retain_data` means a folder: it exists and is not the name of a data set."""
     return name not in names() and Path(name).expanduser().is_dir()
@@ -89,12 +103,13 @@ def check_retained(name: str | None) -> None:
     """Check `retain_data`, before anything is loaded.
 
     Raises:
-        ConfigError: it is neither "generic", nor a folder, nor a data set.
+        ConfigError: it is neither the name of a proxy, nor a folder, nor a data set.
     """
-    if name is not None and name != GENERIC and not is_folder(name):
+    if name is not None and name not in PROXIES and not is_folder(name):
         try:
             check_name(name)
         except ConfigError as error:
             raise ConfigError(
-                f"retain_data={name!r} is neither 'generic', nor a folder of images, nor a data set by name"
+                f"retain_data={name!r} is neither {', '.join(map(repr, PROXIES))}, nor a folder of images, nor a data "
+                f"set by name"
             ) from error

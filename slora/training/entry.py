@@ -18,6 +18,7 @@ from slora.runs.settings import TrainSettings
 from slora.selection.strategy import active_strategy, end_strategy
 from slora.sources.batches import Data
 from slora.training import random_states
+from slora.training.make_terms import Terms
 from slora.training.process import make_accelerator
 from slora.training.result import TrainResult
 from slora.training.trainer import Criterion, Trainer
@@ -37,6 +38,7 @@ def train(
     resume: str | Path | None = None,
     criterion: Criterion | None = None,
     retain: Tensor | None = None,
+    terms: Terms | None = None,
     accepted: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train the parameters of `model` that require gradients (see `slora.training.prepare`), in place.
@@ -55,6 +57,8 @@ def train(
         resume: a checkpoint folder of the same model, data and settings.
         criterion: `(logits, labels) -> scalar`; by default cross-entropy with `settings.label_smoothing`.
         retain: inputs `[n, ...]` on which the features should stay those of the base model (`slora.retention`).
+        terms: `model -> [slora.retention.Term, ...]`, further terms of the loss; called once, with the model on the
+            device of the run.
         accepted: called before the first step, once everything is checked, including the checkpoint.
 
     Raises:
@@ -76,8 +80,9 @@ def train(
         try:
             with unchanged_on_error(model):
                 trainer = Trainer(
-                    accelerator, model, train_data, eval_data, settings, run_dir, console, resume, criterion, retain
-                )
+                    accelerator, model, train_data, eval_data, settings, run_dir, console, resume, criterion, retain,
+                    terms,
+                )  # fmt: skip
                 if accepted is not None:
                     accepted()
             return trainer.run()

@@ -29,6 +29,7 @@ from slora.sources.data import Source
 from slora.training.entry import train
 from slora.training.head_first import STEPS, trained_heads
 from slora.training.process import meet, of_first
+from slora.training.replay_images import replay_terms
 from slora.training.result import TrainResult
 from slora.training.retain_images import retained_images
 from slora.training.run_model import build
@@ -69,6 +70,7 @@ def finetune(
     with processes.local_main_process_first():
         # So that downloads happen once per machine.
         model, spec, source = build(settings)
+        retain, replay = retained_images(settings, spec, source), replay_terms(settings, spec)
     torch.manual_seed(settings.seed)
     prepare(model, settings=settings)
     if settings.budget is not None:
@@ -96,7 +98,8 @@ def finetune(
                     run_dir=out,
                     console=console,
                     resume=start,
-                    retain=retained_images(settings, spec, source),
+                    retain=retain,
+                    terms=replay,
                     accepted=accepted,
                 )
             if processes.is_main_process:

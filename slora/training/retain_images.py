@@ -1,4 +1,4 @@
-"""The images of `retain_data`, on which distillation keeps the features, as inputs of the model."""
+"""The images of `retain_data`, on which a model should stay as it was, as its inputs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from torch import Tensor
 
 from slora.errors import DataError
 from slora.models.input_spec import InputSpec
-from slora.retention import generic_samples
+from slora.retention import generic_samples, mixed_samples
 from slora.runs.settings import TrainSettings
 from slora.sources.batches import DamagedImage
 from slora.sources.data import Source, as_input, open_data
-from slora.sources.data_names import GENERIC, check_retained, is_folder
+from slora.sources.data_names import GENERIC, PROXIES, TARGET, check_retained, is_folder
 from slora.sources.folders import UNREADABLE, described
+
+# Settings that need them.
+USERS = ("retain_weight", "drift_penalty", "ewc_penalty", "log_drift")
 
 ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
@@ -25,35 +28,43 @@ ENDINGS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 def retained_images(settings: TrainSettings, spec: InputSpec, source: Source) -> Tensor | None:
     """Return up to `retain_samples` images `[n, c, h, w]` as `spec` asks for, or None without `retain_data`.
 
-    They are spread evenly over the folder or the training part of the data set; "generic" makes them from training
-    images of `source`.
+    They are spread evenly over the folder or the training part of the data set; "generic", "mixed" and "target" make
+    them from training images of `source`, or take those.
 
     Raises:
         ConfigError: `retain_data` is not the name of anything.
         DataError: there are fewer than two images, or the data set cannot be opened.
     """
-    name, count = settings.retain_data, settings.retain_samples
-    if name is None or not settings.retain_weight:
+    name, count, where = settings.retain_data, settings.retain_samples, f"retain_data={settings.retain_data!r}"
+    if name is None or not any(getattr(settings, user) for user in USERS):
         return None
     check_retained(name)
-    if name == GENERIC:
-        images = _first(source.data(spec, training=True), 256)
-        return generic_samples(images, count, patch=max(1, spec.size // 4), seed=settings.seed)
+    if name in PROXIES:
+        images = spread_over(source.data(spec, training=True), count if name == TARGET else 256, where)[0]
+        if name == GENERIC:
+            return generic_samples(images, count, patch=max(1, spec.size // 4), seed=settings.seed)
+        return images if name == TARGET else mixed_samples(images, count, seed=settings.seed)
     if is_folder(name):
         return _of_folder(Path(name).expanduser(), spec, count)
     other = open_data(name, settings.data_root, settings.download)
-    return _first(other.data(spec, training=True), count)
+    return spread_over(other.data(spec, training=True), count, where)[0]
 
 
-def _first(data: Any, count: int) -> Tensor:
-    """Up to `count` images of a data set, spread evenly over it; damaged ones are skipped."""
-    images = []
+def spread_over(data: Any, count: int, where: str) -> tuple[Tensor, list[int]]:
+    """Return up to `count` images of a data set and their labels, spread evenly over it; damaged ones are skipped.
+
+    Raises:
+        DataError: fewer than two images are readable; `where` names the data set.
+    """
+    images, labels = [], []
     for index in _spread(len(data), count):
         try:
-            images.append(data[index][0])
+            image, label = data[index]
         except DamagedImage:
             continue
-    return _stacked(images, "the data set")
+        images.append(image)
+        labels.append(int(label))
+    return _stacked(images, where), labels
 
 
 def _of_folder(folder: Path, spec: InputSpec, count: int) -> Tensor:
@@ -67,7 +78,7 @@ def _of_folder(folder: Path, spec: InputSpec, count: int) -> Tensor:
             raise DataError(
                 f"{files[index]} cannot be read ({described(error)}); repair it, or remove it from retain_data"
             ) from error
-    return _stacked(images, str(folder))
+    return _stacked(images, f"retain_data={str(folder)!r}")
 
 
 def _spread(total: int, count: int) -> Sequence[int]:
@@ -77,7 +88,7 @@ def _spread(total: int, count: int) -> Sequence[int]:
 def _stacked(images: list[Tensor], where: str) -> Tensor:
     if len(images) < 2:
         raise DataError(
-            f"retain_data: {where} has {len(images)} readable image{'s' * (len(images) != 1)}; give 2 or more, or use "
+            f"{where} has {len(images)} readable image{'s' * (len(images) != 1)}; give 2 or more, or use "
             f"retain_data={GENERIC!r}"
         )
     return torch.stack(images)

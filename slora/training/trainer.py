@@ -17,7 +17,6 @@ from slora.evaluation.accuracy import logits_of, tally
 from slora.gates.penalty import gate_penalty
 from slora.gates.values import gate_values
 from slora.layers import adapted_layers
-from slora.retention import Distillation
 from slora.runs.recorder import Recorder
 from slora.runs.rundir import CHECKPOINTS, run_dir_of
 from slora.runs.settings import TrainSettings
@@ -28,6 +27,7 @@ from slora.training.checkpoint_save import save_checkpoint
 from slora.training.fingerprint import fingerprint
 from slora.training.head_first import train_head
 from slora.training.make_strategy import Given, first_images, strategy
+from slora.training.make_terms import Terms, loss_terms
 from slora.training.measure import BlockLog, Clock, Flops, Window
 from slora.training.nonfinite import origin, ruined_gates, ruined_parameter, run_error
 from slora.training.optimizers import Optimizers
@@ -57,6 +57,7 @@ class Trainer:
         resume: str | Path | None,
         criterion: Criterion | None,
         retain: Tensor | None,
+        terms: Terms | None,
     ) -> None:
         self.settings = settings
         self.model = model
@@ -85,13 +86,17 @@ class Trainer:
         self.layers = dict(adapted_layers(model))
         self.may_release = any(layer.inactive == "frozen" for layer in self.layers.values())
         self.selection: Strategy | None = None
+
+        def sample(count: int) -> tuple[Tensor, Tensor]:
+            return first_images(self._first_epoch(), count)
+
         if self.layers:
             self.selection = strategy(
                 Given(
                     model,
                     schedule.steps,
                     settings,
-                    lambda count: first_images(self._first_epoch(), count),
+                    sample,
                     self.criterion,
                     self.accelerator.autocast,
                     retains=retain is not None and settings.retain_weight > 0,
@@ -101,9 +106,8 @@ class Trainer:
             # The cosine starts once the budget has chosen: earlier, little of the rate is left for the chosen blocks.
             schedule.hold = self.selection.last
         self.optimizers = Optimizers(model, settings)
-        self.distillation: Distillation | None = None
-        if retain is not None and settings.retain_weight:
-            self.distillation = Distillation(model, retain, settings.retain_weight, seed=settings.seed)
+        self.terms, self.drift = loss_terms(model, settings, retain, sample, terms)
+        self.term_values: dict[str, Tensor] = {}
         self.result = TrainResult()
         self.step = 0
         self.start = self.last_checkpoint = None if resume is None else Path(resume)
@@ -183,7 +187,8 @@ class Trainer:
         gates = self.selection if isinstance(self.selection, Gates) else None
         self.penalty = 0.0 if gates is None else gates.weight
         self.optimizers.set(self.schedule.scale(self.step), self.penalty)
-        work = (state, None if self.selection is None else self.selection.phase, self._distils())
+        due = tuple(term.due(self.step) for term in self.terms)
+        work = (state, None if self.selection is None else self.selection.phase, due)
         self.result.flops += self.flops.of_step(work, self._forward_backward, batches)
         self._select()
         self.step += 1
@@ -199,10 +204,6 @@ class Trainer:
         with self.clock.once_only():
             self.result.flops += self.flops.of(self.selection.step)
 
-    def _distils(self) -> bool:
-        """Whether the loss of this step has the distillation term."""
-        return self.distillation is not None and self.step % self.distillation.every == 0
-
     def _forward_backward(self, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         for i in range(self.schedule.accumulation):
             images, labels = next(batches)
@@ -214,11 +215,13 @@ class Trainer:
                     self._refuse_loss(loss.item(), self.step + 1, images)
                 if self.optimizers.penalty_in_loss and self.penalty:
                     loss = loss + self.penalty * gate_penalty(self.model)
-                if i == 0 and self._distils():
-                    assert self.distillation is not None
-                    with self.accelerator.autocast():
-                        # accelerate divides the loss of each batch by their number; this term is in one of them.
-                        loss = loss + self.schedule.accumulation * self.distillation(self.step)
+                for term in self.terms if i == 0 else ():
+                    if term.due(self.step):
+                        with self.accelerator.autocast():
+                            value = term(self.step)
+                        self.term_values[term.name] = value.detach()
+                        # accelerate divides the loss of each batch by their number; a term is in one of them.
+                        loss = loss + self.schedule.accumulation * value
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self._clip()
@@ -289,6 +292,10 @@ class Trainer:
             record |= self.blocks.record(self.step, values, first=not self.recorder.history)
             if self.settings.method == "selective":
                 record["gates"] = {name: [round(value, 7) for value in scores] for name, scores in values.items()}
+        if self.term_values:
+            record["retention"] = {name: value.item() for name, value in self.term_values.items()}
+        if self.drift is not None and self.settings.log_drift:
+            record["drift"] = {name: values.tolist() for name, values in self.drift.per_block().items()}
         images = self.settings.batch_size * self.schedule.accumulation * self.accelerator.num_processes
         record |= {
             "images_per_second": images * self.clock.rate(),
