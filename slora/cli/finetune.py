@@ -38,11 +38,16 @@ def finetune(
     the paper, and their number is known only at the end: the penalty alone takes about 0.05 * blocks / (gate-lr *
     penalty) steps to switch a block off. --retain-data makes the model forget less.
 
+    --strategy names what chooses the blocks. With --blocks: budget (the default, as above), sensitivity (chosen before
+    training by squared gradients, so that the others never cost anything), random, first, last. Without: gates, all.
+
     \b
     Examples:
         slora finetune --model timm/vit_base_patch16_224 --pretrained --data cifar100 --blocks 0.1
         slora finetune --model demo/letters_vit --pretrained --data digits --blocks 4 --retain-data letters \\
             --batch-size 32 --max-steps 200 --lr 1e-2
+        slora finetune --model timm/vit_base_patch16_224 --pretrained --data cifar100 --blocks 0.1 \\
+            --strategy sensitivity
         slora finetune --config run.yaml --lr 5e-4
         slora finetune --resume runs/vit_base_patch16_224-cifar100-selective
         torchrun --nproc_per_node 2 -m slora finetune --model timm/vit_base_patch16_224 --data cifar100 --blocks 0.1

@@ -27,6 +27,7 @@ def inspect(
     from slora.runs.metrics import METRICS, read_metrics
     from slora.runs.read_results import adapter_of, read_result
     from slora.runs.rundir import CONFIG, RESULT, read_settings
+    from slora.runs.strategies import described
 
     if checkpoint is not None:
         check_early(folder, checkpoint)
@@ -49,7 +50,11 @@ def inspect(
     from slora.runs.explain_blocks import explained
 
     asked = {"asked": content["asked"]} if content.get("asked") else {}
-    settings = read_settings(folder).to_dict() if (folder / CONFIG).exists() else content["config"] | asked
+    settings = content["config"] | asked
+    if (folder / CONFIG).exists():
+        settings = read_settings(folder).to_dict()
+        if settings["method"] == "selective":
+            print(f"strategy {described(settings)}")
     records = read_metrics(folder / METRICS) if (folder / METRICS).exists() else []
     if text := explained(active, blocks, settings, records):
         print(text)

@@ -19,6 +19,7 @@ from slora.report.page import Picture, Section, Table, scaled, write_page
 from slora.runs.explain_blocks import explained, not_finite
 from slora.runs.metrics import METRICS, read_metrics
 from slora.runs.settings import TrainSettings
+from slora.runs.strategies import STRATEGIES, strategy_of
 
 CONFIG, ADAPTER, REPORT, EVALUATION = "config.yaml", "adapter", "report.html", "evaluation.json"
 
@@ -84,6 +85,9 @@ def _from_start(records: Records, settings: Mapping[str, Any]) -> Records:
     """The records, preceded by the initial blocks and gates if all blocks were active at the start."""
     first = next((record for record in records if record.get("gates")), None)
     gate = settings.get("gate_init")
+    if STRATEGIES[strategy_of(settings)].phases is None:
+        # The blocks were chosen before the first step.
+        return records
     if first is None or gate is None or gate < settings.get("threshold", gate):
         return records
     gates = {name: [gate] * len(scores) for name, scores in first["gates"].items()}
@@ -104,7 +108,7 @@ def _alert(records: Records, settings: Mapping[str, Any]) -> str:
 
 def _lead(records: Records, settings: Mapping[str, Any]) -> str:
     last = [*records[-1:], *_steps(records)][-1]
-    what = ", ".join(str(settings[key]) for key in ("model", "data", "method") if settings.get(key))
+    what = ", ".join(str(settings[key]) for key in ("model", "data", "method", "strategy") if settings.get(key))
     text = (f"{what}: " if what else "") + f"{last['step']} steps"
     if last.get("seconds") is not None:
         text += f", {last['seconds']:.0f} s"

@@ -27,7 +27,8 @@ def explained(active: int, blocks: int, settings: Mapping[str, Any], records: Re
         settings: those of `config.yaml`; without them, or without records, no cause is given.
         records: those of `metrics.jsonl`.
     """
-    asked = settings.get("asked") or ("" if settings.get("budget") is None else f"budget={settings['budget']}")
+    budget = 1.0 if settings.get("strategy") == "all" else settings.get("budget")
+    asked = settings.get("asked") or ("" if budget is None else f"budget={budget}")
     what, remedy = verdict(active, blocks, str(asked))
     # In an adapter only the threshold tells "lora" from "selective".
     selects = settings.get("method", "selective") == "selective" and settings.get("threshold", 0.0) > ALWAYS_ACTIVE

@@ -115,8 +115,9 @@ class TrainSettings:
 
     strategy: Annotated[
         StrategyName | None,
-        "What chooses the blocks: gates (scores trained under a penalty) or budget (the lowest ranked are switched off "
-        "one by one); unset: budget where one is given, else gates.",
+        "What chooses the blocks: gates (scores trained under a penalty), budget (all train, then the lowest ranked "
+        "are switched off one by one), sensitivity (squared gradients on a few batches, before training), or, to "
+        "compare with, random, first, last or all blocks; unset: budget where one is given, else gates.",
     ] = None
     budget: Annotated[
         int | float | None,

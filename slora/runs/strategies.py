@@ -12,7 +12,7 @@ from slora.config import BUDGET_PHASES, GATES_PHASES, LEAST_SETTLING, check_budg
 from slora.errors import ConfigError
 from slora.io.plain import shown
 
-StrategyName = Literal["gates", "budget"]
+StrategyName = Literal["gates", "budget", "sensitivity", "random", "first", "last", "all"]
 
 
 class Takes(NamedTuple):
@@ -36,6 +36,11 @@ _PHASES = "selection_warmup settling"
 STRATEGIES: dict[str, Takes] = {
     "gates": Takes((), f"penalty gate_rule gate_lr {_PHASES}", GATES_PHASES),
     "budget": Takes(_BLOCKS, f"ranking drift_price depth_price {_PHASES}", BUDGET_PHASES),
+    "sensitivity": Takes(_BLOCKS),
+    "random": Takes(_BLOCKS),
+    "first": Takes(_BLOCKS),
+    "last": Takes(_BLOCKS),
+    "all": Takes(),
 }
 
 # Settings that only some strategies use. Set to other than its default, such a setting needs one of them.
@@ -52,6 +57,14 @@ def unit_of(settings: Mapping[str, Any]) -> str:
     """Return what the budget of a run counts or is a share of: by default the first unit of its strategy."""
     units = STRATEGIES[strategy_of(settings)].units
     return settings.get("budget_unit") or (units[0] if units else "blocks")
+
+
+def described(settings: Mapping[str, Any]) -> str:
+    """Return the strategy of a run with its budget, such as "random, 0.1 of the parameters"."""
+    name, budget = strategy_of(settings), settings.get("budget")
+    if budget is None:
+        return name
+    return f"{name}, {budget}{' of the' if isinstance(budget, float) else ''} {unit_of(settings)}"
 
 
 def check_strategy(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

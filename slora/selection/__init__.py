@@ -1,17 +1,37 @@
 """Selection: strategies that choose which blocks stay, one file each, behind one interface.
 
-strategy.py   the interface: phases of a run, `step`, `finish`, state; at most one strategy per model
-budget.py     `Budget`: a given number of blocks; allocation.py: what blocks cost and which fit
-gates.py      `Gates`: the paper's scores, threshold and penalty
-keep.py       `keep_blocks`: chooses at once in a trained model
-ranking.py    how `Budget` and `keep_blocks` rank blocks: the norm of the update; solo_gain.py: the loss reduction
+strategy.py     the interface: phases of a run, `step`, `finish`, state; at most one strategy per model
+budgeted.py     what strategies with a budget share; allocation.py: what blocks cost and which fit
+gates.py        `Gates`: the paper's scores, threshold and penalty
+budget.py       `Budget`: blocks are ranked and switched off during the run
+one_shot.py     strategies that choose before the first step
+sensitivity.py  `Sensitivity`: by squared gradients of the base weights
+fixed.py        `First`, `Last`, `Random`, `All`: controls
+keep.py         `keep_blocks`: chooses at once in a trained model
+ranking.py      how `Budget` and `keep_blocks` rank blocks: the norm of the update; solo_gain.py: the loss reduction
 """
 
 from slora.selection.budget import Budget
+from slora.selection.fixed import All, First, Last, Random
 from slora.selection.gates import Gates
 from slora.selection.keep import keep_blocks
 from slora.selection.ranking import Ranking, update_norm
+from slora.selection.sensitivity import Sensitivity
 from slora.selection.solo_gain import SoloGain
 from slora.selection.strategy import Strategy, freeze_gates
 
-__all__ = ["Budget", "Gates", "Ranking", "SoloGain", "Strategy", "freeze_gates", "keep_blocks", "update_norm"]
+__all__ = [
+    "All",
+    "Budget",
+    "First",
+    "Gates",
+    "Last",
+    "Random",
+    "Ranking",
+    "Sensitivity",
+    "SoloGain",
+    "Strategy",
+    "freeze_gates",
+    "keep_blocks",
+    "update_norm",
+]

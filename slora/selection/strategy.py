@@ -65,7 +65,7 @@ class Strategy(ABC):
                 f"warmup={warmup:g} and settling={settling:.3g} are longer than the run; lower one of them"
             )
         self.model, self.steps, self.warmup, self.settling = model, steps, warmup, settling
-        self.first, self.last = phase_ends(self.steps, warmup, settling)
+        self.first, self.last = self.phase_ends(steps)
         self.taken = 0
         self.layers = _attach(self, model)
         self.start()
@@ -82,9 +82,16 @@ class Strategy(ABC):
         """Number of blocks."""
         return sum(layer.blocks for layer in self.layers.values())
 
+    def phase_ends(self, steps: int) -> tuple[int, int]:
+        """Return after how many of `steps` steps selection begins and the choice is final."""
+        return phase_ends(steps, self.warmup, self.settling)
+
     @abstractmethod
     def start(self) -> None:
         """Prepare the gates for the first step; called by the constructor."""
+
+    def begin(self) -> None:  # noqa: B027
+        """Make the choices that come before the first step, where the constructor was told to wait with them."""
 
     def step(self) -> None:
         """Update the choice of blocks. Call it after every optimizer step, not after each accumulated backward.
@@ -183,7 +190,7 @@ class Strategy(ABC):
             require_value(state, key, is_count(state.get(key)))
         require_value(state, "steps", state["steps"] > 0)
         # Of the earlier run, which may have been longer or shorter.
-        require_value(state, "last", state["last"] == phase_ends(state["steps"], self.warmup, self.settling)[1])
+        require_value(state, "last", state["last"] == self.phase_ends(state["steps"])[1])
 
     @abstractmethod
     def _restore(self, state: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,13 @@ from slora.module_tree.modes import evaluating
 from slora.retention import generic_samples
 from slora.runs.settings import TrainSettings
 from slora.runs.strategies import STRATEGIES
-from slora.selection import Budget, Gates, SoloGain, Strategy
+from slora.selection import All, Budget, First, Gates, Last, Random, Sensitivity, SoloGain, Strategy
 
 # Training images for the loss of `SoloGain`, and samples for its drift.
 SAMPLE, DRIFT_SAMPLE = 128, 64
+
+# Batches of `Sensitivity`, as in the code of SPT (arXiv 2303.08566), and the most images in one.
+SENSITIVITY_BATCHES, SENSITIVITY_BATCH = 8, 64
 
 
 class Given(NamedTuple):
@@ -56,6 +59,21 @@ class Given(NamedTuple):
             for name, own, value in zip(("warmup", "settling"), default, set_by_user, strict=True)
         }
 
+    def forward(self) -> None:
+        """Run the model on one image."""
+        with self.autocast():
+            self.model(self.sample(1)[0])
+
+    def one_shot(self) -> dict[str, Any]:
+        """Return the arguments of a strategy that chooses before the first step, once the head is trained."""
+        return {
+            "budget": self.settings.budget,
+            "steps": self.steps,
+            "unit": self.settings.unit,
+            "forward": self.forward,
+            "now": False,
+        }
+
 
 def strategy(given: Given) -> Strategy | None:
     """Return the active strategy of a run.
@@ -85,16 +103,50 @@ def _budget(given: Given) -> Strategy:
     )
     if settings.unit == "flops":
         # Fail now, not after the first step, if the share is too small.
-        with torch.no_grad(), evaluating(given.model), given.autocast():
-            given.model(given.sample(1)[0])
+        with torch.no_grad(), evaluating(given.model):
+            given.forward()
         chosen.check_rows()
     return chosen
+
+
+def _sensitivity(given: Given) -> Strategy:
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        with given.autocast():
+            return given.criterion(logits_of(given.model(images)), labels)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        size = min(given.settings.batch_size, SENSITIVITY_BATCH)
+        images, labels = given.sample(SENSITIVITY_BATCHES * size)
+        yield from zip(images.split(size), labels.split(size), strict=True)
+
+    return Sensitivity(given.model, batches=batches(), loss=loss, **given.one_shot())
+
+
+def _random(given: Given) -> Strategy:
+    return Random(given.model, seed=given.settings.seed, **given.one_shot())
+
+
+def _first(given: Given) -> Strategy:
+    return First(given.model, **given.one_shot())
+
+
+def _last(given: Given) -> Strategy:
+    return Last(given.model, **given.one_shot())
+
+
+def _all(given: Given) -> Strategy:
+    return All(given.model, given.steps)
 
 
 # A factory for each entry of `slora.runs.strategies.STRATEGIES`.
 FACTORIES: dict[str, Callable[[Given], Strategy | None]] = {
     "gates": _gates,
     "budget": _budget,
+    "sensitivity": _sensitivity,
+    "random": _random,
+    "first": _first,
+    "last": _last,
+    "all": _all,
 }
 
 

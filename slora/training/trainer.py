@@ -153,6 +153,9 @@ class Trainer:
                     self.settings.seed,
                     gather=self.accelerator.gather,
                 )
+            if self.start is None and self.selection is not None:
+                with self.clock.once_only():
+                    self.result.flops += self.flops.of(self.selection.begin)
             if self.run_dir is not None and self.accelerator.num_processes == 1:
                 stack.enter_context(interruptible(self._request_stop))
             self.wrapped, self.prepared = stack.enter_context(

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import pytest
 
 from slora import ConfigError
-from slora.runs.strategies import STRATEGIES, StrategyName
+from slora.runs.strategies import STRATEGIES, StrategyName, described
 from slora.training import TrainSettings, make_strategy
 
 
@@ -34,6 +34,13 @@ from slora.training import TrainSettings, make_strategy
         ),
         ({"budget": 4, "method": "lora"}, "budget=4 needs method='selective'; method='lora' trains all"),
         ({"strategy": "gate"}, "strategy='gate' is not 'gates' or 'budget'"),
+        ({"strategy": "random"}, "strategy='random' needs a budget; add --blocks"),
+        ({"strategy": "all", "budget": 4}, "budget=4 has no effect on strategy='all', which takes none"),
+        ({"strategy": "last", "budget": 4, "settling": 0.5}, "settling=0.5 has no effect on strategy='last'"),
+        ({"strategy": "last", "budget": 4, "selection_warmup": 0.1}, "selection_warmup=0.1 has no effect on"),
+        ({"strategy": "sensitivity", "budget": 4, "ranking": "norm"}, "ranking='norm' has no effect on strategy='sens"),
+        ({"strategy": "sensitivity", "budget": 4, "penalty": 2.0}, "penalty=2.0 has no effect on strategy='sensit"),
+        ({"strategy": "random", "budget": 1.5}, "budget=1.5 is a share, so from 0.0 to 1.0"),
         ({"budget": 4, "budget_unit": "parameters"}, "budget=4 counts blocks, but unit='parameters' wants a share"),
     ],
 )
@@ -52,6 +59,13 @@ def test_without_a_name_a_budget_decides_which_strategy_it_is() -> None:
     assert TrainSettings().chosen_strategy == "gates"
     assert TrainSettings(budget=4).chosen_strategy == "budget"
     assert TrainSettings(budget=4, strategy="budget").unit == "blocks"
+
+
+def test_a_run_says_its_strategy_with_its_budget() -> None:
+    assert described({"strategy": None}) == "gates"
+    assert described({"strategy": "all"}) == "all"
+    assert described({"strategy": "random", "budget": 4}) == "random, 4 blocks"
+    assert described({"budget": 0.1, "budget_unit": "flops"}) == "budget, 0.1 of the flops"
 
 
 def test_every_name_has_its_entry_and_its_factory() -> None:

@@ -30,8 +30,9 @@ Pair = tuple[Tensor, Tensor]
 
 # Gates spread around the threshold, so that blocks come and go during the few steps of these runs.
 MOVING = {"gate_lr": 0.4, "penalty": 0.4}
-CHOOSING = {"lr": 0.05, "selection_warmup": 0.0, "lora_dropout": 0.1, "blocks": 4}
-SPREAD = CHOOSING | MOVING
+CHOOSING = {"selection_warmup": 0.0}
+TRAINING = {"lr": 0.05, "lora_dropout": 0.1, "blocks": 4}
+SPREAD = TRAINING | CHOOSING | MOVING
 
 
 def started(make_model: Factory, settings: TrainSettings) -> nn.Module:
@@ -69,6 +70,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
         ({"budget": 0.25, "budget_unit": "parameters", "ranking": "norm", "inactive": "frozen"}, 4),
         ({"budget": 0.25, "budget_unit": "parameters", "ranking": "norm", "inactive": "frozen"}, 11),
         ({"budget": 0.5, "budget_unit": "flops", "gradient_accumulation": 2, "batch_size": 4}, 4),
+        ({"strategy": "sensitivity", "budget": 3}, 4),
+        ({"strategy": "sensitivity", "budget": 0.5, "budget_unit": "flops", "inactive": "frozen"}, 11),
+        ({"strategy": "random", "budget": 0.4, "budget_unit": "parameters"}, 4),
+        ({"strategy": "first", "budget": 2, "inactive": "frozen"}, 11),
+        ({"strategy": "last", "budget": 2, "gradient_accumulation": 2, "batch_size": 4}, 4),
+        ({"strategy": "all"}, 11),
         ({"method": "lora"}, 11),
         ({"method": "full", "optimizer": "sgd"}, 4),
         ({"method": "linear"}, 11),
@@ -78,7 +85,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_ends(
     make_model: Factory, data: Pair, settings: TrainSettings, tmp_path: Path, changes: dict[str, Any], at: int
 ) -> None:
-    spread = CHOOSING if "budget" in changes else SPREAD
+    spread = TRAINING if "strategy" in changes else TRAINING | CHOOSING if "budget" in changes else SPREAD
     settings = settings.replace(**(spread | {"max_steps": 19, "save_every": at, "keep_last": 9} | changes))
     whole = started(make_model, settings)
     full = train(whole, data, data, settings, tmp_path / "whole")
@@ -92,7 +99,7 @@ def test_a_resumed_run_ends_bit_for_bit_where_the_uninterrupted_one_ends(
     assert (resumed.accuracy, resumed.best_accuracy, resumed.steps) == (full.accuracy, full.best_accuracy, 19)
     last = [load_file(tmp_path / run / "checkpoints/step-00000019/tensors.safetensors") for run in ("whole", "resumed")]
     assert same(*last)
-    if settings.method == "selective":
+    if settings.method == "selective" and settings.strategy is None:
         # Otherwise nothing of the selection was put to the test.
         assert len({sum(map(len, blocks.values())) for _, blocks in full.active_blocks}) > 1
 

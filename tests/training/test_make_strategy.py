@@ -12,9 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import slora
-from slora import ConfigError
-from slora.selection import Budget, Gates, SoloGain, update_norm
+from slora import ConfigError, StateError
+from slora.gates.values import gates
+from slora.layers import adapted_layers
+from slora.selection import All, Budget, First, Gates, Last, Random, Sensitivity, SoloGain, update_norm
+from slora.sources.batches import make_batches
 from slora.training import TrainSettings, prepare, train
+from slora.training.head_first import train_head
 from slora.training.make_strategy import Given, first_images, strategy
 
 Factory = Callable[[], nn.Module]
@@ -141,6 +145,82 @@ def test_a_run_that_breaks_off_leaves_the_way_free_for_the_next(
         train(model, data, None, settings, criterion=criterion)
     train(model, data, None, settings)
     assert sum(int(on.sum()) for on in slora.active_blocks(model).values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("sensitivity", Sensitivity), ("random", Random), ("first", First), ("last", Last), ("all", All)],
+)
+def test_a_strategy_that_is_named_chooses_before_the_first_step(
+    make_model: Factory, data: Pair, settings: TrainSettings, name: Any, kind: type
+) -> None:
+    settings = settings.replace(strategy=name, budget=None if name == "all" else 2, seed=5, log_every=1)
+    model = prepare(make_model(), settings=settings)
+    chosen = made(model, settings, data)
+    assert type(chosen) is kind
+    assert (chosen.first, chosen.last) == (0, 0)
+    assert chosen.begun == (name == "all")
+    assert getattr(chosen, "seed", 5) == 5
+    slora.freeze_gates(model)
+    result = train(model, data, None, settings)
+    left = 3 if name == "all" else 2
+    assert [record["active"] for record in result.history] == [left] * 12
+    assert [step for step, _ in result.active_blocks] == [0]
+    trained = [bool(B.any()) for _, layer in adapted_layers(model) for B in layer.lora_B]
+    assert trained == torch.cat(list(slora.active_blocks(model).values())).tolist()
+
+
+def test_sensitivities_are_measured_on_the_trained_head_and_their_cost_counts(
+    make_model: Factory, data: Pair, settings: TrainSettings
+) -> None:
+    def fresh() -> nn.Module:
+        model = prepare(make_model(), settings=settings)
+        with torch.no_grad():
+            model.get_parameter("head.weight").zero_()
+        return model
+
+    settings = settings.replace(strategy="sensitivity", budget=1)
+    with pytest.raises(StateError, match="the gradient of every base weight is zero: train the head first"):
+        train(fresh(), data, None, settings)
+    settings = settings.replace(head_first=20, count_flops=True, max_steps=1)
+    model = fresh()
+    result = train(model, data, None, settings)
+    other = fresh()
+    train_head(other, make_batches(data, 8, torch.device("cpu"), seed=settings.seed).epoch(0), 20, F.cross_entropy)
+    batches = [
+        pair
+        for pair, _ in zip(
+            make_batches(data, 8, torch.device("cpu"), seed=settings.seed).epoch(0), range(8), strict=True
+        )
+    ]
+    Sensitivity(other, 1, 1, batches=batches, loss=lambda x, y: F.cross_entropy(other(x), y))
+    assert all(torch.equal(on, slora.active_blocks(model)[name]) for name, on in slora.active_blocks(other).items())
+    first = train(fresh(), data, None, settings.replace(strategy="last"))
+    # Eight batches, forward and backward with the gradients of the weights, beside one step.
+    assert result.flops > 5 * first.flops
+
+
+def test_gates_are_what_chooses_under_their_own_name_too(
+    make_model: Factory, data: Pair, settings: TrainSettings
+) -> None:
+    settings = settings.replace(strategy="gates")
+    assert isinstance(made(prepare(make_model(), settings=settings), settings, data), Gates)
+    settings = settings.replace(strategy="budget", budget=0.5)
+    assert isinstance(made(prepare(make_model(), settings=settings), settings, data), Budget)
+
+
+@pytest.mark.parametrize("name", ["budget", "sensitivity", "random", "first", "last"])
+def test_a_share_too_small_for_the_model_is_refused_before_the_head_is_trained(
+    make_model: Factory, data: Pair, settings: TrainSettings, name: Any
+) -> None:
+    model = prepare(make_model(), settings=settings)
+    before = model.get_parameter("head.weight").clone()
+    for unit in ("blocks", "parameters", "flops"):
+        small = settings.replace(strategy=name, budget=0.01, budget_unit=unit, head_first=5)
+        with pytest.raises(ConfigError, match="the smallest share that keeps one is"):
+            train(model, data, None, small)
+    assert torch.equal(before, model.get_parameter("head.weight"))
+    assert all(gate.requires_grad for gate in gates(model))
 
 
 def test_a_sample_is_what_a_pass_begins_with(data: Pair) -> None:
