@@ -264,7 +264,7 @@ class TrainSettings:
         return strategy_of(self.to_dict())
 
     @property
-    def unit(self) -> str:
+    def unit(self) -> Unit:
         """What the budget counts or is a share of: by default the first unit of the strategy."""
         return unit_of(self.to_dict())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from slora.config import BUDGET_PHASES, GATES_PHASES, LEAST_SETTLING, check_budget
+from slora.config import BUDGET_PHASES, GATES_PHASES, LEAST_SETTLING, Unit, check_budget
 from slora.errors import ConfigError
 from slora.io.plain import shown
 
@@ -25,12 +25,12 @@ class Takes(NamedTuple):
             it chooses before the first step.
     """
 
-    units: tuple[str, ...] = ()
+    units: tuple[Unit, ...] = ()
     settings: str = ""
     phases: tuple[float, float] | None = None
 
 
-_BLOCKS = ("blocks", "parameters", "flops")
+_BLOCKS: tuple[Unit, ...] = ("blocks", "parameters", "flops")
 _PHASES = "selection_warmup settling"
 
 STRATEGIES: dict[str, Takes] = {
@@ -53,10 +53,11 @@ def strategy_of(settings: Mapping[str, Any]) -> str:
     return named or ("gates" if settings.get("budget") is None else "budget")
 
 
-def unit_of(settings: Mapping[str, Any]) -> str:
+def unit_of(settings: Mapping[str, Any]) -> Unit:
     """Return what the budget of a run counts or is a share of: by default the first unit of its strategy."""
     units = STRATEGIES[strategy_of(settings)].units
-    return settings.get("budget_unit") or (units[0] if units else "blocks")
+    asked: Unit | None = settings.get("budget_unit")
+    return asked or (units[0] if units else "blocks")
 
 
 def described(settings: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from slora.config import rounded_up
+from slora.config import Unit, check_budget, rounded_up
 from slora.errors import ConfigError
 from slora.layers import LoRABlocks
 from slora.ops.flops import linear_flops
@@ -71,6 +71,18 @@ def cost_limit(budget: int | float, costs: Sequence[float], unit: str) -> float:
             f"is {rounded_up(smallest / sum(costs))}, or write 0.0 for none"
         )
     return target
+
+
+def checked_budget(budget: int | float, unit: Unit, layers: dict[str, LoRABlocks]) -> int | float:
+    """Check a budget against the blocks of a model, and return it; a share of the FLOPs as far as it can be known.
+
+    Raises:
+        ConfigError: it is not from 0 to all blocks, or a share is below the smallest block.
+    """
+    budget = check_budget(budget, unit, sum(layer.blocks for layer in layers.values()))
+    if unit == "parameters":
+        cost_limit(budget, block_costs(layers, unit, [1] * len(layers)), unit)
+    return budget
 
 
 def fill(ordered: Sequence[int], costs: Sequence[float], limit: float) -> tuple[list[int], list[int]]:

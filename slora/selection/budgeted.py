@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from slora.config import Unit, check_budget
+from slora.config import Unit
 from slora.errors import StateError
 from slora.gates.values import set_gates
 from slora.io.bounded import all_are, is_count
-from slora.selection.allocation import active_count, block_costs, cost_limit, fill, gates_of
+from slora.selection.allocation import active_count, block_costs, checked_budget, cost_limit, fill, gates_of
 from slora.selection.strategy import Strategy, require_layers, require_value, stop_training_gates
 
 
@@ -51,12 +51,8 @@ class Budgeted(Strategy):
                 f"so they cannot be switched on for a new choice; use slora.keep_blocks, or inject again"
             )
         self.unit, self._hooks = unit, []
-        self.budget = check_budget(budget, unit, sum(layer.blocks for layer in layers.values()))
-        self.layers, self.rows = layers, [1] * len(layers)
-        if unit == "parameters":
-            self.limit()
-        if unit == "flops":
-            self.rows = [0] * len(layers)
+        self.budget = checked_budget(budget, unit, layers)
+        self.layers, self.rows = layers, [0 if unit == "flops" else 1] * len(layers)
 
     def start(self) -> None:
         """Switch every block on and stop training the gates."""

@@ -12,7 +12,6 @@ from safetensors.torch import save_model
 from torch import nn
 
 from slora.adapters.save_load import save_adapter
-from slora.config import check_budget
 from slora.errors import NonFiniteLossError, WriteError
 from slora.io.atomic import write_atomically, write_json, write_text
 from slora.layers import adapted_layers
@@ -24,6 +23,7 @@ from slora.runs.next_command import after_divergence, after_fix, suggesting_inta
 from slora.runs.request import read_request
 from slora.runs.rundir import ADAPTER, CONFIG, EVALUATION, MODEL, RESULT
 from slora.runs.settings import TrainSettings
+from slora.selection.allocation import checked_budget
 from slora.sources import models
 from slora.sources.data import Source
 from slora.training.entry import train
@@ -75,8 +75,7 @@ def finetune(
     prepare(model, settings=settings)
     if settings.budget is not None:
         # Before anything is written: a refused run must not leave a folder.
-        blocks = sum(layer.blocks for _, layer in adapted_layers(model))
-        check_budget(settings.budget, settings.unit, blocks)
+        checked_budget(settings.budget, settings.unit, dict(adapted_layers(model)))
     if settings.head_first is None:
         settings = settings.replace(head_first=_head_first(model, settings, len(source.classes)))
     with contextlib.ExitStack() as stack:

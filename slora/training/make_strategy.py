@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from slora.config import DEPTH_PRICE, DRIFT_PRICE, Unit
+from slora.config import DEPTH_PRICE, DRIFT_PRICE
 from slora.errors import ConfigError
 from slora.evaluation.accuracy import logits_of
 from slora.gates.values import gates as gates_of
@@ -98,9 +98,7 @@ def _budget(given: Given) -> Strategy:
     settings = given.settings
     assert settings.budget is not None
     ranking = _solo_gain(given) if settings.ranking == "solo" else None
-    chosen = Budget(
-        given.model, settings.budget, given.steps, unit=cast(Unit, settings.unit), ranking=ranking, **given.phases()
-    )
+    chosen = Budget(given.model, settings.budget, given.steps, unit=settings.unit, ranking=ranking, **given.phases())
     if settings.unit == "flops":
         # Fail now, not after the first step, if the share is too small.
         with torch.no_grad(), evaluating(given.model):
