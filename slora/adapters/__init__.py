@@ -5,4 +5,5 @@ selective_json.py  the names of the files; `selective.json` read and checked
 tensors.py         `adapter_model.safetensors` read, checked and divided among layers and modules
 fit.py             whether an adapter fits a model
 peft.py            each layer as one LoRA pair, and `adapter_config.json`, for PEFT
+compress.py        an adapter as a small file, and back; ternary.py: LoRA pairs as signs, and their packing
 """

@@ -14,7 +14,7 @@ import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -88,18 +88,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         plain_names = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
         refuse_not_finite(plain_names, record.saved.buffers(model))
         for_peft = peft_config(record.config, layers, record.saved.modules)
-    content["tensors_digest"] = digest_of(tensors)
     with by_first(any(map(is_sharded, model.parameters()))) as first:
         if first:
-            forget_earlier(folder)
-            # The file with the digest last: until it is replaced, readers find the earlier tensors.
-            write_together(
-                {
-                    folder / WEIGHTS: lambda path: save_file(tensors, path, metadata={"format": "pt"}),
-                    folder / CONFIG: text_writer(json_text(for_peft)),
-                    folder / SELECTIVE: text_writer(json_text(content)),
-                }
-            )
+            write_adapter(folder, tensors, for_peft, content)
     warn_of_lost(model, layers, stacklevel=2)
     selecting = unfinished_selection(model)
     if selecting:
@@ -119,6 +110,30 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             UnsavedParameterWarning,
             stacklevel=2,
         )
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], for_peft: Mapping[str, Any], content: Mapping[str, Any]
+) -> None:
+    """Write the three files of an adapter: all, or none if one of them cannot be written.
+
+    Args:
+        tensors: by their names in the file, on the CPU.
+        for_peft: content of `adapter_config.json`.
+        content: of `selective.json`; the digest of `tensors` is added.
+
+    Raises:
+        WriteError: the folder cannot be written, or the disk is full; an earlier adapter is unchanged.
+    """
+    forget_earlier(folder)
+    # The file with the digest last: until it is replaced, readers find the earlier tensors.
+    write_together(
+        {
+            folder / WEIGHTS: lambda path: save_file(dict(tensors), path, metadata={"format": "pt"}),
+            folder / CONFIG: text_writer(json_text(for_peft)),
+            folder / SELECTIVE: text_writer(json_text({**content, "tensors_digest": digest_of(tensors)})),
+        }
+    )
 
 
 def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:

@@ -62,7 +62,15 @@ def read_selective(folder: Path) -> Selective:
     path = folder / SELECTIVE
     if not path.exists():
         raise CheckpointError(f"{path} {absence(path)}; give a directory that slora.save_adapter wrote")
-    content = read_json(path)
+    return checked(read_json(path), path)
+
+
+def checked(content: Any, path: Path) -> Selective:
+    """Return the content of `selective.json`, which `path` holds, checked as far as possible without a model.
+
+    Raises:
+        CheckpointError: it is damaged, or contradicts itself; names the entry.
+    """
     try:
         number = _field(content, "format")
         if number != FORMAT:

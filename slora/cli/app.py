@@ -50,6 +50,8 @@ def main() -> None:
 
 def app() -> typer.Typer:
     """Build the command line."""
+    from slora.cli.compress import compress
+    from slora.cli.decompress import decompress
     from slora.cli.demo import demo
     from slora.cli.doctor import doctor
     from slora.cli.evaluate import evaluate
@@ -68,7 +70,7 @@ def app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     result.callback()(_before_command)
-    for command in (demo, with_settings(finetune), evaluate, merge, inspect, report, doctor):
+    for command in (demo, with_settings(finetune), evaluate, merge, compress, decompress, inspect, report, doctor):
         result.command(command.__name__)(command)
     return result
 

@@ -20,7 +20,7 @@ from tests.cli.conftest import QUICK, Outcome
 
 pytestmark = pytest.mark.once
 
-COMMANDS = ("demo", "finetune", "evaluate", "merge", "inspect", "report", "doctor")
+COMMANDS = ("demo", "finetune", "evaluate", "merge", "compress", "decompress", "inspect", "report", "doctor")
 
 
 def test_the_commands_are_those_of_the_design(slora: Callable[..., Outcome]) -> None:
