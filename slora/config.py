@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 Inactive = Literal["exact", "probe", "frozen"]
-Unit = Literal["blocks", "parameters", "flops"]
+Unit = Literal["blocks", "parameters", "flops", "ranks"]
 
 # (share of the steps in which every block is trained, share after the choice is made): of `slora.selection.Budget` and
 # of `Gates`. Here, so that settings are checked without importing torch.
@@ -198,7 +198,7 @@ def matches_pattern(pattern: str, name: str) -> bool:
 
 
 def check_budget(budget: object, unit: str, n: int | None = None) -> int | float:
-    """Check a budget, against the number of blocks `n` where that is known; return it as an int or a float.
+    """Check a budget, against the number of blocks or ranks `n` where that is known; return it as an int or a float.
 
     Raises:
         ConfigError: names the budget, its value and what is allowed.
@@ -206,25 +206,26 @@ def check_budget(budget: object, unit: str, n: int | None = None) -> int | float
     if unit not in get_args(Unit):
         raise ConfigError(f"unit={unit!r} is unknown; use one of {', '.join(get_args(Unit))}")
     budget = plain(budget)
+    what = unit if unit == "ranks" else "blocks"
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise ConfigError(f"budget={budget!r} is neither a number of blocks, such as 4, nor a share, such as 0.1")
+        raise ConfigError(f"budget={budget!r} is neither a number of {what}, such as 4, nor a share, such as 0.1")
     if isinstance(budget, float):
         if not 0 <= budget <= 1:
             raise ConfigError(
-                f"budget={budget} is a share, so from 0.0 to 1.0; for a number of blocks write it without a point, "
+                f"budget={budget} is a share, so from 0.0 to 1.0; for a number of {what} write it without a point, "
                 f"such as 4"
             )
-        if unit == "blocks" and n is not None and budget > 0 and math.floor(budget * n + 0.5) == 0:
+        if unit == what and n is not None and budget > 0 and math.floor(budget * n + 0.5) == 0:
             raise ConfigError(
-                f"budget={budget} of {n} blocks rounds to none; the smallest share that keeps one is "
+                f"budget={budget} of {n} {what} rounds to none; the smallest share that keeps one is "
                 f"{rounded_up(0.5 / n)}, or write 0 for none"
             )
         return budget
-    if unit != "blocks":
+    if unit != what:
         raise ConfigError(f"budget={shown(budget)} counts blocks, but unit={unit!r} wants a share, such as 0.1")
     if budget < 0 or (n is not None and budget > n):
-        allowed = "0 or more" if n is None else f"0 to {n}, the number of blocks, or a share such as 0.1"
-        raise ConfigError(f"budget={shown(budget)} blocks is out of range; use {allowed}")
+        allowed = "0 or more" if n is None else f"0 to {n}, the number of {what}, or a share such as 0.1"
+        raise ConfigError(f"budget={shown(budget)} {what} is out of range; use {allowed}")
     return budget
 
 

@@ -17,7 +17,7 @@ from slora.module_tree.sharded import full
 def stacked_pair(layer: LoRABlocks) -> tuple[Tensor, Tensor]:
     """Return the active blocks of `layer` as one pair on the CPU: `A [n * r, in]`, block-diagonal `B [out, n * r]`."""
     active = list(layer.activity().active)
-    lora_A, lora_B = full(layer.lora_A), full(layer.lora_B)
+    lora_A, lora_B = full(layer.lora_A), full(layer.effective_B)
     A = lora_A[active].reshape(-1, lora_A.shape[-1])
     n, r = lora_B.shape[1:]
     B = lora_B.new_zeros(layer.blocks * n, len(active) * r)

@@ -44,7 +44,9 @@ class Gated(nn.Module):
     gate: nn.Parameter
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    rank_gate: nn.Parameter | None
     blocks: int
+    r: int
     threshold: float
     inactive: Inactive
     probe_every: int

@@ -26,6 +26,7 @@ def release_frozen(model: nn.Module, *optimizers: torch.optim.Optimizer) -> int:
     for _, layer in gated_layers(model):
         if layer.inactive == "frozen" and not layer.released and not layer.activity().active:
             gone.update((layer.lora_A, layer.lora_B, layer.gate))
+            gone.update(() if layer.rank_gate is None else (layer.rank_gate,))
             freed += layer.release()
     for optimizer in optimizers if gone else ():
         for group in optimizer.param_groups:

@@ -2,6 +2,7 @@
 
 base.py            `LoRABlocks`: the parameters of the blocks, from their making to merging and release
 forward.py         the forward of an adapted layer: base product and active blocks
+ranks.py           rank gates: a factor for each rank of each block, and the removal of ranks
 state.py           casts, copies, state dicts
 linear.py          `nn.Linear` with blocks
 attention.py       attention with an `in_proj_weight`

@@ -19,7 +19,7 @@ from slora.gates.cache import GateCache
 from slora.gates.gated import Activity, GateKey
 from slora.layers import optimizer_hook as _optimizer_hook  # noqa: F401 (registers itself)
 from slora.layers.forward import Projection
-from slora.layers.state import LORA_PARAMETERS
+from slora.layers.state import LORA_PARAMETERS, RANK_GATE
 from slora.module_tree.sharded import full
 from slora.module_tree.wrappers import named_modules
 from slora.ops import flops
@@ -29,7 +29,7 @@ Update = tuple[Tensor, Tensor, float, int]
 
 # What an adapted layer has and the base layer has not.
 _OWN = {
-    *LORA_PARAMETERS, "_compiled_call_impl",
+    *LORA_PARAMETERS, RANK_GATE, "_compiled_call_impl",
     "r", "lora_alpha", "lora_dropout", "use_rslora", "blocks", "threshold", "inactive", "probe_every", "probe_rows",
     "gate_init", "enabled", "merged", "released", "injected_name", "warned_untrained", "gate_cache", "weight_backup",
     "unmerge_updates", "_activity", "_gate_key", "_sharded_gate", "_seed", "_cast", "_ready", "_base_class",
@@ -130,6 +130,7 @@ class LoRABlocks(Projection):
         self.lora_A = nn.Parameter(torch.empty(blocks, r, in_features, **kwargs))
         self.lora_B = nn.Parameter(torch.empty(blocks, out_features // blocks, r, **kwargs))
         self.gate = nn.Parameter(torch.empty(blocks, **kwargs))
+        self.register_parameter(RANK_GATE, None)
         LoRABlocks.reset_parameters(self)
         flops.register()
         self.weight_backup, self.unmerge_updates = None, []
@@ -177,7 +178,7 @@ class LoRABlocks(Projection):
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         result = weight.to(wide, copy=True)
         n = weight.shape[0] // self.blocks
-        lora_A, lora_B = full(self.lora_A), full(self.lora_B)
+        lora_A, lora_B = full(self.lora_A), full(self.effective_B)
         for i in self.activity().active:
             block = result[i * n : (i + 1) * n]
             block.addmm_(lora_B[i].to(wide), lora_A[i].to(wide), alpha=scale * self.scaling)
@@ -196,6 +197,7 @@ class LoRABlocks(Projection):
     def release(self) -> int:
         """Free the LoRA matrices for good and return the bytes; `slora.release_frozen` calls this."""
         freed = 0
+        self.rank_gate = None
         for parameter in (self.lora_A, self.lora_B):
             freed += parameter.nbytes + (0 if parameter.grad is None else parameter.grad.nbytes)
             parameter.requires_grad_(False)

@@ -41,8 +41,10 @@ def with_expected_parameters(layer: Gated, x: Tensor, active: bool) -> Tensor:
     if ddp is None or not torch.is_grad_enabled():
         return x
     parameters = [layer.lora_A, layer.lora_B, layer.gate]
+    if layer.rank_gate is not None:
+        parameters.append(layer.rank_gate)
     if ddp.find_unused_parameters and not ddp.static_graph:
-        wanted = parameters[2:] if cache.penalised and layer.gate.requires_grad and not active else []
+        wanted = [layer.gate] if cache.penalised and layer.gate.requires_grad and not active else []
     else:
         wanted = [parameter for parameter in parameters if not (active and parameter.requires_grad)]
         cache.without_gradient |= dict.fromkeys(p for p in wanted if p is not layer.gate or not p.requires_grad)

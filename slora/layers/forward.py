@@ -19,11 +19,11 @@ from torch._C import _are_functorch_transforms_active, _is_tracing
 from torch.nn.parallel import DistributedDataParallel
 
 from slora import ops
-from slora.config import scaling as scaling_of
 from slora.errors import StateError
 from slora.gates.gated import Activity, is_current, version
 from slora.layers.ddp import with_expected_parameters
-from slora.layers.state import LORA_PARAMETERS, BlockState
+from slora.layers.ranks import RankGated
+from slora.layers.state import LORA_PARAMETERS
 from slora.ops.backends.eager import base
 from slora.ops.checks import check_operands, fits
 from slora.ops.gate_probe import ProbeGates
@@ -34,16 +34,13 @@ OWN_BIAS: Any = object()
 _on_device: ContextVar[bool] = ContextVar("slora_gates_on_device", default=False)
 
 
-class Projection(BlockState):
+class Projection(RankGated):
     """A base weight `[N, K]` with a bias `[N]`, and the product with both and with the LoRA blocks."""
 
     weight_name: ClassVar[str] = "weight"
     bias_name: ClassVar[str] = "bias"
 
-    r: int
-    lora_alpha: float
     lora_dropout: float
-    use_rslora: bool
     probe_rows: int
     enabled: bool
     _seed: int
@@ -60,11 +57,6 @@ class Projection(BlockState):
         """The bias `[N]` that belongs to it, or None."""
         bias: Tensor | None = getattr(self, self.bias_name)
         return bias
-
-    @property
-    def scaling(self) -> float:
-        """The factor `c` in front of every update."""
-        return scaling_of(self.lora_alpha, self.r, self.use_rslora)
 
     def project(self, x: Tensor, first: int = 0, count: int | None = None, bias: Any = OWN_BIAS) -> Tensor:
         """Return `x @ W.T + b` with the update of the active blocks; `x [..., K]`, result `[..., N]`.
@@ -146,7 +138,8 @@ class Projection(BlockState):
             # it must not be compared with the blocks that the host knows.
             rounded = self._sharded_gate is not None and operands.gate.dtype != self._sharded_gate.dtype
             check_operands(x, weight, bias, operands._replace(active=None) if rounded else operands)
-            if blocks is None and weight.grad_fn is None:
+            # Where there are rank gates, B is another tensor at every call.
+            if blocks is None and weight.grad_fn is None and self.rank_gate is None:
                 self._ready = active, self._operands_key(weight, bias), operands
         return operands
 
@@ -167,7 +160,7 @@ class Projection(BlockState):
     def _all_operands(self, blocks: slice | None, active: Sequence[int] | None) -> LoRAOperands:
         """The operands of `blocks`, or of all, not checked and without a seed."""
         lora_A: Tensor = self.lora_A
-        lora_B: Tensor = self.lora_B
+        lora_B: Tensor = self.effective_B
         gate: Tensor = self.gate
         if blocks is not None:
             lora_A, lora_B, gate = lora_A[blocks], lora_B[blocks], gate[blocks]

@@ -34,6 +34,8 @@ def _before_optimizer_step(optimizer: Optimizer, *_: object) -> None:
         for parameter in cache.without_gradient:
             parameter.grad = None
         cache.without_gradient.clear()
+        if cache.strategy is not None:
+            cache.strategy.before_step(optimizer)
     _check_gate_rule(optimizer)
     if optimizer not in _checked_gradients:
         _check_gradients(optimizer)

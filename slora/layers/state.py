@@ -12,6 +12,9 @@ from slora.gates.gated import Gated
 from slora.module_tree.sharded import is_sharded
 
 LORA_PARAMETERS = ("lora_A", "lora_B", "gate")
+RANK_GATE = "rank_gate"
+"""The optional parameter of a layer that scales its ranks (`slora.layers.ranks`)."""
+_KEPT_FP32 = (*LORA_PARAMETERS, RANK_GATE)
 
 
 class BlockState(Gated):
@@ -23,7 +26,7 @@ class BlockState(Gated):
     """The operands of the last call, checked, with what they were made from (`slora.layers.forward`)."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        parameters = (self._parameters.get(name) for name in LORA_PARAMETERS)
+        parameters = (self._parameters.get(name) for name in _KEPT_FP32)
         own = {id(t): t for p in parameters if p is not None for t in (p, p.grad)}
 
         def keep_fp32(tensor: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ class BlockState(Gated):
         incoming = state_dict.get(prefix + "lora_A")
         if isinstance(incoming, Tensor) and incoming.dim() == 3 and incoming.shape[1] == 0 and not self.released:
             self.release()
-        for key in (prefix + own for own in LORA_PARAMETERS):
+        for key in (prefix + own for own in _KEPT_FP32):
             value = state_dict.get(key)
             if isinstance(value, Tensor) and value.is_floating_point() and value.element_size() < 4:
                 # With assign=True it would become the parameter. `state_dict` is a copy of the caller's.

@@ -186,7 +186,7 @@ def effective_weight(layer: LoRABlocks, name: str, others: Sequence[str] = ()) -
     weight = layer.base_weight
     if layer.merged or not layer.enabled or layer.released:
         return _as_trainable(weight)
-    A, B, gate = layer.lora_A, layer.lora_B, layer.gate
+    A, B, gate = layer.lora_A, layer.effective_B, layer.gate
     device = weight.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype

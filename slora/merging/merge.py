@@ -204,7 +204,7 @@ def _checked_updates(
 
 def _updates(layer: LoRABlocks, scale: float) -> list[Update]:
     n, factor = layer.base_weight.shape[0] // layer.blocks, scale * layer.scaling
-    lora_A, lora_B = layer.lora_A.detach(), layer.lora_B.detach()
+    lora_A, lora_B = layer.lora_A.detach(), layer.effective_B.detach()
     return [(lora_A[i], lora_B[i], factor, i * n) for i in layer.activity().active]
 
 

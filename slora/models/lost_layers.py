@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Mapping
 
@@ -58,8 +59,17 @@ def refuse_all_lost(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> None:
 
 
 def config_of(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> SelectiveLoRAConfig:
-    """Return the config of an adapted model, with the layers that were replaced since in `exclude_modules`."""
+    """Return the config of an adapted model, with the layers that were replaced since in `exclude_modules`.
+
+    Where a rank-wise strategy has removed ranks, `rank_pattern` and `alpha_pattern` name the layers one by one.
+    """
     config = injection(model).config
+    if any((layer.r, layer.lora_alpha) != (config.rank_of(n), config.alpha_of(n)) for n, layer in layers.items()):
+        ranks = {f"^{re.escape(n)}$": layer.r for n, layer in layers.items() if layer.r != config.r}
+        alphas = {
+            f"^{re.escape(n)}$": layer.lora_alpha for n, layer in layers.items() if layer.lora_alpha != config.lora_alpha
+        }
+        config = dataclasses.replace(config, rank_pattern=ranks or None, alpha_pattern=alphas or None)
     replaced = _replaced(model, layers)
     if not replaced or isinstance(config.exclude_modules, str):
         return config

@@ -65,6 +65,6 @@ def saved_parts(model: nn.Module, config: SelectiveLoRAConfig) -> Saved:
 def unsaved(model: nn.Module, saved: Saved) -> list[str]:
     """Return the names of parameters that require gradients but are neither in `saved` nor an adapted layer's own."""
     layers = [layer for _, layer in adapted_layers(model)]
-    known = {id(part) for layer in layers for part in (layer.lora_A, layer.lora_B, layer.gate)}
+    known = {id(part) for layer in layers for part in (layer.lora_A, layer.lora_B, layer.gate, layer.rank_gate)}
     known.update(map(id, saved.of(model)))
     return [name for name, p in named_parameters(model) if p.requires_grad and id(p) not in known]

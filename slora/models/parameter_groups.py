@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError
 from slora.io.plain import plain
-from slora.layers import adapted_layers
+from slora.layers import LoRABlocks, adapted_layers
 from slora.module_tree.sharded import reshard
 
 
@@ -17,7 +17,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return optimizer groups for the trainable parameters of `model`, with settings of their own for the gates.
 
-    Groups: "lora" (A and B), "saved" (other trainable matrices), "saved_no_decay" (biases, norms) and "gates";
+    Groups: "lora" (A and B), "rank_gates" (of rank-wise strategies), "saved" (other trainable matrices), "saved_no_decay" (biases, norms) and "gates";
     empty ones are left out. Adam divides a gradient by its own size, so under it a penalty alone would move
     every gate by `lr` per step however small the penalty is. The group of the gates therefore carries settings
     that make Adam take `lr * grad / (1 + |grad|)`, in effect plain SGD, and switch off momentum in SGD.
@@ -50,13 +50,16 @@ def parameter_groups(
     reshard(model)
     lora: list[nn.Parameter] = []
     gate: list[nn.Parameter] = []
+    rank_gate: list[nn.Parameter] = []
     for _, layer in adapted_layers(model):
         lora += [layer.lora_A, layer.lora_B]
         gate.append(layer.gate)
-    special = set(lora) | set(gate)
+        rank_gate += [] if layer.rank_gate is None else [layer.rank_gate]
+    special = {*lora, *gate, *rank_gate}
     other = [p for p in model.parameters() if p.requires_grad and p not in special]
     groups: list[dict[str, Any]] = [
         {"name": "lora", "params": lora, "lr": lr, "weight_decay": weight_decay},
+        {"name": "rank_gates", "params": rank_gate, "lr": lr, "weight_decay": 0.0},
         {
             "name": "saved",
             "params": [p for p in other if p.dim() > 1],
@@ -98,6 +101,11 @@ def trainable_parameters(model: nn.Module) -> int:
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     for _, layer in adapted_layers(model):
         if layer.inactive == "frozen" or not layer.gate.requires_grad:
-            parts = [part for part in (layer.lora_A, layer.lora_B, layer.gate) if part.requires_grad]
+            parts = [part for part in _parts(layer) if part.requires_grad]
             count -= len(layer.activity().inactive) * sum(part.numel() // layer.blocks for part in parts)
     return count
+
+
+def _parts(layer: LoRABlocks) -> list[nn.Parameter]:
+    parts = [layer.lora_A, layer.lora_B, layer.gate]
+    return parts if layer.rank_gate is None else [*parts, layer.rank_gate]

@@ -37,7 +37,7 @@ def update_norm(model: nn.Module) -> Tensor:
     norms = []
     device = None
     for _, layer in adapted_layers(model):
-        A, B = full(layer.lora_A.detach()), full(layer.lora_B.detach())
+        A, B = full(layer.lora_A.detach()), full(layer.effective_B.detach())
         # Rounding can make a zero slightly negative.
         norm = layer.scaling * squared_norms(A, B).clamp(min=0).sqrt().float()
         device = norm.device if device is None else device

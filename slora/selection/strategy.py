@@ -6,7 +6,8 @@ import warnings
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from slora.config import LEAST_SETTLING, phase_ends
 from slora.errors import ConfigError, DamagedCheckpointError, StateError
@@ -85,6 +86,10 @@ class Strategy(ABC):
     def phase_ends(self, steps: int) -> tuple[int, int]:
         """Return after how many of `steps` steps selection begins and the choice is final."""
         return phase_ends(steps, self.warmup, self.settling)
+
+    def penalty(self) -> Tensor | float:
+        """Return the term to add to the loss of this step; 0 where the method has none."""
+        return 0.0
 
     @abstractmethod
     def start(self) -> None:
@@ -195,6 +200,9 @@ class Strategy(ABC):
     @abstractmethod
     def _restore(self, state: dict[str, Any]) -> None:
         """Set the gates as they were after step number `taken`, chosen where that is `last` or later."""
+
+    def before_step(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """Called before every optimizer step, while the gradients are there."""
 
     def leave(self) -> None:  # noqa: B027
         """Remove what the strategy has attached to the model; called when it ends."""

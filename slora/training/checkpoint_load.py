@@ -61,7 +61,7 @@ class Checkpoint:
         self._values, self._optimizer_state = tensors["model"], tensors["optimizer"]
         try:
             self._random = random_states.parsed(state.random, tensors["random"])
-            freed = {f"{name}.{key}" for name in state.freed for key in ("lora_A", "lora_B", "gate")}
+            freed = {f"{name}.{key}" for name in state.freed for key in ("lora_A", "lora_B", "gate", "rank_gate")}
             self._expected = {n: p for n, p in named_parameters(model) if p.requires_grad and n not in freed}
             gates = {f"{name}.gate": layer.gate for name, layer in self._layers.items()}
             check_values("model", self._values, self._expected | gates)

@@ -15,7 +15,7 @@ from slora.module_tree.wrappers import named_parameters
 from slora.runs.checkpoint_folders import before
 
 # Parameters of adapted layers: trained, though they may be frozen later.
-_TRAINED = ("lora_A", "lora_B", "gate")
+_TRAINED = ("lora_A", "lora_B", "gate", "rank_gate")
 
 
 class Origin(NamedTuple):

@@ -1,0 +1,45 @@
+"""`Importance`: smoothed sensitivities, by which AdaLoRA and IncreLoRA rank what they allocate ranks to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+BETA = 0.85
+
+
+class Importance:
+    """Running scores of named tensors (AdaLoRA, arXiv 2303.10512, equations 9 and 10; `BETA` is the value of both).
+
+    With `s` the sensitivity of one step, such as `|w * dL/dw|`:
+
+        mean <- BETA * mean + (1 - BETA) * s
+        spread <- BETA * spread + (1 - BETA) * |s - mean|
+        score = mean * spread
+
+    Args:
+        like: tensors of the shapes and devices of the sensitivities, by name.
+    """
+
+    def __init__(self, like: Mapping[str, Tensor]) -> None:
+        self.mean = {name: torch.zeros_like(value) for name, value in like.items()}
+        self.spread = {name: torch.zeros_like(value) for name, value in like.items()}
+
+    def add(self, name: str, sensitivity: Tensor) -> None:
+        """Add the sensitivities of one step."""
+        mean = self.mean[name].lerp_(sensitivity, 1 - BETA)
+        self.spread[name].lerp_((sensitivity - mean).abs(), 1 - BETA)
+
+    def score(self, name: str) -> Tensor:
+        """Return `mean * spread`."""
+        return self.mean[name] * self.spread[name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a resumed run needs, by name; written in place."""
+        return {
+            f"{kind}.{name}": value
+            for kind, values in (("mean", self.mean), ("spread", self.spread))
+            for name, value in values.items()
+        }

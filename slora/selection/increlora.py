@@ -1,0 +1,188 @@
+"""`IncreLoRA`: every block starts with one rank, and important blocks get more (Zhang et al. 2023, arXiv 2308.12043)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from slora.errors import StateError
+from slora.io.bounded import all_are, is_count
+from slora.module_tree.sharded import full
+from slora.selection.adalora import ORTHOGONALITY, STD, orthogonality
+from slora.selection.importance import Importance
+from slora.selection.ranks import RankStrategy, highest, require_budget
+from slora.selection.sora import require_positive
+from slora.selection.strategy import require_value
+
+WARMUP, SETTLING = 0.1, 0.5
+RESERVE = 1e-5
+"""Gate of the rank that a block would get next: its matrices train in advance."""
+
+
+class IncreLoRA(RankStrategy):
+    """Grows from one rank per block up to the budget, where `|dW * dL/ddW|` is highest.
+
+    The method of arXiv 2308.12043. The updates are `P diag(lambda) Q` as in `AdaLoRA`, from lambda = 0, with its
+    orthogonality term over the ranks that exist. The score of a block is the product of smoothed sensitivity and
+    uncertainty (`Importance`) of
+
+        sum |dW * dL/ddW| / sqrt(number of elements),    dW = c * P diag(lambda) Q
+
+    The gradient of dW is that of the base weight, which therefore requires gradients between forward and optimizer
+    step until the choice is final: one more product of the size of the base's per layer and step, and the memory of
+    one gradient for each weight. Beside its ranks a block has one in reserve, with lambda fixed at 1e-5, whose P and Q
+    train in advance; the other rows of A and columns of B wait untouched.
+
+    Every `every` steps of the selection phase the blocks with the highest scores get a rank each, so many that their
+    number rises evenly to the budget; a block has at most the rank `r` it was injected with. (The published code adds
+    a fixed number each time, until the budget is reached.) A budget below the number of blocks keeps that many blocks,
+    of one rank. In several processes the sensitivities are averages over all, of the gradients of each.
+
+    Args:
+        budget: ranks to keep, or their share.
+        every: steps between two allocations.
+        orthogonality: weight of the term in the loss; 0.1 is published.
+        model, steps, warmup, settling: see `RankStrategy`; no block grows in the warm-up.
+
+    Raises:
+        StateError: also in the first optimizer step, if the base weights got no gradient, as in a model that was
+            compiled before the strategy was made.
+    """
+
+    name: ClassVar[str] = "increlora"
+    progress: ClassVar[frozenset[str]] = RankStrategy.progress | {"ranks"}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        budget: int | float | None,
+        steps: int,
+        *,
+        every: int = 10,
+        orthogonality: float = ORTHOGONALITY,
+        warmup: float = WARMUP,
+        settling: float = SETTLING,
+    ) -> None:
+        require_budget(self.name, budget)
+        self.every = max(1, int(require_positive("every", every)))
+        self.weight = require_positive("orthogonality", orthogonality)
+        self._borrowed: list[nn.Parameter] = []
+        super().__init__(model, budget, steps, warmup=warmup, settling=settling)
+
+    def initialise(self) -> None:
+        """Set lambda to 0 and draw P; every block has one rank."""
+        for layer in self.layers.values():
+            layer.lora_B.normal_(std=STD)
+        device = self.gates[0].device
+        self.limits = [layer.r for layer in self.layers.values() for _ in range(layer.blocks)]
+        self.ranks = [1] * self.n
+        self.write(torch.zeros(self.total, device=device))
+        self._arrange()
+        self.scores = Importance({"blocks": torch.zeros(self.n, device=device)})
+        self._hook = self.model.register_forward_pre_hook(self._borrow)
+
+    def _borrow(self, model: nn.Module, args: Any) -> None:
+        """Let the base weights require gradients until the optimizer step."""
+        if self.kept is not None or self._borrowed or not (model.training and torch.is_grad_enabled()):
+            return
+        for layer in self.layers.values():
+            weight: Any = layer.base_weight
+            if not weight.requires_grad:
+                weight.requires_grad_()
+                self._borrowed.append(weight)
+
+    def _give_back(self) -> None:
+        for weight in self._borrowed:
+            weight.requires_grad_(False)
+            weight.grad = None
+        self._borrowed = []
+
+    def observe(self) -> None:
+        """Add the sensitivities of this step."""
+        found, seen = [], False
+        for layer in self.layers.values():
+            grad = layer.base_weight.grad
+            seen = seen or grad is not None
+            update = layer.scaling * layer.effective_B @ layer.lora_A
+            size = torch.zeros_like(update) if grad is None else (update * full(grad).view_as(update)).abs()
+            found.append((size.sum((1, 2)) / math.sqrt(size[0].numel())).to(self.gates[0].device))
+        self._give_back()
+        if not seen:
+            raise StateError(
+                "increlora needs the gradients of the base weights, and no layer has one: the model ran in evaluation "
+                "mode, or was compiled before the strategy was made; compile it after, or use adalora"
+            )
+        sizes = torch.cat(found)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sizes)
+            sizes /= torch.distributed.get_world_size()
+        self.scores.add("blocks", sizes)
+
+    def penalty(self) -> Tensor | float:
+        """Return the orthogonality term over the ranks that exist, in the layers that have an active block."""
+        on = [gates != 0 for gates in self.gates]
+        active = ((layer, on[i]) for i, layer in enumerate(self.layers.values()) if layer.activity().active)
+        return orthogonality(self.weight, active)
+
+    def update(self) -> None:
+        """Give ranks to the blocks with the highest scores, and hold the gates of those that nobody has yet."""
+        assert self.keep is not None
+        step, phase = self.taken - self.first, self.last - self.first
+        if self.taken >= self.last or (step > 0 and step % self.every == 0):
+            t = 1.0 if self.taken >= self.last else step / phase
+            self._grow(self.n + round((self.keep - self.n) * t))
+        self._arrange()
+
+    def _grow(self, target: int) -> None:
+        """Give out ranks until there are `target`, one per block and round."""
+        scores = self.scores.score("blocks")
+        while (missing := target - sum(self.ranks)) > 0:
+            room = [i for i in range(self.n) if self.ranks[i] < self.limits[i]]
+            for i in highest(scores[room], missing):
+                self.ranks[room[i]] += 1
+
+    def _arrange(self) -> None:
+        """Set the gates of the ranks that no block has yet: `RESERVE` for the next of each, 0 for the others."""
+        values, first = self.values(), 0
+        for rank, limit in zip(self.ranks, self.limits, strict=True):
+            values[first + rank : first + limit] = 0.0
+            if rank < limit:
+                values[first + rank] = RESERVE
+            first += limit
+        self.write(values)
+
+    def chosen(self) -> list[int]:
+        """Return the numbers of the ranks that blocks have; with fewer than one per block, those of the best blocks."""
+        assert self.keep is not None
+        starts = [sum(self.limits[:i]) for i in range(self.n)]
+        if self.keep < self.n:
+            return [starts[i] for i in highest(self.scores.score("blocks"), self.keep)]
+        return [start + i for start, rank in zip(starts, self.ranks, strict=True) for i in range(rank)]
+
+    def leave(self) -> None:
+        """Multiply the rank gates into B, and let the base weights be."""
+        self._hook.remove()
+        self._give_back()
+        super().leave()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `RankStrategy.tensors`."""
+        return self.scores.tensors()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `RankStrategy.state_dict`."""
+        return {**super().state_dict(), "every": self.every, "orthogonality": self.weight, "ranks": list(self.ranks)}
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """See `Strategy.check_state`."""
+        super().check_state(state)
+        ranks: Any = state.get("ranks")
+        fits = all_are(is_count, ranks) and len(ranks) == self.n
+        require_value(state, "ranks", fits and all(1 <= r <= m for r, m in zip(ranks, self.limits, strict=True)))
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.ranks = list(state["ranks"])
+        super()._restore(state)
