@@ -24,6 +24,11 @@ Unit = Literal["blocks", "parameters", "flops", "ranks"]
 LEAST_SETTLING = 1 / 3
 BUDGET_PHASES = (0.3, 0.6)
 GATES_PHASES = (0.1, LEAST_SETTLING)
+# Of the rank-wise strategies.
+SORA_PHASES = (0.0, LEAST_SETTLING)
+CODYRA_PHASES = (1 / 3, LEAST_SETTLING)
+ADALORA_PHASES = (0.1, 0.4)
+INCRELORA_PHASES = (0.1, 0.5)
 
 # The largest number of fp32.
 LARGEST = 3.4028234663852886e38

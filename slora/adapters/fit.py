@@ -57,6 +57,11 @@ def check_layers(layers: Mapping[str, LoRABlocks], content: Selective, folder: P
     """
     if any(layer.merged for layer in layers.values()):
         raise StateError("the model is merged; call slora.unmerge(model) before loading an adapter")
+    if any(layer.rank_gate is not None for layer in layers.values()):
+        raise StateError(
+            "a rank-wise strategy is at work on the model, and would scale what is loaded; call finish() of the "
+            "strategy, or slora.freeze_gates(model), first"
+        )
     odd = sorted(layers.keys() ^ content.layers.keys())
     if odd:
         where = "only in the model" if odd[0] in layers else "only in the adapter"

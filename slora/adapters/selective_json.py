@@ -40,7 +40,8 @@ class Selective(NamedTuple):
         base_class: class name of the model.
         shapes: of the adapted weights, by layer.
         base_digest: digest of these weights (`slora.adapters.save_load.fingerprint`).
-        asked: the budget that chose the blocks, such as "budget=4"; empty if the gates decided.
+        asked: the budget that chose the blocks, such as "budget=4" or "budget=40 ranks", or a strategy, such as "sora";
+            empty if the gates decided.
         tensors_digest: of `adapter_model.safetensors`; None in directories of early versions.
     """
 
@@ -142,10 +143,12 @@ def _asked(value: Any) -> str:
     """The requested budget, checked."""
     text = _text("asked", value)
     if text:
-        number = re.fullmatch(r"budget=(?:(\d{1,18})|([\d.e-]{1,30}))", text)
+        if text in ("sora", "codyra"):
+            return text
+        number = re.fullmatch(r"budget=(?:(\d{1,18})|([\d.e-]{1,30}))( ranks)?", text)
         if number is None:
             raise ValueError(f"asked={text[:80]!r}")
-        check_budget(int(number[1]) if number[1] else float(number[2]), "blocks")
+        check_budget(int(number[1]) if number[1] else float(number[2]), "ranks" if number[3] else "blocks")
     return text
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from slora.config import scaling as scaling_of
 from slora.layers.state import BlockState
+from slora.module_tree.sharded import full
 
 
 class RankGated(BlockState):
@@ -73,9 +74,10 @@ class RankGated(BlockState):
 
     @torch.no_grad()
     def block_ranks(self) -> list[int]:
-        """Return how many ranks each block has: those with a rank gate that is not 0, or that `keep_ranks` has left."""
-        if self.released:
-            return [0] * self.blocks
-        if self.rank_gate is not None:
-            return [int(count) for count in (self.rank_gate != 0).sum(1)]
-        return [int(count) for count in (self.lora_A != 0).any(2).sum(1)]
+        """Return how many ranks each block has: with a rank gate that is not 0, or left by `keep_ranks`; 0 if inactive.
+
+        Every other block has `r`.
+        """
+        found = full(self.lora_A).any(2) if self.rank_gate is None else self.rank_gate != 0
+        counts, active = found.sum(1).tolist(), self.activity().active
+        return [int(counts[i]) if i in active else 0 for i in range(self.blocks)]

@@ -67,7 +67,9 @@ def config_of(model: nn.Module, layers: Mapping[str, LoRABlocks]) -> SelectiveLo
     if any((layer.r, layer.lora_alpha) != (config.rank_of(n), config.alpha_of(n)) for n, layer in layers.items()):
         ranks = {f"^{re.escape(n)}$": layer.r for n, layer in layers.items() if layer.r != config.r}
         alphas = {
-            f"^{re.escape(n)}$": layer.lora_alpha for n, layer in layers.items() if layer.lora_alpha != config.lora_alpha
+            f"^{re.escape(n)}$": layer.lora_alpha
+            for n, layer in layers.items()
+            if layer.lora_alpha != config.lora_alpha
         }
         config = dataclasses.replace(config, rank_pattern=ranks or None, alpha_pattern=alphas or None)
     replaced = _replaced(model, layers)

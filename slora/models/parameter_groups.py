@@ -17,10 +17,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return optimizer groups for the trainable parameters of `model`, with settings of their own for the gates.
 
-    Groups: "lora" (A and B), "rank_gates" (of rank-wise strategies), "saved" (other trainable matrices), "saved_no_decay" (biases, norms) and "gates";
-    empty ones are left out. Adam divides a gradient by its own size, so under it a penalty alone would move
-    every gate by `lr` per step however small the penalty is. The group of the gates therefore carries settings
-    that make Adam take `lr * grad / (1 + |grad|)`, in effect plain SGD, and switch off momentum in SGD.
+    Groups: "lora" (A and B), "rank_gates" (of rank-wise strategies), "saved" (other trainable matrices),
+    "saved_no_decay" (biases, norms) and "gates"; empty ones are left out. Adam divides a gradient by its own size, so
+    under it a penalty alone would move every gate by `lr` per step however small the penalty is. The group of the gates
+    therefore carries settings that make Adam take `lr * grad / (1 + |grad|)`, in effect plain SGD, and switch off
+    momentum in SGD.
 
     Adam, AdamW, NAdam, RAdam, Adamax, RMSprop and SGD of torch and timm respect them. Any other optimizer gives a
     `GateRuleWarning`, and uses its own settings where it cannot read these. For such an optimizer, and for a

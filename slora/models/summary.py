@@ -135,9 +135,12 @@ def verdict(active: int, blocks: int, asked: str = "", moved: bool = True) -> tu
     """Return what it means if none of the `blocks` are active, or all, and the remedy; else ("", "").
 
     Args:
-        asked: the budget that asked for just that, as "budget=0".
+        asked: the budget that asked for just that, as "budget=0" or "budget=40 ranks", or what chose ranks, as "sora".
         moved: whether any gate has another value than the others.
     """
+    if asked and blocks and (asked.endswith(" ranks") or not asked.startswith("budget=")):
+        # Ranks were chosen, not blocks.
+        return ("", "") if active else (f"no block is active: {_BASE}; {asked} has left no rank.", "")
     if asked and blocks and active in (0, blocks):
         what = "all blocks are active" if active else f"no block is active: {_BASE}"
         if active == _wanted(asked, blocks):

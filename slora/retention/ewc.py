@@ -70,7 +70,7 @@ class EWC(Term):
         for layer, fisher in zip(self.layers, self.fisher, strict=True):
             for i in layer.activity().active:
                 with torch.autocast(fisher.device.type, enabled=False):
-                    update = layer.scaling * (layer.lora_B[i] @ layer.lora_A[i])
+                    update = layer.scaling * (layer.effective_B[i] @ layer.lora_A[i])
                     terms.append((fisher.unflatten(0, (layer.blocks, -1))[i] * update.square()).sum())
         return torch.stack(terms).sum() if terms else next(self.model.parameters()).new_zeros(())
 

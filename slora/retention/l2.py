@@ -40,6 +40,6 @@ class L2(Term):
             active = layer.activity().active
             if active:
                 with torch.autocast(layer.lora_A.device.type, enabled=False):
-                    norms = squared_norms(layer.lora_A[list(active)], layer.lora_B[list(active)])
+                    norms = squared_norms(layer.lora_A[list(active)], layer.effective_B[list(active)])
                     terms.append(layer.scaling**2 * norms.sum())
         return torch.stack(terms).sum() if terms else next(self.model.parameters()).new_zeros(())

@@ -98,7 +98,7 @@ class LocalDrift(Term):
     def _drift(self, layer: LoRABlocks, blocks: list[int], rows: _Rows, first: int) -> Tensor:
         """The drift of each of `blocks`, `[len(blocks)]`."""
         with torch.autocast(rows.x.device.type, enabled=False):
-            A, B = layer.lora_A[blocks], layer.lora_B[blocks]
+            A, B = layer.lora_A[blocks], layer.effective_B[blocks]
             S = (rows.x.to(A.dtype) @ A.flatten(0, 1).T).unflatten(1, A.shape[:2]).transpose(0, 1)
             drift = layer.scaling**2 * ((S.mT @ S) * (B.mT @ B)).sum((1, 2)) / len(rows.x)
             result: Tensor = drift / rows.power[[i - first for i in blocks]]

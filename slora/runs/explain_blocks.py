@@ -9,6 +9,7 @@ from typing import Any
 from slora.config import GATES_PHASES, phase_ends
 from slora.models.summary import verdict
 from slora.runs.settings import ALWAYS_ACTIVE
+from slora.runs.strategies import asked_of
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -27,9 +28,8 @@ def explained(active: int, blocks: int, settings: Mapping[str, Any], records: Re
         settings: those of `config.yaml`; without them, or without records, no cause is given.
         records: those of `metrics.jsonl`.
     """
-    budget = 1.0 if settings.get("strategy") == "all" else settings.get("budget")
-    asked = settings.get("asked") or ("" if budget is None else f"budget={budget}")
-    what, remedy = verdict(active, blocks, str(asked))
+    asked = asked_of(settings)
+    what, remedy = verdict(active, blocks, asked)
     # In an adapter only the threshold tells "lora" from "selective".
     selects = settings.get("method", "selective") == "selective" and settings.get("threshold", 0.0) > ALWAYS_ACTIVE
     if not what or not selects:

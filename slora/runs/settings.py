@@ -117,14 +117,17 @@ class TrainSettings:
         StrategyName | None,
         "What chooses the blocks: gates (scores trained under a penalty), budget (all train, then the lowest ranked "
         "are switched off one by one), sensitivity (squared gradients on a few batches, before training), or, to "
-        "compare with, random, first, last or all blocks; unset: budget where one is given, else gates.",
+        "compare with, random, first, last or all blocks. Single ranks of blocks are chosen by sora, codyra, "
+        "increlora and adalora. Unset: budget where one is given, else gates.",
     ] = None
     budget: Annotated[
         int | float | None,
-        "LoRA blocks of the result: a number such as 4, or a share such as 0.1; unset: the gates decide.",
+        "LoRA blocks of the result, or ranks: a number such as 4, or a share such as 0.1; unset: the gates decide.",
     ] = None
     budget_unit: Annotated[
-        Unit | None, "What a share is of: blocks, their parameters, or their FLOPs; unset: blocks."
+        Unit | None,
+        "What a share is of: blocks, their parameters, or their FLOPs; ranks with a strategy that chooses them; unset: "
+        "blocks, or ranks.",
     ] = None
     ranking: Annotated[
         Literal["solo", "norm"],

@@ -8,11 +8,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from slora.config import BUDGET_PHASES, GATES_PHASES, LEAST_SETTLING, Unit, check_budget
+from slora.config import (
+    ADALORA_PHASES,
+    BUDGET_PHASES,
+    CODYRA_PHASES,
+    GATES_PHASES,
+    INCRELORA_PHASES,
+    LEAST_SETTLING,
+    SORA_PHASES,
+    Unit,
+    check_budget,
+)
 from slora.errors import ConfigError
 from slora.io.plain import shown
 
-StrategyName = Literal["gates", "budget", "sensitivity", "random", "first", "last", "all"]
+StrategyName = Literal[
+    "gates", "budget", "sora", "codyra", "increlora", "adalora", "sensitivity", "random", "first", "last", "all"
+]
 
 
 class Takes(NamedTuple):
@@ -23,19 +35,26 @@ class Takes(NamedTuple):
         settings: those of `OWN` that it uses, separated by spaces.
         phases: default shares of the steps (before the first block is switched off, after the choice is final); None if
             it chooses before the first step.
+        alone: whether it also runs without the budget that it takes, by its own rule.
     """
 
     units: tuple[Unit, ...] = ()
     settings: str = ""
     phases: tuple[float, float] | None = None
+    alone: bool = False
 
 
 _BLOCKS: tuple[Unit, ...] = ("blocks", "parameters", "flops")
+_RANKS: tuple[Unit, ...] = ("ranks",)
 _PHASES = "selection_warmup settling"
 
 STRATEGIES: dict[str, Takes] = {
     "gates": Takes((), f"penalty gate_rule gate_lr {_PHASES}", GATES_PHASES),
     "budget": Takes(_BLOCKS, f"ranking drift_price depth_price {_PHASES}", BUDGET_PHASES),
+    "sora": Takes(_RANKS, _PHASES, SORA_PHASES, alone=True),
+    "codyra": Takes(_RANKS, _PHASES, CODYRA_PHASES, alone=True),
+    "increlora": Takes(_RANKS, _PHASES, INCRELORA_PHASES),
+    "adalora": Takes(_RANKS, _PHASES, ADALORA_PHASES),
     "sensitivity": Takes(_BLOCKS),
     "random": Takes(_BLOCKS),
     "first": Takes(_BLOCKS),
@@ -68,6 +87,17 @@ def described(settings: Mapping[str, Any]) -> str:
     return f"{name}, {budget}{' of the' if isinstance(budget, float) else ''} {unit_of(settings)}"
 
 
+def asked_of(settings: Mapping[str, Any]) -> str:
+    """Return what a run asks for, as `slora.models.summary.verdict` takes it; empty where the gates decide."""
+    if settings.get("asked"):
+        return str(settings["asked"])
+    name, budget = strategy_of(settings), settings.get("budget")
+    ranks = STRATEGIES[name].units == _RANKS
+    if budget is None:
+        return name if ranks else "budget=1.0" if name == "all" else ""
+    return f"budget={budget}{' ranks' if ranks else ''}"
+
+
 def check_strategy(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Check that the strategy of `settings` takes the settings that are given with it.
 
@@ -89,7 +119,7 @@ def check_strategy(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
             f"budget={shown(budget)} has no effect on strategy={name!r}, which takes none; leave it out, or use "
             f"{_one_of(other for other, its in STRATEGIES.items() if its.units)}"
         )
-    if budget is None and takes.units:
+    if budget is None and takes.units and not takes.alone:
         raise ConfigError(
             f"strategy={name!r} needs a budget; add --blocks with a number such as 4 or a share such as 0.1"
         )

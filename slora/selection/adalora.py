@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from slora.config import ADALORA_PHASES
 from slora.layers import LoRABlocks
 from slora.selection.importance import Importance
 from slora.selection.ranks import RankStrategy, highest, require_budget
 from slora.selection.sora import require_positive
 
-WARMUP, SETTLING = 0.1, 0.4
+WARMUP, SETTLING = ADALORA_PHASES
 ORTHOGONALITY, STD = 0.1, 0.02
 
 
@@ -58,7 +59,7 @@ class AdaLoRA(RankStrategy):
 
     def initialise(self) -> None:
         """Set lambda to 0 and draw P."""
-        like = {}
+        like: dict[str, Tensor] = {}
         for (name, layer), gate in zip(self.layers.items(), self.gates, strict=True):
             gate.zero_()
             layer.lora_B.normal_(std=STD)
@@ -121,7 +122,8 @@ def orthogonality(weight: float, layers: Iterable[tuple[LoRABlocks, Tensor | Non
         return 0.0
     norms: list[Tensor] = []
     for layer, ranks in layers:
-        A, B = layer.lora_A, layer.lora_B
+        A: Tensor = layer.lora_A
+        B: Tensor = layer.lora_B
         eye = torch.eye(layer.r, device=A.device, dtype=A.dtype).expand(layer.blocks, -1, -1)
         if ranks is not None:
             on = ranks.to(A)

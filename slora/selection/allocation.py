@@ -77,12 +77,25 @@ def checked_budget(budget: int | float, unit: Unit, layers: dict[str, LoRABlocks
     """Check a budget against the blocks of a model, and return it; a share of the FLOPs as far as it can be known.
 
     Raises:
-        ConfigError: it is not from 0 to all blocks, or a share is below the smallest block.
+        ConfigError: it is not from 0 to all blocks, or ranks, or a share is below the smallest block.
     """
-    budget = check_budget(budget, unit, sum(layer.blocks for layer in layers.values()))
+    each = (layer.blocks * (layer.r if unit == "ranks" else 1) for layer in layers.values())
+    budget = check_budget(budget, unit, sum(each))
     if unit == "parameters":
         cost_limit(budget, block_costs(layers, unit, [1] * len(layers)), unit)
     return budget
+
+
+def refuse_ranks(unit: Unit) -> None:
+    """Refuse a budget of ranks where whole blocks are chosen.
+
+    Raises:
+        ConfigError: `unit` is "ranks".
+    """
+    if unit == "ranks":
+        raise ConfigError(
+            "unit='ranks' is of the strategies that choose single ranks, such as slora.selection.SoRA; use 'blocks'"
+        )
 
 
 def fill(ordered: Sequence[int], costs: Sequence[float], limit: float) -> tuple[list[int], list[int]]:

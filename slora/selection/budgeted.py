@@ -11,7 +11,15 @@ from slora.config import Unit
 from slora.errors import StateError
 from slora.gates.values import set_gates
 from slora.io.bounded import all_are, is_count
-from slora.selection.allocation import active_count, block_costs, checked_budget, cost_limit, fill, gates_of
+from slora.selection.allocation import (
+    active_count,
+    block_costs,
+    checked_budget,
+    cost_limit,
+    fill,
+    gates_of,
+    refuse_ranks,
+)
 from slora.selection.strategy import Strategy, require_layers, require_value, stop_training_gates
 
 
@@ -50,6 +58,7 @@ class Budgeted(Strategy):
                 f"the LoRA matrices of {len(freed)} layers, the first {freed[0]!r}, were freed by inactive='frozen', "
                 f"so they cannot be switched on for a new choice; use slora.keep_blocks, or inject again"
             )
+        refuse_ranks(unit)
         self.unit, self._hooks = unit, []
         self.budget = checked_budget(budget, unit, layers)
         self.layers, self.rows = layers, [0 if unit == "flops" else 1] * len(layers)

@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from slora.config import CODYRA_PHASES
 from slora.selection.ranks import RankStrategy, soft_threshold
 from slora.selection.sora import require_positive
 
-WARMUP, SETTLING = 1 / 3, 1 / 3
+WARMUP, SETTLING = CODYRA_PHASES
 THRESHOLD, LEVELS = 0.005, 50
 
 

@@ -1,4 +1,4 @@
-"""`IncreLoRA`: every block starts with one rank, and important blocks get more (Zhang et al. 2023, arXiv 2308.12043)."""
+"""`IncreLoRA`: blocks start with one rank, and important ones get more (Zhang et al. 2023, arXiv 2308.12043)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from slora.config import INCRELORA_PHASES
 from slora.errors import StateError
 from slora.io.bounded import all_are, is_count
 from slora.module_tree.sharded import full
@@ -17,7 +18,7 @@ from slora.selection.ranks import RankStrategy, highest, require_budget
 from slora.selection.sora import require_positive
 from slora.selection.strategy import require_value
 
-WARMUP, SETTLING = 0.1, 0.5
+WARMUP, SETTLING = INCRELORA_PHASES
 RESERVE = 1e-5
 """Gate of the rank that a block would get next: its matrices train in advance."""
 
@@ -166,6 +167,9 @@ class IncreLoRA(RankStrategy):
         """Multiply the rank gates into B, and let the base weights be."""
         self._hook.remove()
         self._give_back()
+        if not self.taken:
+            # What is in reserve, too, so that the model is as it was before.
+            self.write(torch.zeros_like(self.values()))
         super().leave()
 
     def tensors(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from slora.config import Unit, check_budget
 from slora.errors import ConfigError
 from slora.gates.cache import refresh_gates
 from slora.gates.values import set_gates
-from slora.selection.allocation import block_costs, cost_limit, fill, gates_of
+from slora.selection.allocation import block_costs, cost_limit, fill, gates_of, refuse_ranks
 from slora.selection.ranking import Ranking, block_scores, update_norm
 from slora.selection.strategy import freeze_gates, require_layers
 
@@ -30,6 +30,7 @@ def keep_blocks(
     layers = require_layers(model)
     refresh_gates(model)
     n = sum(layer.blocks for layer in layers.values())
+    refuse_ranks(unit)
     budget = check_budget(budget, unit, n)
     if unit == "flops":
         raise ConfigError("unit='flops' needs the input rows of each layer in a step; use unit='parameters'")

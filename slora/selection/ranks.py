@@ -116,7 +116,7 @@ class RankStrategy(Strategy):
             with torch.no_grad():
                 self.observe()
 
-    def observe(self) -> None:  # noqa: B027
+    def observe(self) -> None:
         """Read the gradients of the step that is about to be taken."""
 
     def step(self) -> None:

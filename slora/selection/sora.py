@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from slora.config import SORA_PHASES
 from slora.errors import ConfigError
 from slora.io.plain import plain
 from slora.selection.ranks import RankStrategy, soft_threshold
 
-WARMUP, SETTLING = 0.0, 1 / 3
+WARMUP, SETTLING = SORA_PHASES
 THRESHOLD = PENALTY = 1e-3
 
 

@@ -59,6 +59,9 @@ class Checkpoint:
         self._names: dict[Tensor, str] = {parameter: name for name, parameter in named_parameters(model)}
         tensors = _by_group(folder / TENSORS)
         self._values, self._optimizer_state = tensors["model"], tensors["optimizer"]
+        if tensors["selection"] and state.selection is not None:
+            # Checked by the strategy (`check_run`).
+            state.selection["tensors"] = tensors["selection"]
         try:
             self._random = random_states.parsed(state.random, tensors["random"])
             freed = {f"{name}.{key}" for name in state.freed for key in ("lora_A", "lora_B", "gate", "rank_gate")}
@@ -170,7 +173,7 @@ def check_values(kind: str, found: Mapping[str, Tensor], expected: Mapping[str, 
 def _by_group(path: Path) -> dict[str, dict[str, Tensor]]:
     """The tensors of a checkpoint, grouped by the first part of their names."""
     check_digest(path)
-    groups: dict[str, dict[str, Tensor]] = {"model": {}, "buffer": {}, "optimizer": {}, "random": {}}
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "buffer": {}, "optimizer": {}, "selection": {}, "random": {}}
     for key, value in read_safetensors(path, "use another checkpoint", DamagedCheckpointError).items():
         group, _, name = key.partition(".")
         if group not in groups:

@@ -1,9 +1,9 @@
 """Writing a checkpoint: a folder with `tensors.safetensors`, `state.json` and `sha256sums.txt`.
 
-It holds what training changes: trainable parameters, buffers, optimizer state, random generators, progress, and how
-often the gates have moved, which seeds the probes. Frozen weights are only identified, by their `fingerprint`. The
-folder is written under a temporary name, flushed and renamed, so it is complete or does not exist; older ones are
-removed after that. Nothing is pickled. `slora.runs.checkpoint_state` defines `state.json`,
+It holds what training changes: trainable parameters, buffers, the state of optimizers and of the strategy, random
+generators, progress, and how often the gates have moved, which seeds the probes. Frozen weights are only identified, by
+their `fingerprint`. The folder is written under a temporary name, flushed and renamed, so it is complete or does not
+exist; older ones are removed after that. Nothing is pickled. `slora.runs.checkpoint_state` defines `state.json`,
 `slora.runs.checkpoint_folders` says which checkpoint a run may resume from.
 """
 
@@ -62,6 +62,10 @@ def save_checkpoint(
     tensors |= {f"model.{name}.gate": layer.gate.detach() for name, layer in adapted_layers(model)}
     tensors |= {f"buffer.{name}": buffer for name, buffer in buffers_of(model).items()}
     tensors |= {f"optimizer.{key}": value for key, value in optimizers.state(names).items()}
+    # A copy without them: the rest is JSON.
+    selection = None if progress["selection"] is None else dict(progress["selection"])
+    if selection is not None:
+        tensors |= {f"selection.{name}": value for name, value in selection.pop("tensors", {}).items()}
     randomness = random_states.present()
     tensors |= {f"random.{key}": value for key, value in randomness.tensors().items()}
     state = State(
@@ -71,7 +75,7 @@ def save_checkpoint(
         freed=[name for name, layer in adapted_layers(model) if layer.released],
         stateless=optimizers.stateless(names),
         random=randomness.values(),
-        **progress,
+        **{**progress, "selection": selection},
     )
     _write(target, {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, state)
     _remove_old(folder, settings.keep_last, progress["result"]["best_step"])

@@ -19,7 +19,21 @@ from slora.module_tree.modes import evaluating
 from slora.retention import generic_samples
 from slora.runs.settings import TrainSettings
 from slora.runs.strategies import STRATEGIES
-from slora.selection import All, Budget, First, Gates, Last, Random, Sensitivity, SoloGain, Strategy
+from slora.selection import (
+    AdaLoRA,
+    All,
+    Budget,
+    CoDyRA,
+    First,
+    Gates,
+    IncreLoRA,
+    Last,
+    Random,
+    Sensitivity,
+    SoloGain,
+    SoRA,
+    Strategy,
+)
 
 # Training images for the loss of `SoloGain`, and samples for its drift.
 SAMPLE, DRIFT_SAMPLE = 128, 64
@@ -136,10 +150,18 @@ def _all(given: Given) -> Strategy:
     return All(given.model, given.steps)
 
 
+def _ranks(kind: Callable[..., Strategy]) -> Callable[[Given], Strategy]:
+    return lambda given: kind(given.model, given.settings.budget, given.steps, **given.phases())
+
+
 # A factory for each entry of `slora.runs.strategies.STRATEGIES`.
 FACTORIES: dict[str, Callable[[Given], Strategy | None]] = {
     "gates": _gates,
     "budget": _budget,
+    "sora": _ranks(SoRA),
+    "codyra": _ranks(CoDyRA),
+    "increlora": _ranks(IncreLoRA),
+    "adalora": _ranks(AdaLoRA),
     "sensitivity": _sensitivity,
     "random": _random,
     "first": _first,

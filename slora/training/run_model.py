@@ -11,6 +11,7 @@ from torch import nn
 from slora.adapters.save_load import load_adapter, selective
 from slora.adapters.tensors import read_safetensors
 from slora.errors import CheckpointError, DamagedCheckpointError
+from slora.layers import adapted_layers
 from slora.models.input_spec import InputSpec
 from slora.runs import read_results, rundir
 from slora.runs.checkpoint_folders import chosen
@@ -67,7 +68,13 @@ def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path, folder
     """
     if folder is not None:
         prepare(model, settings=settings)
-        Checkpoint(folder, model, settings, fingerprint(model)).restore()
+        identity = fingerprint(model)
+        layers = [layer for _, layer in adapted_layers(model)] if settings.unit == "ranks" else []
+        for layer in layers:
+            layer.add_rank_gate()
+        Checkpoint(folder, model, settings, identity).restore()
+        for layer in layers:
+            layer.fold_rank_gate()
         return model
     if settings.method in ("selective", "lora"):
         if not (run_dir / ADAPTER).is_dir():

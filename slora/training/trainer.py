@@ -20,7 +20,7 @@ from slora.layers import adapted_layers
 from slora.runs.recorder import Recorder
 from slora.runs.rundir import CHECKPOINTS, run_dir_of
 from slora.runs.settings import TrainSettings
-from slora.selection import Budget, Gates, Strategy
+from slora.selection import Budget, Gates, RankStrategy, Strategy
 from slora.sources.batches import Batches, Data, make_batches
 from slora.training.checkpoint_load import Checkpoint
 from slora.training.checkpoint_save import save_checkpoint
@@ -102,8 +102,8 @@ class Trainer:
                     retains=retain is not None and settings.retain_weight > 0,
                 )
             )
-        if settings.lr_hold is None and isinstance(self.selection, Budget):
-            # The cosine starts once the budget has chosen: earlier, little of the rate is left for the chosen blocks.
+        if settings.lr_hold is None and isinstance(self.selection, Budget | RankStrategy):
+            # The cosine starts once the choice is made: earlier, little of the rate is left for what was chosen.
             schedule.hold = self.selection.last
         self.optimizers = Optimizers(model, settings)
         self.terms, self.drift = loss_terms(model, settings, retain, sample, terms)
@@ -218,6 +218,8 @@ class Trainer:
                     self._refuse_loss(loss.item(), self.step + 1, images)
                 if self.optimizers.penalty_in_loss and self.penalty:
                     loss = loss + self.penalty * gate_penalty(self.model)
+                if self.selection is not None and not isinstance(self.selection, Gates):
+                    loss = loss + self.selection.penalty()
                 for term in self.terms if i == 0 else ():
                     if term.due(self.step):
                         with self.accelerator.autocast():

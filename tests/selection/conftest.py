@@ -36,7 +36,7 @@ def make() -> Callable[..., nn.Module]:
 
     def make(trained: bool = False, **config: object) -> nn.Module:
         torch.manual_seed(3)
-        settings = slora.SelectiveLoRAConfig(r=2, modules_to_save=["head"], **config)  # type: ignore[arg-type]
+        settings = slora.SelectiveLoRAConfig(**{"r": 2, "modules_to_save": ["head"], **config})  # type: ignore[arg-type]
         model = slora.inject(Net(), settings)
         if trained:
             with torch.no_grad():
