@@ -175,10 +175,11 @@ def load_adapter(model: Model, directory: str | os.PathLike[str]) -> Model:
         base_dtype = content.config.base_dtype if plan else None
         # In the order of the model, as when it was saved.
         ordered = [weights[name] for name in (plan.layers if plan else layers)]
-        if _digest(ordered, base_dtype) != content.base_digest:
+        if (digest := _digest(ordered, base_dtype)) != content.base_digest:
             warnings.warn(
-                f"{folder} was trained on other base weights than this {type(unwrapped(model)).__name__} has: the "
-                f"shapes agree, the values do not. Load the same pretrained weights first.",
+                f"{folder} was trained on other base weights ({content.base_digest[:12]}) than this "
+                f"{type(unwrapped(model)).__name__} has ({digest[:12]}): the shapes agree, the values do not. Load the "
+                f"same pretrained weights first.",
                 BaseModelWarning,
                 stacklevel=2,
             )

@@ -8,11 +8,14 @@ from typing import Annotated
 import typer
 
 from slora.cli.checkpoint_option import CHECKPOINT, check_early, note_undecided
+from slora.errors import ConfigError
 
 
 def merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter directory, or run directory of slora finetune.")],
-    out: Annotated[Path, typer.Option(help="safetensors file to write; must not exist.")],
+    out: Annotated[
+        Path | None, typer.Option(help="safetensors file to write; must not exist. Needed without --sweep.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Model the adapter belongs to, as in finetune. [default: the run's]"),
@@ -28,19 +31,71 @@ def merge(
     ] = None,
     scale: Annotated[float, typer.Option(help="Factor on the update; values between 0 and 1 interpolate.")] = 1.0,
     checkpoint: Annotated[str | None, typer.Option(help=CHECKPOINT)] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Measure a run at these scales, such as 0,0.25,0.5,0.75,1, and write no weights."),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option(help="With --sweep: data set of the pretraining, for k-NN. [default: none]")
+    ] = None,
 ) -> None:
     """Merge the active blocks of an adapter into its model and write plain weights.
+
+    --sweep shows first which --scale keeps how much: accuracy on the run's data against k-NN on --source, printed,
+    drawn in sweep.png and written to sweep.json in the run directory.
 
     \b
     Examples:
         slora merge runs/letters_vit-digits-selective --out merged.safetensors
         slora merge runs/letters_vit-digits-selective --checkpoint best --out best.safetensors
+        slora merge runs/letters_vit-digits-selective --sweep 0,0.25,0.5,0.75,1 --source letters
         slora merge my-adapter --model timm/vit_base_patch16_224 --pretrained --out merged.safetensors
     """
-    check_early(adapter, checkpoint)
+    check_early(adapter, checkpoint, source)
+    if sweep is not None:
+        given = {"out": out, "model": model, "classes": classes}
+        named = next((f"--{name}" for name, value in given.items() if value is not None), "")
+        named = "--scale" if scale != 1.0 else "--pretrained" if pretrained else named
+        if named:
+            raise ConfigError(f"{named} has no effect on --sweep, which measures a run and writes no weights")
+        _sweep(adapter, sweep, source, checkpoint)
+        return
+    if source is not None:
+        raise ConfigError(f"source={source!r} needs --sweep, such as --sweep 0,0.5,1")
+    if out is None:
+        raise ConfigError("no file to write was named; add --out merged.safetensors, or measure with --sweep 0,0.5,1")
     from slora.training.merge_run import merge_adapter
 
     count = merge_adapter(adapter, out, model, pretrained, classes, scale, checkpoint)
     print(f"{count} block{'' if count == 1 else 's'} merged; {out} holds the plain model")
     if checkpoint is not None:
         note_undecided(adapter, checkpoint)
+
+
+def _sweep(run: Path, scales: str, source: str | None, checkpoint: str | None) -> None:
+    try:
+        numbers = [float(number) for number in scales.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"sweep={scales!r} is not a list of numbers; write 0,0.25,0.5,0.75,1") from error
+    from slora.runs.rundir import SWEEP
+    from slora.training.sweep_run import check_scales, sweep
+
+    check_scales(numbers)
+    result = sweep(run, numbers, source, checkpoint)
+    name = SWEEP if result["checkpoint"] is None else f"sweep-{result['checkpoint']}.json"
+    from slora.report.style import save_png
+    from slora.report.sweep import sweep_figure
+
+    picture = (run / name).with_suffix(".png")
+    save_png(sweep_figure(result), picture)
+    knn = f"{'k-NN':>9} {'points':>8}" if source is not None else ""
+    print(f"accuracy and loss on {result['data']}" + (f", k-NN on {result['source']}" if source is not None else ""))
+    print(f"  {'scale':>6} {'top-1':>9} {'loss':>8} {knn}".rstrip())
+    if source is not None:
+        print(f"  {'before':>6} {'':>9} {'':>8} {result['before']:9.2%}")
+    for row in result["scales"]:
+        lost = "" if row["knn"] is None else f"{row['knn']:9.2%} {100 * (row['knn'] - result['before']):+8.2f}"
+        print(f"  {row['scale']:>6g} {row['top1']:9.2%} {row['loss']:8.4f} {lost}".rstrip())
+    print(f"{picture} shows it; {run / name} holds the numbers")
+    if checkpoint is not None:
+        note_undecided(run, checkpoint)

@@ -9,6 +9,7 @@ adapter/          the result of selective and lora (`slora.save_adapter`)
 model/            the result of full and linear: `model.safetensors`
 result.json       accuracy, time, FLOPs, active blocks; written last
 evaluation.json   written by `slora evaluate`; evaluation-step-<step>.json for a checkpoint
+sweep.json        written by `slora merge --sweep`, with sweep.png; sweep-step-<step> for a checkpoint
 report.html       written by `slora report`
 """
 
@@ -24,6 +25,7 @@ from slora.runs.settings import TrainSettings
 CONFIG, CLASSES, RESULT, EVALUATION = "config.yaml", "classes.json", "result.json", "evaluation.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 TENSORBOARD = "tensorboard"
+SWEEP = "sweep.json"
 WEIGHTS = "model.safetensors"
 
 

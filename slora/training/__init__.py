@@ -10,7 +10,7 @@ trainer.py       the loop; process.py: accelerate and signals; measure.py: losse
 nonfinite.py     what a loss that is not finite comes from
 checkpoint_save.py  checkpoint_load.py  fingerprint.py  random_states.py  what a run resumes from
 finetune_run.py  the `finetune` command, which fills a run directory (`slora.runs`)
-run_model.py     the model of a run, for the commands that read one: evaluate_run.py and merge_run.py
+run_model.py     the model of a run, for the commands that read one: evaluate_run.py, merge_run.py, sweep_run.py
 
 Needs `pip install "slora[train]"`; the core of slora does not import it.
 """

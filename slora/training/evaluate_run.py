@@ -70,7 +70,7 @@ def evaluate(
             f"k={max(k)} exceeds the {len(known.training)} images of {source} that vote; use smaller numbers"
         )
     load_result(model, settings, run_dir, folder)
-    device = _device(settings)
+    device = device_of(settings)
     model.to(device)
     result: dict[str, Any] = {"checkpoint": None if folder is None else folder.name, "knn": None}
     batches = make_batches(
@@ -79,10 +79,10 @@ def evaluate(
     measured = accuracy(model, batches.epoch(), device)
     result["accuracy"] = {"data": own.name, **dataclasses.asdict(measured)}
     if known is not None:
-        after = _knn(model, known, spec, k, settings, device)
-        before_model, context = _before(model, settings, len(own.classes))
+        after = knn_of(model, known, spec, k, settings, device)
+        before_model, context = model_before(model, settings, len(own.classes))
         with context:
-            before = _knn(before_model.to(device), known, spec, k, settings, device)
+            before = knn_of(before_model.to(device), known, spec, k, settings, device)
         result["knn"] = {
             "source": known.name,
             "bank": len(known.training),
@@ -94,19 +94,20 @@ def evaluate(
     return result
 
 
-def _before(
+def model_before(
     model: nn.Module, settings: TrainSettings, classes: int
 ) -> tuple[nn.Module, contextlib.AbstractContextManager[Any]]:
-    """The model before fine-tuning, and the context to use it in."""
+    """Return the model before fine-tuning, and the context to use it in."""
     if settings.method in ("selective", "lora") and settings.modules_to_save is None:
         return model, disabled(model)
     # Other weights than blocks and head were trained, so the initial model is built again.
     return rebuild(settings, classes).model, contextlib.nullcontext()
 
 
-def _knn(
+def knn_of(
     model: nn.Module, source: Source, spec: InputSpec, k: Sequence[int], settings: TrainSettings, device: torch.device
 ) -> dict[int, float]:
+    """Return the accuracy of k-NN on the features of `source`, 0 to 1, for each of `k`."""
     found: list[Tensor] = []
     for training in (True, False):
         data = source.data(spec, training=training)
@@ -115,6 +116,7 @@ def _knn(
     return knn_accuracy(found[0], found[1], found[2], found[3], k)
 
 
-def _device(settings: TrainSettings) -> torch.device:
+def device_of(settings: TrainSettings) -> torch.device:
+    """Return the device that a run's settings ask for."""
     cuda = settings.device == "auto" and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")

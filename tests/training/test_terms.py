@@ -14,10 +14,10 @@ from torch import Tensor, nn
 import slora.demo  # noqa: F401 (registers its model and data sets)
 from slora import ConfigError
 from slora.layers import adapted_layers
+from slora.models.input_spec import InputSpec
 from slora.retention import EWC, L2, Distillation, LocalDrift, Replay
 from slora.runs.metrics import read_metrics
 from slora.runs.request import read_request
-from slora.models.input_spec import InputSpec
 from slora.training import TrainSettings, prepare, train
 from slora.training.make_terms import loss_terms
 from slora.training.replay_images import replay_terms

@@ -1,0 +1,113 @@
+"""The sweep of the `merge` command: target against retention over the factor on the update."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import slora
+from slora.errors import BaseModelWarning, CheckpointError, ConfigError
+from slora.evaluation.accuracy import accuracy
+from slora.io.atomic import write_json
+from slora.runs import read_results
+from slora.runs.checkpoint_folders import chosen
+from slora.runs.rundir import SWEEP, read_settings
+from slora.sources.batches import make_batches
+from slora.sources.data import open_data
+from slora.sources.data_names import check_name
+from slora.training.evaluate_run import device_of, knn_of, model_before
+from slora.training.run_model import build, load_result
+
+# Neighbours of the k-NN; fewer where fewer images vote.
+K = 20
+
+
+def sweep(
+    run_dir: Path, scales: Sequence[float], source: str | None = None, which: str | None = None, **overrides: Any
+) -> dict[str, Any]:
+    """Evaluate a run with its update scaled by each of `scales`, write `sweep.json` into its directory, and return it.
+
+    Interpolates the weights between the base model and the trained one (WiSE-FT, arXiv 2109.01903); the head, which the
+    base model does not have, stays as trained. Each scale is merged and unmerged bit for bit. Costs an evaluation of
+    the run's data, and of `source`, per scale; nothing is trained.
+
+    Args:
+        scales: factors on the update, each once; 0 is the base model with the trained head, 1 the trained model.
+        source: data set of the pretraining, for k-NN with 20 neighbours; None measures the target only.
+        which: None for the result of a finished run; else a checkpoint: "best", "last" or a step number. Its file is
+            `sweep-step-<step>.json`.
+        overrides: settings of the run to change, such as `data_root` or `eval_batch_size`.
+
+    Returns:
+        `{"checkpoint", "data", "source", "k", "before", "scales": [{"scale", "top1", "loss", "knn"}, ...]}`; `before`
+        is the k-NN accuracy before training. Shares are from 0 to 1, losses in nats; "source", "k", "before" and "knn"
+        are None without `source`.
+
+    Raises:
+        ConfigError: a scale is not finite or given twice, the folder holds no run, or the run has no blocks.
+        CheckpointError: the run is not finished, its files are damaged, or the base weights are not those that it was
+            trained on; names both.
+        DataError: a data set is missing or damaged.
+    """
+    check_scales(scales)
+    settings = read_settings(run_dir).replace(**overrides)
+    if settings.method not in ("selective", "lora"):
+        raise read_results.without_blocks(run_dir, settings.method, "to scale")
+    folder = None if which is None else chosen(run_dir, which)
+    source = None if source is None else check_name(source)
+    model, spec, own = build(settings)
+    known = None if source is None else open_data(source, settings.data_root, settings.download)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", BaseModelWarning)
+            load_result(model, settings, run_dir, folder)
+    except BaseModelWarning as error:
+        raise CheckpointError(str(error)) from error
+    device = device_of(settings)
+    model.to(device)
+    k = None if known is None else min(K, len(known.training))
+    result: dict[str, Any] = {
+        "checkpoint": None if folder is None else folder.name,
+        "data": own.name,
+        "source": None if known is None else known.name,
+        "k": k,
+        "before": None,
+        "scales": [],
+    }
+    if known is not None and k is not None:
+        before, context = model_before(model, settings, len(own.classes))
+        with context:
+            result["before"] = knn_of(before.to(device), known, spec, [k], settings, device)[k]
+    batches = make_batches(
+        own.data(spec, training=False), settings.eval_batch_size, device, num_workers=settings.workers()
+    )
+    for scale in scales:
+        slora.merge(model, scale)
+        try:
+            measured = accuracy(model, batches.epoch(), device)
+            entry = {"scale": scale, "top1": measured.top1, "loss": measured.loss, "knn": None}
+            if known is not None and k is not None:
+                entry["knn"] = knn_of(model, known, spec, [k], settings, device)[k]
+        finally:
+            slora.unmerge(model)
+        result["scales"].append(entry)
+    write_json(run_dir / (SWEEP if folder is None else f"sweep-{folder.name}.json"), result)
+    return result
+
+
+def check_scales(scales: Sequence[float]) -> None:
+    """Check the scales of a sweep.
+
+    Raises:
+        ConfigError: there is none, or one is not finite or given twice.
+    """
+    if not scales:
+        raise ConfigError("sweep holds no scale; write some, such as 0,0.25,0.5,0.75,1")
+    for i, scale in enumerate(scales):
+        if not math.isfinite(scale):
+            raise ConfigError(f"sweep holds {scale}, which is not finite; write factors such as 0,0.25,0.5,0.75,1")
+        if scale in scales[:i]:
+            raise ConfigError(f"sweep holds {scale:g} twice; write each scale once")
