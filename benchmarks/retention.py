@@ -36,7 +36,7 @@ class Variant:
 
     Attributes:
         label: its name in the table.
-        samples: what the model keeps its features on: "letters" (64 unlabelled old images), "generic" (noise and
+        samples: what the model keeps its features on: "old" (64 unlabelled old images), "generic" (noise and
             shuffled patches), "mixed" (pairs of target images), "target" (target images), or "" for none.
         setting: the field of `TrainSettings` that has the weight; "" for replay, which is a term of its own.
         weights: to choose from.
@@ -59,18 +59,18 @@ _PRICED: dict[str, Any] = {"depth_price": 0.0, "retain_weight": 0.0}
 
 VARIANTS: dict[str, Variant] = {
     "none": Variant("nothing"),
-    "letters": Variant("distillation, old images", "letters", "retain_weight", (0.5, 2.0, 8.0)),
+    "letters": Variant("distillation, old images", "old", "retain_weight", (0.5, 2.0, 8.0)),
     "generic": Variant("distillation, noise and patches", "generic", "retain_weight", (0.5, 2.0, 8.0)),
     "mixed": Variant("distillation, mixed new images", "mixed", "retain_weight", (0.1, 0.5, 2.0)),
     "target": Variant("distillation, new images (LwF)", "target", "retain_weight", (0.1, 0.5, 2.0)),
     "drift-target": Variant("local drift, new images", "target", "drift_penalty", (0.01, 0.1, 1.0), _ALONE),
-    "drift-letters": Variant("local drift, old images", "letters", "drift_penalty", (0.01, 0.1, 1.0), _ALONE),
+    "drift-letters": Variant("local drift, old images", "old", "drift_penalty", (0.01, 0.1, 1.0), _ALONE),
     "l2": Variant("L2 to the base", "", "l2_penalty", (0.001, 0.01, 0.1)),
-    "ewc-letters": Variant("EWC, old images", "letters", "ewc_penalty", (0.1, 1.0, 10.0), _ALONE),
+    "ewc-letters": Variant("EWC, old images", "old", "ewc_penalty", (0.1, 1.0, 10.0), _ALONE),
     "ewc-generic": Variant("EWC, noise and patches", "generic", "ewc_penalty", (0.1, 1.0, 10.0), _ALONE),
-    "replay": Variant("replay, labelled old images", "letters", "", (0.1, 0.3, 1.0), _ALONE),
+    "replay": Variant("replay, labelled old images", "old", "", (0.3, 1.0, 3.0), _ALONE),
     "price-letters": Variant(
-        "price on feature drift, old images", "letters", "drift_price", (0.5, 1.0, 2.0), _PRICED, ("selective",)
+        "price on feature drift, old images", "old", "drift_price", (0.5, 1.0, 2.0), _PRICED, ("selective",)
     ),
     "price-generic": Variant(
         "price on feature drift, noise and patches", "", "drift_price", (0.5, 1.0, 2.0), _PRICED, ("selective",)
@@ -139,7 +139,7 @@ def _old(source: Source) -> Pair:
 
 
 def _samples(kind: str, source: Source, images: Tensor, seed: int) -> Tensor | None:
-    if kind == "letters":
+    if kind == "old":
         return source.retained
     if kind == "generic":
         return generic_samples(images[:256], RETAINED_COUNT, patch=4, seed=seed)
