@@ -5,7 +5,8 @@ page.py       text, tables and figures as one HTML file; page.html.j2 is its tem
 style.py      colours, markers and sizes of all figures
 charts.py     curves, bars, accuracy on the new task against accuracy left on the old one
 cells.py      the row and column of each block in a figure; block_map.py: which blocks are active
-gates.py      the gates over the steps; sweep.py: target against retention over the scale of a merge
+gates.py      the gates over the steps; sweep.py: target against
+              retention over the scale of a merge; drift.py: how far each block moves the model
 """
 
 from slora.report.run_page import write_report

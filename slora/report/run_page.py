@@ -14,6 +14,7 @@ from slora.io.bounded import read_json
 from slora.io.yaml_files import read_yaml
 from slora.report.block_map import block_map
 from slora.report.charts import Line, curves
+from slora.report.drift import drift_section
 from slora.report.gates import gate_curves
 from slora.report.page import Picture, Section, Table, scaled, write_page
 from slora.runs.explain_blocks import explained, not_finite
@@ -57,6 +58,8 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     chosen = _gates(_from_start(records, settings), settings.get("threshold"))
     if chosen := chosen + ([_block_map(blocks)] if blocks else []):
         sections.append(Section("Which blocks are active", pictures=chosen))
+    if (moved := drift_section(records)) is not None:
+        sections.append(moved)
     if settings:
         rows = [(name, _shown(value)) for name, value in settings.items()]
         sections.append(Section("Settings", table=Table(("setting", "value"), rows), folded=True))

@@ -66,9 +66,9 @@ class LocalDrift(Term):
     ) -> None:
         super().__init__(model, weight, every)
         refuse_sharded(model, self.name)
-        samples, rows = checked_samples(samples, model), count_of("rows", rows)
+        self.samples, rows = checked_samples(samples, model), count_of("rows", rows)
         self.layers = dict(adapted_layers(model))
-        self.rows = _recorded(model, self.layers, samples, rows, seed, model if run is None else run)
+        self.rows = _recorded(model, self.layers, self.samples, rows, seed, model if run is None else run)
 
     def value(self, draw: int) -> Tensor:
         """Return the sum over the active blocks; `draw` does not matter."""

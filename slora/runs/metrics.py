@@ -70,11 +70,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 
 
+def _per_block(value: object) -> bool:
+    return isinstance(value, dict) and all(all_are(_is_number, numbers) for numbers in value.values())
+
+
 # Values that are not numbers.
 _OTHER: dict[str, Callable[[object], bool]] = {
     "error": lambda value: isinstance(value, str),
-    "gates": lambda value: isinstance(value, dict) and all(all_are(_is_number, gates) for gates in value.values()),
-    "drift": lambda value: isinstance(value, dict) and all(all_are(_is_number, drifts) for drifts in value.values()),
+    "gates": _per_block,
+    "drift": _per_block,
+    "feature_drift": _per_block,
     "retention": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
     "active_blocks": lambda value: (
         isinstance(value, dict) and all(all_are(is_count, blocks) for blocks in value.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ class SoloGain:
         layers = [layer for _, layer in adapted_layers(model)]
         if any(layer.merged for layer in layers):
             raise StateError("the model is merged, so no block can be evaluated alone; call slora.unmerge(model) first")
-        with evaluating(model), _only(layers) as switch:
+        with evaluating(model), one_block(layers) as switch:
             switch(None)
             base, before = self._loss(), None if self.features is None else self.features()
             gains, drifts = [], []
@@ -129,8 +129,8 @@ def _stack(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _only(layers: list[LoRABlocks]) -> Iterator[Callable[[tuple[LoRABlocks, int] | None], None]]:
-    """Yield a function that switches one block on and all others off; the gates are restored afterwards."""
+def one_block(layers: Sequence[LoRABlocks]) -> Iterator[Callable[[tuple[LoRABlocks, int] | None], None]]:
+    """Yield a function that switches one block on, or None, and all others off; the gates are restored afterwards."""
     values = iter(torch.cat([full(layer.gate_parameter.detach()).cpu() for layer in layers]).tolist())
     before = {layer: [next(values) for _ in range(layer.blocks)] for layer in layers}
     off = {layer: [layer.threshold - abs(layer.threshold) - 1.0] * layer.blocks for layer in layers}

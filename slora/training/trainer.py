@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slora.errors import StateError
+from slora.errors import ConfigError, StateError
 from slora.evaluation.accuracy import logits_of, tally
 from slora.gates.penalty import gate_penalty
 from slora.gates.values import gate_values
 from slora.layers import adapted_layers
+from slora.retention import feature_drift
 from slora.runs.recorder import Recorder
 from slora.runs.rundir import CHECKPOINTS, run_dir_of
 from slora.runs.settings import TrainSettings
@@ -170,6 +171,8 @@ class Trainer:
                     self._after_step()
             if self.selection is not None:
                 self.selection.finish()
+            if self.settings.log_drift and self.drift is not None:
+                self._log_feature_drift(self.drift.samples)
         self.result.steps = self.step
         self.result.seconds = self.clock.seconds()
         self.result.history = self.recorder.history
@@ -298,7 +301,11 @@ class Trainer:
             if self.settings.method == "selective":
                 record["gates"] = {name: [round(value, 7) for value in scores] for name, scores in values.items()}
         if self.term_values:
-            record["retention"] = {name: value.item() for name, value in self.term_values.items()}
+            terms = {name: value.item() for name, value in self.term_values.items()}
+            for name, value in terms.items():
+                if not math.isfinite(value):
+                    self._refuse(f"the loss term {name!r} is {value} at or shortly before step {self.step}", self.step)
+            record["retention"] = terms
         if self.drift is not None and self.settings.log_drift:
             record["drift"] = {name: values.tolist() for name, values in self.drift.per_block().items()}
         images = self.settings.batch_size * self.schedule.accumulation * self.accelerator.num_processes
@@ -308,6 +315,17 @@ class Trainer:
             "flops": self.result.flops,
         }
         self.recorder.add(record)
+
+    def _log_feature_drift(self, samples: Tensor) -> None:
+        """Record how far each active block of the result moves the final features; one forward pass for each."""
+        with self.clock.paused(self.device), self.accelerator.autocast():
+            try:
+                drift = feature_drift(self.model, samples)
+            except ConfigError:
+                # The model has no final features that slora finds.
+                return
+        record = {name: values.tolist() for name, values in drift.items()}
+        self.recorder.add({"step": self.step, "feature_drift": record})
 
     def _refuse_loss(self, loss: float, step: int, images: Tensor) -> None:
         found = origin(self.model, images)

@@ -13,7 +13,7 @@ from torch import Tensor
 import slora
 from slora import ConfigError, StateError
 from slora.layers import adapted_layers
-from slora.retention import EWC, L2, Distillation, LocalDrift, Replay, Term
+from slora.retention import EWC, L2, Distillation, LocalDrift, Replay, Term, feature_drift
 from tests.retention.conftest import Made, Net, inputs, updates
 
 
@@ -94,6 +94,18 @@ def test_its_gradients_are_those_of_finite_differences(name: str, make: Made, sa
     assert torch.autograd.gradcheck(of, (A, B))
 
 
+@pytest.mark.parametrize("name", ["l2", "drift", "ewc"])
+def test_rank_gates_are_a_part_of_the_update(name: str, make: Made, samples: Tensor) -> None:
+    model, folded = make(), make()
+    factors = torch.tensor([[0.5, 0.0], [2.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    model.qkv.add_rank_gate().data.copy_(factors)
+    folded.qkv.lora_B.data.mul_(factors[:, None])
+    value = term_of(name, model, samples)()
+    torch.testing.assert_close(value, term_of(name, folded, samples)(), rtol=1e-12, atol=0)
+    (grad,) = torch.autograd.grad(value, [model.qkv.rank_gate])
+    assert grad.ne(0).any()
+
+
 def test_gates_get_no_gradient(make: Made, samples: Tensor) -> None:
     model = make()
     for name in ("l2", "drift", "ewc"):
@@ -120,6 +132,27 @@ def test_drift_of_each_block_is_logged_and_that_of_inactive_ones_is_zero(make: M
     assert found["proj"].tolist() == pytest.approx([alone[2]], rel=1e-12)
     assert drift.per_block(every_block=True)["qkv"][1] > 0
     assert drift().item() == pytest.approx(sum(alone), rel=1e-12)
+
+
+def test_feature_drift_is_that_of_one_block_alone_and_leaves_the_gates(make: Made, samples: Tensor) -> None:
+    model = make("1101")
+    before = [gate.clone() for gate in (model.qkv.gate, model.proj.gate)]
+    found = feature_drift(model, samples, features=model.features)
+    assert all(map(torch.equal, before, (model.qkv.gate, model.proj.gate)))
+    X, D = inputs(model, samples), updates(model)
+    f = X["proj"] @ model.proj.weight.T + model.proj.bias
+    scale = ((f - f.mean(0)) ** 2).sum(1).mean()
+    q, k, v = (samples @ model.qkv.weight.T + model.qkv.bias).chunk(3, -1)
+    for name, moved in (
+        ("q", torch.tanh((q + samples @ D["q"].T) * k + v) @ model.proj.weight.T),
+        ("k", torch.tanh(q * (k + samples @ D["k"].T) + v) @ model.proj.weight.T),
+        ("proj", X["proj"] @ (model.proj.weight + D["proj"]).T),
+    ):
+        expected = ((moved + model.proj.bias - f) ** 2).sum(1).mean() / scale
+        ours = found["proj"][0] if name == "proj" else found["qkv"]["qk".index(name)]
+        torch.testing.assert_close(ours, expected.detach(), rtol=1e-12, atol=0)
+    assert found["qkv"][2] == 0
+    assert feature_drift(model, samples, features=model.features, every_block=True)["qkv"][2] > 0
 
 
 def test_rows_are_drawn_from_all_samples_and_the_layers_are_left_as_they_were(make: Made, samples: Tensor) -> None:

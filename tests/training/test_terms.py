@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import slora.demo  # noqa: F401 (registers its model and data sets)
-from slora import ConfigError
+from slora import ConfigError, NonFiniteLossError
 from slora.layers import adapted_layers
 from slora.models.input_spec import InputSpec
-from slora.retention import EWC, L2, Distillation, LocalDrift, Replay
+from slora.report import write_report
+from slora.retention import EWC, L2, Distillation, LocalDrift, Replay, Term
 from slora.runs.metrics import read_metrics
 from slora.runs.request import read_request
 from slora.training import TrainSettings, prepare, train
@@ -96,6 +97,25 @@ def test_the_log_has_the_value_of_each_term_and_the_drift_of_each_block(
         drifts = [value for values in record["drift"].values() for value in values]
         assert len(drifts) == record["blocks"]
         assert sum(value > 0 for value in drifts) == record["active"]
+    (final,) = (record for record in read_metrics(tmp_path / "metrics.jsonl") if "feature_drift" in record)
+    found = [value for values in final["feature_drift"].values() for value in values]
+    assert (len(found), sum(value > 0 for value in found)) == (3, 2)
+    page = write_report(tmp_path).read_text()
+    assert "How far each block moves the model" in page
+    assert all(name in page for name, values in records[-1]["drift"].items() if values[0])
+
+
+def test_a_term_that_is_not_finite_ends_the_run_with_its_name(
+    make_model: Factory, data: Pair, settings: TrainSettings
+) -> None:
+    class Broken(Term):
+        name = "broken"
+
+        def value(self, draw: int) -> Tensor:
+            return torch.tensor(math.nan if draw == 1 else 0.0)
+
+    with pytest.raises(NonFiniteLossError, match="the loss term 'broken' is nan at or shortly before step 2"):
+        train(started(make_model, settings), data, None, settings, terms=lambda model: [Broken(model, 1.0)])
 
 
 @pytest.mark.parametrize(
