@@ -7,7 +7,6 @@ which a fixed rule chooses before the first step. Only the selective methods cho
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -54,25 +53,17 @@ class Method:
     Attributes:
         label: its name in the table.
         own: settings beside `COMMON`.
-        rule: a fixed choice of blocks: `(names of all blocks, seed) -> numbers of those to train`.
+        rule: a fixed choice of blocks that no strategy makes: `names of all blocks -> numbers of those to train`.
         retain: whether features of 64 unlabelled letters are distilled.
     """
 
     label: str
     own: dict[str, Any]
-    rule: Callable[[list[str], int], list[int]] | None = None
+    rule: Callable[[list[str]], list[int]] | None = None
     retain: bool = False
 
 
-def _last(blocks: list[str], seed: int) -> list[int]:
-    return list(range(len(blocks)))[-BUDGET:]
-
-
-def _random(blocks: list[str], seed: int) -> list[int]:
-    return random.Random(f"blocks {seed}").sample(range(len(blocks)), BUDGET)
-
-
-def _late_fc1(blocks: list[str], seed: int) -> list[int]:
+def _late_fc1(blocks: list[str]) -> list[int]:
     return [i for i, name in enumerate(blocks) if name.endswith("fc1")][-BUDGET:]
 
 
@@ -93,8 +84,8 @@ METHODS: dict[str, Method] = {
     "head-first": Method("head first, LoRA on all", _ALL),
     "rank-16": Method("the same, rank 16", {**_ALL, **_WIDER, "lr": 2.5e-3}),
     "distilled": Method("rank 16 + distillation", {**_ALL, **_WIDER}, retain=True),
-    "last": Method("head first, last 4", {**_FOUR, "lr": 2e-2}, _last),
-    "random": Method("head first, random 4", _FOUR, _random),
+    "last": Method("head first, last 4", {**_FOUR, "lr": 2e-2, "strategy": "last", "budget": BUDGET}),
+    "random": Method("head first, random 4", {**_FOUR, "strategy": "random", "budget": BUDGET}),
     "late-fc1": Method("head first, 4 late fc1", _FOUR, _late_fc1),
     "selective": Method("head first, selective 4", {**_FOUR, "budget": BUDGET}),
     "selective-distilled": Method("selective 4 + distillation", {**_FOUR, "budget": BUDGET}, retain=True),
@@ -189,7 +180,7 @@ def run_method(
     model = prepare(pretrained(), settings=settings)
     if chosen.rule is not None:
         names = [name for name, layer in adapted_layers(model) for _ in range(layer.blocks)]
-        picked = torch.zeros(len(names)).index_fill(0, torch.tensor(chosen.rule(names, seed)), 1.0)
+        picked = torch.zeros(len(names)).index_fill(0, torch.tensor(chosen.rule(names)), 1.0)
         slora.keep_blocks(model, BUDGET, ranking=lambda _: picked)
     outcome = train(
         model,

@@ -150,6 +150,6 @@ def _settings_table(settings: Mapping[str, Mapping[str, Any]]) -> Table:
     # In the order of METHODS: JSON files may be sorted.
     settings = {method: settings[method] for method in METHODS}
     table: list[Sequence[str]] = [
-        [name, *("" if of[name] is None else str(of[name]) for of in settings.values())] for name in names
+        [name, *("" if of.get(name) is None else str(of[name]) for of in settings.values())] for name in names
     ]
     return Table(["setting", *(SHORT[method] for method in settings)], table, "Other settings have their defaults.")

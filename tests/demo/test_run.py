@@ -100,10 +100,8 @@ def test_fixed_rules_train_the_blocks_they_name(result: dict[str, Any]) -> None:
     live = {entry["method"]: {name for name, on in entry["block_map"].items() if any(on)} for entry in result["runs"]}
     assert live["last"] == {f"blocks.5.{name}" for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
     names = [f"blocks.{i}.{part}" for i in range(6) for part in ("fc1", "fc2", "q", "k", "v", "proj")]
-    assert [names[i] for i in methods._late_fc1(names, 0)] == [f"blocks.{i}.fc1" for i in (2, 3, 4, 5)]
-    draws = [tuple(methods._random(names, seed)) for seed in range(5)]
-    assert len(set(draws)) == 5
-    assert all(len(set(draw)) == 4 for draw in draws)
+    assert [names[i] for i in methods._late_fc1(names)] == [f"blocks.{i}.fc1" for i in (2, 3, 4, 5)]
+    assert live["random"] != live["last"]
 
 
 def test_all_methods_get_the_same_batches_under_the_same_schedule() -> None:
