@@ -32,9 +32,9 @@ class Strategy:
 
 STRATEGIES: dict[str, Strategy] = {
     # The paper's method has no budget: `tuning` chooses the penalty that ends nearest to a share.
-    "gates": Strategy("gates", {"gate_lr": 0.1}),
-    "budget-solo": Strategy("budget, solo gain", {"ranking": "solo"}),
-    "budget-norm": Strategy("budget, norm", {"ranking": "norm"}),
+    "gates": Strategy("gates", {"strategy": "gates", "gate_lr": 0.1}),
+    "budget-solo": Strategy("budget, solo gain", {"strategy": "budget", "ranking": "solo"}),
+    "budget-norm": Strategy("budget, norm", {"strategy": "budget", "ranking": "norm"}),
     "sensitivity": Strategy("sensitivity", {"strategy": "sensitivity"}),
     "random": Strategy("random", {"strategy": "random"}, chooses=False),
     "last": Strategy("last", {"strategy": "last"}, chooses=False),
