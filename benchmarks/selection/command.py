@@ -12,7 +12,7 @@ from benchmarks.results import BenchmarkError
 from benchmarks.selection import tuning
 from benchmarks.selection.engine import SEEDS, Case, cases, run
 from benchmarks.selection.registry import TASKS, task_named
-from benchmarks.selection.rows import STRATEGIES, rows
+from benchmarks.selection.rows import SHARES, STRATEGIES, rows
 from benchmarks.selection.store import FOLDER, Store
 
 NAMES = ("all", "linear", *STRATEGIES)
@@ -23,6 +23,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.set_defaults(call=selection)
     command.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK")
     command.add_argument("--strategies", nargs="+", choices=NAMES, metavar="STRATEGY", help=", ".join(NAMES))
+    command.add_argument("--shares", nargs="+", type=float, choices=SHARES, metavar="SHARE", help=f"some of {SHARES}")
     command.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED")
     command.add_argument("--tune", action="store_true", help="choose learning rates and penalties first")
     command.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each (default 1)")
@@ -37,7 +38,7 @@ def selection(args: argparse.Namespace) -> int:
         raise BenchmarkError("--quick needs --out; results/ holds whole runs")
     until = time.monotonic() + args.seconds
     store = Store(args.out or FOLDER)
-    tuned, chosen = tuning.store(store), rows(args.strategies)
+    tuned, chosen = tuning.store(store), rows(args.strategies, args.shares)
     families = dict.fromkeys(task_named(name).family for name in args.tasks)
     failed = 0
     with store.alone():

@@ -72,14 +72,15 @@ ALL = Row("all", 1.0, "all (plain LoRA)", Configuration("all", {"method": "lora"
 LINEAR = Row("linear", None, "linear probe", Configuration("linear", {"method": "linear"}))
 
 
-def rows(strategies: Sequence[str] | None = None) -> list[Row]:
-    """Return the rows, those to beat first; `strategies` leaves only some."""
+def rows(strategies: Sequence[str] | None = None, shares: Sequence[float] | None = None) -> list[Row]:
+    """Return the rows, those to beat first; `strategies` and `shares` leave only some, and those to beat."""
     chosen = [ALL, LINEAR]
     for share in SHARES:
         for name, strategy in STRATEGIES.items():
             budget = {} if name == "gates" else {"budget": share}
             configuration = Configuration(f"{name} {percent(share)}", dict(strategy.settings) | budget)
             chosen.append(Row(name, share, strategy.label, configuration))
+    chosen = [row for row in chosen if not shares or row.share in (1.0, None, *shares)]
     return [row for row in chosen if not strategies or row.strategy in strategies]
 
 

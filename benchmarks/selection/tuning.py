@@ -19,7 +19,7 @@ from benchmarks.selection.task import Configuration
 
 SEEDS = (100,)
 # With gate_lr 0.1 in 200 steps, from a few blocks switched off to nearly all.
-PENALTIES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+PENALTIES = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
 
 
 def store(folder: Store | None = None) -> Store:
