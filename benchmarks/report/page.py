@@ -2,6 +2,7 @@
 
     benchmarks/README.md             what a step costs, what memory costs, how near the limit is, the targets
     benchmarks/results/<device>.md   every case
+    benchmarks/results/selection.md  the selection strategies: results/selection/
     docs/compatibility.md            results/compatibility.json
     README.md                        its marked tables: the demo (docs/demo.json), the training step, the census
 
@@ -20,11 +21,12 @@ from benchmarks import targets
 from benchmarks.report import tables
 from benchmarks.report.tables import Cases
 from benchmarks.results import CASES, ROOT, BenchmarkError, need, read_result, results_in, source
+from benchmarks.selection.store import Store
 from slora.io.atomic import write_text
 
-jinja2, judge, figures = (
+jinja2, judge, figures, selection = (
     need(name, "the report needs it: pip install -e '.[train]' --no-build-isolation")
-    for name in ("jinja2", "slora.demo.judge", "benchmarks.report.figures")
+    for name in ("jinja2", "slora.demo.judge", "benchmarks.report.figures", "benchmarks.report.selection")
 )
 # The devices that targets are set for come first, whether they were measured or not.
 DEVICES = ("cpu", "nvidia-h100", "nvidia-h200")
@@ -71,6 +73,8 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
                 "device.md.j2", device=device, cases=cases, known=CASES, figures=drawn[device],
                 validations=[file for file in files if "parts" in file],
             )  # fmt: skip
+    if found := selection.page(_runs(root)):
+        made[folder / "selection.md"] = render("selection.md.j2", **found)
     if census:
         made[root / "docs" / "compatibility.md"] = render("compatibility.md.j2", census=census)
     return made
@@ -101,5 +105,11 @@ def write(root: Path = ROOT) -> None:
     made = texts(root)
     for path, text in made.items():
         write_text(path, text)
-    for path in [*made, *figures.draw_all(all_results(root), root / "benchmarks" / "figures")]:
+    folder = root / "benchmarks" / "figures"
+    for path in [*made, *figures.draw_all(all_results(root), folder), *selection.draw_all(_runs(root), folder)]:
         print(path)
+
+
+def _runs(root: Path) -> Store:
+    """The runs of the selection strategies."""
+    return Store(root / "benchmarks" / "results" / "selection")

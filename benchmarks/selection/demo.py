@@ -54,7 +54,7 @@ class Shift:
     family = "demo"
     target = "target %"
     retention = {"knn": "k-NN lost", "head": "old head lost"}  # noqa: RUF012 (the protocol's attribute)
-    rates = (2.5e-3, 7e-3, 2e-2)
+    rates = (9e-4, 2.5e-3, 7e-3, 2e-2)
 
     def __init__(self, name: str) -> None:
         self.name, self.title = name, TITLES[name]

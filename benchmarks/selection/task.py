@@ -69,7 +69,7 @@ class Record(Measures):
 
 
 class Task(Protocol):
-    """A new task and an old one. Made once per process, without training anything.
+    """A new task and an old one. Making one costs nothing: `run` reads data and weights, once per process.
 
     Attributes:
         name: such as "noisy"; names the file of its runs.
