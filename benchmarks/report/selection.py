@@ -101,7 +101,7 @@ def heads(scope: Scope) -> list[str]:
     """The heads of a scope's table."""
     task = task_named(scope.tasks[0])
     return [
-        "strategy", "share", "blocks", "seeds", "rate", task.target, "NLL", *task.retention.values(), "drift",
+        "strategy", "share", "blocks", "ranks", "seeds", "rate", task.target, "NLL", *task.retention.values(), "drift",
         "parameters", "TFLOP", "CPU s", "over scaled LoRA", "NLL over it",
     ]  # fmt: skip
 
@@ -113,7 +113,7 @@ def cells(scope: Scope, line: Line) -> list[str]:
     return [
         line.label,
         "" if share is None else percent(share),
-        "" if line.row.share is None or scaled else f"{line.mean('active'):.3g}",
+        *("" if share is None or scaled else f"{line.mean(name):.3g}" for name in ("active", "ranks")),
         str(len(line.seeds)),
         f"{line.rates[0]:g}" if len({*line.rates}) == 1 and not scaled else "",
         *(_number(line, name) for name in ("target", "nll", *lost, "drift", "kept", "flops", "seconds")),

@@ -34,12 +34,14 @@ from slora.demo.model import load_pretrained
 from slora.demo.shifts import Pair
 from slora.demo.shifts import task as shift_task
 from slora.evaluation.knn import features, knn_accuracy
-from slora.layers import adapted_layers
+from slora.layers import LoRABlocks, adapted_layers
 from slora.retention import generic_samples
 from slora.training import TrainSettings, prepare, train
 
 # Letters for choosing settings: other renderings than those of QUERIES.
 VALIDATION_QUERIES = (40, 105)
+# Parameters of the head of ten digits on 96 features.
+HEAD = 10 * 96 + 10
 TITLES = {
     "digits": "Digits unchanged",
     "inverted": "Digits inverted",
@@ -76,12 +78,14 @@ class Shift:
         outcome = train(model, TensorDataset(*training), None, settings, retain=retain)
         seconds = time.process_time() - start
         layers = [layer for _, layer in adapted_layers(model)]
-        live = slora.active_blocks(model)
+        ranks = {layer: layer.block_ranks() for layer in layers}
         return {
             **old.measures(model, test),
-            "active": sum(int(on.sum()) for on in live.values()),
+            "active": sum(rank > 0 for each in ranks.values() for rank in each),
             "blocks": sum(layer.blocks for layer in layers),
-            "kept": 970 + _in_active_blocks(model),
+            "ranks": sum(map(sum, ranks.values())),
+            # The head, and of every rank a row of A and a column of B.
+            "kept": HEAD + sum(sum(each) * _per_rank(layer) for layer, each in ranks.items()),
             "flops": outcome.flops or None,
             "seconds": round(seconds, 2),
             "scaled": [{"scale": scale, **old.measures(model, test, scale)} for scale in configuration.scales],
@@ -167,6 +171,5 @@ def _scaled(model: nn.Module, scale: float) -> Iterator[None]:
         slora.unmerge(model)
 
 
-def _in_active_blocks(model: nn.Module) -> int:
-    counts = {layer: len(layer.activity().active) for _, layer in adapted_layers(model)}
-    return sum(n * (layer.lora_A[0].numel() + layer.lora_B[0].numel()) for layer, n in counts.items() if n)
+def _per_rank(layer: LoRABlocks) -> int:
+    return layer.lora_A.shape[-1] + layer.lora_B.shape[-2]

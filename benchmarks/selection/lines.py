@@ -132,11 +132,18 @@ def _at_scale(run: Run, scale: float) -> Run:
     if scale == 1.0:
         return run
     (entry,) = [each for each in run["scaled"] if each["scale"] == scale]
-    return {**entry, "active": run["active"], "kept": run["kept"], "flops": None, "seconds": None}
+    return {
+        **entry,
+        "active": run["active"],
+        "ranks": run["ranks"],
+        "kept": run["kept"],
+        "flops": None,
+        "seconds": None,
+    }
 
 
 def _measures(run: Run) -> dict[str, Any]:
-    found = {name: run[name] for name in ("target", "nll", "drift", "active", "kept", "flops", "seconds")}
+    found = {name: run[name] for name in ("target", "nll", "drift", "active", "ranks", "kept", "flops", "seconds")}
     return found | {"lost": forgetting(run)} | {f"lost {name}": value for name, value in run["lost"].items()}
 
 

@@ -54,6 +54,7 @@ class Record(Measures):
     Attributes:
         active: blocks of the result.
         blocks: of the adapted model.
+        ranks: of all blocks of the result together.
         kept: trained parameters of the result, the head included.
         flops: of all training steps; None where not counted.
         seconds: processor time of the training, of one thread.
@@ -62,6 +63,7 @@ class Record(Measures):
 
     active: int
     blocks: int
+    ranks: int
     kept: int
     flops: int | None
     seconds: float

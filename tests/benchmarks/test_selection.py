@@ -23,8 +23,8 @@ OTHER = Configuration("other", {"lr": 0.1, "budget": 4})
 def record(target: float = 90.0, lost: float = 1.0, active: int = 4) -> Record:
     """What a run of the task of these tests measures."""
     return {
-        "target": target, "nll": 0.5, "lost": {"knn": lost}, "drift": 0.1, "active": active, "blocks": 36, "kept": 970,
-        "flops": None, "seconds": 1.0, "scaled": [],
+        "target": target, "nll": 0.5, "lost": {"knn": lost}, "drift": 0.1, "active": active, "blocks": 36, "ranks": 64,
+        "kept": 970, "flops": None, "seconds": 1.0, "scaled": [],
     }  # fmt: skip
 
 
@@ -142,6 +142,10 @@ def test_the_rate_is_the_one_with_the_highest_target_less_forgetting_and_the_pen
     assert (found.settings["lr"], found.settings["penalty"]) == (0.4, tuning.PENALTIES[3])
 
 
+def test_all_settings_of_the_rows_are_accepted() -> None:
+    assert {row.name: reason for row in rows() if (reason := engine.unknown(row.configuration))} == {}
+
+
 def test_an_unknown_task_is_refused_by_name() -> None:
     with pytest.raises(BenchmarkError, match="task 'cats' is unknown; use some of digits"):
         registry.task_named("cats")
@@ -150,8 +154,9 @@ def test_an_unknown_task_is_refused_by_name() -> None:
 def test_a_quick_run_of_the_demo_measures_everything_and_keeps_the_old_task_when_scaled_to_nothing() -> None:
     settings = {"budget": 4, "ranking": "norm", "lr": 7e-3}
     found = registry.task_named("noisy").run(Configuration("budget", settings, (1e-6,), "generic"), 0, quick=True)
-    assert (found["active"], found["blocks"]) == (4, 36)
-    assert 970 < found["kept"] < 970 + 4 * 16 * (4 * 96 + 96) + 1
+    assert (found["active"], found["blocks"], found["ranks"]) == (4, 36, 64)
+    # The smallest blocks are 96 to 96, the largest 96 to 384 or back.
+    assert 970 + 64 * 192 <= found["kept"] <= 970 + 64 * 480
     assert found["flops"] is not None
     assert found["drift"] > found["scaled"][0]["drift"]
     assert found["scaled"][0]["drift"] < 1e-6
