@@ -4,6 +4,7 @@ trainable.py     which parameters are trained: selective, lora, full, linear
 optimizers.py    the optimizers of weights and gates; schedule.py: steps and learning rate
 make_strategy.py the selection strategy that the settings ask for; make_terms.py: what they add to
                  the loss for retention; retain_images.py, replay_images.py: its images
+loss.py          the loss of a run on a batch
 head_first.py    trains a new head alone before the run
 entry.py         `train`: checks everything, then runs the trainer; result.py: what it returns
 trainer.py       the loop; process.py: accelerate and signals; measure.py: losses, time, FLOPs, active blocks

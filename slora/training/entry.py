@@ -18,10 +18,11 @@ from slora.runs.settings import TrainSettings
 from slora.selection.strategy import active_strategy, end_strategy
 from slora.sources.batches import Data
 from slora.training import random_states
+from slora.training.loss import Criterion
 from slora.training.make_terms import Terms
 from slora.training.process import make_accelerator
 from slora.training.result import TrainResult
-from slora.training.trainer import Criterion, Trainer
+from slora.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +49,10 @@ def train(
     that of one process with the batch of all. Only the first process writes.
 
     Args:
-        model: takes images `[n, ...]` and returns logits `[n, classes]`, or an object with `logits`.
+        model: takes images `[n, ...]` and returns logits `[n, classes]`, or an object with `logits`. If it has a true
+            attribute `takes_labels`, training calls it with `(images, labels)`, and it returns an object with its
+            `loss`, a scalar, and `logits`, which may be None. Its methods `before_training()` and `after_step()` are
+            called before the first and after each optimizer step, if it has them.
         train_data: `(images, labels)`, a `TensorDataset` of the two, or a map-style data set of `(image, label)`.
         eval_data: the same; evaluated as `settings.eval_every` says, and at the end.
         settings: by default `TrainSettings()`.

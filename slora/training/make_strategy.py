@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from slora.config import DEPTH_PRICE, DRIFT_PRICE
 from slora.errors import ConfigError
-from slora.evaluation.accuracy import logits_of
 from slora.gates.values import gates as gates_of
 from slora.models.features import final_features
 from slora.module_tree.modes import evaluating
@@ -34,6 +33,7 @@ from slora.selection import (
     SoRA,
     Strategy,
 )
+from slora.training.loss import Criterion, takes_labels, task_loss
 
 # Training images for the loss of `SoloGain`, and samples for its drift.
 SAMPLE, DRIFT_SAMPLE = 128, 64
@@ -59,9 +59,14 @@ class Given(NamedTuple):
     steps: int
     settings: TrainSettings
     sample: Callable[[int], tuple[Tensor, Tensor]]
-    criterion: Callable[[Tensor, Tensor], Tensor]
+    criterion: Criterion
     autocast: Callable[[], contextlib.AbstractContextManager[object]]
     retains: bool = False
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of the run, in the present mode of the model."""
+        with self.autocast():
+            return task_loss(self.model, images, labels, self.criterion, takes_labels(self.model))[0]
 
     def phases(self) -> dict[str, float]:
         """Return the arguments `warmup` and `settling` of a strategy: the settings, or its defaults."""
@@ -75,8 +80,7 @@ class Given(NamedTuple):
 
     def forward(self) -> None:
         """Run the model on one image."""
-        with self.autocast():
-            self.model(self.sample(1)[0])
+        self.loss(*self.sample(1))
 
     def one_shot(self) -> dict[str, Any]:
         """Return the arguments of a strategy that chooses before the first step, once the head is trained."""
@@ -122,16 +126,12 @@ def _budget(given: Given) -> Strategy:
 
 
 def _sensitivity(given: Given) -> Strategy:
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        with given.autocast():
-            return given.criterion(logits_of(given.model(images)), labels)
-
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         size = min(given.settings.batch_size, SENSITIVITY_BATCH)
         images, labels = given.sample(SENSITIVITY_BATCHES * size)
         yield from zip(images.split(size), labels.split(size), strict=True)
 
-    return Sensitivity(given.model, batches=batches(), loss=loss, **given.one_shot())
+    return Sensitivity(given.model, batches=batches(), loss=given.loss, **given.one_shot())
 
 
 def _random(given: Given) -> Strategy:
@@ -178,10 +178,16 @@ def _solo_gain(given: Given) -> SoloGain:
     if price:
         # Fail now rather than when selection begins.
         try:
-            final_features(given.model)
+            _drift_features(given.model)
         except ConfigError as error:
             raise ConfigError(f"drift_price={price}: {error}; or set drift_price to 0") from error
     return SoloGain(measured.loss, measured.features if price else None, price, depth)
+
+
+def _drift_features(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The features whose drift is a price: the model's own choice, or its final features."""
+    own: Callable[[Tensor], Tensor] | None = getattr(model, "drift_features", None)
+    return own or final_features(model)
 
 
 class _Measured:
@@ -204,13 +210,11 @@ class _Measured:
         return generic_samples(images, DRIFT_SAMPLE, patch=patch, seed=self.given.settings.seed)
 
     def loss(self) -> Tensor:
-        images, labels = self.images
-        with self.given.autocast():
-            return self.given.criterion(logits_of(self.given.model(images)), labels)
+        return self.given.loss(*self.images)
 
     def features(self) -> Tensor:
         with self.given.autocast():
-            return final_features(self.given.model)(self.generic)
+            return _drift_features(self.given.model)(self.generic)
 
 
 def first_images(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

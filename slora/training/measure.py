@@ -30,11 +30,11 @@ class Window:
         """Whether it must be read before the next `add`."""
         return self.filled == len(self.losses)
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def add(self, loss: Tensor, logits: Tensor | None, labels: Tensor) -> None:
         """Add a forward pass."""
         self.losses[self.filled] = loss.detach()
         self.filled += 1
-        if logits.dim() == 2 and labels.dim() == 1:
+        if logits is not None and logits.dim() == 2 and labels.dim() == 1:
             self.hits += (logits.detach().argmax(1) == labels).sum()
             self.seen += len(labels)
 

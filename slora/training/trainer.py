@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, StateError
-from slora.evaluation.accuracy import logits_of, tally
+from slora.evaluation.accuracy import tally
 from slora.gates.penalty import gate_penalty
 from slora.gates.values import gate_values
 from slora.layers import adapted_layers
@@ -27,6 +27,7 @@ from slora.training.checkpoint_load import Checkpoint
 from slora.training.checkpoint_save import save_checkpoint
 from slora.training.fingerprint import fingerprint
 from slora.training.head_first import train_head
+from slora.training.loss import Criterion, takes_labels, task_loss
 from slora.training.make_strategy import Given, first_images, strategy
 from slora.training.make_terms import Terms, loss_terms
 from slora.training.measure import BlockLog, Clock, Flops, Window
@@ -39,8 +40,6 @@ from slora.training.schedule import Schedule
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.console import Console
-
-Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 class Trainer:
@@ -65,6 +64,8 @@ class Trainer:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.own_criterion = criterion is not None
         self.criterion = criterion or _cross_entropy(settings.label_smoothing)
+        self.own_loss = takes_labels(model)
+        self.after_step = getattr(model, "after_step", None)
         self.accelerator = accelerator
         device = self.device = self.accelerator.device
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -83,6 +84,8 @@ class Trainer:
         broken = "" if resume is not None else ruined_parameter(model)
         if broken:
             raise StateError(f"{broken!r} is not finite before the first step; load or initialise it again")
+        if prepare := getattr(model, "before_training", None):
+            prepare()
         self.fingerprint = fingerprint(model)
         self.layers = dict(adapted_layers(model))
         self.may_release = any(layer.inactive == "frozen" for layer in self.layers.values())
@@ -196,6 +199,8 @@ class Trainer:
         due = tuple(term.due(self.step) for term in self.terms)
         work = (state, None if self.selection is None else self.selection.phase, due)
         self.result.flops += self.flops.of_step(work, self._forward_backward, batches)
+        if self.after_step is not None:
+            self.after_step()
         self._select()
         self.step += 1
 
@@ -214,8 +219,7 @@ class Trainer:
         for i in range(self.schedule.accumulation):
             images, labels = next(batches)
             with self.accelerator.accumulate(self.wrapped):
-                logits = logits_of(self.wrapped(images))
-                loss = self.criterion(logits, labels)
+                loss, logits = task_loss(self.wrapped, images, labels, self.criterion, self.own_loss)
                 self.window.add(loss, logits, labels)
                 if self.checks_each_loss and not math.isfinite(loss.item()):
                     self._refuse_loss(loss.item(), self.step + 1, images)
