@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Inactive = Literal["exact", "probe", "frozen"]
 Unit = Literal["blocks", "parameters", "flops", "ranks"]
+# The towers of a CLIP.
+Tower = Literal["image", "text", "both"]
 
 # (share of the steps in which every block is trained, share after the choice is made): of `slora.selection.Budget` and
 # of `Gates`. Here, so that settings are checked without importing torch.

@@ -21,14 +21,16 @@ _WRAPPED = {
     "ModelEmaV2": "module",
     "ModelEmaV3": "module",
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    # slora's own: a CLIP with the prompts of a data set, whose adapter is that of the CLIP.
+    "PromptedClip": "clip",
 }
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module inside the wrappers around `module`, or `module` itself if there are none.
 
-    Wrappers are those of torch.compile, DataParallel, DistributedDataParallel, activation checkpointing and averages of
-    weights (`torch.optim.swa_utils`, timm).
+    Wrappers are those of torch.compile, DataParallel, DistributedDataParallel, activation checkpointing, averages of
+    weights (`torch.optim.swa_utils`, timm), and `slora.clip.PromptedClip`.
 
     Raises:
         StateError: the parameters lie in pieces of flat tensors (FullyShardedDataParallel).

@@ -1,56 +1,40 @@
-"""A tiny CLIP of open_clip, its weights in a file, and a folder of images to fine-tune it on."""
+"""The tiny CLIP of `tiny_clip.py`, for a whole file of tests."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
-CONFIG = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
+from tests.clip import tiny_clip
 
 
-@pytest.fixture
-def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The name of a CLIP with two layers of `nn.MultiheadAttention` in each tower."""
-    import open_clip
     import open_clip.factory
 
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    (folder / "ViT-tiny-clip.json").write_text(json.dumps(CONFIG))
-    (folder / "ViT-wide-clip.json").write_text(json.dumps({**CONFIG, "embed_dim": 32}))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(open_clip.factory._MODEL_CONFIGS))
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", list(open_clip.factory._MODEL_CONFIG_PATHS))
-    open_clip.add_model_config(folder)
-    return "open_clip/ViT-tiny-clip"
+    with pytest.MonkeyPatch.context() as patched:
+        for attribute in ("_MODEL_CONFIGS", "_MODEL_CONFIG_PATHS"):
+            value = getattr(open_clip.factory, attribute)
+            patched.setattr(open_clip.factory, attribute, type(value)(value))
+        tiny_clip.register(tmp_path_factory.mktemp("configs"))
+        yield tiny_clip.NAME
 
 
-@pytest.fixture
-def weights(tiny: str, tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def weights(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file with weights of `tiny`."""
-    import open_clip
-
-    torch.manual_seed(3)
-    path = tmp_path / "tiny.pt"
-    torch.save(open_clip.create_model(tiny.partition("/")[2]).state_dict(), path)
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    torch.save(tiny_clip.model().state_dict(), path)
     return str(path)
 
 
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """A folder of 3 x 10 images of one colour with noise, the class of each its colour."""
-    generator = torch.Generator().manual_seed(0)
-    for name, colour in (("blue", (30, 40, 200)), ("green", (40, 190, 50)), ("red", (220, 30, 40))):
-        folder = tmp_path / "colours" / name
-        folder.mkdir(parents=True)
-        for i in range(10):
-            pixels = torch.tensor(colour) + torch.randint(-25, 25, (16, 16, 3), generator=generator)
-            Image.fromarray(pixels.clamp(0, 255).byte().numpy()).save(folder / f"{i}.png")
-    return tmp_path / "colours"
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images in three classes."""
+    folder = tmp_path_factory.mktemp("images")
+    tiny_clip.write_images(folder)
+    return folder
