@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import slora.demo  # noqa: F401 (registers its model and data sets by name)
 from slora import __version__
@@ -59,7 +59,7 @@ def app() -> typer.Typer:
     from slora.cli.inspect import inspect
     from slora.cli.merge import merge
     from slora.cli.report import report
-    from slora.runs.flags import with_settings
+    from slora.runs.flags import completed, with_settings
 
     result = typer.Typer(
         name="slora",
@@ -69,9 +69,16 @@ def app() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
+
+    class OptionalValues(typer.core.TyperCommand):
+        """A command with flags that may stand without their value."""
+
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            return super().parse_args(ctx, completed(args))
+
     result.callback()(_before_command)
     for command in (demo, with_settings(finetune), evaluate, merge, compress, decompress, inspect, report, doctor):
-        result.command(command.__name__)(command)
+        result.command(command.__name__, cls=OptionalValues)(command)
     return result
 
 

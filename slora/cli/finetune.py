@@ -41,6 +41,10 @@ def finetune(
     --strategy names what chooses the blocks. With --blocks: budget (the default, as above), sensitivity (chosen before
     training by squared gradients, so that the others never cost anything), random, first, last. Without: gates, all.
 
+    A CLIP of open_clip gets a new linear head, or with --head zero-shot none: its classes are prompts, and --tower says
+    which of its towers is trained. The weights of a CLIP are named: --pretrained TAG, or a file. Prompts are those of
+    open_clip unless --templates and --class-names give others.
+
     \b
     Examples:
         slora finetune --model timm/vit_base_patch16_224 --pretrained --data cifar100 --blocks 0.1
@@ -48,6 +52,8 @@ def finetune(
             --batch-size 32 --max-steps 200 --lr 1e-2
         slora finetune --model timm/vit_base_patch16_224 --pretrained --data cifar100 --blocks 0.1 \\
             --strategy sensitivity
+        slora finetune --model open_clip/ViT-B-32 --pretrained openai --tower image --head zero-shot --data pets \\
+            --blocks 0.0625 --lr 1e-4
         slora finetune --config run.yaml --lr 5e-4
         slora finetune --resume runs/vit_base_patch16_224-cifar100-selective
         torchrun --nproc_per_node 2 -m slora finetune --model timm/vit_base_patch16_224 --data cifar100 --blocks 0.1

@@ -44,6 +44,8 @@ def merge(
     --sweep shows first which --scale keeps how much: accuracy on the run's data against k-NN on --source, printed,
     drawn in sweep.png and written to sweep.json in the run directory.
 
+    A run with a zero-shot head gives both towers: open_clip.create_model(ARCH, pretrained="merged.safetensors").
+
     \b
     Examples:
         slora merge runs/letters_vit-digits-selective --out merged.safetensors

@@ -18,10 +18,11 @@ from slora.runs.settings import TrainSettings
 
 # Settings that a resumed run may not change: they determine the model, its tensors, or the images of each step.
 FIXED = (
-    "model", "pretrained", "img_size", "model_args", "data", "shots", "augment", "method", "r", "lora_alpha",
-    "target_modules", "exclude_modules", "modules_to_save", "use_rslora", "blocks", "threshold", "inactive",
-    "base_dtype", "gate_rule", "optimizer", "strategy", "budget", "budget_unit", "ranking", "drift_price",
-    "depth_price", "selection_warmup", "settling", "batch_size", "gradient_accumulation", "seed",
+    "model", "pretrained", "img_size", "model_args", "data", "shots", "augment", "head", "tower", "loss", "templates",
+    "class_names", "method", "r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "use_rslora",
+    "blocks", "threshold", "inactive", "base_dtype", "gate_rule", "optimizer", "strategy", "budget", "budget_unit",
+    "ranking", "drift_price", "depth_price", "selection_warmup", "settling", "batch_size", "gradient_accumulation",
+    "seed",
 )  # fmt: skip
 
 

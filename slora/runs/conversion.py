@@ -24,6 +24,9 @@ def converted(name: str, value: Any, hint: Any) -> Any:
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if isinstance(value, str) and list[str] in options and _NAMES.fullmatch(value) and value != "all-linear":
         return [entry.strip() for entry in value.split(",")]
+    if bool in options and str in options and value in ("true", "false"):
+        # As a flag gives it.
+        return value == "true"
     if int in options and float in options and _is_share(value):
         # 1 is a number of blocks, 1.0 a share.
         options = tuple(option for option in options if option is not int)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from slora.runs.settings import TrainSettings
@@ -39,6 +39,23 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return called
 
 
+def completed(arguments: Sequence[str]) -> list[str]:
+    """Return command-line arguments in which every flag has a value that may stand without one.
+
+    Those are the settings of type `bool | str`: `--pretrained` and `--no-pretrained` mean true and false.
+    """
+    hints = typing.get_type_hints(TrainSettings)
+    values: dict[str, str] = {}
+    for name in (name for name, hint in hints.items() if set(get_args(hint)) == {bool, str}):
+        flag = name.replace("_", "-")
+        values |= {f"--{flag}": f"--{flag}=true", f"--no-{flag}": f"--{flag}=false"}
+    result: list[str] = []
+    for i, argument in enumerate(arguments):
+        alone = argument.startswith("--no-") or i + 1 == len(arguments) or arguments[i + 1].startswith("-")
+        result.append(values[argument] if argument in values and alone else argument)
+    return result
+
+
 def _flag(name: str, hint: Any, sentence: str, default: Any) -> Any:
     import typer
 
@@ -48,6 +65,8 @@ def _flag(name: str, hint: Any, sentence: str, default: Any) -> Any:
     types = [hint] if get_origin(hint) is Literal else [t for t in get_args(hint) or (hint,) if t is not type(None)]
     if get_origin(types[0]) is Literal and len(types) == 1:
         return Annotated[str | None, typer.Option(*flags, help=help, metavar="|".join(get_args(types[0])))]
+    if set(types) == {bool, str}:
+        return Annotated[str | None, typer.Option(*flags, help=help, metavar="[VALUE]")]
     if types == [bool]:
         return Annotated[bool | None, typer.Option(f"{flags[0]}/--no-{flags[0][2:]}", help=help)]
     number = types[0] if types in ([int], [float]) else str

@@ -7,10 +7,10 @@ from typing import Any
 
 from slora.adapters.selective_json import SELECTIVE
 from slora.errors import CheckpointError, ConfigError
-from slora.io.bounded import absence, read_json
+from slora.io.bounded import absence, all_are, read_json
 from slora.runs import checkpoint_folders
 from slora.runs.next_command import command
-from slora.runs.rundir import ADAPTER, CHECKPOINTS, CLASSES, CONFIG, MODEL, RESULT, WEIGHTS, read_settings
+from slora.runs.rundir import ADAPTER, CHECKPOINTS, CLASSES, CONFIG, MODEL, PROMPTS, RESULT, WEIGHTS, read_settings
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
@@ -42,6 +42,30 @@ def labels(run_dir: Path) -> tuple[str, ...] | None:
                 raise CheckpointError(f"{path} holds no list of classes; it may be damaged")
             return tuple(names)
     return None
+
+
+def prompts(run_dir: Path, classes: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Return `(names, templates)` that a run with a zero-shot head recorded, or None where it recorded none.
+
+    Args:
+        classes: number of classes of its data set.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another number of classes.
+    """
+    path = run_dir / PROMPTS
+    if not path.exists():
+        return None
+    content = read_json(path)
+    values: list[Any] = [content.get(key) for key in ("names", "templates")] if isinstance(content, dict) else []
+    if not values or not all(all_are(lambda text: isinstance(text, str), value) and value for value in values):
+        raise CheckpointError(f"{path} holds no names and templates; it may be damaged")
+    names, templates = tuple(values[0]), tuple(values[1])
+    if len(names) != classes:
+        raise CheckpointError(
+            f"{path} names {len(names)} classes, but the data set has {classes}; give that of the run"
+        )
+    return names, templates
 
 
 def adapter_of(folder: Path) -> Path:

@@ -13,7 +13,7 @@ from slora.runs.lock import refuse_locked
 from slora.runs.next_command import command, suggesting_intact
 from slora.runs.settings import TrainSettings
 from slora.sources.data_names import check_name, check_replayed, check_retained
-from slora.sources.model_names import source_of
+from slora.sources.model_names import require_clip, source_of
 
 
 class Request(NamedTuple):
@@ -60,6 +60,8 @@ def read_request(
     if settings.replay_data is not None:
         check_replayed(settings.replay_data)
     source_of(settings.model)
+    if settings.head == "zero-shot":
+        require_clip(settings.model)
     if out is None:
         out = _default_folder(settings, data)
     refuse_locked(out)

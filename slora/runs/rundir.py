@@ -2,6 +2,7 @@
 
 config.yaml       the settings
 classes.json      names of the classes, in the order of the model's outputs
+prompts.json      with a zero-shot head, the names and templates that its class embeddings are made of
 metrics.jsonl     the records of the run, one JSON object a line
 tensorboard/      the same records for TensorBoard
 checkpoints/      step-<step>: what a run needs to resume
@@ -22,7 +23,8 @@ from slora.errors import ConfigError
 from slora.runs import checkpoint_folders
 from slora.runs.settings import TrainSettings
 
-CONFIG, CLASSES, RESULT, EVALUATION = "config.yaml", "classes.json", "result.json", "evaluation.json"
+CONFIG, CLASSES, PROMPTS = "config.yaml", "classes.json", "prompts.json"
+RESULT, EVALUATION = "result.json", "evaluation.json"
 ADAPTER, MODEL, CHECKPOINTS = "adapter", "model", "checkpoints"
 TENSORBOARD = "tensorboard"
 SWEEP = "sweep.json"

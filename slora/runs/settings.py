@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from slora.config import Inactive, SelectiveLoRAConfig, Unit
+from slora.config import Inactive, SelectiveLoRAConfig, Tower, Unit
 from slora.errors import ConfigError
 from slora.io.plain import plain, plain_list, plain_mapping, shown
 from slora.io.yaml_files import read_yaml
 from slora.runs.conversion import converted
+from slora.runs.heads import Head, Loss, check_head, is_contrastive
 from slora.runs.strategies import StrategyName, check_strategy, strategy_of, unit_of
 from slora.sources.model_args import Scalar, check_keys
 
@@ -53,8 +54,9 @@ class TrainSettings:
     """All settings of a run. `slora finetune` has a flag for each; `config.yaml` of a run directory holds them all.
 
     Fields that `slora.SelectiveLoRAConfig` has too mean the same. Shares are fractions of the run's optimizer steps,
-    from 0 to 1. `model`, `pretrained`, `img_size`, `model_args`, `data`, `data_root`, `download`, `shots` and `augment`
-    are for the command line only: `slora.training.train` takes the model and the data themselves.
+    from 0 to 1. `model`, `pretrained`, `img_size`, `model_args`, `data`, `data_root`, `download`, `shots`, `augment`,
+    `loss`, `templates` and `class_names` are for the command line only: `slora.training.train` takes the model and the
+    data themselves.
 
     Raises:
         ConfigError: a value is out of range or of the wrong type; names the field, the value and what is allowed.
@@ -63,7 +65,11 @@ class TrainSettings:
     model: Annotated[str | None, "Model: timm/NAME, open_clip/ARCH, open_clip/ARCH:PRETRAINED or demo/letters_vit."] = (
         None
     )
-    pretrained: Annotated[bool, "Start from the model's pretrained weights."] = False
+    pretrained: Annotated[
+        bool | str,
+        "Start from the model's pretrained weights; of an open_clip model, name them: a tag, or a file such as one "
+        "written by slora merge.",
+    ] = False
     img_size: Annotated[int | None, "Side of the images that the model takes, in pixels; unset: the model's own."] = (
         None
     )
@@ -79,6 +85,29 @@ class TrainSettings:
         Literal["auto", "none", "crop", "crop-flip"],
         "Augmentation: random crops and flips of training images; auto: what suits the data set.",
     ] = "auto"
+
+    head: Annotated[
+        Head,
+        "linear: a new head, of a CLIP on its image embedding; zero-shot: no new weights, the classes of a CLIP are "
+        "prompts.",
+    ] = "linear"
+    tower: Annotated[Tower, "With a zero-shot head: the tower of the CLIP to train; logit_scale as well."] = "image"
+    loss: Annotated[
+        Loss | None,
+        "With a zero-shot head: cross-entropy on its logits (a trained text tower runs a prompt of every class), or "
+        "contrastive: an image with a prompt of its class, all others of the batch as negatives (FLYP); unset: "
+        "cross-entropy for the image tower, else contrastive.",
+    ] = None
+    templates: Annotated[
+        str | None,
+        "With a zero-shot head: prompts, openai (80), simple (7), or a file with one a line and {} for the class; "
+        "unset: the model's own, or openai.",
+    ] = None
+    class_names: Annotated[
+        str | None,
+        "With a zero-shot head: file of names of the classes, one a line in the order of the classes, or "
+        "CLASS<TAB>NAME; unset: open_clip's for ImageNet, else those of the data set.",
+    ] = None
 
     method: Annotated[
         Method, "selective: gated LoRA blocks; lora: all blocks, no gates; full: all weights; linear: the head."
@@ -241,6 +270,7 @@ class TrainSettings:
         check_keys(self.model_args or ())
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         check_strategy(self.to_dict(), defaults)
+        check_head(self.to_dict(), self.unit)
         if self.base_dtype is not None and self.precision == "fp32":
             raise ConfigError(
                 f"base_dtype={self.base_dtype!r} needs precision='bf16'; fp32 arithmetic needs fp32 weights"
@@ -270,6 +300,11 @@ class TrainSettings:
     def unit(self) -> Unit:
         """What the budget counts or is a share of: by default the first unit of the strategy."""
         return unit_of(self.to_dict())
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether the loss is the contrastive one: by default with a zero-shot head, if the text tower is trained."""
+        return is_contrastive(self.to_dict())
 
     def workers(self) -> int:
         """Return the number of DataLoader workers."""

@@ -29,6 +29,22 @@ def source_of(name: str | None) -> tuple[str, str]:
     return source, rest
 
 
+def is_clip(name: str | None) -> bool:
+    """Whether the model of this name has a text tower."""
+    return name is not None and (name.startswith("open_clip/") or name in CLIPS)
+
+
+def require_clip(name: str | None) -> None:
+    """Refuse a model without a text tower.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if not is_clip(name):
+        known = " or ".join(["open_clip/ARCH:PRETRAINED", *CLIPS])
+        raise ConfigError(f"model={name!r} has no text tower; use a CLIP, {known}, or head='linear'")
+
+
 def _either(forms: list[str]) -> str:
     return " or ".join(filter(None, [", ".join(forms[:-1]), forms[-1]]))
 

@@ -13,7 +13,7 @@ from torch import nn
 from slora.clip import Clip, ClipClassifier
 from slora.errors import CheckpointError, ConfigError
 from slora.models.input_spec import InputSpec
-from slora.sources.model_names import SOURCES, check_known, source_of
+from slora.sources.model_names import SOURCES, check_known, is_clip, require_clip, source_of
 from slora.sources.optional import first_line, imported
 from slora.sources.registry import CLIPS, MODELS
 
@@ -123,11 +123,6 @@ def build(
     return _timm(f"{architecture}.{tag}" if tag else architecture, classes, bool(pretrained), img_size, model_args)
 
 
-def is_clip(name: str) -> bool:
-    """Whether `build_clip` builds a model of this name."""
-    return name.startswith("open_clip/") or name in CLIPS
-
-
 def build_clip(
     name: str,
     pretrained: bool | str = False,
@@ -148,9 +143,7 @@ def build_clip(
     """
     _, architecture, weights = check_name(name, pretrained)
     model_args = dict(model_args or {})
-    if not is_clip(name):
-        known = ", ".join(["open_clip/ARCH:PRETRAINED", *CLIPS])
-        raise ConfigError(f"model={name!r} has no text tower; use a CLIP: {known}")
+    require_clip(name)
     if name in CLIPS:
         return _registered_clip(name, pretrained, img_size, model_args)
     return _open_clip(architecture, weights, img_size, model_args)

@@ -63,7 +63,7 @@ def evaluate(
     folder = None if which is None else chosen(run_dir, which)
     if source is not None:
         source = check_name(source)
-    model, spec, own = build(settings)
+    model, spec, own = build(settings, run_dir)
     known = None if source is None else open_data(source, settings.data_root, settings.download)
     if known is not None and max(k) > len(known.training):
         raise ConfigError(

@@ -12,10 +12,12 @@ from safetensors.torch import save_model
 from torch import nn
 
 from slora.adapters.save_load import save_adapter
+from slora.clip import PromptedClip
 from slora.errors import NonFiniteLossError, WriteError
 from slora.io.atomic import write_atomically, write_json, write_text
 from slora.layers import adapted_layers
 from slora.models.parameter_groups import trainable_parameters
+from slora.module_tree.wrappers import unwrapped
 from slora.runs import rundir
 from slora.runs.checkpoint_folders import refuse_newer
 from slora.runs.lock import locked
@@ -69,7 +71,7 @@ def finetune(
     settings, out, start = of_first(request)
     with processes.local_main_process_first():
         # So that downloads happen once per machine.
-        model, spec, source = build(settings)
+        model, spec, source = build(settings, None if start is None else rundir.run_dir_of(start))
         retain, replay = retained_images(settings, spec, source), replay_terms(settings, spec)
     torch.manual_seed(settings.seed)
     prepare(model, settings=settings)
@@ -80,12 +82,12 @@ def finetune(
         settings = settings.replace(head_first=_head_first(model, settings, len(source.classes)))
     with contextlib.ExitStack() as stack:
         if processes.is_main_process:
-            stack.enter_context(_prepared_dir(out, start, settings, source))
+            stack.enter_context(_prepared_dir(out, start, settings, source, model))
 
         def accepted() -> None:
             # Only now: a refused checkpoint must not change the settings of its run.
             if start is not None and processes.is_main_process:
-                _describe(out, start, settings, source)
+                _describe(out, start, settings, source, model)
 
         try:
             with suggesting_intact(start):
@@ -114,20 +116,26 @@ def finetune(
 
 
 @contextlib.contextmanager
-def _prepared_dir(out: Path, start: Path | None, settings: TrainSettings, source: Source) -> Iterator[None]:
+def _prepared_dir(
+    out: Path, start: Path | None, settings: TrainSettings, source: Source, model: nn.Module
+) -> Iterator[None]:
     """Lock the run directory and, for a new run, write the files that describe it."""
     with locked(out):
         # Again: another run may have written here while the model was built.
         rundir.refuse_other_run(out, start)
         refuse_newer(out / rundir.CHECKPOINTS, start)
         if start is None:
-            _describe(out, start, settings, source)
+            _describe(out, start, settings, source, model)
         yield
 
 
-def _describe(out: Path, start: Path | None, settings: TrainSettings, source: Source) -> None:
+def _describe(out: Path, start: Path | None, settings: TrainSettings, source: Source, model: nn.Module) -> None:
     write_text(out / CONFIG, _yaml(settings))
     write_json(out / rundir.CLASSES, list(source.classes))
+    if isinstance(model, PromptedClip):
+        write_json(out / rundir.PROMPTS, model.prompts._asdict())
+    else:
+        (out / rundir.PROMPTS).unlink(missing_ok=True)
     if start is None or out.resolve() != rundir.run_dir_of(start).resolve():
         rundir.remove_stale(out)
 
@@ -135,6 +143,8 @@ def _describe(out: Path, start: Path | None, settings: TrainSettings, source: So
 def _head_first(model: nn.Module, settings: TrainSettings, classes: int) -> int:
     """How many steps to train the head alone, if the user does not say: `STEPS` for a new head, else 0."""
     assert settings.model is not None
+    if settings.head == "zero-shot":
+        return 0
     possible = settings.method != "linear" and len(trained_heads(model)) == 1
     return STEPS if possible and models.new_head(settings.model, settings.pretrained, classes) else 0
 
@@ -150,7 +160,7 @@ def save_result(model: nn.Module, source: Source, settings: TrainSettings, out: 
     if settings.method in ("selective", "lora"):
         save_adapter(model, out / ADAPTER)
     else:
-        write_atomically(out / MODEL / rundir.WEIGHTS, lambda path: save_model(model, str(path)))
+        write_atomically(out / MODEL / rundir.WEIGHTS, lambda path: save_model(unwrapped(model), str(path)))
     values: dict[str, Any] = {
         "accuracy": result.accuracy,
         "best_accuracy": result.best_accuracy,

@@ -11,8 +11,9 @@ from torch import nn
 
 from slora import __version__
 from slora.adapters.save_load import fingerprint, load_adapter
-from slora.adapters.selective_json import PREFIX
+from slora.adapters.selective_json import PREFIX, read_selective
 from slora.adapters.tensors import is_finite, read_adapter
+from slora.clip import ClipClassifier
 from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.io.atomic import write_atomically
 from slora.layers import adapted_layers
@@ -20,6 +21,7 @@ from slora.merging import merge_and_unload
 from slora.runs import read_results, rundir
 from slora.runs.checkpoint_folders import chosen
 from slora.runs.settings import TrainSettings
+from slora.sources.model_names import is_clip
 from slora.training.run_model import load_result, rebuild, rebuild_for
 
 
@@ -39,7 +41,7 @@ def merge_adapter(
         format              "pt"
         slora_version       that wrote the file
         model               as for `models.build`
-        pretrained          "true" or "false": whether training started from pretrained weights
+        pretrained          "true" or "false": whether training started from pretrained weights; or their tag or file
         img_size            side of the model's images in pixels, if it was set
         model_args          JSON object, if there are any
         active_blocks       number of blocks merged
@@ -47,8 +49,12 @@ def merge_adapter(
         base_fingerprint    digest of the base weights, `slora.adapters.save_load.fingerprint`; only with blocks
         data, method        of the run
         classes             JSON list of the classes' names, in the order of the outputs
+        head                with a zero-shot head: "zero-shot"
+        tower, loss         with a zero-shot head: what was trained, and on which loss
+        names, templates    with a zero-shot head: JSON lists, what the class embeddings are made of
 
-    The last three only of a run: an adapter directory does not hold them.
+    Those from `data` on only of a run: an adapter directory does not hold them. With a zero-shot head the file holds
+    both towers, and `open_clip.create_model(ARCH, pretrained=FILE)` loads it.
 
     Args:
         folder: an adapter directory, or a run directory, which names its model.
@@ -92,6 +98,7 @@ def merge_adapter(
     metadata = _of_model(settings) | {"active_blocks": str(count), "scale": str(scale)}
     if run:
         metadata |= {"data": settings.data or "", "method": settings.method}
+        metadata |= _of_head(folder, settings, len(labels or ()))
     if labels:
         metadata["classes"] = json.dumps(labels)
     if layers:
@@ -119,13 +126,23 @@ def _of_model(settings: TrainSettings) -> dict[str, str]:
         "format": "pt",
         "slora_version": __version__,
         "model": settings.model or "",
-        "pretrained": json.dumps(settings.pretrained),
+        "pretrained": settings.pretrained if isinstance(settings.pretrained, str) else json.dumps(settings.pretrained),
     }
     if settings.img_size is not None:
         values["img_size"] = str(settings.img_size)
     if settings.model_args:
         values["model_args"] = json.dumps(settings.model_args)
     return values
+
+
+def _of_head(run_dir: Path, settings: TrainSettings, classes: int) -> dict[str, str]:
+    """The metadata about a zero-shot head."""
+    recorded = read_results.prompts(run_dir, classes) if settings.head == "zero-shot" else None
+    if recorded is None:
+        return {}
+    names, templates = map(json.dumps, recorded)
+    loss = "contrastive" if settings.contrastive else "cross-entropy"
+    return {"head": settings.head, "tower": settings.tower, "loss": loss, "names": names, "templates": templates}
 
 
 def _with_checkpoint(run_dir: Path, which: str, settings: TrainSettings, classes: int | None) -> nn.Module:
@@ -135,7 +152,11 @@ def _with_checkpoint(run_dir: Path, which: str, settings: TrainSettings, classes
 
 
 def _with_adapter(adapter: Path, settings: TrainSettings, classes: int | None) -> nn.Module:
-    model = rebuild(settings, classes or _classes_in(adapter)).model
+    if is_clip(settings.model) and read_selective(adapter).base_class != ClipClassifier.__name__:
+        # Of both towers, without a head.
+        settings = settings.replace(head="zero-shot")
+    without_head = settings.head == "zero-shot"
+    model = rebuild(settings, 0 if without_head else classes or _classes_in(adapter)).model
     try:
         with warnings.catch_warnings():
             # Merged into the wrong base the file would be useless, so here this is an error.

@@ -38,7 +38,7 @@ def replay_terms(settings: TrainSettings, spec: InputSpec) -> Terms | None:
     other = open_data(check_replayed(name), settings.data_root, settings.download)
     classes = len(other.classes)
     assert settings.model is not None
-    if not settings.pretrained or models.new_head(settings.model, True, classes):
+    if not settings.pretrained or models.new_head(settings.model, settings.pretrained, classes):
         raise ConfigError(
             f"replay_data={name!r} has {classes} classes, and {settings.model} has no pretrained head for them; name "
             f"the data set of its pretraining and set pretrained, or use retain_data, which needs no head and no labels"

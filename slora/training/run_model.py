@@ -10,9 +10,13 @@ from torch import nn
 
 from slora.adapters.save_load import load_adapter, selective
 from slora.adapters.tensors import read_safetensors
+from slora.clip import Clip, PromptedClip
+from slora.clip.prompts import Prompts, class_names, templates
+from slora.clip.towers import require_towers
 from slora.errors import CheckpointError, DamagedCheckpointError
 from slora.layers import adapted_layers
 from slora.models.input_spec import InputSpec
+from slora.module_tree.wrappers import unwrapped
 from slora.runs import read_results, rundir
 from slora.runs.checkpoint_folders import chosen
 from slora.runs.rundir import ADAPTER, MODEL, read_settings
@@ -25,20 +29,54 @@ from slora.training.fingerprint import fingerprint
 from slora.training.trainable import prepare
 
 
-def build(settings: TrainSettings) -> tuple[nn.Module, InputSpec, Source]:
+def build(settings: TrainSettings, run_dir: Path | None = None) -> tuple[nn.Module, InputSpec, Source]:
     """Return the plain model of a run, the images it takes, and its data set.
 
+    With a zero-shot head the model is a `PromptedClip`.
+
+    Args:
+        run_dir: the directory of the run, if it has begun: prompts are those that it recorded, whatever their files
+            hold now.
+
     Raises:
-        ConfigError, DataError, CheckpointError: see `open_data` and `models.build`.
+        ConfigError, DataError, CheckpointError: see `open_data`, `models.build` and `slora.clip.prompts`.
     """
     models.check_name(settings.model, settings.pretrained)
     source = open_data(check_name(settings.data), settings.data_root, settings.download)
     source = source.few_shot(settings.shots, settings.seed)
+    if settings.head == "zero-shot":
+        return *_prompted(settings, source, run_dir), source
     return *rebuild(settings, len(source.classes)), source
 
 
+def _prompted(settings: TrainSettings, source: Source, run_dir: Path | None) -> models.Built:
+    recorded = None if run_dir is None else read_results.prompts(run_dir, len(source.classes))
+    if recorded is not None:
+        clip, prompts = _clip(settings), Prompts(*recorded)
+    else:
+        # Files are read before the weights: that is where mistakes are.
+        names = class_names(source.classes, settings.class_names, source.name)
+        given = settings.templates and templates(settings.templates)
+        clip = _clip(settings)
+        prompts = Prompts(names, given or templates(None, clip.templates))
+    require_towers(clip.model)
+    return models.Built(PromptedClip(clip, prompts, settings.tower != "image", settings.contrastive), clip.input)
+
+
+def _clip(settings: TrainSettings) -> Clip:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return models.build_clip(settings.model or "", settings.pretrained, settings.img_size, settings.model_args)
+
+
 def rebuild(settings: TrainSettings, classes: int) -> models.Built:
-    """Return the plain model of a run and its input format; the initial weights are the same at every call."""
+    """Return the plain model of a run and its input format; the initial weights are the same at every call.
+
+    With a zero-shot head that is the CLIP without prompts.
+    """
+    if settings.head == "zero-shot":
+        clip = _clip(settings)
+        return models.Built(clip.model, clip.input)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return models.build(settings.model or "", classes, settings.pretrained, settings.img_size, settings.model_args)
@@ -51,6 +89,8 @@ def rebuild_for(run_dir: Path, settings: TrainSettings) -> nn.Module:
         ConfigError, DataError, CheckpointError: see `build`.
     """
     labels = read_results.labels(run_dir)
+    if settings.head == "zero-shot":
+        return rebuild(settings, 0).model
     if labels is None:
         return build(settings)[0]
     return rebuild(settings, len(labels)).model
@@ -84,7 +124,7 @@ def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path, folder
     if not path.exists():
         raise read_results.unfinished(path, run_dir)
     found = read_safetensors(path, "use another checkpoint", DamagedCheckpointError)
-    state = model.state_dict()
+    state = unwrapped(model).state_dict()
     # Of tied tensors the file holds the first.
     loaded = {_storage(state[name]) for name in found if name in state}
     expected = {name: value for name, value in state.items() if name in found or _storage(value) not in loaded}

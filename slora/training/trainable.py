@@ -7,6 +7,7 @@ from typing import TypeVar, get_args
 
 from torch import nn
 
+from slora.clip.towers import SCALE, parameters_of_tower, targets_of_tower
 from slora.errors import ConfigError
 from slora.layers import adapted_layers
 from slora.models.inject import inject
@@ -26,6 +27,9 @@ def prepare(model: Model, method: Method | None = None, settings: TrainSettings 
     - "full": every parameter.
     - "linear": the classifier head only.
 
+    With `settings.head="zero-shot"`, the blocks or parameters of `settings.tower` of a CLIP, and in place of a head
+    `logit_scale`.
+
     `lora_A` is initialised from torch's global generator: seed it first for a repeatable run.
 
     Args:
@@ -33,7 +37,7 @@ def prepare(model: Model, method: Method | None = None, settings: TrainSettings 
         settings: those of the adapter, and `modules_to_save` if the head is not found automatically.
 
     Raises:
-        ConfigError: the method is unknown, or "linear" finds no head.
+        ConfigError: the method is unknown, "linear" finds no head, or a zero-shot head needs a CLIP.
         TargetError: a pattern matches nothing.
         StateError: the model is adapted already.
     """
@@ -41,12 +45,19 @@ def prepare(model: Model, method: Method | None = None, settings: TrainSettings 
     method = settings.method if method is None else method
     if method not in get_args(Method):
         raise ConfigError(f"method={method!r} is unknown; use one of {', '.join(get_args(Method))}")
+    prompted = settings.head == "zero-shot"
     if method == "full":
-        return model.requires_grad_(True)
-    heads = heads_of(model) if settings.modules_to_save is None else tuple(settings.modules_to_save)
+        chosen = list(parameters_of_tower(model, settings.tower) if prompted else model.parameters())
+        model.requires_grad_(False)
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        return model
+    heads = (SCALE,) if prompted else heads_of(model)
+    heads = heads if settings.modules_to_save is None else tuple(settings.modules_to_save)
     if method == "linear":
         return _only(model, heads, settings)
-    model = inject(model, settings.replace(method=method).lora_config(heads))
+    config = settings.replace(method=method).lora_config(heads)
+    model = inject(model, targets_of_tower(model, config, settings.tower) if prompted else config)
     if method == "lora":
         for _, layer in adapted_layers(model):
             layer.gate.requires_grad_(False)

@@ -88,7 +88,7 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
         ("label_smoothing", 1.0, "label_smoothing=1.0"),
         ("method", "selectiv", "method='selectiv' is not 'selective' or 'lora' or 'full' or 'linear'"),
         ("inactive", "never", "inactive='never'"),
-        ("pretrained", "yes", "pretrained='yes' is not true or false"),
+        ("pretrained", 1, "pretrained=1 is not true or false or a string"),
         ("r", 0, "r=0 is not a rank"),
         ("threshold", float("inf"), "threshold=inf is not"),
         ("target_modules", "(", "not a regular expression"),

@@ -152,10 +152,10 @@ def test_the_folder_is_looked_at_again_once_it_is_locked(monkeypatch: pytest.Mon
     def second(first: Callable[[], Any]) -> None:
         """Let `first` come and go while the model of the next run is built."""
 
-        def built(settings: TrainSettings) -> Any:
+        def built(settings: TrainSettings, run_dir: Path | None) -> Any:
             monkeypatch.setattr(finetune_run, "build", build)
             first()
-            return build(settings)
+            return build(settings, run_dir)
 
         monkeypatch.setattr(finetune_run, "build", built)
 
