@@ -20,7 +20,7 @@ class Importance:
         score = mean * spread
 
     Args:
-        like: tensors of the shapes and devices of the sensitivities, by name.
+        like: tensors of the shapes, dtypes and devices of the sensitivities, by name.
     """
 
     def __init__(self, like: Mapping[str, Tensor]) -> None:
@@ -29,6 +29,9 @@ class Importance:
 
     def add(self, name: str, sensitivity: Tensor) -> None:
         """Add the sensitivities of one step."""
+        for values in (self.mean, self.spread):
+            # The model may have been moved since.
+            values[name] = values[name].to(sensitivity)
         mean = self.mean[name].lerp_(sensitivity, 1 - BETA)
         self.spread[name].lerp_((sensitivity - mean).abs(), 1 - BETA)
 

@@ -77,12 +77,11 @@ class IncreLoRA(RankStrategy):
         """Set lambda to 0 and draw P; every block has one rank."""
         for layer in self.layers.values():
             layer.lora_B.normal_(std=STD)
-        device = self.gates[0].device
         self.limits = [layer.r for layer in self.layers.values() for _ in range(layer.blocks)]
         self.ranks = [1] * self.n
-        self.write(torch.zeros(self.total, device=device))
+        self.write(torch.zeros_like(self.values()))
         self._arrange()
-        self.scores = Importance({"blocks": torch.zeros(self.n, device=device)})
+        self.scores = Importance({"blocks": self.values().new_zeros(self.n)})
         self._hook = self.model.register_forward_pre_hook(self._borrow)
 
     def _borrow(self, model: nn.Module, args: Any) -> None:
@@ -158,6 +157,8 @@ class IncreLoRA(RankStrategy):
     def chosen(self) -> list[int]:
         """Return the numbers of the ranks that blocks have; with fewer than one per block, those of the best blocks."""
         assert self.keep is not None
+        # A run that a resume has made shorter may lack ranks.
+        self._grow(self.keep)
         starts = [sum(self.limits[:i]) for i in range(self.n)]
         if self.keep < self.n:
             return [starts[i] for i in highest(self.scores.score("blocks"), self.keep)]
