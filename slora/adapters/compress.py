@@ -163,7 +163,8 @@ def check_compression(out: Path, density: float, scale: str | float) -> str | fl
 
 def _pairs(name: str, content: Selective, tensors: dict[str, Tensor], folder: Path) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield `A [r, K]` and `B [n, r]` of each active block of a layer, fp32."""
-    r, _, blocks, active, _ = content.layers[name]
+    entry = content.layers[name]
+    r, blocks, active = entry.r, entry.blocks, entry.active
     N, K = content.shapes[name]
     n = N // blocks
     A, B = (tensors.get(key) for key in _keys(name))

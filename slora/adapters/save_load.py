@@ -255,10 +255,13 @@ def _layer_entry(name: str, layer: LoRABlocks) -> dict[str, Any]:
     gate = [float(value) for value in full(layer.gate.detach()).tolist()]
     if not all(map(math.isfinite, gate)):
         raise StateError(f"the gates of {name!r} are {gate}: training diverged; go back to an earlier checkpoint")
+    active, ranks = layer.activity().active, layer.block_ranks()
     return {
         "r": layer.r,
+        # Only if a rank-wise strategy has left fewer in some block.
+        **({} if all(ranks[i] == layer.r for i in active) else {"ranks": ranks}),
         "blocks": layer.blocks,
-        "active": list(layer.activity().active),
+        "active": list(active),
         "gate": gate,
         # The value, not the pattern: regular expressions from a file are not run.
         "lora_alpha": layer.lora_alpha,

@@ -29,6 +29,8 @@ class Entry(NamedTuple):
     blocks: int
     active: tuple[int, ...]
     gate: tuple[float, ...]
+    ranks: tuple[int, ...]
+    """Of each block; 0 for an inactive one."""
 
 
 class Selective(NamedTuple):
@@ -124,7 +126,11 @@ def _entry(name: str, entry: Any, config: SelectiveLoRAConfig, shape: list[int])
     alpha = _number("lora_alpha", entry["lora_alpha"]) if "lora_alpha" in entry else _alpha_by_pattern(config, name)
     if not config.alpha_pattern and alpha != config.alpha_of(name):
         raise ValueError(f"'lora_alpha' is {alpha}, and the config, without alpha_pattern, has {config.lora_alpha}")
-    return Entry(r, alpha, blocks, active, gate)
+    own = [r if i in active else 0 for i in range(blocks)]
+    ranks = tuple(_integer("ranks", rank) for rank in _list(entry, "ranks")) if "ranks" in entry else tuple(own)
+    if len(ranks) != blocks or any(not 0 <= rank <= most for rank, most in zip(ranks, own, strict=True)):
+        raise ValueError(f"ranks={list(ranks)}, but r={r}, and the active blocks are {list(active)} of {blocks}")
+    return Entry(r, alpha, blocks, active, gate, ranks)
 
 
 def _alpha_by_pattern(config: SelectiveLoRAConfig, name: str) -> float:

@@ -69,14 +69,21 @@ def _show_blocks(content: dict[str, Any]) -> tuple[int, int]:
 
 
 def block_table(layers: dict[str, Any], shapes: dict[str, list[int]]) -> str:
-    """Return a line per layer: shape, rank, which blocks are active, gates.
+    """Return a line per layer: shape, rank (of each block where they differ), which blocks are active, gates.
 
     Args:
         layers: "layers" of `selective.json`.
         shapes: of the adapted weights, by layer.
     """
+    from slora.models.summary import ranks_text
+
     width = max([5, *map(len, layers)])
-    lines = [f"{'layer':{width}}  {'in -> out':>14}  {'r':>3}  {'active':>8}  gates"]
+    texts = {
+        name: ranks_text(entry["r"], entry["active"], entry.get("ranks", [entry["r"]] * entry["blocks"]))
+        for name, entry in layers.items()
+    }
+    wide = max([3, *map(len, texts.values())])
+    lines = [f"{'layer':{width}}  {'in -> out':>14}  {'r':>{wide}}  {'active':>8}  gates"]
     # JSON sorts names as text; here numbers sort by value.
     for name in sorted(
         layers, key=lambda name: [part.zfill(9) if part.isdigit() else part for part in name.split(".")]
@@ -85,7 +92,7 @@ def block_table(layers: dict[str, Any], shapes: dict[str, list[int]]) -> str:
         marks = "".join("#" if i in entry["active"] else "." for i in range(entry["blocks"]))
         shape = "{1} -> {0}".format(*shapes[name])
         gates = " ".join(f"{gate:.3f}" for gate in entry["gate"])
-        lines.append(f"{name:{width}}  {shape:>14}  {entry['r']:>3}  {marks:>8}  {gates}")
+        lines.append(f"{name:{width}}  {shape:>14}  {texts[name]:>{wide}}  {marks:>8}  {gates}")
     active = sum(len(entry["active"]) for entry in layers.values())
     blocks = sum(entry["blocks"] for entry in layers.values())
     lines.append(f"{active} of {blocks} blocks active ({active / max(1, blocks):.1%})")

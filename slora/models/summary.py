@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +47,12 @@ class LayerSummary:
     lora_parameters: int
     base_flops: int
     added_flops: int
+    ranks: tuple[int, ...] = ()
+    """Of each block; 0 for an inactive one."""
+
+    def shown_ranks(self) -> str:
+        """Return the rank of the layer, or those of its blocks if an active one has another."""
+        return ranks_text(self.r, self.active, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -82,14 +89,18 @@ class Summary:
 
     def __str__(self) -> str:
         width = max([5, *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'layer':{width}}  {'in -> out':>14}  {'r':>3}  {'active':>10}  {'parameters':>10}  {'FLOPs':>7}"]
-        for layer in self.layers:
+        ranks = [layer.shown_ranks() for layer in self.layers]
+        wide = max([3, *map(len, ranks)])
+        lines = [
+            f"{'layer':{width}}  {'in -> out':>14}  {'r':>{wide}}  {'active':>10}  {'parameters':>10}  {'FLOPs':>7}"
+        ]
+        for layer, rank in zip(self.layers, ranks, strict=True):
             shape = f"{layer.in_features} -> {layer.out_features}"
             marks = "".join("#" if i in layer.active else "." for i in range(layer.blocks))
             marks = marks if layer.blocks <= 10 else f"{len(layer.active)}/{layer.blocks}"
             added = 100 * layer.added_flops / layer.base_flops
             lines.append(
-                f"{layer.name:{width}}  {shape:>14}  {layer.r:>3}  {marks:>10}  "
+                f"{layer.name:{width}}  {shape:>14}  {rank:>{wide}}  {marks:>10}  "
                 f"{layer.lora_parameters:>10,}  {added:>+6.2f}%"
             )
         base, added = (sum(getattr(layer, key) for layer in self.layers) for key in ("base_flops", "added_flops"))
@@ -122,13 +133,22 @@ def summary(model: nn.Module) -> Summary:
         base = linear_flops(1, out_features, in_features)
         added = forward_flops(1, out_features, in_features, layer.r, layer.blocks, running) - base
         count = layer.lora_A.numel() + layer.lora_B.numel() + layer.gate.numel()
-        rows.append(LayerSummary(name, in_features, out_features, layer.r, layer.blocks, active, count, base, added))
+        shape = in_features, out_features
+        ranks = tuple(layer.block_ranks())
+        rows.append(LayerSummary(name, *shape, layer.r, layer.blocks, active, count, base, added, ranks))
     if not rows:
         raise StateError("the model has no adapted layer; call slora.inject(model, config) first")
     parameters = sum(p.numel() for p in model.parameters())
     trainable = trainable_parameters(model)
     moved = len({value for values in gate_values(model).values() for value in values}) > 1
     return Summary(tuple(rows), parameters, trainable, gated, asked, unfinished_selection(model), moved)
+
+
+def ranks_text(r: int, active: Sequence[int], ranks: Sequence[int]) -> str:
+    """Return the rank `r` of a layer, or where an active block has another the `ranks` of all blocks: "3/./1"."""
+    if all(ranks[i] == r for i in active):
+        return str(r)
+    return "/".join(str(rank) if i in active else "." for i, rank in enumerate(ranks))
 
 
 def verdict(active: int, blocks: int, asked: str = "", moved: bool = True) -> tuple[str, str]:

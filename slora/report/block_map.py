@@ -12,7 +12,7 @@ from slora.report.cells import by_cell
 from slora.report.style import WIDTH, colour_of, draw_title, figure_style, wrapped
 
 
-def block_map(maps: Sequence[Mapping[str, Sequence[bool]]], title: str) -> Figure:
+def block_map(maps: Sequence[Mapping[str, Sequence[int]]], title: str, *, numbers: bool = False) -> Figure:
     """Draw every block as one cell: layers from top to bottom, projections from left to right.
 
     The darker a cell, the larger the share of runs in which its block is active; with several runs it shows their
@@ -22,6 +22,7 @@ def block_map(maps: Sequence[Mapping[str, Sequence[bool]]], title: str) -> Figur
         maps: `{layer name: active or not, one per block}` for each run, as `slora.active_blocks` returns it; all
             with the same layers. A layer of three blocks named qkv, in_proj or attn is drawn as q, k and v.
         title: what the figure shows.
+        numbers: write the numbers of a single run, such as ranks, into its cells.
 
     Raises:
         ValueError: `maps` is empty or names no layer.
@@ -30,6 +31,7 @@ def block_map(maps: Sequence[Mapping[str, Sequence[bool]]], title: str) -> Figur
         raise ValueError("no blocks to draw: give one map of at least one layer per run")
     counts = {name: [sum(bool(run[name][i]) for run in maps) for i in range(len(on))] for name, on in maps[0].items()}
     cells = by_cell(counts)
+    values = by_cell(maps[0]) if numbers else {}
     rows, columns = (list(dict.fromkeys(place)) for place in zip(*cells, strict=True))
     lines = wrapped(title)
     # Inches. Long names of projections are rotated by 45 degrees and need space above and to the right.
@@ -46,7 +48,11 @@ def block_map(maps: Sequence[Mapping[str, Sequence[bool]]], title: str) -> Figur
         position = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, body / height)
         axes = figure.add_axes(position, xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
         for (row, column), count in cells.items():
-            _cell(axes, columns.index(column), rows.index(row), count, len(maps))
+            x, y = columns.index(column), rows.index(row)
+            _cell(axes, x, y, count, len(maps))
+            if values.get((row, column)):
+                text = str(int(values[row, column]))
+                axes.text(x, y, text, ha="center", va="center", color=colour_of("live-text"), fontsize=8.5)
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         axes.xaxis.tick_top()

@@ -222,19 +222,24 @@ def _knn_curves(knn: Mapping[str, Any], pairs: Mapping[int, tuple[float, float]]
     return Picture(figure, f"{title}. Two curves over the number of neighbours.", caption)
 
 
-def _blocks(path: Path) -> dict[str, list[bool]]:
-    """`{layer: active or not, one per block}` of an adapter; empty if there is none."""
+def _blocks(path: Path) -> dict[str, tuple[int, ...]]:
+    """`{layer: rank of each block, 0 for an inactive one}` of an adapter; empty if there is none."""
     if not path.exists():
         return {}
     layers = read_selective(path.parent).layers
-    return {name: [i in entry.active for i in range(entry.blocks)] for name, entry in layers.items()}
+    return {name: entry.ranks for name, entry in layers.items()}
 
 
-def _block_map(blocks: Mapping[str, Sequence[bool]]) -> Picture:
-    active, total = sum(map(sum, blocks.values())), sum(map(len, blocks.values()))
+def _block_map(blocks: Mapping[str, Sequence[int]]) -> Picture:
+    ranks = [rank for layer in blocks.values() for rank in layer]
+    active, total = len([rank for rank in ranks if rank]), len(ranks)
     title = f"{active} of {total} blocks are active ({100 * active / total:.0f} %)"
     caption = "One cell per LoRA block: layers from top to bottom, projections from left to right."
-    return Picture(block_map([blocks], title), f"{title}, by layer and projection.", caption)
+    differ = len({rank for rank in ranks if rank}) > 1
+    if differ:
+        title += f", with {sum(ranks)} ranks"
+        caption += " The number in a cell is the rank of its block."
+    return Picture(block_map([blocks], title, numbers=differ), f"{title}, by layer and projection.", caption)
 
 
 def _shown(value: Any) -> str:

@@ -118,3 +118,15 @@ def test_summary_of_a_merged_or_disabled_model_adds_no_flops(model: nn.Module) -
 def test_summary_of_a_plain_model_is_refused(vit: nn.Module) -> None:
     with pytest.raises(StateError, match=r"no adapted layer; call slora.inject"):
         slora.summary(vit)
+
+
+def test_ranks_stand_beside_each_other_where_blocks_of_a_layer_differ(model: nn.Module) -> None:
+    qkv: Any = model.get_submodule("blocks.0.attn.qkv")
+    qkv.keep_ranks([[0, 1], [], [1]])
+    with torch.no_grad():
+        qkv.gate.copy_(torch.tensor([0.2, 0.0, 0.2]))
+    found = slora.summary(model)
+    lines = {line.split()[0]: line.split() for line in str(found).splitlines()}
+    assert lines["blocks.0.attn.qkv"][4] == "2/./1"
+    assert lines["blocks.1.attn.qkv"][4] == "2"
+    assert {row.name: row.ranks for row in found.layers}["blocks.0.attn.qkv"] == (2, 0, 1)

@@ -490,3 +490,8 @@ def test_kinds_beyond_the_colours_differ_in_dashes() -> None:
 def test_no_gates_are_refused(steps: list[int], gates: dict[str, list[list[float]]]) -> None:
     with pytest.raises(ValueError, match="no gates to draw"):
         gate_curves(steps, gates, 0.1, "title")
+
+
+def test_the_block_map_writes_ranks_into_the_cells_of_active_blocks() -> None:
+    axes = block_map([{"blocks.0.qkv": [2, 0, 11]}], "title", numbers=True).axes[0]
+    assert sorted(text.get_text() for text in axes.texts if text.get_text().isdigit()) == ["11", "2"]

@@ -130,7 +130,7 @@ def test_settings_that_do_not_fit_are_refused_by_name(make_model: Factory, data:
         settings.replace(strategy="adalora")
     with pytest.raises(ConfigError, match="budget_unit='blocks' is not of strategy='sora'; use 'ranks'"):
         settings.replace(strategy="sora", budget=3, budget_unit="blocks")
-    with pytest.raises(ConfigError, match="penalty=0.5 has no effect on strategy='sora'"):
+    with pytest.raises(ConfigError, match=r"penalty=0\.5 has no effect on strategy='sora'"):
         settings.replace(strategy="sora", penalty=0.5)
     assert settings.replace(strategy="increlora", budget=0.3).unit == "ranks"
     model = started(make_model, settings)
