@@ -38,8 +38,9 @@ from slora.training.loss import Criterion, takes_labels, task_loss
 # Training images for the loss of `SoloGain`, and samples for its drift.
 SAMPLE, DRIFT_SAMPLE = 128, 64
 
-# Batches of `Sensitivity`, as in the code of SPT (arXiv 2303.08566), and the most images in one.
-SENSITIVITY_BATCHES, SENSITIVITY_BATCH = 8, 64
+# Batches of `Sensitivity`, as in the code of SPT (arXiv 2303.08566), and the images in each: fixed, so that the choice
+# depends neither on the batch size nor on the number of processes.
+SENSITIVITY_BATCHES, SENSITIVITY_BATCH = 8, 32
 
 
 class Given(NamedTuple):
@@ -127,9 +128,8 @@ def _budget(given: Given) -> Strategy:
 
 def _sensitivity(given: Given) -> Strategy:
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        size = min(given.settings.batch_size, SENSITIVITY_BATCH)
-        images, labels = given.sample(SENSITIVITY_BATCHES * size)
-        yield from zip(images.split(size), labels.split(size), strict=True)
+        images, labels = given.sample(SENSITIVITY_BATCHES * SENSITIVITY_BATCH)
+        yield from zip(images.split(SENSITIVITY_BATCH), labels.split(SENSITIVITY_BATCH), strict=True)
 
     return Sensitivity(given.model, batches=batches(), loss=given.loss, **given.one_shot())
 

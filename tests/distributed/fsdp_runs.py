@@ -106,6 +106,21 @@ def chosen(model: nn.Sequential, rank: int, world: int) -> dict[str, Any]:
     }
 
 
+def by_sensitivity(model: nn.Sequential) -> slora.selection.Strategy:
+    x, y = batch(torch.Generator().manual_seed(3), 0, 1)
+    return slora.selection.Sensitivity(
+        model, 3, 1, batches=[(x, y)], loss=lambda x, y: nn.functional.cross_entropy(model(x), y)
+    )
+
+
+def kept(selection: slora.selection.Strategy, model: nn.Sequential) -> list[bool]:
+    """The blocks that it leaves at the end, on `model` or on what it has become since."""
+    selection.step()
+    selection.finish()
+    on: list[bool] = torch.cat(list(slora.active_blocks(model).values())).tolist()
+    return on
+
+
 def saved(model: nn.Sequential, folder: Path) -> dict[str, Any]:
     """Outputs of a sharded model, of a plain one with its adapter merged, and of another sharded one that loads it."""
     before = model(probe()).tolist()
@@ -149,7 +164,13 @@ def results(rank: int, folder: Path) -> dict[str, Any]:
         "unload": refused(lambda: slora.unload(model)),
         "release": refused(lambda: slora.release_frozen(model)),
         "inject": refused(lambda: slora.inject(whole(plain()))),
+        "sensitivity": refused(lambda: by_sensitivity(model)),
     }
+    results["fixed"] = kept(slora.selection.Last(model, 3, 1), model)
+    for name, shard in SHARDED.items():
+        before = made("probe")
+        results[f"{name} sensitivity"] = [kept(by_sensitivity(m := made("probe")), m)]
+        results[f"{name} sensitivity"].append(kept(by_sensitivity(before), shard(before)))
     set_gates({layer: [0.0, 0.0] for _, layer in adapted_layers(model)})
     with torch.no_grad():
         results["off"] = [model(probe()).tolist(), slora.disabled(model).__enter__()(probe()).tolist()]

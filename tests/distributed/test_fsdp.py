@@ -50,6 +50,14 @@ def test_a_budget_chooses_as_in_one_process(results: list[dict[str, Any]], shard
     assert np.abs(np.subtract(found["output"], alone["output"])).max() < ROUNDING
 
 
+def test_a_fixed_choice_and_one_made_before_sharding_stand(results: list[dict[str, Any]]) -> None:
+    assert results[0]["fixed"] == [False] * 5 + [True] * 3
+    for sharded in fsdp_runs.SHARDED:
+        alone, found = results[0][f"{sharded} sensitivity"]
+        assert found == alone
+        assert sum(found) == 3
+
+
 @pytest.mark.parametrize("sharded", fsdp_runs.SHARDED)
 def test_an_adapter_goes_into_a_plain_model_and_into_another_sharded_one(
     results: list[dict[str, Any]], folder: Path, sharded: str
@@ -74,6 +82,7 @@ def test_both_processes_find_the_same(results: list[dict[str, Any]]) -> None:
         ("unload", "go on with a model that is not"),
         ("release", "free them before"),
         ("inject", "call slora.inject or slora.load_adapter before fully_shard"),
+        ("sensitivity", "create Sensitivity before fully_shard"),
     ],
 )
 def test_what_needs_whole_parameters_is_refused(results: list[dict[str, Any]], call: str, remedy: str) -> None:

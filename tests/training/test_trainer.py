@@ -377,24 +377,41 @@ def test_a_model_that_returns_an_object_with_logits_is_trained(
     assert train(ready(lambda: Wrapped(make_model()), settings), data, data, settings).accuracy is not None
 
 
-def run_of(rank: int, processes: int, folder: Path) -> list[float]:
+MOVING = {"gate_lr": 0.3, "penalty": 0.2, "selection_warmup": 0.0}
+
+
+def run_of(rank: int, processes: int, folder: Path, chooses: dict[str, Any]) -> list[Any]:
     """The accuracy, FLOPs, blocks and sum of all parameters of a run with 16 images a step in all processes."""
     generator = torch.Generator().manual_seed(3)
     images, labels = torch.rand(64, 16, generator=generator), torch.randint(4, (64,), generator=generator)
     settings = TrainSettings(
         r=2, max_steps=10, batch_size=16 // processes, device="cpu", precision="fp32", optimizer="sgd", lr=0.1,
-        clip_norm=0.0, gate_lr=0.3, penalty=0.2, selection_warmup=0.0, tensorboard=False, modules_to_save=["2"],
+        clip_norm=0.0, tensorboard=False, modules_to_save=["2"], blocks=4, **chooses,
     )  # fmt: skip
     torch.manual_seed(7)
     model = prepare(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4)), settings=settings)
     result = train(model, (images, labels), (images, labels), settings, folder)
     total = sum(parameter.double().sum().item() for parameter in model.parameters())
-    return [result.accuracy, result.flops, len(result.active_blocks), total]
+    left = [i for blocks in result.active_blocks[-1][1].values() for i in blocks]
+    # A rounded sum of a few hundred parameters.
+    return [result.accuracy, result.flops, len(result.active_blocks), left, pytest.approx(total, rel=1e-6)]
 
 
-def test_two_processes_compute_what_one_does(two_processes: Callable[..., list[Any]], tmp_path: Path) -> None:
-    first, second = two_processes(run_of, 2, tmp_path / "two")
-    assert first == second == pytest.approx(run_of(0, 1, tmp_path / "one"), rel=1e-6)
+@pytest.mark.parametrize(
+    "chooses",
+    [MOVING, {"strategy": "sensitivity", "budget": 2}, {"strategy": "random", "budget": 0.5, "budget_unit": "flops"}],
+    ids=["gates", "sensitivity", "random"],
+)
+def test_two_processes_compute_what_one_does(
+    two_processes: Callable[..., list[Any]], tmp_path: Path, chooses: dict[str, Any]
+) -> None:
+    first, second = two_processes(run_of, 2, tmp_path / "two", chooses)
+    one = run_of(0, 1, tmp_path / "one", chooses)
+    if chooses.get("strategy") == "sensitivity":
+        # Each process measures on all samples.
+        first[1] = second[1] = one[1]
+    assert first == second
+    assert first == one
     # Only one process writes.
     names = [[path.name for path in sorted((tmp_path / folder).rglob("*"))] for folder in ("one", "two")]
     assert names[0] == names[1]
