@@ -1,6 +1,6 @@
 """Prompts: the names of the classes and the templates that make a text tower name an image.
 
-The prompts of open_clip are used where there are any: for ImageNet its names of the classes, and its templates.
+Templates are those of open_clip where there are no others. Names for ImageNet are in `slora.sources.imagenet`.
 """
 
 from __future__ import annotations
@@ -68,36 +68,30 @@ def templates(named: str | None, own: Sequence[str] = ()) -> tuple[str, ...]:
     return tuple(line for _, line in lines)
 
 
-def class_names(classes: Sequence[str], file: str | Path | None = None, data: str = "") -> tuple[str, ...]:
-    """Return a name for each class of a data set.
+def refuse_ids(names: Sequence[str], data: str) -> None:
+    """Refuse names that say nothing to a text tower.
 
-    Without `file`: open_clip's names for ImageNet, else those of the data set with spaces for underscores.
+    Raises:
+        ConfigError: they are WordNet ids.
+    """
+    if names and all(_SYNSET.fullmatch(name) for name in names):
+        raise ConfigError(
+            f"the {len(names)} classes of {data} are WordNet ids such as {names[0]!r}, which are no words; give their "
+            f"names with class_names (on the command line --class-names FILE)"
+        )
+
+
+def names_of_file(path: Path, classes: Sequence[str], data: str) -> tuple[str, ...]:
+    """Return a name for each class of a data set from a text file.
 
     Args:
+        path: a name on each line, in the order of the classes; or on every line a class, a tab and its name.
         classes: the classes of the data set, such as the names of its folders, in the order of the labels.
-        file: a name on each line, in the order of the classes; or on every line a class, a tab and its name.
         data: the name of the data set, for messages.
 
     Raises:
-        ConfigError: the file does not fit the classes (names what differs), or the classes are WordNet ids other than
-            the 1000 of ImageNet, which say nothing to a text tower.
+        ConfigError: the file does not fit the classes; names what differs.
     """
-    if file is not None:
-        return _of_file(Path(file).expanduser(), classes, data)
-    synsets = all(_SYNSET.fullmatch(name) for name in classes)
-    if data == "imagenet" or (synsets and len(classes) == 1000):
-        import open_clip
-
-        return tuple(open_clip.IMAGENET_CLASSNAMES)
-    if synsets:
-        raise ConfigError(
-            f"the {len(classes)} classes of {data} are WordNet ids such as {classes[0]!r}, which are no words; give "
-            f"their names with class_names (on the command line --class-names FILE)"
-        )
-    return tuple(name.replace("_", " ") for name in classes)
-
-
-def _of_file(path: Path, classes: Sequence[str], data: str) -> tuple[str, ...]:
     lines = [line.rstrip("\r") for line in _lines(path, "class_names") if line.strip()]
     if not any("\t" in line for line in lines):
         if len(lines) != len(classes):

@@ -11,7 +11,7 @@ from torch import nn
 from slora.adapters.save_load import load_adapter, selective
 from slora.adapters.tensors import read_safetensors
 from slora.clip import Clip, PromptedClip
-from slora.clip.prompts import Prompts, class_names, templates
+from slora.clip.prompts import Prompts, names_of_file, refuse_ids, templates
 from slora.clip.towers import require_towers
 from slora.errors import CheckpointError, DamagedCheckpointError
 from slora.layers import adapted_layers
@@ -24,6 +24,7 @@ from slora.runs.settings import TrainSettings
 from slora.sources import models
 from slora.sources.data import Source, open_data
 from slora.sources.data_names import check_name
+from slora.sources.imagenet import prompt_names
 from slora.training.checkpoint_load import Checkpoint, check_values
 from slora.training.fingerprint import fingerprint
 from slora.training.trainable import prepare
@@ -55,12 +56,20 @@ def _prompted(settings: TrainSettings, source: Source, run_dir: Path | None) -> 
         clip, prompts = _clip(settings), Prompts(*recorded)
     else:
         # Files are read before the weights: that is where mistakes are.
-        names = class_names(source.classes, settings.class_names, source.name)
+        names = _names(settings, source)
         given = settings.templates and templates(settings.templates)
         clip = _clip(settings)
         prompts = Prompts(names, given or templates(None, clip.templates))
     require_towers(clip.model)
     return models.Built(PromptedClip(clip, prompts, settings.tower != "image", settings.contrastive), clip.input)
+
+
+def _names(settings: TrainSettings, source: Source) -> tuple[str, ...]:
+    if settings.class_names is not None:
+        return names_of_file(Path(settings.class_names).expanduser(), source.classes, source.name)
+    names = prompt_names(source.name, source.classes)
+    refuse_ids(names, source.name)
+    return names
 
 
 def _clip(settings: TrainSettings) -> Clip:

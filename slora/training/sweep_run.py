@@ -58,7 +58,7 @@ def sweep(
         raise read_results.without_blocks(run_dir, settings.method, "to scale")
     folder = None if which is None else chosen(run_dir, which)
     source = None if source is None else check_name(source)
-    model, spec, own = build(settings)
+    model, spec, own = build(settings, run_dir)
     known = None if source is None else open_data(source, settings.data_root, settings.download)
     try:
         with warnings.catch_warnings():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slora import ConfigError
-from slora.clip.prompts import Prompts, class_names, templates
+from slora.clip.prompts import Prompts, names_of_file, refuse_ids, templates
 
 
 def test_templates_of_open_clip_are_texts_with_one_place_for_the_name() -> None:
@@ -52,25 +52,17 @@ def test_unknown_templates_are_refused() -> None:
         templates("opneai")
 
 
-def test_names_of_classes_are_those_of_the_data_set_or_of_imagenet() -> None:
-    import open_clip
-
-    assert class_names(["golden_retriever", "cat"]) == ("golden retriever", "cat")
-    imagenet = class_names([str(i) for i in range(1000)], data="imagenet")
-    assert imagenet == tuple(open_clip.IMAGENET_CLASSNAMES)
-    assert class_names([f"n{i:08}" for i in range(1000)]) == imagenet
-
-
 def test_wordnet_ids_need_names() -> None:
     with pytest.raises(ConfigError, match="2 classes of birds are WordNet ids such as 'n01440764', which are no words"):
-        class_names(["n01440764", "n01443537"], data="birds")
+        refuse_ids(["n01440764", "n01443537"], "birds")
+    refuse_ids(["n01440764", "goldfish"], "birds")
 
 
 @pytest.mark.parametrize("text", ["a cat\na dog\n", "dog\ta dog\ncat\ta cat\n"])
 def test_names_come_from_a_file_in_the_order_of_the_classes_or_by_class(text: str, tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text(text)
-    assert class_names(["cat", "dog"], path) == ("a cat", "a dog")
+    assert names_of_file(path, ["cat", "dog"], "pets") == ("a cat", "a dog")
 
 
 @pytest.mark.parametrize(
@@ -87,9 +79,9 @@ def test_names_that_do_not_fit_the_classes_are_refused(text: str, message: str, 
     path = tmp_path / "names.txt"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
-        class_names(["cat", "dog"], path, "pets")
+        names_of_file(path, ["cat", "dog"], "pets")
 
 
 def test_a_missing_file_of_names_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"class_names='none.txt' is not a file"):
-        class_names(["cat", "dog"], "none.txt")
+        names_of_file(Path("none.txt"), ["cat", "dog"], "pets")
