@@ -121,7 +121,7 @@ class TrainSettings:
     exclude_modules: Annotated[str | list[str] | None, "Layers not to adapt; same syntax as target_modules."] = None
     modules_to_save: Annotated[
         list[str] | None,
-        "Modules trained in full and saved with the adapter; unset: the classifier head, or logit_scale without one.",
+        "Modules trained in full and saved with the adapter; unset: the classifier head, or logit_scale.",
     ] = None
     rank_pattern: Annotated[
         dict[str, int] | None,
