@@ -112,3 +112,31 @@ def test_an_error_ends_all_processes_and_is_said_once(runs: tuple[Path, Path, En
     assert ended.code != 0
     assert ended.err.count("error: ") == 1
     assert "already holds a run" in ended.err
+
+
+RETAINING: dict[str, Any] = {
+    "retain_data": "mixed", "retain_samples": 24, "drift_penalty": 0.1, "l2_penalty": 0.01, "ewc_penalty": 1.0,
+    "log_drift": True, "max_steps": 4,
+}  # fmt: skip
+
+
+def finetuned(rank: int, folder: Path, settings: dict[str, Any]) -> None:
+    finetune_run.finetune(settings, out=folder)
+
+
+def test_terms_of_retention_are_the_same_in_two_processes(
+    two_processes: Callable[..., list[Any]], tmp_path: Path
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    finetuned(0, one, {**SETTINGS, **RETAINING, "batch_size": 32})
+    two_processes(finetuned, two, {**SETTINGS, **RETAINING, "batch_size": 16})
+    first, second = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    # Terms that are squares of the update double its rounding.
+    for a, b in zip(first, second, strict=True):
+        if "retention" in a:
+            assert set(a["retention"]) == {"distillation", "local drift", "l2", "ewc"}
+            assert b["retention"] == pytest.approx(a["retention"], rel=2 * ROUNDING, abs=1e-12)
+    tensors = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two)]
+    assert tensors[0].keys() == tensors[1].keys()
+    for key, value in tensors[0].items():
+        assert (tensors[1][key] - value).abs().max() <= ROUNDING * value.abs().max(), key
