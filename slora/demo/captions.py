@@ -2,8 +2,8 @@
 
 A caption names a letter and up to two styles, and names only styles that the image was rendered with, so a caption
 written for one image is also true of others. Half of the captions are open_clip's own 80 templates, so zero-shot
-classifiers built from these work. No caption of a letter names a digit, but the vocabulary holds the digits and their
-names: their embeddings stay as drawn, for fine-tuning.
+classifiers built from these work. No caption of a letter names a digit, but the vocabulary holds digits and their names
+for fine-tuning.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ VOCABULARY = (
 _IDS = {word: i for i, word in enumerate(VOCABULARY)}
 _PUNCTUATION = " \t\n.,:;!?'\"()-"
 _PIECE = re.compile(r"[A-Za-z]+|[0-9]")
+
+# The two names of each digit.
+DIGITS = tuple(zip(string.digits, "zero one two three four five six seven eight nine".split(), strict=True))
 
 # For zero-shot classifiers of letters and of digits.
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "an image of the {}.", "{}")

@@ -51,6 +51,6 @@ def load_clip(path: Path | None = None) -> CLIP:
     except (CheckpointError, RuntimeError) as error:
         raise CheckpointError(
             f"the glyph CLIP's weights {path} cannot be loaded ({error}); reinstall slora, or train them again in "
-            f"about half an hour with `python -m slora.demo.pretrain_clip`"
+            f"about five minutes with `python -m slora.demo.pretrain_clip`"
         ) from error
     return model.eval()

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from open_clip import build_zero_shot_classifier
 from open_clip.model import CLIP
+from safetensors import safe_open
 from torch.nn import functional as F
 
 from slora.demo import pretrain_clip
-from slora.demo.glyph_clip import HELD_OUT_FONTS, TRAINING_FONTS, build_clip, load_clip
-from slora.demo.letters import FONTS
+from slora.demo.captions import DIGITS, TEMPLATES, VOCABULARY, GlyphTokenizer
+from slora.demo.glyph_clip import CLIP_CHECKPOINT, HELD_OUT_FONTS, TRAINING_FONTS, build_clip, load_clip
+from slora.demo.letters import CLASSES, FONTS, styled_letters
 from slora.demo.pretrain_clip import Pretraining, contrastive_loss, main
 from slora.errors import CheckpointError, ConfigError
 from slora.sources import models as sources
@@ -50,6 +53,7 @@ def test_the_loss_spreads_its_targets_over_all_true_pairs() -> None:
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain_clip, "PER_CLASS", 1)
     monkeypatch.setattr(pretrain_clip, "TEST_PER_CLASS", 1)
+    monkeypatch.setattr(pretrain_clip, "DIGIT_STEPS", 2)
 
 
 @pytest.mark.usefixtures("few")
@@ -75,6 +79,19 @@ def test_words_that_no_caption_holds_keep_their_embedding() -> None:
     assert same.tolist() == [True, True, False]
 
 
+@pytest.mark.usefixtures("few")
+def test_digits_are_learnt_by_their_own_embeddings_alone() -> None:
+    model = Pretraining(1, seed=0).model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pretrain_clip.learn_digits(model, seed=0)
+    after = model.state_dict()
+    assert [name for name, value in before.items() if not torch.equal(value, after[name])] == ["token_embedding.weight"]
+    changed = (after["token_embedding.weight"] != before["token_embedding.weight"]).any(1).nonzero().flatten().tolist()
+    # Two steps draw one of the two names of each digit twice for each of two captions.
+    assert {VOCABULARY[i] for i in changed} <= {word for pair in DIGITS for word in pair}
+    assert len(changed) >= 10
+
+
 def test_the_state_of_another_training_is_refused(tmp_path: Path) -> None:
     Pretraining(3, seed=1).save(tmp_path / "state.safetensors")
     with pytest.raises(ConfigError, match="of a training with steps=3 and seed=1"):
@@ -88,6 +105,7 @@ def test_the_script_writes_what_load_reads(tmp_path: Path, capsys: pytest.Captur
     assert f"wrote {out}" in capsys.readouterr().out
     trained = Pretraining(1, seed=0)
     trained.train_step()
+    pretrain_clip.learn_digits(trained.model, seed=0)
     model = load_clip(out)
     for name, value in trained.model.state_dict().items():
         assert torch.equal(model.state_dict()[name], value.half().float()), name
@@ -106,8 +124,37 @@ def test_a_missing_checkpoint_is_named_with_its_remedy(tmp_path: Path) -> None:
         load_clip(tmp_path / "absent.safetensors")
 
 
+def test_the_shipped_file_is_small_and_in_half_precision() -> None:
+    assert CLIP_CHECKPOINT.stat().st_size <= 3_000_000
+    with safe_open(CLIP_CHECKPOINT, framework="pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+        assert set(file.keys()) == set(build_clip().state_dict())
+        assert set(file.metadata()) == {"seed", "steps", "accuracy", "accuracy_training_fonts"}
+
+
+def test_the_shipped_model_reads_new_letters_as_well_as_it_records() -> None:
+    with safe_open(CLIP_CHECKPOINT, framework="pt") as file:
+        recorded = float(file.metadata()["accuracy"])
+    styled = styled_letters(2, seed=21, fonts=HELD_OUT_FONTS)
+    reached = pretrain_clip.zero_shot_accuracy(load_clip(), styled.images, styled.labels)
+    # Three standard deviations of a share of 104 images.
+    assert reached >= recorded - 3 * math.sqrt(recorded * (1 - recorded) / len(styled.labels))
+
+
+@torch.no_grad()
+def test_the_shipped_model_tells_digits_apart_by_their_names() -> None:
+    model = load_clip()
+    for names in zip(*DIGITS, strict=True):
+        digits = build_zero_shot_classifier(model, GlyphTokenizer(), names, TEMPLATES)
+        letters = build_zero_shot_classifier(model, GlyphTokenizer(), CLASSES, TEMPLATES)
+        largest = [(each.T @ each - 2 * torch.eye(each.shape[1])).max().item() for each in (digits, letters)]
+        # No pair of digits is nearer than the nearest pair of letters, such as O and o.
+        assert largest[0] < largest[1]
+
+
 def test_it_is_built_by_name() -> None:
-    clip = sources.build_clip("demo/glyph_clip")
+    clip = sources.build_clip("demo/glyph_clip", pretrained=True)
+    assert torch.equal(clip.model.visual.proj, load_clip().visual.proj)
     assert clip.input.channels == 3
     tokens = clip.tokenizer([template.format("g") for template in clip.templates])
     assert clip.model.encode_text(tokens).shape == (len(clip.templates), 64)
