@@ -119,7 +119,7 @@ environment: say-environment $(TEST_STAMP) $(BUILT) ## only install, with the te
 clean: ## remove build outputs and caches; environments stay
 	@echo "clean: remove build outputs and caches (the environments stay: rm -r .venv .venv-newest removes them)"
 	@rm -rf build dist slora.egg-info slora/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	@find slora kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	@find slora kernels tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # The first line of every target that does something: what it is about to do.
 INSTALL := install $(TORCH) and slora into $(VENV) where that is not done yet

@@ -1,0 +1,1 @@
+"""Examples: whole programs that use slora, each a folder with `python -m examples.NAME`."""
