@@ -11,6 +11,7 @@ from torch import nn
 
 from slora.config import Unit
 from slora.errors import ConfigError, StateError
+from slora.gates.values import gate_values, set_gates
 from slora.module_tree.modes import evaluating
 from slora.selection.budgeted import Budgeted
 from slora.selection.strategy import require_value
@@ -67,6 +68,20 @@ class OneShot(Budgeted):
         super().__init__(model, steps, 0.0, 1.0)
         if order is not None:
             self._keep(order)
+
+    def start(self) -> None:
+        """Switch every block on and stop training the gates."""
+        values = gate_values(self.model)
+        self._before = {layer: (values[name], layer.gate.requires_grad) for name, layer in self.layers.items()}
+        super().start()
+
+    def leave(self) -> None:
+        """Leave the gates as they were before, if there was no choice."""
+        super().leave()
+        if not self.begun:
+            set_gates({layer: values for layer, (values, _) in self._before.items()})
+            for layer, (_, trained) in self._before.items():
+                layer.gate.requires_grad_(trained)
 
     @abstractmethod
     def order(self) -> list[int]:

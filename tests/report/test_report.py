@@ -447,6 +447,16 @@ def test_the_page_shows_every_gate_where_the_run_recorded_them(run_dir: Path) ->
     assert "18 gates from 0.09 to 0.16 at the end" in write_report(run_dir).read_text(encoding="utf-8")
 
 
+def test_blocks_that_were_off_from_the_first_step_are_not_drawn_as_active_before_it(run_dir: Path) -> None:
+    with_gates(run_dir)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    shared = {"method": "selective", "threshold": 0.1, "gate_init": 0.15, "budget": 6}
+    assert [record["active"] for record in run_page._from_start(records, shared)] == [18] + [6] * 5
+    assert run_page._from_start(records, shared | {"strategy": "random"}) == records
+    (run_dir / "config.yaml").write_text("method: selective\nstrategy: random\nbudget: 6\n")
+    assert "selective, random: " in write_report(run_dir).read_text(encoding="utf-8")
+
+
 def test_records_from_before_gates_were_recorded_are_left_out(run_dir: Path) -> None:
     with_gates(run_dir)
     path = run_dir / "metrics.jsonl"

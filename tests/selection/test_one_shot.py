@@ -19,6 +19,7 @@ from slora import CheckpointError, ConfigError, StateError
 from slora.gates.values import gates
 from slora.layers import adapted_layers
 from slora.selection import All, Budget, First, Last, Random
+from slora.selection.strategy import end_strategy
 from tests.selection.stepping import Batch, Make, N, count, flags, run
 
 # Of a block of `Net`: r (in + out of the block) parameters, with r = 2; times two of the rows in FLOPs.
@@ -180,6 +181,19 @@ def test_a_choice_can_wait_until_the_head_is_trained(make: Make) -> None:
     assert count(model) == 2
     assert selection.unfinished() == ""
     selection.step()
+
+
+def test_a_choice_that_is_never_made_leaves_the_gates_as_they_were(make: Make) -> None:
+    model = make()
+    slora.keep_blocks(model, 3, ranking=lambda model: torch.arange(6.0))
+    first = gates(model)[0].requires_grad_()
+    before = [gate.tolist() for gate in gates(model)]
+    Last(model, 2, 10, now=False)
+    assert count(model) == N
+    assert not first.requires_grad
+    end_strategy(model)
+    assert [gate.tolist() for gate in gates(model)] == before
+    assert [gate.requires_grad for gate in gates(model)] == [True] + [False] * 3
 
 
 def test_a_choice_that_something_undoes_is_restored_at_the_end(make: Make) -> None:
