@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import platform
 import time
@@ -134,8 +133,3 @@ def origin() -> dict[str, Any]:
         "commit": (about["commit"] or "unknown")[:10] + "-dirty" * bool(about["dirty"]),
         "versions": ", ".join([f"python {platform.python_version()}", *versions]),
     }
-
-
-def with_settings(configuration: Configuration, **settings: Any) -> Configuration:
-    """Return the configuration with more settings."""
-    return dataclasses.replace(configuration, settings={**configuration.settings, **settings})

@@ -12,8 +12,6 @@ import numpy as np
 from benchmarks.selection.rows import ALL, LINEAR, SCALES, Row
 from benchmarks.selection.store import Run, Store
 
-# What tuning adds to the settings of a row.
-TUNED = {"lr", "penalty"}
 Curve = list[tuple[float, float]]
 """A measure of the new task over the points forgotten."""
 
@@ -120,9 +118,11 @@ def _over(run: Run, plain: Run | None, linear: Run | None) -> dict[str, float | 
 
 
 def _is_of(run: Run, row: Row) -> bool:
-    """Whether a stored run is of the row as it is now, whatever its learning rate and penalty."""
-    settings = {name: value for name, value in run["settings"].items() if name not in TUNED}
-    own = {name: value for name, value in row.configuration.settings.items() if name not in TUNED}
+    """Whether a stored run is of the row as it is now, whatever tuning has chosen."""
+    settings, own = (
+        {name: value for name, value in given.items() if name not in row.tuned}
+        for given in (run["settings"], row.configuration.settings)
+    )
     scales = {each["scale"] for each in run["scaled"]}
     return settings == own and run.get("retain") == row.configuration.retain and scales >= {*row.configuration.scales}
 

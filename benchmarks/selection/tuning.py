@@ -7,11 +7,12 @@ sees a test sample or a seed of the page.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from benchmarks.selection.engine import Case, is_of, with_settings
+from benchmarks.selection.engine import Case, is_of
 from benchmarks.selection.registry import TUNED_ON, task_named
 from benchmarks.selection.rows import Row
 from benchmarks.selection.store import FOLDER, Run, Store, key
@@ -33,42 +34,46 @@ def tuned_on(family: str) -> list[str]:
 
 
 def grid(row: Row, task: str, tuned: Store, seeds: Sequence[int] = SEEDS, quick: bool = False) -> list[Case]:
-    """Return the tuning runs of a row on a task; rates of gates follow once their penalty is chosen."""
-    rates = task_named(task).rates
-    if row.strategy == "gates":
-        trials = [_penalised(row, penalty, _middle(rates)) for penalty in PENALTIES]
-        penalty = penalty_of(row, task_named(task).family, tuned, seeds)
-        trials += [] if penalty is None else [_rated(row, rate, penalty) for rate in rates]
-    else:
-        trials = [_rated(row, rate) for rate in rates]
+    """Return the tuning runs of a row on a task, as far as those that they build on are there.
+
+    Rates of gates follow once their penalty is chosen, weights once the rate of the base is.
+    """
+    family = task_named(task).family
+    trials = _penalties(row, family) if row.strategy == "gates" and row.base is None else []
+    trials = [*trials, *(_candidates(row, family, tuned, seeds) or ())]
     return [Case(task, trial, seed, validation=True, quick=quick) for trial in trials for seed in seeds]
 
 
 def chosen(row: Row, family: str, tuned: Store, seeds: Sequence[int] = SEEDS) -> Configuration | None:
-    """Return the configuration with its learning rate, and penalty; None while tuning runs are missing."""
-    penalty = penalty_of(row, family, tuned, seeds) if row.strategy == "gates" else None
-    tasks = tuned_on(family)
-    if not tasks or (row.strategy == "gates" and penalty is None):
+    """Return the configuration with what is tuned; None while tuning runs are missing."""
+    trials = _candidates(row, family, tuned, seeds)
+    found = [_runs(trial, tuned_on(family), tuned, seeds) for trial in trials or ()]
+    if not trials or any(not runs for runs in found):
         return None
-    scores: dict[float, float] = {}
-    for rate in task_named(tasks[0]).rates:
-        found = _runs(_rated(row, rate, penalty), tasks, tuned, seeds)
-        if found is None:
+    scores = [fmean(score(run) for run in runs or ()) for runs in found]
+    return dataclasses.replace(row.configuration, settings=trials[scores.index(max(scores))].settings)
+
+
+def _candidates(row: Row, family: str, tuned: Store, seeds: Sequence[int]) -> list[Configuration] | None:
+    """The configurations of which tuning takes the best; None while another choice has to be made first."""
+    if row.base is not None and row.weight is not None:
+        base, (setting, weights) = chosen(row.base, family, tuned, seeds), row.weight
+        if base is None:
             return None
-        scores[rate] = fmean(score(run) for run in found)
-    best = max(scores, key=lambda rate: scores[rate])
-    settings = {"lr": best} | ({} if penalty is None else {"penalty": penalty})
-    return with_settings(row.configuration, **settings)
+        return [_trial(row, lr=base.settings["lr"], **{setting: weight}) for weight in weights]
+    if row.strategy != "gates":
+        return [_trial(row, lr=rate) for rate in _rates(family)]
+    penalty = penalty_of(row, family, tuned, seeds)
+    return None if penalty is None else [_trial(row, lr=rate, penalty=penalty) for rate in _rates(family)]
 
 
 def penalty_of(row: Row, family: str, tuned: Store, seeds: Sequence[int] = SEEDS) -> float | None:
     """Return the penalty that ends nearest to the share of a row of gates, by ratio; None while runs are missing."""
-    tasks = tuned_on(family)
     assert row.share is not None
     distances: dict[float, float] = {}
-    for penalty in PENALTIES:
-        found = _runs(_penalised(row, penalty, _middle(task_named(tasks[0]).rates)), tasks, tuned, seeds)
-        if found is None:
+    for penalty, trial in zip(PENALTIES, _penalties(row, family), strict=True):
+        found = _runs(trial, tuned_on(family), tuned, seeds)
+        if not found:
             return None
         # Half a block for none: a ratio to 0 says nothing.
         share = fmean(max(run["active"], 0.5) / run["blocks"] for run in found)
@@ -88,16 +93,19 @@ def _runs(trial: Configuration, tasks: Sequence[str], tuned: Store, seeds: Seque
     return found if len(found) == len(wanted) else None
 
 
-def _rated(row: Row, rate: float, penalty: float | None = None) -> Configuration:
-    settings = {**row.configuration.settings, "lr": rate} | ({} if penalty is None else {"penalty": penalty})
-    return Configuration(f"{row.name}, lr {rate:g}", settings, retain=row.configuration.retain)
+def _trial(row: Row, **tuned: float) -> Configuration:
+    # Rows of gates that have the same penalty have the same runs.
+    name = row.strategy if "penalty" in tuned else row.name
+    last = [each for each in tuned.items() if each[0] != "lr" or row.base is None]
+    named = ", ".join([name, *(f"{setting} {value:g}" for setting, value in last)])
+    return Configuration(named, {**row.configuration.settings, **tuned}, retain=row.configuration.retain)
 
 
-def _penalised(row: Row, penalty: float, rate: float) -> Configuration:
-    # The same run for every share.
-    settings = {**row.configuration.settings, "lr": rate, "penalty": penalty}
-    return Configuration(f"{row.strategy}, penalty {penalty:g}", settings, retain=row.configuration.retain)
+def _penalties(row: Row, family: str) -> list[Configuration]:
+    rates = sorted(_rates(family))
+    return [_trial(row, lr=rates[len(rates) // 2], penalty=penalty) for penalty in PENALTIES]
 
 
-def _middle(rates: Sequence[float]) -> float:
-    return sorted(rates)[len(rates) // 2]
+def _rates(family: str) -> Sequence[float]:
+    tasks = tuned_on(family)
+    return task_named(tasks[0]).rates if tasks else ()

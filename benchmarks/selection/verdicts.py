@@ -106,8 +106,8 @@ def _named(lines: Sequence[Line], measure: str, form: str = "+.2f") -> str:
 
 
 def _with(lines: Sequence[Line], measure: str) -> list[Line]:
-    return [line for line in lines if line.values.get(measure) and line.row.strategy in STRATEGIES]
+    return [line for line in lines if line.values.get(measure)]
 
 
 def _chooses(line: Line) -> bool:
-    return STRATEGIES[line.row.strategy].chooses
+    return line.row.strategy not in STRATEGIES or STRATEGIES[line.row.strategy].chooses
