@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # `ops`: above what a call consists of, below the backend that launches them.
 ORDER = (
     "errors io config reference module_tree ops.dropout ops.operands kernels ops gates layers selection models "
-    "adapters merging retention clip evaluation sources runs training report demo cli"
+    "adapters merging retention clip evaluation sources runs training report demo reproduce cli"
 ).split()
 # `slora` itself: what it imports at once. Its other names, it looks up when they are first asked for.
 FACADE = {"config", "errors"}

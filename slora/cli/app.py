@@ -59,6 +59,7 @@ def app() -> typer.Typer:
     from slora.cli.inspect import inspect
     from slora.cli.merge import merge
     from slora.cli.report import report
+    from slora.cli.reproduce import reproduce
     from slora.runs.flags import completed, with_settings
 
     result = typer.Typer(
@@ -77,7 +78,8 @@ def app() -> typer.Typer:
             return super().parse_args(ctx, completed(args))
 
     result.callback()(_before_command)
-    for command in (demo, with_settings(finetune), evaluate, merge, compress, decompress, inspect, report, doctor):
+    tools = (merge, compress, decompress, inspect, report)
+    for command in (demo, with_settings(finetune), evaluate, *tools, reproduce, doctor):
         result.command(command.__name__, cls=OptionalValues)(command)
     return result
 

@@ -30,25 +30,59 @@ def evaluate(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto or cpu. [default: the run's]")] = None,
     checkpoint: Annotated[str | None, typer.Option(help=CHECKPOINT)] = None,
+    suites: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            help="Test sets of ImageNet's classes: some of imagenet, imagenetv2, imagenet-r, imagenet-a, "
+            "imagenet-sketch, objectnet, separated by commas; NAME=FOLDER says where one is.",
+        ),
+    ] = None,
+    eval_root: Annotated[
+        Path | None, typer.Option(help="Folder that holds the folders of these test sets. [default: --data-root]")
+    ] = None,
+    zero_shot: Annotated[
+        str | None,
+        typer.Option(help="For a CLIP: image folders or data sets, separated by commas, to classify by class prompts."),
+    ] = None,
+    retrieval: Annotated[
+        str | None,
+        typer.Option(help="For a CLIP: images with captions, separated by commas: captions.jsonl or folders."),
+    ] = None,
+    shots: Annotated[
+        str | None,
+        typer.Option(help="With --source: few-shot classification on the features, such as 1,2,4,8,16 per class."),
+    ] = None,
 ) -> None:
-    """Measure the accuracy of a fine-tuned model, and how much it forgot of another data set.
+    """Measure what a fine-tuned model can do, and what it has forgotten, as a table of before, after and change.
 
-    Accuracy is on the run's own data. With --source, weighted k-NN (temperature 0.07) on the features of that data set,
-    with the model before and after fine-tuning. Writes evaluation.json into the run directory, or
-    evaluation-step-STEP.json for a checkpoint.
+    Accuracy, NLL and calibration error (ECE, 15 bins) on the run's own data. With --source, weighted k-NN (temperature
+    0.07) on the features of that data set. With --eval, ImageNet and its shifted test sets, for runs on ImageNet's
+    classes or of a CLIP. For a CLIP, zero-shot accuracy on image folders and recall@1, 5, 10 of image-text retrieval.
+
+    Forgetting is the mean change, in points, of zero-shot accuracy, retrieval recall and k-NN accuracy on data sets
+    other than the run's: first over the rows of a data set, then over data sets. Below 0 is forgotten.
+
+    Writes evaluation.json into the run directory, or evaluation-step-STEP.json for a checkpoint.
 
     \b
     Examples:
         slora evaluate runs/letters_vit-digits-selective --source letters
         slora evaluate runs/letters_vit-digits-selective --checkpoint best
+        slora evaluate runs/clip --eval imagenet,imagenetv2,imagenet-r,imagenet-a,imagenet-sketch,objectnet \\
+            --eval-root /data --zero-shot cifar100,/data/birds --retrieval /data/coco/captions_val2017.json
     """
     check_early(run, checkpoint, source)
+    from slora.sources.suite_names import check_eval_set, check_suites
+
+    neighbours = numbers("k", k, "10,20,100,200")
+    wanted = check_suites(suites) if suites is not None else {}
+    folders = listed(zero_shot)
+    for folder in folders:
+        check_eval_set(folder)
+    from slora.runs.eval_table import as_lines
     from slora.training.evaluate_run import evaluate as measure
 
-    try:
-        neighbours = [int(number) for number in k.split(",")]
-    except ValueError as error:
-        raise ConfigError(f"k={k!r} is not a list of numbers; write 10,20,100,200") from error
     overrides = {
         "data_root": data_root,
         "download": download,
@@ -56,17 +90,41 @@ def evaluate(
         "device": device,
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    result = measure(run, source, neighbours, checkpoint, **overrides)
+    result = measure(
+        run,
+        source,
+        neighbours,
+        checkpoint,
+        suites=wanted,
+        eval_root=eval_root,
+        zero_shot=folders,
+        retrieval=listed(retrieval),
+        shots=[] if shots is None else numbers("shots", shots, "1,2,4,8,16"),
+        **overrides,
+    )
     scores = result["accuracy"]
     whose = "" if result["checkpoint"] is None else f" of {result['checkpoint']}"
     print(f"accuracy{whose} on {scores['data']} ({scores['count']} images)")
     print(f"  top-1 {scores['top1']:.2%}   top-5 {scores['top5']:.2%}   mean over classes {scores['per_class']:.2%}")
     if result["knn"] is not None:
-        knn = result["knn"]
-        print(f"k-NN on {knn['source']} ({knn['queries']} images, {knn['bank']} vote)")
-        print(f"  {'k':>4} {'before':>8} {'after':>8} {'points':>8}")
-        for number, before in knn["before"].items():
-            after = knn["after"][number]
-            print(f"  {number:>4} {before:8.2%} {after:8.2%} {100 * (after - before):+8.2f}")
+        print(f"k-NN on {result['knn']['source']} ({result['knn']['queries']} images, {result['knn']['bank']} vote)")
+    print("\n".join(as_lines(result)))
     if checkpoint is None:
         print(f"add it to the report of the run with: {shlex.join(['slora', 'report', str(run)])}")
+
+
+def listed(text: str | None) -> list[str]:
+    """Return the entries of a list separated by commas."""
+    return [entry.strip() for entry in (text or "").split(",") if entry.strip()]
+
+
+def numbers(name: str, text: str, example: str) -> list[int]:
+    """Return a list of whole numbers.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{name}={text!r} is not a list of numbers; write {example}") from error

@@ -3,21 +3,20 @@
 accuracy.py    accuracy, NLL and calibration error of a classifier
 knn.py         weighted k-NN on features, which needs no head
 few_shot.py    linear classifier on the features of a few images per class
-zero_shot.py   a CLIP as classifier by class prompts; classifiers of groups of classes
+grouped.py     classifiers of groups of a model's outputs
 retrieval.py   image-text retrieval: recall@k of a CLIP
 """
 
 from slora.evaluation.accuracy import Accuracy, accuracy
 from slora.evaluation.few_shot import few_shot_rows, linear_accuracy
+from slora.evaluation.grouped import GroupedLogits
 from slora.evaluation.knn import features, knn_accuracy
 from slora.evaluation.retrieval import Recall, recall
-from slora.evaluation.zero_shot import GroupedLogits, ZeroShotClassifier
 
 __all__ = [
     "Accuracy",
     "GroupedLogits",
     "Recall",
-    "ZeroShotClassifier",
     "accuracy",
     "features",
     "few_shot_rows",

@@ -1,6 +1,8 @@
 """Reports: one HTML page per run, with its figures inside.
 
-run_page.py   the page of a `slora finetune` run; the page of the demo is `slora.demo.page`
+run_evaluation.py  the part of it about `slora evaluate`
+page.py   the page of a `slora finetune` run; the page of the demo is `slora.demo.page`
+evaluation.py  the part of it about `slora evaluate`
 page.py       text, tables and figures as one HTML file; page.html.j2 is its template
 style.py      colours, markers and sizes of all figures
 charts.py     curves, bars, accuracy on the new task against accuracy left on the old one

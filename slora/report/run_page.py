@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from slora.adapters.selective_json import SELECTIVE, read_selective
 from slora.errors import CheckpointError, ConfigError
-from slora.io.bounded import read_json
 from slora.io.yaml_files import read_yaml
 from slora.report.block_map import block_map
 from slora.report.charts import Line, curves
 from slora.report.drift import drift_section
+from slora.report.evaluation import evaluation_sections
 from slora.report.gates import gate_curves
 from slora.report.page import Picture, Section, Table, scaled, write_page
 from slora.runs.explain_blocks import explained, not_finite
@@ -51,10 +50,9 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         raise CheckpointError(f"{run_dir / METRICS} holds no training step yet; let the run reach its first log line")
     settings = _settings(run_dir / CONFIG) if (run_dir / CONFIG).exists() else {}
     blocks = _blocks(run_dir / ADAPTER / SELECTIVE)
-    evaluation = _evaluation(run_dir / EVALUATION)
+    evaluation = evaluation_sections(run_dir / EVALUATION)
     sections = [Section("Over the run", pictures=_curves(_from_start(records, settings)))] if _steps(records) else []
-    if evaluation is not None:
-        sections.insert(0, evaluation)
+    sections[:0] = evaluation
     chosen = _gates(_from_start(records, settings), settings.get("threshold"))
     if chosen := chosen + ([_block_map(blocks)] if blocks else []):
         sections.append(Section("Which blocks are active", pictures=chosen))
@@ -178,48 +176,6 @@ def _gates(records: Records, threshold: float | None) -> list[Picture]:
         caption += " Strong lines with a dot end active, faint lines inactive."
     figure = gate_curves([record["step"] for record in drawn], gates, threshold, title)
     return [Picture(figure, f"{title}. A curve of each gate over optimizer steps.", caption)]
-
-
-def _evaluation(path: Path) -> Section | None:
-    """The results of `slora evaluate`: accuracy, and k-NN on old data; None if it was not run."""
-    if not path.exists():
-        return None
-    content = read_json(path)
-    try:
-        scores, knn = content["accuracy"], content["knn"]
-        text = [
-            f"Accuracy on {scores['data']}, {scores['count']:,} images: top-1 {100 * scores['top1']:.2f} %, top-5 "
-            f"{100 * scores['top5']:.2f} %, mean over classes {100 * scores['per_class']:.2f} %."
-        ]
-        if knn is None:
-            return Section("Evaluation", text)
-        pairs = {int(k): (float(before), float(knn["after"][k])) for k, before in knn["before"].items()}
-        text.append(
-            f"Forgetting: weighted k-NN on the features of {knn['source']}, where {knn['bank']:,} images vote on "
-            f"{knn['queries']:,} others, with the model before and after fine-tuning."
-        )
-        rows = [
-            (str(k), f"{100 * before:.2f}", f"{100 * after:.2f}", f"{100 * (after - before):+.2f}")
-            for k, (before, after) in pairs.items()
-        ]
-        table = Table(("neighbours k", "before (%)", "after (%)", "change (points)"), rows)
-        # A curve needs more than one number of neighbours.
-        pictures = [_knn_curves(knn, pairs)] if len(pairs) > 1 else []
-        return Section("Evaluation and forgetting", text, table=table, pictures=pictures)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is incomplete or damaged ({error!r}); run slora evaluate again") from error
-
-
-def _knn_curves(knn: Mapping[str, Any], pairs: Mapping[int, tuple[float, float]]) -> Picture:
-    ks = sorted(pairs)
-    lines: dict[str, list[Line]] = {
-        name: [(ks, [pairs[k][i] for k in ks])] for i, name in enumerate(("before fine-tuning", "after"))
-    }
-    before, after = (100 * fmean(run[0][1]) for run in lines.values())
-    title = f"k-NN on {knn['source']}: {before:.1f} % before, {after:.1f} % after, the mean over k"
-    figure = curves(lines, title, "k-NN accuracy (%)", xlabel="neighbours k", percent=True)
-    caption = "The vertical axis does not start at 0."
-    return Picture(figure, f"{title}. Two curves over the number of neighbours.", caption)
 
 
 def _blocks(path: Path) -> dict[str, tuple[int, ...]]:

@@ -47,7 +47,10 @@ class Captions:
 
 
 def open_captions(path: str | Path) -> Captions:
-    """Open images with captions, in one of `FORMS`; files of images are relative to the file or its `images/`.
+    """Open images with captions, in one of `FORMS`.
+
+    Names of images are relative to the file, to `images/` beside it or, as in COCO, to `../val2017/` of a file
+    `captions_val2017.json`.
 
     Raises:
         DataError: there is none, an image is missing or has no caption, or the file is damaged.
@@ -91,9 +94,12 @@ def _captions(name: str, images: Any, pairs: Iterable[tuple[str, list[str]]]) ->
 
 def _image(name: str, folder: Path, file: Path | None) -> Path:
     places = [folder / name, folder / "images" / name]
+    if file is not None:
+        # As COCO: annotations/captions_val2017.json beside val2017/.
+        places.append(folder.parent / file.stem.rpartition("_")[2] / name)
     if found := next(filter(Path.is_file, places), None):
         return found
-    raise DataError(f"{file} names the image {name}, which is neither {places[0]} nor {places[1]}")
+    raise DataError(f"{file} names the image {name}, which is neither {' nor '.join(map(str, places))}")
 
 
 def _beside(folder: Path) -> Iterator[tuple[str, list[str]]]:

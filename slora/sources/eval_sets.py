@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from slora.errors import ConfigError, DataError
+from slora.errors import DataError
 from slora.io.plain import shown
 from slora.models.input_spec import InputSpec
 from slora.sources.batches import Damage, Data
@@ -161,15 +161,3 @@ def _lines(path: Path) -> list[str]:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8 ({shown(str(error))})") from error
-
-
-def check_eval_set(name: str) -> None:
-    """Check the name of an evaluation set as far as possible without torch.
-
-    Raises:
-        ConfigError: it is neither a folder nor the name of a data set.
-    """
-    if not Path(name).expanduser().is_dir() and "/" not in name:
-        check_name(name)
-    elif not Path(name).expanduser().is_dir():
-        raise ConfigError(f"{name} is not a folder; expected {name}/CLASS/IMAGE.jpg")

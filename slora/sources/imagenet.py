@@ -64,8 +64,10 @@ def outputs(data: str | None, classes: Sequence[str]) -> dict[int, int] | None:
 
 def prompt_names(data: str | None, classes: Sequence[str]) -> tuple[str, ...]:
     """Return the names of classes as they stand in a prompt: `class_names` for ImageNet's, else with spaces for `_`."""
-    known = outputs(data, classes)
-    if known is None:
-        return tuple(" ".join(name.replace("_", " ").split()) for name in classes)
-    by_output = {output: number for number, output in known.items()}
-    return tuple(class_names()[by_output[output]] for output in range(len(classes)))
+    if data == "imagenet" and len(classes) == 1000:
+        return class_names()
+    number = {wnid: i for i, wnid in enumerate(wnids())}
+    spaced = (" ".join(name.replace("_", " ").split()) for name in classes)
+    return tuple(
+        class_names()[number[name]] if name in number else plain for name, plain in zip(classes, spaced, strict=True)
+    )

@@ -1,4 +1,4 @@
-"""The evaluation suites on ImageNet's classes: their names and usual layouts. Nothing here imports torch."""
+"""Names of evaluation sets; the suites on ImageNet's classes and their usual layouts. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slora.errors import ConfigError, DataError
+from slora.sources.data_names import check_name
 
 
 class Layout(NamedTuple):
@@ -121,6 +122,18 @@ def class_folders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def check_eval_set(name: str) -> None:
+    """Check the name of an evaluation set as far as possible without torch.
+
+    Raises:
+        ConfigError: it is neither a folder nor the name of a data set.
+    """
+    if not Path(name).expanduser().is_dir() and "/" not in name:
+        check_name(name)
+    elif not Path(name).expanduser().is_dir():
+        raise ConfigError(f"{name} is not a folder; expected {name}/CLASS/IMAGE.jpg")
 
 
 def _is_wnid(folder: Path) -> bool:

@@ -12,6 +12,7 @@ nonfinite.py     what a loss that is not finite comes from
 checkpoint_save.py  checkpoint_load.py  fingerprint.py  random_states.py  what a run resumes from
 finetune_run.py  the `finetune` command, which fills a run directory (`slora.runs`)
 run_model.py     the model of a run, for the commands that read one: evaluate_run.py, merge_run.py, sweep_run.py
+eval_models.py   that model before and after fine-tuning; eval_rows.py: each measurement with both
 
 Needs `pip install "slora[train]"`; the core of slora does not import it.
 """

@@ -1,29 +1,33 @@
-"""The `evaluate` command: accuracy on the new data, and k-NN on other data before and after fine-tuning."""
+"""The `evaluate` command: what a model can do, and what it knew before fine-tuning and still knows."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from slora.errors import ConfigError
+from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.evaluation.accuracy import accuracy
-from slora.evaluation.knn import NEIGHBOURS, features, knn_accuracy
+from slora.evaluation.knn import NEIGHBOURS
 from slora.io.atomic import write_json
-from slora.models.disabled import disabled
-from slora.models.input_spec import InputSpec
 from slora.runs.checkpoint_folders import chosen
+from slora.runs.eval_table import forgetting, means
 from slora.runs.rundir import EVALUATION, read_settings
 from slora.runs.settings import TrainSettings
 from slora.sources.batches import make_batches
+from slora.sources.captions import Captions, open_captions
 from slora.sources.data import Source, open_data
-from slora.sources.data_names import check_name
-from slora.training.run_model import build, load_result, rebuild
+from slora.sources.data_names import FOLDER, check_name
+from slora.sources.eval_sets import EvalSet, open_eval_set
+from slora.sources.model_names import is_clip
+from slora.sources.suites import open_suite
+from slora.training.eval_models import Classifiers, before_and_after
+from slora.training.eval_rows import Batched, Measured
+from slora.training.run_model import build, load_result
 
 
 def evaluate(
@@ -31,89 +35,143 @@ def evaluate(
     source: str | None = None,
     k: Sequence[int] = NEIGHBOURS,
     which: str | None = None,
+    *,
+    suites: Mapping[str, Path | None] | None = None,
+    eval_root: str | Path | None = None,
+    zero_shot: Sequence[str] = (),
+    retrieval: Sequence[str] = (),
+    shots: Sequence[int] = (),
     **overrides: Any,
 ) -> dict[str, Any]:
     """Evaluate a run, write `evaluation.json` into its directory, and return the same.
 
-    Accuracy is that of the trained model on the evaluation images of the run's data set. With `source`, also weighted
-    k-NN on the features of that data set, with the model before and after fine-tuning: its training images vote, its
-    evaluation images are classified.
+    Everything is measured with the model after fine-tuning, and with the initial one, built again.
 
     Args:
-        source: data set of the pretraining; None evaluates accuracy only.
+        source: data set of the pretraining, for weighted k-NN on the features: its training images vote, its evaluation
+            images are classified.
         k: numbers of neighbours.
         which: None for the result of a finished run; else a checkpoint of a run, finished or not: "best", "last" or a
             step number. Its file is `evaluation-step-<step>.json`.
+        suites: ImageNet and its shifted test sets, from `slora.sources.suite_names.check_suites`; for a run on
+            ImageNet's classes, or of a CLIP.
+        eval_root: folder of the suites; None for the run's `data_root`.
+        zero_shot: image folders, or data sets by name, for a CLIP; see `slora.sources.eval_sets.open_eval_set`.
+        retrieval: images with captions, for a CLIP; see `slora.sources.captions.open_captions`.
+        shots: with `source`, numbers of its training images per class for few-shot classification on the features.
         overrides: settings of the run to change, such as `data_root` or `eval_batch_size`.
 
     Returns:
-        `{"checkpoint", "accuracy": {"data", "top1", "top5", "per_class", "loss", "count"}, "knn": {"source", "bank",
-        "queries", "before": {k: share}, "after": {k: share}}}`; shares are from 0 to 1, "knn" is None without
-        `source`, "checkpoint" is the name of its folder or None.
+        `{"checkpoint", "accuracy": {"data", "top1", "top5", "per_class", "loss", "count", "calibration_error"}, "knn":
+        {"source", "bank", "queries", "before": {k: share}, "after": {k: share}}, "request", "rows", "means",
+        "forgetting"}`; shares are from 0 to 1. "knn" is None without `source`, "checkpoint" is the name of its folder
+        or None, "request" holds the arguments. The others are those of `slora.runs.eval_table`.
 
     Raises:
-        ConfigError: the folder holds no run, a name is unknown, or a k is below 1 or exceeds the images that vote.
+        ConfigError: the folder holds no run, a name is unknown, a k is below 1 or exceeds the images that vote, or the
+            model cannot classify a set.
         CheckpointError: the run is not finished or has no such checkpoint, or its files are damaged or of another
             model.
-        DataError: a data set is missing or damaged.
+        DataError: a data set is missing, empty or damaged.
     """
-    if min(k) < 1:
+    if min([*k, *shots]) < 1:
         raise ConfigError(f"k={min(k)} is not a number of neighbours; use 1 or more")
     settings = read_settings(run_dir).replace(**overrides)
     folder = None if which is None else chosen(run_dir, which)
+    if shots and source is None:
+        raise ConfigError(f"shots={list(shots)} needs source, the data set whose images they are")
+    if retrieval and not is_clip(settings.model):
+        raise ConfigError(f"retrieval={list(retrieval)} needs a CLIP, but the run is of {settings.model}")
     if source is not None:
         source = check_name(source)
-    model, spec, own = build(settings, run_dir)
+    # Everything is opened before anything is computed.
+    root = Path(settings.data_root if eval_root is None else eval_root)
+    sets = [open_suite(name, root, place) for name, place in (suites or {}).items()]
+    prompted = [_opened(name, settings) for name in zero_shot]
+    captions = [open_captions(path) for path in retrieval]
     known = None if source is None else open_data(source, settings.data_root, settings.download)
-    if known is not None and max(k) > len(known.training):
-        raise ConfigError(
-            f"k={max(k)} exceeds the {len(known.training)} images of {source} that vote; use smaller numbers"
-        )
-    load_result(model, settings, run_dir, folder)
+    _check_votes(known, k, shots)
+    model, spec, own = build(settings, run_dir)
+    made = Classifiers(settings, own)
+    made.check(sets, prompted)
+    try:
+        with warnings.catch_warnings():
+            # Compared with the wrong base, before and after would mean nothing.
+            warnings.simplefilter("error", BaseModelWarning)
+            load_result(model, settings, run_dir, folder)
+    except BaseModelWarning as warning:
+        raise CheckpointError(f"{run_dir} was trained on another base: {warning}") from warning
     device = device_of(settings)
     model.to(device)
-    result: dict[str, Any] = {"checkpoint": None if folder is None else folder.name, "knn": None}
-    batches = make_batches(
-        own.data(spec, training=False), settings.eval_batch_size, device, num_workers=settings.workers()
-    )
-    measured = accuracy(model, batches.epoch(), device)
-    result["accuracy"] = {"data": own.name, **dataclasses.asdict(measured)}
+    batched = batched_for(settings, device)
+    data = own.data(spec, training=False)
+    scores = accuracy(model, batched(data).epoch(), device)
+    measured = Measured(*before_and_after(model, settings, own, spec), spec, batched, device)
+    rows = [] if any(made.task(each) == "id" for each in sets) else measured.own(own.name, data, scores)
+    rows += _of_sets(measured, made, sets, prompted, captions)
+    result: dict[str, Any] = {
+        "checkpoint": None if folder is None else folder.name,
+        "accuracy": {"data": own.name, **dataclasses.asdict(scores)},
+        "knn": None,
+    }
     if known is not None:
-        after = knn_of(model, known, spec, k, settings, device)
-        before_model, context = model_before(model, settings, len(own.classes))
-        with context:
-            before = knn_of(before_model.to(device), known, spec, k, settings, device)
+        neighbours, few = measured.source(known, k, shots, settings.seed)
         result["knn"] = {
             "source": known.name,
             "bank": len(known.training),
             "queries": len(known.evaluation),
-            "before": {str(neighbours): share for neighbours, share in before.items()},
-            "after": {str(neighbours): share for neighbours, share in after.items()},
+            "before": {str(n): row["before"] for n, row in zip(k, neighbours, strict=True)},
+            "after": {str(n): row["after"] for n, row in zip(k, neighbours, strict=True)},
         }
+        rows += [*neighbours, *few]
+    result["request"] = {
+        "source": source,
+        "k": list(k),
+        "suites": list(suites or {}),
+        "zero_shot": list(zero_shot),
+        "retrieval": [str(path) for path in retrieval],
+        "shots": list(shots),
+    }
+    result |= {"rows": rows, "means": means(rows), "forgetting": forgetting(rows, own.name)}
     write_json(run_dir / (EVALUATION if folder is None else f"evaluation-{folder.name}.json"), result)
     return result
 
 
-def model_before(
-    model: nn.Module, settings: TrainSettings, classes: int
-) -> tuple[nn.Module, contextlib.AbstractContextManager[Any]]:
-    """Return the model before fine-tuning, and the context to use it in."""
-    if settings.method in ("selective", "lora") and settings.modules_to_save is None:
-        return model, disabled(model)
-    # Other weights than blocks and head were trained, so the initial model is built again.
-    return rebuild(settings, classes).model, contextlib.nullcontext()
+def _of_sets(
+    measured: Measured,
+    made: Classifiers,
+    sets: Sequence[EvalSet],
+    prompted: Sequence[EvalSet],
+    captions: Sequence[Captions],
+) -> list[dict[str, Any]]:
+    rows = [row for each in sets for row in measured.suite(made, each)]
+    rows.sort(key=lambda row: row["task"] != "id")
+    rows += [row for each in prompted for row in measured.zero_shot(made, each)]
+    return rows + [row for each in captions for row in measured.retrieval(each)]
 
 
-def knn_of(
-    model: nn.Module, source: Source, spec: InputSpec, k: Sequence[int], settings: TrainSettings, device: torch.device
-) -> dict[int, float]:
-    """Return the accuracy of k-NN on the features of `source`, 0 to 1, for each of `k`."""
-    found: list[Tensor] = []
-    for training in (True, False):
-        data = source.data(spec, training=training)
-        batches = make_batches(data, settings.eval_batch_size, device, num_workers=settings.workers())
-        found += features(model, batches.epoch(), device)
-    return knn_accuracy(found[0], found[1], found[2], found[3], k)
+def _opened(name: str, settings: TrainSettings) -> EvalSet:
+    """An evaluation set; the folder that the run was trained on has the name that it has there."""
+    found = open_eval_set(name, settings.data_root, settings.download)
+    data = settings.data or ""
+    given, trained = (Path(each.removeprefix(FOLDER)).expanduser().resolve() for each in (name, data))
+    return dataclasses.replace(found, name=data) if data.startswith(FOLDER) and given == trained else found
+
+
+def _check_votes(source: Source | None, k: Sequence[int], shots: Sequence[int]) -> None:
+    if source is None:
+        return
+    if max(k) > len(source.training):
+        raise ConfigError(
+            f"k={max(k)} exceeds the {len(source.training)} images of {source.name} that vote; use smaller numbers"
+        )
+    if shots:
+        source.few_shot(max(shots), 0)
+
+
+def batched_for(settings: TrainSettings, device: torch.device) -> Batched:
+    """Return a function from a data set to its batches, in order, as the settings of an evaluation ask for."""
+    return lambda data: make_batches(data, settings.eval_batch_size, device, num_workers=settings.workers())
 
 
 def device_of(settings: TrainSettings) -> torch.device:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import slora
 from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.evaluation.accuracy import accuracy
+from slora.evaluation.knn import knn_accuracy
 from slora.io.atomic import write_json
+from slora.models.disabled import disabled
 from slora.runs import read_results
 from slora.runs.checkpoint_folders import chosen
 from slora.runs.rundir import SWEEP, read_settings
-from slora.sources.batches import make_batches
+from slora.runs.settings import TrainSettings
 from slora.sources.data import open_data
 from slora.sources.data_names import check_name
-from slora.training.evaluate_run import device_of, knn_of, model_before
-from slora.training.run_model import build, load_result
+from slora.training.eval_rows import source_features
+from slora.training.evaluate_run import batched_for, device_of
+from slora.training.run_model import build, load_result, rebuild
 
 # Neighbours of the k-NN; fewer where fewer images vote.
 K = 20
@@ -68,7 +74,14 @@ def sweep(
         raise CheckpointError(str(error)) from error
     device = device_of(settings)
     model.to(device)
+    batched = batched_for(settings, device)
     k = None if known is None else min(K, len(known.training))
+
+    def knn_of(found: nn.Module, neighbours: int) -> float:
+        assert known is not None
+        pair = source_features(found, known, spec, batched, device)
+        return knn_accuracy(*pair, k=[neighbours])[neighbours]
+
     result: dict[str, Any] = {
         "checkpoint": None if folder is None else folder.name,
         "data": own.name,
@@ -78,24 +91,32 @@ def sweep(
         "scales": [],
     }
     if known is not None and k is not None:
-        before, context = model_before(model, settings, len(own.classes))
+        before, context = _model_before(model, settings, len(own.classes))
         with context:
-            result["before"] = knn_of(before.to(device), known, spec, [k], settings, device)[k]
-    batches = make_batches(
-        own.data(spec, training=False), settings.eval_batch_size, device, num_workers=settings.workers()
-    )
+            result["before"] = knn_of(before.to(device), k)
+    batches = batched(own.data(spec, training=False))
     for scale in scales:
         slora.merge(model, scale)
         try:
             measured = accuracy(model, batches.epoch(), device)
             entry = {"scale": scale, "top1": measured.top1, "loss": measured.loss, "knn": None}
             if known is not None and k is not None:
-                entry["knn"] = knn_of(model, known, spec, [k], settings, device)[k]
+                entry["knn"] = knn_of(model, k)
         finally:
             slora.unmerge(model)
         result["scales"].append(entry)
     write_json(run_dir / (SWEEP if folder is None else f"sweep-{folder.name}.json"), result)
     return result
+
+
+def _model_before(
+    model: nn.Module, settings: TrainSettings, classes: int
+) -> tuple[nn.Module, contextlib.AbstractContextManager[Any]]:
+    """The model before fine-tuning, and the context to use it in."""
+    if settings.method in ("selective", "lora") and settings.modules_to_save is None:
+        return model, disabled(model)
+    # Other weights than blocks and head were trained, so the initial model is built again.
+    return rebuild(settings, classes).model, contextlib.nullcontext()
 
 
 def check_scales(scales: Sequence[float]) -> None:

@@ -20,7 +20,7 @@ from tests.cli.conftest import QUICK, Outcome
 
 pytestmark = pytest.mark.once
 
-COMMANDS = ("demo", "finetune", "evaluate", "merge", "compress", "decompress", "inspect", "report", "doctor")
+COMMANDS = tuple("demo finetune evaluate merge compress decompress inspect report reproduce doctor".split())
 
 
 def test_the_commands_are_those_of_the_design(slora: Callable[..., Outcome]) -> None:
@@ -99,6 +99,12 @@ def test_flags_go_before_the_config_file(slora: Callable[..., Outcome], tmp_path
         (["evaluate", "absent"], "absent does not exist; give the folder of a run"),
         (["evaluate", "absent", "--k", "ten"], "k='ten' is not a list of numbers"),
         (["evaluate", "absent", "--k", "5,0"], "k=0 is not a number of neighbours; use 1 or more"),
+        (["evaluate", "absent", "--shots", "some"], "shots='some' is not a list of numbers; write 1,2,4,8,16"),
+        (["evaluate", "absent", "--eval", "imagenet-b"], "suite 'imagenet-b' is unknown; near names are imagenet"),
+        (["evaluate", "absent", "--zero-shot", "digitz"], "data='digitz' is unknown; near names are digits"),
+        (["reproduce", "forgetting"], "protocol 'forgetting' is unknown; use forgetting-clip or"),
+        (["reproduce", "forgetting-clip", "--set", "lr"], "--set 'lr' is not of the form NAME=VALUE"),
+        (["reproduce", "forgetting-clip", "--eval", "imagenet-b"], "suite 'imagenet-b' is unknown"),
         (["merge", "absent", "--out", "x"], "absent does not exist; give an adapter directory, or a run"),
         (["inspect", "absent"], "selective.json does not exist"),
         (["report", "absent"], "absent does not exist; give the folder of a run"),
@@ -220,10 +226,29 @@ def test_evaluate_shows_accuracy_and_what_is_still_known(slora: Callable[..., Ou
     assert "accuracy on digits (40 images)" in outcome.out
     assert "k-NN on letters (52 images, 208 vote)" in outcome.out
     assert outcome.out.splitlines()[-1] == "add it to the report of the run with: slora report run"
-    rows = [line.split() for line in outcome.out.splitlines()[-3:-1]]
-    assert [row[0] for row in rows] == ["5", "10"]
-    assert all(len(row) == 4 for row in rows)
+    rows = [line.split() for line in outcome.out.splitlines()[-4:-2]]
+    assert [row[:2] for row in rows] == [["letters", "5-NN"], ["letters", "10-NN"]]
+    assert all(len(row) == 5 for row in rows)
+    assert "forgetting, mean change over 1 set " in outcome.out
     assert json.loads((tmp_path / "run/evaluation.json").read_text())["knn"]["source"] == "letters"
+
+
+def test_reproduce_says_what_is_missing_or_runs_and_compares(slora: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = slora("reproduce", "forgetting-dino", "--data-root", "nowhere")
+    assert outcome.code == 3, outcome.err
+    assert "missing on this machine:" in outcome.out
+    assert "data set cifar100: " in outcome.out
+    assert not (tmp_path / "runs").exists()
+    small = ["--model", "demo/letters_vit", "--data", "digits", "--source", "letters", "--k", "5", "--steps", "2"]
+    small += ["--batch-size", "8", "--device", "cpu", "--runs", "linear", "--set", "count_flops=false", "--out", "here"]
+    plan = slora("reproduce", "forgetting-dino", *small, "--dry-run")
+    assert plan.code == 0, plan.err
+    assert "run linear in here/linear (to be trained)" in plan.out
+    assert not (tmp_path / "here").exists()
+    outcome = slora("reproduce", "forgetting-dino", *small)
+    assert outcome.code == 0, outcome.err
+    assert "| 80.57 |" in outcome.out
+    assert outcome.out.splitlines()[-1] == "written to here/reproduction.md"
 
 
 def test_merge_and_inspect_read_a_run(slora: Callable[..., Outcome], tmp_path: Path) -> None:

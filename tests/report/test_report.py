@@ -22,6 +22,7 @@ from slora.report.charts import bars, curves, target_against_retention
 from slora.report.gates import gate_curves
 from slora.report.page import Picture, Section, Table, inline_svg, render, scaled
 from slora.report.style import PALETTE, save_png
+from slora.runs.eval_table import forgetting, means, row
 
 pytestmark = pytest.mark.once
 
@@ -117,6 +118,24 @@ def test_an_evaluation_without_source_or_of_one_k_draws_no_curve(run_dir: Path, 
     assert "97.04 %" in html
     assert ("<td>-25.00</td>" in html) == (knn is not None)
     assert html.count("<svg") == pictures
+
+
+def test_the_table_of_an_evaluation_shows_rows_means_and_forgetting(run_dir: Path) -> None:
+    rows = [
+        {**row("id", "imagenet", "top-1", None, 0.75, 50), "nll": {"before": None, "after": 1.25}},
+        row("ood", "imagenet-r", "top-1", 0.5, 0.625, 50),
+        {**row("zero-shot", "imagefolder:/data/birds", "top-1", 0.5, 0.25, 9), "nll": {"before": 0.5, "after": 0.75}},
+        row("retrieval", "coco", "R@1 text to image", 0.25, 0.5, 9),
+    ]
+    result = {**EVALUATION, "knn": None, "rows": rows, "means": means(rows), "forgetting": forgetting(rows, "digits")}
+    (run_dir / "evaluation.json").write_text(json.dumps(result))
+    html = write_report(run_dir).read_text(encoding="utf-8")
+    text = " ".join(re.sub(r"<[^>]+>", " ", html).split())
+    assert "in distribution: imagenet, top-1 - 75.00 - - \N{RIGHTWARDS ARROW} 1.250 out of distribution" in text
+    assert "zero-shot classification: birds, top-1 50.00 25.00 -25.00 0.500 \N{RIGHTWARDS ARROW} 0.750" in text
+    assert "out of distribution, mean of top-1 50.00 62.50 +12.50" in text
+    # The mean of -25 for the birds and +25 for the captions.
+    assert "Forgetting: +0.00 points over 2 sets. It is the mean change of zero-shot accuracy" in text
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"accuracy": {"top1": 1}, "knn": null}', "{"])

@@ -13,7 +13,8 @@ import slora.demo  # noqa: F401 (registers its data sets)
 from slora import ConfigError, DataError
 from slora.models.input_spec import InputSpec
 from slora.sources.captions import open_captions
-from slora.sources.eval_sets import check_eval_set, open_eval_set
+from slora.sources.eval_sets import open_eval_set
+from slora.sources.suite_names import check_eval_set
 from tests.sources.suite_folders import class_folders, image
 
 pytestmark = pytest.mark.once
@@ -32,7 +33,7 @@ def test_classes_are_called_like_their_folders_or_as_the_file_says(tmp_path: Pat
     class_folders(tmp_path / "val", ["apple_pie", "n07753592"], count=2)
     class_folders(tmp_path / "train", ["other"])
     found = open_eval_set(str(tmp_path))
-    assert (found.name, found.classes, len(found.images)) == (tmp_path.name, ("apple pie", "n07753592"), 4)
+    assert (found.name, found.classes, len(found.images)) == (tmp_path.name, ("apple pie", "banana"), 4)
     assert [label for _, label in found.images] == [0, 0, 1, 1]
     (tmp_path / "classnames.txt").write_text("pie\nbanana\n")
     (tmp_path / "zeroshot_classification_templates.txt").write_text("a photo of {c}.\n\n")
