@@ -123,7 +123,10 @@ def load_result(model: nn.Module, settings: TrainSettings, run_dir: Path, folder
             layer.add_rank_gate()
         Checkpoint(folder, model, settings, identity).restore()
         for layer in layers:
-            layer.fold_rank_gate()
+            if layer.rank_gate is not None:
+                gates = layer.rank_gate.detach()
+                layer.fold_rank_gate()
+                layer.keep_ranks([block.nonzero().flatten().tolist() for block in gates])
         return model
     if settings.method in ("selective", "lora"):
         if not (run_dir / ADAPTER).is_dir():

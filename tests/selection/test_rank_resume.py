@@ -96,7 +96,8 @@ def in_processes(rank: int) -> list[Any]:
         net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
         model = slora.inject(net, slora.SelectiveLoRAConfig(r=4, blocks=2, target_modules=["0", "2"]))
         torch.manual_seed(rank)
-        selection = kind(model, 5, 12)
+        # With one rank a whole layer is off at the end, whose parameters DDP waits for all the same.
+        selection = kind(model, 1, 12)
         wrapped = DistributedDataParallel(model)
         optimizer = torch.optim.AdamW(slora.parameter_groups(model, lr=0.05))
         x, y = torch.randn(8, 6), torch.randint(6, (8,))
@@ -121,5 +122,5 @@ def test_processes_keep_the_same_ranks_and_a_model_that_is_wrapped_first_is_refu
 ) -> None:
     one, two = two_processes(in_processes)
     assert one == two
-    assert [sum(map(sum, kept)) for kept, _ in one[:-1]] == [5] * 4
+    assert [sum(map(sum, kept)) for kept, _ in one[:-1]] == [1] * 4
     assert one[-1].startswith("DistributedDataParallel would not know the rank gates")

@@ -110,6 +110,16 @@ def test_codyra_is_dense_first_and_then_raises_its_threshold_over_fifty_levels(d
     assert selection.level() == pytest.approx(0.005)
 
 
+def peft_importance(allocator: Any, name: str) -> np.ndarray[Any, Any]:
+    """The importance of the triplets of a layer, of the means that PEFT's allocator keeps."""
+    scores = {
+        part: (allocator.exp_avg_ipt[key] * allocator.exp_avg_unc[key]).detach().numpy()
+        for part in "ABE"
+        for key in [f"{name}.lora_{part}.default"]
+    }
+    return scores["E"][:, 0] + scores["A"].mean(1) + scores["B"].mean(0)
+
+
 def test_adalora_allocates_as_peft_does(data: Pair) -> None:
     """The same triplets of the same sizes and gradients, step for step, by PEFT's allocator and by ours."""
     peft = pytest.importorskip("peft")
@@ -140,11 +150,13 @@ def test_adalora_allocates_as_peft_does(data: Pair) -> None:
                 other.data, other.grad = part.detach()[0].reshape(shape).clone(), part.grad[0].reshape(shape).clone()
         if step <= last:
             allocator.update_ipt(theirs)
+            by_hand = [peft_importance(allocator, f"base_model.model.{name}") for name in NAMES]
         optimizer.step()
         optimizer.zero_grad()
         selection.step()
         budget, masks = allocator.budget_schedule(step)
         assert budget == (8 if step <= first else max(3, int(3 + 5 * (1 - (step - first) / (last - first)) ** 3)))
+        np.testing.assert_allclose(selection.importance().numpy(), np.concatenate(by_hand), rtol=1e-9)
         found = [bool(value) for value in selection.values() != 0]
         if masks and budget < 8 and step <= last:
             pattern = allocator.mask_to_budget(theirs, budget)
