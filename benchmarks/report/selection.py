@@ -17,7 +17,7 @@ from benchmarks.selection import verdicts
 from benchmarks.selection.engine import SEEDS
 from benchmarks.selection.lines import Curve, Line, lines, read_off, wise
 from benchmarks.selection.registry import TASKS, TUNED_ON, task_named
-from benchmarks.selection.rows import STRATEGIES, percent, rows, variant_rows
+from benchmarks.selection.rows import LINEAR, STRATEGIES, percent, rows, variant_rows
 from benchmarks.selection.store import Store
 from slora.io.atomic import write_atomically
 from slora.report.style import colour_of, figure_style
@@ -97,7 +97,7 @@ def _missing(found: Sequence[Scope]) -> Iterator[str]:
     lines_of = {scope.name: scope.found for scope in found if len(scope.tasks) == 1}
     for name in TASKS:
         seeds = {line.row.name: len(line.seeds) for line in lines_of.get(name, ())}
-        without = [row.name for row in rows() if row.name not in seeds]
+        without = [row.name for row in rows() if row.name not in seeds and (row != LINEAR or task_named(name).probe)]
         fewer = [row.name for row in rows() if 0 < seeds.get(row.name, 0) < len(SEEDS)]
         if without:
             yield f"{name}: {', '.join(without) if seeds else 'all rows'}"

@@ -1,9 +1,10 @@
 """Selection strategies compared on equal terms: what each reaches on a new task, and what it forgets.
 
 task.py       what a task is: one training run of a configuration, and what is measured after it
-registry.py   the tasks; demo.py: the shifts of `slora demo`
-rows.py       the compared configurations; variants.py: ways to keep old knowledge, as settings
+registry.py   the tasks; demo.py: the shifts of `slora demo`; minilm.py: the MiniLM of `examples/`
+rows.py       the compared configurations
 store.py      the runs on disk, a line each
-engine.py     `python -m benchmarks selection`: runs what the store lacks; tuning.py: learning rates and penalties
-verdicts.py   differences from scaled LoRA at equal retention, and the paragraph that the page makes of them
+engine.py     runs what the store lacks; tuning.py: learning rates, penalties and weights; command.py: the command line
+lines.py      what a table says of a row, such as its difference from scaled LoRA at equal retention
+verdicts.py   what wins where, by a rule
 """

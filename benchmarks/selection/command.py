@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from benchmarks.results import BenchmarkError
 from benchmarks.selection import tuning
 from benchmarks.selection.engine import SEEDS, Case, cases, run
 from benchmarks.selection.registry import TASKS, task_named
-from benchmarks.selection.rows import SHARES, STRATEGIES, rows, variant_rows
+from benchmarks.selection.rows import LINEAR, SHARES, STRATEGIES, configurations_on, rows, variant_rows
 from benchmarks.selection.store import FOLDER, Store
 
 NAMES = ("all", "linear", *STRATEGIES)
@@ -41,7 +41,8 @@ def selection(args: argparse.Namespace) -> int:
     store = Store(args.out or FOLDER)
     tuned = tuning.store(store)
     chosen = variant_rows() if args.variants else rows(args.strategies, args.shares)
-    families = dict.fromkeys(task_named(name).family for name in args.tasks)
+    tasks = list(_here(args.tasks))
+    families = dict.fromkeys(task_named(name).family for name in tasks)
     failed = 0
     with store.alone():
         if args.tune:
@@ -52,19 +53,34 @@ def selection(args: argparse.Namespace) -> int:
                     for row in chosen
                     for family in families
                     for task in tuning.tuned_on(family)
+                    if row is not LINEAR or task_named(task).probe
                     for case in tuning.grid(row, task, tuned, quick=args.quick)
                 )
                 failed += run(trials, tuned, args.jobs, until - time.monotonic())
         todo: list[Case] = []
-        for task in args.tasks:
+        for task in tasks:
             family = task_named(task).family
             found = {row.name: tuning.chosen(row, family, tuned) for row in chosen}
-            if untuned := [name for name, configuration in found.items() if configuration is None]:
+            untuned = [
+                name for name, each in found.items() if each is None and (name != "linear" or task_named(task).probe)
+            ]
+            if untuned:
                 print(f"{task}: not tuned, so left out: {', '.join(untuned)}")
-            todo += cases([each for each in found.values() if each is not None], [task], args.seeds)
+            there = [each for each in found.values() if each is not None]
+            todo += cases(configurations_on(there, task_named(task).probe), [task], args.seeds)
         todo = [case._replace(quick=args.quick) for case in sorted(todo, key=lambda case: case.seed)]
         failed += run(todo, store, args.jobs, until - time.monotonic())
     return 1 if failed else 0
+
+
+def _here(names: Iterable[str]) -> Iterator[str]:
+    """Yield the tasks that can run here, and say what the others lack."""
+    for name in names:
+        try:
+            task_named(name).check()
+            yield name
+        except BenchmarkError as error:
+            print(error)
 
 
 def _unique(trials: Iterable[Case]) -> list[Case]:

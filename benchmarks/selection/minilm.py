@@ -20,6 +20,22 @@ class Functions:
     target = "recall@1 %"
     retention = {"words": "WordNet recall@1 lost"}  # noqa: RUF012 (the protocol's attribute)
     rates = (1e-3, 2.5e-3, 6e-3, 1.5e-2)
+    probe = False
+
+    def check(self) -> None:
+        """Find out whether the model and WordNet are here.
+
+        Raises:
+            BenchmarkError: one is not; says how to get it.
+        """
+        from examples.minilm.encoder import model_folder
+        from examples.minilm.words import wordnet_folder
+
+        try:
+            model_folder()
+            wordnet_folder()
+        except MissingDependencyError as error:
+            raise BenchmarkError(f"task {self.name!r}: {error}") from error
 
     def run(self, configuration: Configuration, seed: int, validation: bool = False, quick: bool = False) -> Record:
         """Train and measure once.
@@ -42,19 +58,7 @@ class Functions:
 
 
 def task(name: str) -> Functions:
-    """Return the task.
-
-    Raises:
-        BenchmarkError: the model or WordNet is missing; says how to get it.
-    """
-    from examples.minilm.encoder import model_folder
-    from examples.minilm.words import wordnet_folder
-
-    try:
-        model_folder()
-        wordnet_folder()
-    except MissingDependencyError as error:
-        raise BenchmarkError(f"task {name!r}: {error}") from error
+    """Return the task."""
     return Functions()
 
 

@@ -14,9 +14,10 @@ TASKS = {
     "inverted": "benchmarks.selection.demo",
     "noisy": "benchmarks.selection.demo",
     "mnist": "benchmarks.selection.demo",
+    "functions": "benchmarks.selection.minilm",
 }
 # The tasks whose validation samples decide about learning rates and penalties.
-TUNED_ON = ("noisy", "mnist")
+TUNED_ON = ("noisy", "mnist", "functions")
 
 
 @functools.lru_cache(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,17 @@ def rows(strategies: Sequence[str] | None = None, shares: Sequence[float] | None
             chosen.append(Row(name, share, strategy.label, configuration))
     chosen = [row for row in chosen if not shares or row.share in (1.0, None, *shares)]
     return [row for row in chosen if not strategies or row.strategy in strategies]
+
+
+def configurations_on(configurations: Sequence[Configuration], probe: bool) -> list[Configuration]:
+    """Return those that a task can run: without a head to train, the pretrained model stands for the linear probe."""
+    if probe:
+        return list(configurations)
+    return [
+        dataclasses.replace(each, scales=(0.0, *each.scales)) if each.name == ALL.name else each
+        for each in configurations
+        if each.name != LINEAR.name
+    ]
 
 
 # What ways to keep old knowledge are added to: LoRA on all blocks, and a selected few.

@@ -81,6 +81,8 @@ class Task(Protocol):
         target: heading of the measure of the new task, such as "target %" or "recall@1 %".
         retention: `{key of Record.lost: heading}`; forgetting is the mean of these.
         rates: the learning rates that are tried for every row.
+        probe: whether a head is trained, so that there is a linear probe. Without one the line to beat begins at the
+            pretrained model: plain LoRA scaled by 0.
     """
 
     name: str
@@ -89,6 +91,15 @@ class Task(Protocol):
     target: str
     retention: Mapping[str, str]
     rates: Sequence[float]
+    probe: bool
+
+    def check(self) -> None:
+        """Find out before the first run whether what the task needs is here.
+
+        Raises:
+            BenchmarkError: something is not; says how to get it.
+        """
+        ...
 
     def run(self, configuration: Configuration, seed: int, validation: bool = False, quick: bool = False) -> Record:
         """Train and measure once; `seed` determines the result.

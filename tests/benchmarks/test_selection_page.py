@@ -154,6 +154,21 @@ def test_ways_to_keep_old_knowledge_are_compared_with_the_same_line(store: Store
     assert "all (plain LoRA) + L2 to the base 100 % (+1.00 ± 0.00)" in text
 
 
+def test_without_a_probe_the_line_to_beat_begins_at_the_pretrained_model(store: Store) -> None:
+    for task in TASKS:
+        runs = [run for run in store.runs(task) if run["row"] != "linear"]
+        store.path(task).write_text("".join(json.dumps(run) + "\n" for run in runs))
+    found = {line.row.name: line for line in lines.lines(store, rows(), ["noisy"])}
+    assert not found["budget-solo 11 %"].values["over"]
+    for run in [run for run in store.runs("noisy") if run["row"] == "all"]:
+        store.add(run | {"scaled": [{"scale": 0.0, **_measures(_curve(0.0), 0.0)}, *run["scaled"]]})
+    again = lines.lines(store, rows(), ["noisy"])
+    assert again[0].label == "pretrained model"
+    assert lines.wise(again)[0] == (0.0, _curve(0.0))
+    (line,) = [line for line in again if line.row.name == "budget-solo 11 %"]
+    assert fmean(line.values["over"]) == pytest.approx(2.0)
+
+
 def test_without_runs_there_is_no_page(tmp_path: Path) -> None:
     assert selection.page(Store(tmp_path)) == {}
     assert tables.table(["a"], [["b"]]) == "| a |\n| --- |\n| b |"
