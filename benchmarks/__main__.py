@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run, report, compare, targets, compatibility, selection, gpu."""
+"""`python -m benchmarks`: run, report, compare, targets, compatibility, selection, retention, gpu."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.results import CASES, RESULTS, BenchmarkError, made, read_result
+from benchmarks.retention import command as retention
 from benchmarks.selection.command import add_options
 from benchmarks.timing import first_line
 from slora.errors import WriteError
@@ -52,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("selection", help="selection strategies on equal terms; runs what is missing")
     add_options(command)
+
+    command = commands.add_parser("retention", help="ways to keep old knowledge, against scaled LoRA")
+    retention.add_options(command)
 
     command = commands.add_parser("gpu", help="validation on a GPU")
     command.set_defaults(call=gpu)

@@ -3,6 +3,7 @@
     benchmarks/README.md             what a step costs, what memory costs, how near the limit is, the targets
     benchmarks/results/<device>.md   every case
     benchmarks/results/selection.md  the selection strategies: results/selection/
+    benchmarks/results/retention.md  what keeps old knowledge: results/retention/
     docs/compatibility.md            results/compatibility.json
     README.md                        its marked tables: the demo (docs/demo.json), the training step, the census
 
@@ -21,12 +22,19 @@ from benchmarks import targets
 from benchmarks.report import tables
 from benchmarks.report.tables import Cases
 from benchmarks.results import CASES, ROOT, BenchmarkError, need, read_result, results_in, source
+from benchmarks.retention.runs import RUNS, read
 from benchmarks.selection.store import Store
 from slora.io.atomic import write_text
 
-jinja2, judge, figures, selection = (
+jinja2, judge, figures, selection, retention = (
     need(name, "the report needs it: pip install -e '.[train]' --no-build-isolation")
-    for name in ("jinja2", "slora.demo.judge", "benchmarks.report.figures", "benchmarks.report.selection")
+    for name in (
+        "jinja2",
+        "slora.demo.judge",
+        "benchmarks.report.figures",
+        "benchmarks.report.selection",
+        "benchmarks.retention.table",
+    )
 )
 # The devices that targets are set for come first, whether they were measured or not.
 DEVICES = ("cpu", "nvidia-h100", "nvidia-h200")
@@ -75,6 +83,8 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
             )  # fmt: skip
     if found := selection.page(_runs(root)):
         made[folder / "selection.md"] = render("selection.md.j2", **found)
+    if kept := read(folder / "retention" / RUNS):
+        made[folder / "retention.md"] = retention.page(kept)
     if census:
         made[root / "docs" / "compatibility.md"] = render("compatibility.md.j2", census=census)
     return made
