@@ -40,6 +40,7 @@ def finetune(
 
     --strategy names what chooses the blocks. With --blocks: budget (the default, as above), sensitivity (chosen before
     training by squared gradients, so that the others never cost anything), random, first, last. Without: gates, all.
+    sora, codyra, increlora and adalora choose single ranks of blocks, and --blocks is a number or share of the ranks.
 
     A CLIP of open_clip gets a new linear head, or with --head zero-shot none: its classes are prompts, and --tower says
     which of its towers is trained. The weights of a CLIP are named: --pretrained TAG, or a file. Prompts are those of

@@ -38,9 +38,10 @@ class Sensitivity(OneShot):
         s_i = sum_b ||dL_b/dW_i||_F^2,      W_i [N / blocks, K],
 
     the first-order loss reduction of a gradient step on all of it, and blocks are taken in the order of s_i, each that
-    still fits the budget. The sum in place of the count, the base model in evaluation mode (SPT leaves dropout on), and
-    a budget in blocks are our choices. The gradients of A and B would say less: with B = 0 that of A is zero, and that
-    of B is dL/dW_i projected on r random directions.
+    still fits the budget. Our choices are the sum in place of the count, the base model in evaluation mode (SPT leaves
+    dropout on), and a budget in blocks. In the demo the highest eight by sum and by count share at least six. Most are
+    of the first layer, where gradients are largest, and where training costs the most old knowledge. The gradients of A
+    and B would say less: with B = 0 that of A is zero, and that of B is dL/dW_i projected on r random directions.
 
     It costs a forward and a backward pass with the gradients of all base weights per batch, as in full fine-tuning, and
     the memory of one such gradient at a time. The gradients that parameters have are left as they are. With a head of
