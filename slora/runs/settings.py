@@ -171,8 +171,8 @@ class TrainSettings:
     ] = None
     depth_price: Annotated[
         float | None,
-        "With ranking solo: divide each gain by 200 ** (1 - depth) to this power, depth 0 for the first layer and 1 "
-        "for the last. [default: 0.75 without retained data, else 0]",
+        "With ranking solo, or strategy sensitivity: divide each score by 200 ** (1 - depth) to this power, depth 0 "
+        "for the first layer and 1 for the last. [default: 0.75 with ranking solo without retained data, else 0]",
     ] = None
     selection_warmup: Annotated[
         float | None,

@@ -55,7 +55,7 @@ STRATEGIES: dict[str, Takes] = {
     "codyra": Takes(_RANKS, _PHASES, CODYRA_PHASES, alone=True),
     "increlora": Takes(_RANKS, _PHASES, INCRELORA_PHASES),
     "adalora": Takes(_RANKS, _PHASES, ADALORA_PHASES),
-    "sensitivity": Takes(_BLOCKS),
+    "sensitivity": Takes(_BLOCKS, "depth_price"),
     "random": Takes(_BLOCKS),
     "first": Takes(_BLOCKS),
     "last": Takes(_BLOCKS),

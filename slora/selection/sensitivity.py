@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -12,11 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slora.config import Unit
 from slora.errors import ConfigError, StateError
+from slora.io.plain import plain
 from slora.layers import LoRABlocks, adapted_layers
 from slora.module_tree.modes import evaluating
 from slora.module_tree.sharded import refuse
 from slora.selection.one_shot import OneShot
 from slora.selection.ranking import block_scores
+from slora.selection.solo_gain import FIRST_OVER_LAST, depths
 
 
 class Sensitivity(OneShot):
@@ -51,6 +54,8 @@ class Sensitivity(OneShot):
     Args:
         batches: the arguments of `loss`, a tuple for each batch; 8 in SPT's code.
         loss: runs the model on a batch and returns the loss, a scalar.
+        depth_price: divides s_i by `(200 ** (1 - depth)) ** depth_price`, as `SoloGain` does; 0 is SPT's rule, 0.75
+            keeps far more old knowledge in the demo.
         model, budget, steps, unit, forward, now: see `OneShot`; for the unit "flops" the batches are enough.
 
     Raises:
@@ -68,6 +73,7 @@ class Sensitivity(OneShot):
         *,
         batches: Iterable[Any],
         loss: Callable[..., Tensor],
+        depth_price: float = 0.0,
         unit: Unit = "blocks",
         forward: Callable[[], object] | None = None,
         now: bool = True,
@@ -76,14 +82,26 @@ class Sensitivity(OneShot):
             raise ConfigError(f"loss={loss!r} is not a function; write lambda x, y: criterion(model(x), y)")
         if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
             raise ConfigError(f"batches is a {type(batches).__name__}; pass a list of batches, such as [(x, y)]")
+        self.depth_price = plain(depth_price)
+        if not isinstance(self.depth_price, (int, float)) or not 0 <= self.depth_price < math.inf:
+            raise ConfigError(f"depth_price={depth_price!r} is negative or not a finite number; use 0 or more")
         refuse(model, "create Sensitivity before fully_shard: it needs the whole gradient of a weight")
         self.batches, self.loss = batches, loss
         super().__init__(model, budget, steps, unit=unit, forward=forward, now=now)
 
     def order(self) -> list[int]:
         """See `OneShot.order`."""
-        scores = block_scores(lambda model: sensitivity(model, self.batches, self.loss), self.model, self.n)
+        scores = block_scores(self._priced, self.model, self.n)
         return sorted(range(self.n), key=lambda i: -scores[i])
+
+    def _priced(self, model: nn.Module) -> Tensor:
+        scores = sensitivity(model, self.batches, self.loss)
+        prices: Tensor = FIRST_OVER_LAST ** (self.depth_price * (1 - scores.new_tensor(depths(model))))
+        return scores / prices
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as JSON values."""
+        return super().state_dict() | {"depth_price": self.depth_price}
 
 
 def sensitivity(model: nn.Module, batches: Iterable[Any], loss: Callable[..., Tensor]) -> Tensor:

@@ -131,7 +131,8 @@ def _sensitivity(given: Given) -> Strategy:
         images, labels = given.sample(SENSITIVITY_BATCHES * SENSITIVITY_BATCH)
         yield from zip(images.split(SENSITIVITY_BATCH), labels.split(SENSITIVITY_BATCH), strict=True)
 
-    return Sensitivity(given.model, batches=batches(), loss=given.loss, **given.one_shot())
+    price = given.settings.depth_price or 0.0
+    return Sensitivity(given.model, batches=batches(), loss=given.loss, depth_price=price, **given.one_shot())
 
 
 def _random(given: Given) -> Strategy:

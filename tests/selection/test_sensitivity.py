@@ -86,6 +86,24 @@ def test_query_key_and_value_of_an_attention_have_sensitivities_of_their_own() -
     torch.testing.assert_close(found, expected, rtol=50 * 2**-23, atol=0.0)
 
 
+@pytest.mark.parametrize("price", [0.0, 0.5, 3.0])
+def test_a_price_on_depth_divides_the_scores(make: Make, batch: Batch, price: float) -> None:
+    scores = sensitivity(model := make(), few(batch), loss_of(model)).tolist()
+    # `qkv` has three blocks, in the second of four layers.
+    depth = [0, 1 / 3, 1 / 3, 1 / 3, 2 / 3, 1]
+    priced = [score / (200 ** (1 - d)) ** price for score, d in zip(scores, depth, strict=True)]
+    for budget in range(1, N):
+        model = make()
+        selection = Sensitivity(model, budget, 10, batches=few(batch), loss=loss_of(model), depth_price=price)
+        kept = {i for i, on in enumerate(flags(model)) if on}
+        assert kept == set(sorted(range(N), key=lambda i: -priced[i])[:budget])
+    if price:
+        with pytest.raises(ConfigError, match=f"has depth_price={price}, this Sensitivity depth_price=0.0"):
+            Sensitivity(make(), 5, 10, batches=[], loss=len, now=False).load_state_dict(selection.state_dict())
+    with pytest.raises(ConfigError, match="depth_price=-1 is negative or not a finite number; use 0 or more"):
+        Sensitivity(make(), 5, 10, batches=few(batch), loss=loss_of(model), depth_price=-1)
+
+
 def test_measuring_leaves_no_trace(make: Make, batch: Batch) -> None:
     model = make(trained=True, lora_dropout=0.3)
     model.add_module("norm", nn.BatchNorm1d(5))

@@ -199,6 +199,14 @@ def test_sensitivities_are_measured_on_the_trained_head_and_their_cost_counts(
     assert result.flops > 5 * first.flops
 
 
+def test_sensitivity_has_a_price_on_depth_only_if_it_is_set(
+    make_model: Factory, data: Pair, settings: TrainSettings
+) -> None:
+    for price, expected in ((None, 0.0), (0.75, 0.75)):
+        settings = settings.replace(strategy="sensitivity", budget=1, depth_price=price)
+        assert made(prepare(make_model(), settings=settings), settings, data).depth_price == expected
+
+
 def test_gates_are_what_chooses_under_their_own_name_too(
     make_model: Factory, data: Pair, settings: TrainSettings
 ) -> None:
