@@ -3,7 +3,8 @@
 Two losses. Cross-entropy on the zero-shot logits `exp(logit_scale) * image @ class embeddings`. Or the contrastive loss
 of FLYP ("Finetune like you pretrain", Goyal et al. 2023, arXiv 2212.00638): each image with a prompt of its class, by a
 template drawn at random, and the symmetric cross-entropy of pretraining on the similarities within the batch. As in
-FLYP's code, other images of the same class in the batch count as negatives.
+FLYP's code, other images of the same class in the batch count as negatives. A CLIP that was pretrained on sigmoids
+(SigLIP) is trained on the same two losses; its `logit_bias` moves neither of them and stays.
 """
 
 from __future__ import annotations

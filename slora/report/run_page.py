@@ -17,6 +17,7 @@ from slora.report.evaluation import evaluation_sections
 from slora.report.gates import gate_curves
 from slora.report.page import Picture, Section, Table, scaled, write_page
 from slora.runs.explain_blocks import explained, not_finite
+from slora.runs.heads import is_contrastive
 from slora.runs.metrics import METRICS, read_metrics
 from slora.runs.settings import TrainSettings
 from slora.runs.strategies import STRATEGIES, strategy_of
@@ -109,7 +110,12 @@ def _alert(records: Records, settings: Mapping[str, Any]) -> str:
 
 def _lead(records: Records, settings: Mapping[str, Any]) -> str:
     last = [*records[-1:], *_steps(records)][-1]
-    what = ", ".join(str(settings[key]) for key in ("model", "data", "method", "strategy") if settings.get(key))
+    words = [str(settings[key]) for key in ("model", "data", "method", "strategy") if settings.get(key)]
+    if settings.get("head") == "zero-shot":
+        trained = {"both": "both towers"}.get(settings["tower"], f"{settings['tower']} tower")
+        words.append(f"{trained} with a zero-shot head")
+        words.append("contrastive loss" if is_contrastive(settings) else "cross-entropy")
+    what = ", ".join(words)
     text = (f"{what}: " if what else "") + f"{last['step']} steps"
     if last.get("seconds") is not None:
         text += f", {last['seconds']:.0f} s"

@@ -62,6 +62,11 @@ def read_request(
     source_of(settings.model)
     if settings.head == "zero-shot":
         require_clip(settings.model)
+        if not settings.pretrained and ":" not in (settings.model or ""):
+            raise ConfigError(
+                f"head='zero-shot' reads what pretraining has taught {settings.model}, which would start from random "
+                f"weights; add --pretrained, with the tag or file of open_clip weights"
+            )
     if out is None:
         out = _default_folder(settings, data)
     refuse_locked(out)

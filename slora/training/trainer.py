@@ -65,6 +65,10 @@ class Trainer:
         self.own_criterion = criterion is not None
         self.criterion = criterion or _cross_entropy(settings.label_smoothing)
         self.own_loss = takes_labels(model)
+        if self.own_loss and criterion is not None:
+            raise ConfigError(
+                f"criterion has no effect on a {type(model).__name__}, which computes its own loss; leave it out"
+            )
         self.after_step = getattr(model, "after_step", None)
         self.accelerator = accelerator
         device = self.device = self.accelerator.device

@@ -55,7 +55,7 @@ def test_a_run_is_evaluated_inspected_swept_merged_and_reported(
     data = f"imagefolder:{images}"
     command("finetune", "--model", tiny, "--pretrained", weights, "--data", data, *QUICK, "--out", "run")
     assert "zero-shot" in Path("run/config.yaml").read_text()
-    assert Path("run/report.html").exists()
+    assert "both towers with a zero-shot head, contrastive loss" in Path("run/report.html").read_text()
     assert "top-1" in command("evaluate", "run", "--source", data, "--k", "1,2")
     assert json.loads(Path("run/evaluation.json").read_text())["knn"]["bank"] == 27
     assert "transformer.resblocks" in command("inspect", "run", "--checkpoint", "last")

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import slora.demo  # noqa: F401 (registers its model)
 from slora import CheckpointError, ConfigError, SLoRAError, TargetError
-from slora.training import TrainSettings, prepare
+from slora.clip import Clip, PromptedClip, Prompts
+from slora.models.input_spec import InputSpec
+from slora.training import TrainSettings, prepare, train
 from slora.training.finetune_run import finetune
 from tests.clip import tiny_clip
 
@@ -57,6 +60,7 @@ def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], 
             ConfigError,
             "'timm/vit_tiny_patch16_224' has no text tower; use a",
         ),
+        ({"pretrained": False}, ConfigError, "would start from random weights; add --pretrained, with the tag or file"),
         ({"model": "demo/letters_vit", "pretrained": True}, ConfigError, "'demo/letters_vit' has no text tower"),
         ({"templates": "opnai"}, ConfigError, "templates='opnai' is neither openai nor simple nor a file"),
         ({"class_names": "two.txt"}, ConfigError, "two.txt has 2 names, but imagefolder:.* has 3 classes, from 'blue'"),
@@ -88,3 +92,14 @@ def test_a_model_without_towers_is_refused_by_name(vit: Any) -> None:
     with pytest.raises(ConfigError, match="VisionTransformer has no image and text tower; use an open_clip model"):
         prepare(vit, settings=TrainSettings(head="zero-shot"))
     assert all(parameter.requires_grad for parameter in vit.parameters())
+
+
+def test_a_criterion_for_a_model_with_a_loss_of_its_own_is_refused(tiny: str) -> None:
+    import open_clip
+
+    clip = Clip(tiny_clip.model(), open_clip.get_tokenizer("ViT-tiny-clip"), InputSpec(3, 16))
+    model = PromptedClip(clip, Prompts(("cat", "dog"), ("a {}",)), trains_text=True, contrastive=True)
+    data = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 0, 1])
+    settings = TrainSettings(head="zero-shot", tower="both", batch_size=2, max_steps=1, device="cpu", precision="fp32")
+    with pytest.raises(ConfigError, match="criterion has no effect on a PromptedClip, which computes its own loss"):
+        train(prepare(model, settings=settings), data, settings=settings, criterion=lambda logits, labels: logits.sum())
