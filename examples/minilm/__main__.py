@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.minilm", description=__doc__)
     parser.add_argument("strategies", nargs="*", help=f"some of: {'; '.join(STRATEGIES)} (default: all of them)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of all runs (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of all runs (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that everything works")
     asked = parser.parse_args()
     unknown = [name for name in asked.strategies if name not in STRATEGIES]

@@ -23,7 +23,7 @@ from slora.io.atomic import write_atomically
 # Tokens of a query and of a document.
 LENGTHS = (QUERY, 32)
 # Pairs of each set. The texts for distillation are not among the words that are tested.
-COUNTS: dict[Split, int] = {"training": 1600, "validation": 500, "test": 500}
+COUNTS: dict[Split, int] = {"training": 960, "validation": 500, "test": 500}
 WORDS, RETAINED = 500, 64
 
 _FORMAT = 3
