@@ -121,7 +121,7 @@ def inflated(packed: bytes, largest: int) -> bytes:
     try:
         # One byte more than asked for also consumes the check sum after the last.
         content = coder.decompress(packed, largest + 1)
-    except zlib.error as error:
+    except (zlib.error, OverflowError) as error:
         raise ValueError(str(error)) from error
     if len(content) > largest or not coder.eof:
         raise ValueError(f"it is cut off, or holds more than {largest} bytes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,14 @@ def test_a_folder_that_cannot_be_written_is_named(saved: Path, tmp_path: Path) -
         compress_adapter(saved, tmp_path / "file" / "small")
 
 
+def _enlarge(tensors: dict[str, Tensor]) -> None:
+    """Give every layer more outputs than any computer has bytes."""
+    held = json.loads(zlib.decompress(tensors["json"].numpy().tobytes()))
+    for shape in held["selective"]["base"]["shapes"].values():
+        shape[0] = 3 * 10**30
+    tensors["json"] = torch.frombuffer(bytearray(zlib.compress(json.dumps(held).encode())), dtype=torch.uint8)
+
+
 DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "no signs": (lambda t: t.pop("signs"), "lacks 'signs'"),
     "half of the signs": (lambda t: t.update(signs=t["signs"][:-9]), "damaged"),
@@ -150,6 +159,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "a scale too few": (lambda t: t.update(scales=t["scales"][1:]), "'scales' is torch.float32"),
     "no json": (lambda t: t.pop("json"), "lacks 'json'"),
     "half of the json": (lambda t: t.update(json=t["json"][:50]), "damaged"),
+    "layers without end": (_enlarge, "damaged"),
     "another head": (lambda t: t["base_model.model.head.bias"].add_(1), "tensors are not those"),
     "no head": (lambda t: t.pop("base_model.model.head.bias"), "tensors are not those"),
 }
