@@ -28,9 +28,10 @@ class AdaLoRA(RankStrategy):
         s(lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij)
 
     where `s` is the product of smoothed sensitivity and uncertainty (`Importance`) of `|w * dL/dw|`, read before each
-    optimizer step. After a share `t` of the selection phase the lambdas of all but the `K + (n - K) * (1 - t)^3` most
-    important triplets are set to 0, every `every` steps. They keep their P and Q and their gradient, and may come back
-    until the choice is final. The scaling stays `lora_alpha / r` of the first rank, as in the published code.
+    optimizer step; it takes two more numbers per element of P and Q. After a share `t` of the selection phase the
+    lambdas of all but the `K + (n - K) * (1 - t)^3` most important triplets are set to 0, every `every` steps. P, Q and
+    the gradient of lambda stay, so that such a triplet may come back until the choice is final. The scaling stays
+    `lora_alpha / r` of the first rank, as in the published code.
 
     Args:
         budget: ranks to keep, or their share.

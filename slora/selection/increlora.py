@@ -86,7 +86,9 @@ class IncreLoRA(RankStrategy):
 
     def _borrow(self, model: nn.Module, args: Any) -> None:
         """Let the base weights require gradients until the optimizer step."""
-        if self.kept is not None or self._borrowed or not (model.training and torch.is_grad_enabled()):
+        # A copy of the model has a copy of this hook, but no strategy.
+        active = next(iter(self.layers.values())).gate_cache.strategy is self
+        if not active or self.kept is not None or self._borrowed or not (model.training and torch.is_grad_enabled()):
             return
         for layer in self.layers.values():
             weight: Any = layer.base_weight

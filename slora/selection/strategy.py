@@ -249,7 +249,8 @@ def unfinished_selection(model: nn.Module) -> str:
 def freeze_gates(model: nn.Module) -> None:
     """Stop training the gates, so that the active blocks stay what they are; an active strategy ends.
 
-    No gate gradients are computed any more. `layer.gate.requires_grad_()` trains a gate again.
+    No gate gradients are computed any more. `layer.gate.requires_grad_()` trains a gate again. Rank gates are
+    multiplied into B, those of a copy of a model whose strategy is still at work, too.
 
     Raises:
         StateError: the model has no adapted layer.
@@ -257,6 +258,8 @@ def freeze_gates(model: nn.Module) -> None:
     layers = require_layers(model)
     end_strategy(model)
     stop_training_gates(layers)
+    for layer in layers.values():
+        layer.fold_rank_gate()
 
 
 def stop_training_gates(layers: dict[str, LoRABlocks]) -> None:

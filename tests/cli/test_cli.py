@@ -345,6 +345,13 @@ def test_layers_are_listed_in_the_order_of_their_numbers() -> None:
     assert table.splitlines()[-1] == "4 of 8 blocks active (50.0%)"
 
 
+def test_ranks_are_listed_by_block_where_they_differ() -> None:
+    whole = {"r": 2, "blocks": 3, "active": [0, 2], "gate": [0.2, 0.0, 0.2]}
+    layers = {"0.fc": {**whole, "ranks": [2, 0, 1]}, "1.fc": whole}
+    lines = block_table(layers, {name: [9, 4] for name in layers}).splitlines()
+    assert [line.split()[4] for line in lines[1:3]] == ["2/./1", "2"]
+
+
 def test_a_damaged_adapter_is_named(slora: Callable[..., Outcome], tmp_path: Path) -> None:
     (tmp_path / "selective.json").write_text('{"layers": {}}')
     outcome = slora("inspect", ".")

@@ -37,6 +37,20 @@ def test_a_strategy_chosen_before_training_is_named_inspected_and_resumed(slora:
     assert slora("inspect", "run").out.startswith(table)
 
 
+def test_ranks_chosen_inside_blocks_are_inspected_and_merged(slora: Slora) -> None:
+    outcome = slora("finetune", *QUICK, "--strategy", "increlora", "--blocks", "40", "--out", "run")
+    assert outcome.code == 0, outcome.err
+    shown = slora("inspect", "run").out
+    assert "strategy increlora, 40 ranks" in shown
+    assert "36 of 36 blocks active" in shown
+    assert any("/" in line.split()[4] for line in shown.splitlines() if "attn.qkv" in line)
+    assert slora("inspect", "run", "--checkpoint", "last").out.startswith(shown.partition("threshold")[0])
+    assert slora("merge", "run", "--out", "plain.safetensors").code == 0
+    refused = slora("finetune", *QUICK, "--strategy", "adalora", "--out", "other")
+    assert refused.code == 2
+    assert "strategy='adalora' needs a budget" in refused.err
+
+
 def test_all_blocks_are_asked_for_by_name(slora: Slora) -> None:
     outcome = slora("finetune", *QUICK, "--strategy", "all", "--out", "run")
     assert outcome.code == 0, outcome.err

@@ -524,3 +524,15 @@ def test_no_gates_are_refused(steps: list[int], gates: dict[str, list[list[float
 def test_the_block_map_writes_ranks_into_the_cells_of_active_blocks() -> None:
     axes = block_map([{"blocks.0.qkv": [2, 0, 11]}], "title", numbers=True).axes[0]
     assert sorted(text.get_text() for text in axes.texts if text.get_text().isdigit()) == ["11", "2"]
+
+
+def test_the_page_of_a_rank_wise_run_counts_its_ranks(run_dir: Path) -> None:
+    path = run_dir / "adapter" / "selective.json"
+    content = json.loads(path.read_text())
+    content["layers"]["blocks.1.attn.qkv"]["ranks"] = [8, 1, 3]
+    path.write_text(json.dumps(content))
+    assert "6 of 18 blocks are active (33 %), with 36 ranks" in write_report(run_dir).read_text(encoding="utf-8")
+    content["layers"]["blocks.1.attn.qkv"]["ranks"] = [9, 1, 3]
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"'blocks.1.attn.qkv' is damaged \(ranks=\[9, 1, 3\], but r=8"):
+        write_report(run_dir)

@@ -197,6 +197,23 @@ def test_blocks_that_frozen_has_freed_have_no_rank(net: Any, batch: Batch) -> No
     assert count(model) == 2
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_copy_of_the_model_computes_the_same_and_has_no_strategy(kind: Kind, net: Any, batch: Batch) -> None:
+    model = net()
+    selection = kind(model, 7, 12)
+    train(model, selection, optimizer_of(model), batch, 3)
+    other = copy.deepcopy(model)
+    before = other(batch[0])
+    before.sum().backward()
+    assert not any(p.requires_grad for name, p in other.named_parameters() if name.endswith("qkv.weight"))
+    slora.freeze_gates(other)
+    assert all(layer.rank_gate is None for _, layer in adapted_layers(other))
+    assert torch.equal(other(batch[0]), before)
+    train(model, selection, optimizer_of(model), batch, 9)
+    selection.finish()
+    assert count(model) == 7
+
+
 def test_increlora_without_gradients_of_the_weights_says_so(net: Any, batch: Batch) -> None:
     model = net().eval()
     selection = IncreLoRA(model, 7, 12)
