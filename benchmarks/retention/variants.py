@@ -42,6 +42,7 @@ class Variant:
 _ALONE: dict[str, Any] = {"retain_weight": 0.0}
 # Selection ranks by gain over drift of the features, not over depth.
 _PRICED: dict[str, Any] = {"depth_price": 0.0, "retain_weight": 0.0}
+_ON_OLD: dict[str, Any] = {**_PRICED, "drift_data": "retained"}
 
 VARIANTS: dict[str, Variant] = {
     "none": Variant("nothing"),
@@ -56,7 +57,7 @@ VARIANTS: dict[str, Variant] = {
     "ewc-generic": Variant("EWC, noise and patches", "generic", "ewc_penalty", (0.1, 1.0, 10.0), _ALONE),
     "replay": Variant("replay, labelled old images", "old", "", (0.3, 1.0, 3.0), _ALONE),
     "price-letters": Variant(
-        "price on feature drift, old images", "old", "drift_price", (0.5, 1.0, 2.0), _PRICED, ("selective",)
+        "price on feature drift, old images", "old", "drift_price", (0.5, 1.0, 2.0), _ON_OLD, ("selective",)
     ),
     "price-generic": Variant(
         "price on feature drift, noise and patches", "", "drift_price", (0.5, 1.0, 2.0), _PRICED, ("selective",)

@@ -57,6 +57,10 @@ def read_request(
             f"ewc_penalty={settings.ewc_penalty:g} needs images to find the important weights on; add some, such as "
             f"--retain-data generic"
         )
+    if settings.drift_data == "retained" and settings.retain_data is None:
+        raise ConfigError(
+            "drift_data='retained' needs images; add some with --retain-data, such as a folder of old ones"
+        )
     if settings.replay_data is not None:
         check_replayed(settings.replay_data)
     source_of(settings.model)

@@ -166,9 +166,13 @@ class TrainSettings:
     ] = "solo"
     drift_price: Annotated[
         float | None,
-        "With ranking solo: divide each gain by the drift of the final features on noise and shuffled patches, to this "
-        "power. [default: 0.5 with retained data, else 0]",
+        "With ranking solo: divide each gain by the drift of the final features on drift_data, to this power. "
+        "[default: 0.5 with retained data, else 0]",
     ] = None
+    drift_data: Annotated[
+        Literal["generic", "retained"],
+        "What drift_price measures the drift on: generic (noise and shuffled patches) or retained (retain_data).",
+    ] = "generic"
     depth_price: Annotated[
         float | None,
         "With ranking solo, or strategy sensitivity: divide each score by 200 ** (1 - depth) to this power, depth 0 "

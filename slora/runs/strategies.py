@@ -50,7 +50,7 @@ _PHASES = "selection_warmup settling"
 
 STRATEGIES: dict[str, Takes] = {
     "gates": Takes((), f"penalty gate_rule gate_lr {_PHASES}", GATES_PHASES),
-    "budget": Takes(_BLOCKS, f"ranking drift_price depth_price {_PHASES}", BUDGET_PHASES),
+    "budget": Takes(_BLOCKS, f"ranking drift_price drift_data depth_price {_PHASES}", BUDGET_PHASES),
     "sora": Takes(_RANKS, _PHASES, SORA_PHASES, alone=True),
     "codyra": Takes(_RANKS, _PHASES, CODYRA_PHASES, alone=True),
     "increlora": Takes(_RANKS, _PHASES, INCRELORA_PHASES),

@@ -54,6 +54,7 @@ class Given(NamedTuple):
         criterion: `(logits, labels) -> scalar`.
         autocast: returns the context that the model runs in.
         retains: whether the run distils features on old samples.
+        retain: those samples, or None.
     """
 
     model: nn.Module
@@ -63,6 +64,7 @@ class Given(NamedTuple):
     criterion: Criterion
     autocast: Callable[[], contextlib.AbstractContextManager[object]]
     retains: bool = False
+    retain: Tensor | None = None
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the loss of the run, in the present mode of the model."""
@@ -174,8 +176,11 @@ FACTORIES: dict[str, Callable[[Given], Strategy | None]] = {
 def _solo_gain(given: Given) -> SoloGain:
     settings, measured = given.settings, _Measured(given)
     price, depth = settings.drift_price, settings.depth_price
-    price = (DRIFT_PRICE if given.retains else 0.0) if price is None else price
-    depth = (0.0 if given.retains else DEPTH_PRICE) if depth is None else depth
+    on_retained = settings.drift_data == "retained"
+    if on_retained and given.retain is None:
+        raise ConfigError("drift_data='retained' needs retained samples; set retain_data (in Python give retain)")
+    price = (DRIFT_PRICE if given.retains or on_retained else 0.0) if price is None else price
+    depth = (0.0 if given.retains or on_retained else DEPTH_PRICE) if depth is None else depth
     if price:
         # Fail now rather than when selection begins.
         try:
@@ -202,7 +207,10 @@ class _Measured:
         return self.given.sample(SAMPLE)
 
     @cached_property
-    def generic(self) -> Tensor:
+    def drifting(self) -> Tensor:
+        """The samples whose features drift."""
+        if self.given.settings.drift_data == "retained" and self.given.retain is not None:
+            return self.given.retain[:DRIFT_SAMPLE].to(next(self.given.model.parameters()).device)
         images = self.images[0]
         if images.dim() != 4:
             # Inputs that are not images have no patches.
@@ -215,7 +223,7 @@ class _Measured:
 
     def features(self) -> Tensor:
         with self.given.autocast():
-            return _drift_features(self.given.model)(self.generic)
+            return _drift_features(self.given.model)(self.drifting)
 
 
 def first_images(batches: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,8 @@ def retained_images(settings: TrainSettings, spec: InputSpec, source: Source) ->
         DataError: there are fewer than two images, or the data set cannot be opened.
     """
     name, count, where = settings.retain_data, settings.retain_samples, f"retain_data={settings.retain_data!r}"
-    if name is None or not any(getattr(settings, user) for user in USERS):
+    used = settings.drift_data == "retained" or any(getattr(settings, user) for user in USERS)
+    if name is None or not used:
         return None
     check_retained(name)
     if name in PROXIES:

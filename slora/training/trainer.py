@@ -108,6 +108,7 @@ class Trainer:
                     self.criterion,
                     self.accelerator.autocast,
                     retains=retain is not None and settings.retain_weight > 0,
+                    retain=retain,
                 )
             )
         if settings.lr_hold is None and isinstance(self.selection, Budget | RankStrategy):

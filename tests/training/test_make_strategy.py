@@ -15,6 +15,7 @@ import slora
 from slora import ConfigError, StateError
 from slora.gates.values import gates
 from slora.layers import adapted_layers
+from slora.models.features import final_features
 from slora.selection import All, Budget, First, Gates, Last, Random, Sensitivity, SoloGain, update_norm
 from slora.sources.batches import make_batches
 from slora.training import TrainSettings, prepare, train
@@ -54,6 +55,34 @@ def test_depth_has_its_price_where_nothing_holds_the_features_and_drift_where_so
     settings = settings.replace(drift_price=1.5, depth_price=0.25)
     ranking = made(prepare(make_model(), settings=settings), settings, data, retains).ranking
     assert (ranking.price, ranking.depth_price) == (1.5, 0.25)
+
+
+def test_drift_is_measured_on_the_retained_samples_where_that_is_asked_for(
+    make_model: Factory, data: Pair, settings: TrainSettings
+) -> None:
+    settings = settings.replace(budget=2, drift_data="retained")
+    model = prepare(make_model(), settings=settings)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.3)
+
+    def ranking(settings: TrainSettings, retain: Tensor | None) -> Any:
+        chosen: Any = strategy(
+            Given(model, 10, settings, lambda n: (data[0][:n], data[1][:n]), F.cross_entropy, contextlib.nullcontext,
+                  retain=retain)
+        )  # fmt: skip
+        slora.freeze_gates(model)
+        return chosen.ranking
+
+    on_old = ranking(settings, data[0][40:])
+    assert (on_old.price, on_old.depth_price) == (0.5, 0.0)
+    features = final_features(model.eval())
+    assert torch.equal(on_old.features(), features(data[0][40:]))
+    assert torch.equal(ranking(settings.replace(drift_data="generic", drift_price=1.0), data[0][40:]).features(),
+                       ranking(settings.replace(drift_data="generic", drift_price=1.0), None).features())  # fmt: skip
+    with pytest.raises(ConfigError, match="drift_data='retained' needs retained samples"):
+        ranking(settings, None)
 
 
 def test_a_ranking_changes_nothing_of_the_model(make_model: Factory, data: Pair, settings: TrainSettings) -> None:

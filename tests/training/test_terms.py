@@ -153,6 +153,7 @@ def test_a_weight_that_is_none_is_refused(name: str, value: float) -> None:
     ("changes", "message"),
     [
         ({"ewc_penalty": 1.0}, "ewc_penalty=1 needs images to find the important weights on"),
+        ({"drift_data": "retained", "budget": 4}, "drift_data='retained' needs images; add some with --retain-data"),
         ({"replay_data": "lettters"}, "replay_data='lettters' is no data set with labels: .*near names are letters"),
     ],
 )
