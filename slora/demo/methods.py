@@ -197,7 +197,7 @@ def run_method(
         **judged(model, test, letters),
         "active": sum(map(sum, live.values())),
         "blocks": sum(map(len, live.values())),
-        "kept": 970 + _in_active_blocks(model),
+        "kept": 970 + active_parameters(model),
         "flops": outcome.flops or None,
         "seconds": outcome.seconds,
         "block_map": live,
@@ -210,7 +210,7 @@ def run_method(
 def judged(model: nn.Module, test: Pair, letters: Source, scale: float = 1.0) -> dict[str, float]:
     """Return `accuracy`, `nll`, `knn` and `head` of a trained model, with its update scaled by `scale`."""
     head = cast(Any, model).head
-    with _scaled(model, scale):
+    with updates_scaled(model, scale):
         seen, labels = features(model, _batches(test))
         with torch.no_grad():
             logits = head(seen)
@@ -237,7 +237,7 @@ def _batches(pair: Pair) -> Iterable[Pair]:
 
 
 @contextlib.contextmanager
-def _scaled(model: nn.Module, scale: float) -> Iterator[None]:
+def updates_scaled(model: nn.Module, scale: float) -> Iterator[None]:
     """Merge the update with a factor inside the context, and unmerge it bit for bit afterwards."""
     if scale == 1.0:
         yield
@@ -249,6 +249,7 @@ def _scaled(model: nn.Module, scale: float) -> Iterator[None]:
         slora.unmerge(model)
 
 
-def _in_active_blocks(model: nn.Module) -> int:
+def active_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of A and B in the active blocks."""
     counts = {layer: len(layer.activity().active) for _, layer in adapted_layers(model)}
     return sum(n * (layer.lora_A[0].numel() + layer.lora_B[0].numel()) for layer, n in counts.items() if n)

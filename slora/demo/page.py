@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from slora.demo.clip_page import clip_sections
 from slora.demo.judge import HEADINGS, aims, by_seed, flops, forgetting, rows
 from slora.demo.methods import BUDGET, COMMON, METHODS, NEIGHBOURS, TEMPERATURE
 from slora.report.block_map import block_map
@@ -52,6 +53,7 @@ def write_report(result: Result, out: Path) -> Path:
         Section("Target, retention and blocks", pictures=[scatter, blocks]),
         Section("Cost", pictures=_costs(result)),
         Section("Over the run", pictures=_curves(result)),
+        *clip_sections(result),
     ]
     if len(result["shifts"]) > 1:
         sections += [

@@ -7,15 +7,13 @@ for each other.
 from __future__ import annotations
 
 import contextlib
-import json
+import functools
 import multiprocessing
-import platform
 import tempfile
 import time
 import webbrowser
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +23,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-import slora
+from slora.demo.clip_methods import (
+    CLIP_METHODS,
+    CLIP_SCALED,
+    ClipSource,
+    clip_settings,
+    clip_source,
+    digits_before,
+    run_clip_method,
+)
+from slora.demo.clip_page import CLIP_HEADINGS, clip_rows, clip_sentence
 from slora.demo.judge import HEADINGS, aims, rows
 from slora.demo.methods import (
     HALF,
@@ -39,6 +46,7 @@ from slora.demo.methods import (
     source,
 )
 from slora.demo.page import write_report
+from slora.demo.record import Result, as_json, environment
 from slora.demo.shifts import SHIFTS
 from slora.errors import CheckpointError, ConfigError
 from slora.io.atomic import write_text
@@ -47,11 +55,6 @@ from slora.runs.settings import default_workers
 FORMAT = 2
 
 SEEDS, FULL_SEEDS = 3, 5
-
-Result = dict[str, Any]
-
-
-RunAll = Callable[["list[Job]", Source], Iterator[Result]]
 
 
 class Job(NamedTuple):
@@ -64,6 +67,18 @@ class Job(NamedTuple):
     scales: tuple[float, ...]
 
 
+class ClipJob(NamedTuple):
+    """One training run of the glyph CLIP."""
+
+    method: str
+    seed: int
+    quick: bool
+    scales: tuple[float, ...]
+
+
+RunAll = Callable[["Sequence[Job | ClipJob]", "Source | ClipSource"], Iterator[Result]]
+
+
 def main(
     out: Path,
     seeds: int | None = None,
@@ -72,7 +87,7 @@ def main(
     full: bool = False,
     jobs: int | None = None,
 ) -> None:
-    """Run the demo, print its table, and write `demo.json`, `report.html`, `blocks.png` and `scatter.png`.
+    """Run the demo, print its tables, and write `demo.json`, `report.html`, `blocks.png` and `scatter.png`.
 
     Ctrl-C stops at once, writes nothing and exits with status 130.
 
@@ -105,9 +120,9 @@ def main(
     except KeyboardInterrupt:
         console.print("stopped; nothing was written")
         raise SystemExit(130) from None
-    write_text(out / "demo.json", _json(result))
+    write_text(out / "demo.json", as_json(result))
     report = write_report(result, out)
-    for sentence in aims(result):
+    for sentence in (*aims(result), clip_sentence(result["clip"])):
         console.print(sentence, highlight=False, soft_wrap=True)
     if quick:
         console.print("This was a quick run: it shows that everything works, its results mean nothing.")
@@ -124,7 +139,7 @@ def _shifts(console: Console) -> list[str]:
 
 
 def _run_all(console: Console, seeds: int, shifts: list[str], quick: bool, full: bool, jobs: int) -> Result:
-    """Run all trainings, show a growing table of results, and return the content of `demo.json`."""
+    """Run all trainings, show growing tables of results, and return the content of `demo.json`."""
     order = [
         Job(method, shift, seed, quick, _scales(method, full))
         for seed in range(seeds)
@@ -132,47 +147,63 @@ def _run_all(console: Console, seeds: int, shifts: list[str], quick: bool, full:
         for method in METHODS
         if full or method not in ONLY_FULL
     ]
+    clip_order = [
+        ClipJob(method, seed, quick, (SCALES if full else (HALF,)) if method == CLIP_SCALED else ())
+        for seed in range(seeds)
+        for method in CLIP_METHODS
+    ]
     with _workers(min(jobs, len(order))) as run_all:
         # While the worker processes import torch.
-        letters = source(quick, full)
-        result = _result(letters, shifts, quick, jobs)
-        _collect(console, result, order, run_all(order, letters))
-    result["runs"].sort(key=lambda run: order.index(_job_of(run, order)))
-    console.print(_table(result))
+        letters, captioned = source(quick, full), clip_source(quick)
+        result = _result(letters, captioned, shifts, quick, jobs)
+        table = functools.partial(_table, HEADINGS, lambda: rows(result))
+        _collect(console, result["runs"], order, run_all(order, letters), table)
+        result["runs"].sort(key=lambda run: order.index(_job_of(run, order)))
+        console.print(table())
+        clip = result["clip"]
+        table = functools.partial(_table, CLIP_HEADINGS, lambda: clip_rows(clip), title="The glyph CLIP")
+        _collect(console, clip["runs"], clip_order, run_all(clip_order, captioned), table)
+        clip["runs"].sort(key=lambda run: [job[:2] for job in clip_order].index((run["method"], run["seed"])))
+        console.print(table())
     return result
 
 
-def _result(letters: Source, shifts: list[str], quick: bool, jobs: int) -> Result:
+def _result(letters: Source, captioned: ClipSource, shifts: list[str], quick: bool, jobs: int) -> Result:
     return {
         "format": FORMAT,
         "quick": quick,
         "shifts": shifts,
         "settings": {method: settings_of(method, quick=quick).to_dict() for method in METHODS},
-        "environment": _environment(jobs),
+        "environment": environment(jobs),
         "source_before": {"knn": letters.knn, "head": letters.head},
+        "clip": {
+            "before": {"letters": captioned.letters, "digits": digits_before()},
+            "settings": {name: clip_settings(each.own, quick=quick).to_dict() for name, each in CLIP_METHODS.items()},
+            "runs": [],
+        },
         "runs": [],
     }
 
 
-def _collect(console: Console, result: Result, order: list[Job], entries: Iterator[Result]) -> None:
-    """Add `entries` to the result as they arrive, and show the table so far."""
+def _collect(
+    console: Console,
+    runs: list[Result],
+    order: Sequence[Job | ClipJob],
+    entries: Iterator[Result],
+    table: Callable[..., Table],
+) -> None:
+    """Add `entries` to `runs` as they arrive, and show the table so far."""
     start = time.monotonic()
     with Live(console=console, auto_refresh=False, transient=True) as live:
         for i, entry in enumerate(entries, start=1):
-            result["runs"].append(entry)
+            runs.append(entry)
             left = f", about {(time.monotonic() - start) * (len(order) / i - 1):.0f} s left"
-            caption = f"trained {i} of {len(order)}: {METHODS[entry['method']].label}, {entry['shift']}{left}"
+            label = (METHODS if isinstance(order[0], Job) else CLIP_METHODS)[entry["method"]].label
+            caption = f"trained {i} of {len(order)}: {label}, {entry['shift']}{left}"
             if console.is_terminal:
-                live.update(_table(result, caption), refresh=True)
+                live.update(table(caption=caption), refresh=True)
             else:
                 console.print(caption, highlight=False)
-
-
-def _json(result: Result) -> str:
-    """The result as JSON with one line per run, for readable diffs."""
-    head = json.dumps({key: value for key, value in result.items() if key != "runs"}, indent=1)
-    lines = ",\n".join("  " + json.dumps(run) for run in result["runs"])
-    return f'{head[:-2]},\n "runs": [\n{lines}\n ]\n}}\n'
 
 
 def _job_of(run: Mapping[str, Any], order: list[Job]) -> Job:
@@ -196,7 +227,7 @@ def _workers(jobs: int) -> Iterator[RunAll]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
 
-        def run_all(order: list[Job], letters: Source) -> Iterator[Result]:
+        def run_all(order: Sequence[Job | ClipJob], letters: Source | ClipSource) -> Iterator[Result]:
             # The longest first, so that no process starts one near the end.
             longest = sorted(order, key=lambda job: (_LENGTH.index(job.method), job.seed))
             futures: list[Future[Result]] = [pool.submit(_run_job, job, letters) for job in longest]
@@ -222,8 +253,12 @@ def _import() -> None:
     """Do nothing; a worker imports this module to call it."""
 
 
-def _run_job(job: Job, letters: Source) -> Result:
-    return run_method(job.method, job.shift, job.seed, letters, job.quick, job.scales)
+def _run_job(job: Job | ClipJob, letters: Source | ClipSource) -> Result:
+    if isinstance(job, Job):
+        assert isinstance(letters, Source)
+        return run_method(job.method, job.shift, job.seed, letters, job.quick, job.scales)
+    assert isinstance(letters, ClipSource)
+    return run_clip_method(job.method, job.seed, letters, job.quick, job.scales)
 
 
 @contextlib.contextmanager
@@ -236,32 +271,21 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _table(result: Result, caption: str | None = None) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", caption=caption, caption_justify="left")
-    for column, heading in enumerate(HEADINGS):
+def _table(
+    headings: Sequence[str],
+    lines: Callable[[], list[list[str]]],
+    title: str | None = None,
+    caption: str | None = None,
+) -> Table:
+    table = Table(
+        title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="bold", caption=caption,
+        caption_justify="left",
+    )  # fmt: skip
+    for column, heading in enumerate(headings):
         table.add_column(heading, justify="right" if column else "left", no_wrap=True)
-    for row in rows(result):
+    for row in lines():
         table.add_row(*row)
     return table
-
-
-def _environment(jobs: int) -> dict[str, Any]:
-    packages = ("torch", "timm", "scikit-learn")
-    return {
-        "slora": slora.__version__,
-        **{name: version(name) for name in packages},
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "processes": jobs,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _require_writable(out: Path) -> None:

@@ -26,17 +26,27 @@ def target_against_retention(
     before: float,
     title: str,
     labels: Mapping[str, str] | None = None,
+    *,
+    measure: str = "k-NN accuracy on the source",
+    paths: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> Figure:
     """Draw each run as a small mark and each method's mean as a large one with its standard deviation.
 
     Args:
-        runs: `{method: [(k-NN accuracy on the source after, accuracy on the target), ...]}`, each from 0 to 1.
-        before: k-NN accuracy on the source before fine-tuning, 0 to 1; a vertical line.
+        runs: `{method: [(accuracy on the source after, accuracy on the target), ...]}`, each from 0 to 1.
+        before: accuracy on the source before fine-tuning, 0 to 1; a vertical line.
         title: what the figure shows.
         labels: `{method: name to print}`; by default the method's own.
+        measure: what is measured on the source.
+        paths: `{method: points}` that a line joins, such as those of its update scaled.
     """
     with figure_style():
         figure, axes = framed(title, 3.5 + 0.1 * len(runs))
+        for method, points in (paths or {}).items():
+            axes.plot(
+                [100 * x for x, _ in points], [100 * y for _, y in points], color=colour_of(method), linewidth=1.2,
+                linestyle=DASHES["linear"], zorder=1,
+            )  # fmt: skip
         axes.axvline(100 * before, color=colour_of("muted"), linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         for method, points in runs.items():
             xs, ys = [100 * x for x, _ in points], [100 * y for _, y in points]
@@ -47,7 +57,7 @@ def target_against_retention(
                 markeredgecolor=colour_of("paper"), elinewidth=1.3, capsize=3, zorder=3,
                 label=(labels or {}).get(method, method),
             )  # fmt: skip
-        axes.set(xlabel="k-NN accuracy on the source after fine-tuning (%)", ylabel="accuracy on the target (%)")
+        axes.set(xlabel=f"{measure} after fine-tuning (%)", ylabel="accuracy on the target (%)")
         axes.margins(0.12, 0.16)
         low, high = axes.get_xlim()
         axes.set_xlim(low, max(high, 100 * before + 0.1 * (high - low)))

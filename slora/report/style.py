@@ -40,6 +40,7 @@ DASHES = {"full": (0, (6, 2)), "linear": (0, (1, 1.5)), "lora": (0, (4, 1.5, 1, 
 # Variants of a method, and fixed rules: the method whose colour they have, and their own marker.
 VARIANTS = {
     "head-first": ("lora", "s"), "rank-16": ("lora", "v"), "distilled": ("lora", "P"),
+    "scaled": ("lora", "d"),
     "last": ("full", ">"), "random": ("full", "X"), "late-fc1": ("full", "<"),
     "selective-distilled": ("selective", "p"),
 }  # fmt: skip

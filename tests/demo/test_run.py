@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from slora.demo import judge, methods, run
+from slora.demo import clip_methods, judge, methods, run
+from slora.demo.clip_methods import CLIP_METHODS
+from slora.demo.clip_page import clip_rows, clip_sentence
 from slora.demo.methods import METHODS
 from slora.demo.page import write_report
 from slora.demo.shifts import SHIFTS, task
@@ -33,6 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, s
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setitem(methods.QUICK, "max_steps", 4)
+        patch.setitem(clip_methods.CLIP_QUICK, "max_steps", 2)
         patch.setattr("slora.training.make_strategy.SAMPLE", 32)
         run.main(out, seeds=1, quick=True, jobs=1)
     return out, printed.getvalue()
@@ -94,6 +97,20 @@ def test_demo_json_holds_every_run_in_the_promised_format(result: dict[str, Any]
         steps = [[2, entry["active_at"][0][1]], [4, entry["active"]]] if adapted else []
         assert entry["active_at"] == steps
         assert [scaled["scale"] for scaled in entry["scaled"]] == ([0.5] if entry["method"] == "head-first" else [])
+
+
+def test_demo_json_holds_the_runs_of_the_clip(result: dict[str, Any]) -> None:
+    clip = result["clip"]
+    assert set(clip["before"]) == {"letters", "digits"}
+    assert list(clip["settings"]) == list(CLIP_METHODS)
+    assert [(entry["method"], entry["seed"]) for entry in clip["runs"]] == [(method, 0) for method in CLIP_METHODS]
+    for entry in clip["runs"]:
+        four = entry["method"] in ("last", "selective", "selective-distilled")
+        assert entry["active"] == sum(map(sum, entry["block_map"].values())) == (4 if four else 36)
+        assert all(name.startswith("visual.transformer.") for name in entry["block_map"])
+        assert 0 <= entry["accuracy"] <= 1
+        assert min(entry["nll"], entry["drift"], entry["flops"], entry["seconds"]) > 0
+        assert [scaled["scale"] for scaled in entry["scaled"]] == ([0.5] if entry["method"] == "lora" else [])
 
 
 def test_fixed_rules_train_the_blocks_they_name(result: dict[str, Any]) -> None:
@@ -172,9 +189,10 @@ def test_the_page_is_self_contained_and_tells_of_every_method(
     html = (finished[0] / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"<(link|script|img|iframe)\b", html)
     assert not re.search(r'(src|href)="(?!#)', html)
-    for row in judge.rows(result):
+    for row in (*judge.rows(result), *clip_rows(result["clip"])):
         for cell in row:
             assert f"<td>{cell}</td>" in html
+    assert clip_sentence(result["clip"]) in html
     for sentence in judge.aims(result):
         assert sentence.replace("'", "&#39;") in html
     assert "quick run" in html
@@ -183,6 +201,7 @@ def test_the_page_is_self_contained_and_tells_of_every_method(
 def test_every_aim_is_said_to_be_met_or_missed(finished: tuple[Path, str], result: dict[str, Any]) -> None:
     (sentence,) = judge.aims(result)
     assert sentence in finished[1]
+    assert clip_sentence(result["clip"]) in finished[1]
     assert ": met. " in sentence or ": missed. " in sentence
 
 
