@@ -68,7 +68,7 @@ def forgetting(rows: Sequence[Row], own: str) -> dict[str, Any] | None:
 
 def as_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the rows and means of an evaluation as lines of a table; shares in percent, changes in points."""
-    head = f"{'data':<28} {'metric':<20} {'before':>8} {'after':>8} {'change':>8} {'NLL':>15} {'ECE':>15}"
+    head = f"{'data':<28} {'metric':<20} {'before %':>8} {'after %':>8} {'points':>8} {'NLL':>15} {'ECE %':>15}"
     lines = [head]
     task = ""
     for row in result["rows"]:

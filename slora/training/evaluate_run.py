@@ -74,8 +74,10 @@ def evaluate(
             model.
         DataError: a data set is missing, empty or damaged.
     """
-    if min([*k, *shots]) < 1:
+    if min(k) < 1:
         raise ConfigError(f"k={min(k)} is not a number of neighbours; use 1 or more")
+    if min(shots, default=1) < 1:
+        raise ConfigError(f"shots={min(shots)} is not a number of images per class; use 1 or more")
     settings = read_settings(run_dir).replace(**overrides)
     folder = None if which is None else chosen(run_dir, which)
     if shots and source is None:

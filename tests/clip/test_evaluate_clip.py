@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from slora import CheckpointError, ConfigError, DataError
@@ -17,6 +18,7 @@ from slora.adapters.save_load import load_adapter
 from slora.runs.eval_table import as_lines
 from slora.runs.rundir import read_settings
 from slora.sources.data import as_input
+from slora.sources.eval_sets import open_eval_set
 from slora.sources.imagenet import class_names
 from slora.sources.models import build_clip
 from slora.sources.suites import open_suite
@@ -94,8 +96,6 @@ def stack(clip: Any, found: Any) -> tuple[Tensor, Tensor]:
 def test_zero_shot_accuracy_is_that_of_prompts_before_and_after(setting: Setting, result: Any, towers: Any) -> None:
     *models, clip = towers
     found = row(result, "fruit", "top-1")
-    from slora.sources.eval_sets import open_eval_set
-
     images, labels = stack(clip, open_eval_set(str(setting.root / "fruit")).images)
     for key, model in zip(("before", "after"), models, strict=True):
         chances = zero_shot(model, clip.tokenizer, ["banana", "pear", "red apple"], images)
@@ -188,6 +188,19 @@ def test_an_adapter_of_another_base_is_refused(setting: Setting, tmp_path: Path)
     (run / "config.yaml").write_text(config)
     with pytest.raises(CheckpointError, match="was trained on another base"):
         evaluate(run)
+
+
+def test_a_clip_that_was_trained_in_full_is_measured_too(setting: Setting, result: Any, tmp_path: Path) -> None:
+    given = {**setting.given, "method": "full", "budget": None, "lr": 1e-3}
+    run, _ = finetune(given, out=tmp_path / "run")
+    found = row(evaluate(run, zero_shot=[str(setting.root / "fruit")]), "fruit", "top-1")
+    same = row(result, "fruit", "top-1")
+    assert (found["before"], found["nll"]["before"]) == (same["before"], same["nll"]["before"])
+    trained = build_clip(setting.given["model"], setting.given["pretrained"])
+    trained.model.load_state_dict(load_file(run / "model/model.safetensors"))
+    images, labels = stack(trained, open_eval_set(str(setting.root / "fruit")).images)
+    chances = zero_shot(trained.model.eval(), trained.tokenizer, ["banana", "pear", "red apple"], images)
+    assert found["nll"]["after"] == pytest.approx(float(-chances[range(12), labels].log().mean()), rel=1e-4)
 
 
 def test_a_linear_head_on_a_clip_keeps_both_towers_to_evaluate(setting: Setting, tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ def test_the_linear_probe_minimises_the_penalised_cross_entropy() -> None:
     )
 
 
+def test_one_shot_is_no_regression(recwarn: pytest.WarningsRecorder) -> None:
+    points = torch.eye(4)
+    assert linear_accuracy(points, torch.arange(4), points * 2, torch.arange(4)) == 1.0
+    assert not recwarn.list
+
+
 def test_one_class_is_nothing_to_learn() -> None:
     features = torch.randn(3, 2)
     with pytest.raises(DataError, match="1 classes to learn and 3 images"):

@@ -80,6 +80,10 @@ def test_bad_input_is_refused_before_anything_is_computed(tmp_path: Path) -> Non
         evaluate(folder, "leters")
     with pytest.raises(ConfigError, match="k=300 exceeds the 208 images of letters that vote"):
         evaluate(folder, "letters", k=[10, 300])
+    with pytest.raises(ConfigError, match="shots=0 is not a number of images per class"):
+        evaluate(folder, "letters", k=[5], shots=[0])
+    with pytest.raises(ConfigError, match="shots=5 exceeds the 4 images of class 'A'"):
+        evaluate(folder, "letters", k=[5], shots=[1, 5])
     with pytest.raises(ConfigError, match=r"holds no config.yaml"):
         evaluate(tmp_path)
     for path in (folder / "adapter").iterdir():
