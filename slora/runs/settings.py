@@ -62,9 +62,9 @@ class TrainSettings:
         ConfigError: a value is out of range or of the wrong type; names the field, the value and what is allowed.
     """
 
-    model: Annotated[str | None, "Model: timm/NAME, open_clip/ARCH, open_clip/ARCH:PRETRAINED or demo/letters_vit."] = (
-        None
-    )
+    model: Annotated[
+        str | None, "Model: timm/NAME, open_clip/ARCH[:PRETRAINED], demo/letters_vit or demo/glyph_clip."
+    ] = None
     pretrained: Annotated[
         bool | str,
         "Start from the model's pretrained weights; of an open_clip model, name them: a tag, or a file such as one "
@@ -147,8 +147,8 @@ class TrainSettings:
         StrategyName | None,
         "What chooses the blocks: gates (scores trained under a penalty), budget (all train, then the lowest ranked "
         "are switched off one by one), sensitivity (squared gradients on a few batches, before training), or, to "
-        "compare with, random, first, last or all blocks. Single ranks of blocks are chosen by sora, codyra, "
-        "increlora and adalora. Unset: budget where one is given, else gates.",
+        "compare with, random, first, last or all blocks; sora, codyra, increlora and adalora choose single ranks of "
+        "blocks. Unset: budget where one is given, else gates.",
     ] = None
     budget: Annotated[
         int | float | None,
