@@ -64,6 +64,7 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
     results, folder, readme = all_results(root), root / "benchmarks" / "results", root / "README.md"
     census, demo = (_read(path) for path in (folder / "compatibility.json", root / "docs" / "demo.json"))
     drawn = {device: figures.links(device, cases) for device, cases in results.items()}
+    strategies = selection.page(_runs(root))
     judged = targets.judged(results, results)
     marked = {
         "demo-table": render("demo.md.j2", demo=demo, judge=judge),
@@ -72,7 +73,9 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
     }
     made = {
         readme: _filled(readme.read_text(encoding="utf-8"), marked),
-        root / "benchmarks" / "README.md": render("readme.md.j2", results=results, figures=drawn, judged=judged),
+        root / "benchmarks" / "README.md": render(
+            "readme.md.j2", results=results, figures=drawn, judged=judged, selection=bool(strategies)
+        ),
     }
     for device, cases in results.items():
         files = [read_result(path) for path in sorted((folder / device).glob("*.json"))]
@@ -81,8 +84,8 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
                 "device.md.j2", device=device, cases=cases, known=CASES, figures=drawn[device],
                 validations=[file for file in files if "parts" in file],
             )  # fmt: skip
-    if found := selection.page(_runs(root)):
-        made[folder / "selection.md"] = render("selection.md.j2", **found)
+    if strategies:
+        made[folder / "selection.md"] = render("selection.md.j2", **strategies)
     if kept := read(folder / "retention" / RUNS):
         made[folder / "retention.md"] = retention.page(kept)
     if census:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from benchmarks import workers
+from benchmarks.__main__ import main
+from benchmarks.report import selection
 from benchmarks.results import BenchmarkError
-from benchmarks.selection import engine, registry, tuning
+from benchmarks.selection import demo, engine, registry, tuning
 from benchmarks.selection.engine import Case, cases, missing, run
 from benchmarks.selection.rows import ALL, LINEAR, SHARES, configurations_on, rows, variant_rows
 from benchmarks.selection.store import Store
@@ -181,6 +183,32 @@ def test_without_a_head_the_pretrained_model_stands_for_the_linear_probe() -> No
     plain, other = configurations_on(every, probe=False)
     assert (plain.name, plain.scales) == ("all", (0.0, *ALL.configuration.scales))
     assert other == every[2]
+
+
+def test_the_command_tunes_then_runs_then_finds_nothing_to_do_and_the_page_shows_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def here(work: Any, todo: Sequence[Case], *_: Any) -> Iterator[tuple[Case, dict[str, Any]]]:
+        yield from ((case, work(case)) for case in todo)
+
+    monkeypatch.setattr(workers, "run", here)
+    monkeypatch.setattr(tuning, "TUNED_ON", ("noisy",))
+    monkeypatch.setattr(demo.Shift, "rates", (7e-3,))
+    options = "--quick --tune --tasks noisy --strategies linear last --shares 0.11 --seeds 0 --out".split()
+    assert main(["selection", *options, str(tmp_path)]) == 0
+    assert [run["row"] for run in Store(tmp_path).runs("noisy")] == ["last 11 %", "linear"]
+    capsys.readouterr()
+    assert main(["selection", *options, str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count(" 0 to do") == 3
+    (scope,) = selection.scopes(Store(tmp_path))
+    assert [line.label for line in scope.found] == ["linear probe", "last"]
+    # Of the first seed FLOPs are counted.
+    assert [len(line.values.get("flops", ())) for line in scope.found] == [1, 1]
+
+
+def test_the_runs_of_the_page_stay_out_of_quick_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["selection", "--quick"]) == 2
+    assert "--quick needs --out" in capsys.readouterr().err
 
 
 def test_an_unknown_task_is_refused_by_name() -> None:
