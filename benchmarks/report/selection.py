@@ -17,7 +17,7 @@ from benchmarks.selection import verdicts
 from benchmarks.selection.engine import SEEDS
 from benchmarks.selection.lines import Curve, Line, lines, read_off, wise
 from benchmarks.selection.registry import TASKS, TUNED_ON, task_named
-from benchmarks.selection.rows import LINEAR, STRATEGIES, percent, rows, variant_rows
+from benchmarks.selection.rows import LINEAR, STRATEGIES, percent, rows
 from benchmarks.selection.store import Store
 from slora.io.atomic import write_atomically
 from slora.report.style import colour_of, figure_style
@@ -63,16 +63,9 @@ def scopes(store: Store, names: Sequence[str] = tuple(TASKS)) -> list[Scope]:
     return [scope for scope in found if scope.found]
 
 
-def kept(store: Store) -> Scope | None:
-    """The table of ways to keep old knowledge, over the tasks that decide and all others of their family."""
-    tasks = [name for name in TASKS if task_named(name).family == task_named(TUNED_ON[0]).family]
-    found = Scope("retention", "What keeps old knowledge", tuple(tasks), lines(store, variant_rows(), tasks))
-    return found if any(line.row.base for line in found.found) else None
-
-
 def page(store: Store) -> dict[str, Any]:
     """What the template shows; nothing without runs."""
-    found, variants = scopes(store), kept(store)
+    found = scopes(store)
     if not found:
         return {}
     runs = [run for name in TASKS for run in store.runs(name)]
@@ -80,8 +73,7 @@ def page(store: Store) -> dict[str, Any]:
     return {
         "scopes": found,
         "within": family,
-        "variants": variants,
-        "rows": {scope.name: [cells(scope, line) for line in scope.found] for scope in (*found, variants) if scope},
+        "rows": {scope.name: [cells(scope, line) for line in scope.found] for scope in found},
         "figures": links(found),
         "rates": {task_named(name).family: [f"{rate:g}" for rate in task_named(name).rates] for name in TASKS},
         "tuned_on": TUNED_ON,

@@ -12,7 +12,7 @@ from benchmarks.results import BenchmarkError
 from benchmarks.selection import tuning
 from benchmarks.selection.engine import SEEDS, Case, cases, run
 from benchmarks.selection.registry import TASKS, task_named
-from benchmarks.selection.rows import LINEAR, SHARES, STRATEGIES, configurations_on, rows, variant_rows
+from benchmarks.selection.rows import LINEAR, SHARES, STRATEGIES, configurations_on, rows
 from benchmarks.selection.store import FOLDER, Store
 
 NAMES = ("all", "linear", *STRATEGIES)
@@ -25,7 +25,6 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--strategies", nargs="+", choices=NAMES, metavar="STRATEGY", help=", ".join(NAMES))
     command.add_argument("--shares", nargs="+", type=float, choices=SHARES, metavar="SHARE", help=f"some of {SHARES}")
     command.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED")
-    command.add_argument("--variants", action="store_true", help="ways to keep old knowledge, instead of strategies")
     command.add_argument("--tune", action="store_true", help="choose learning rates and penalties first")
     command.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each (default 1)")
     command.add_argument("--seconds", type=float, default=math.inf, help="end after this time; a later call goes on")
@@ -39,8 +38,7 @@ def selection(args: argparse.Namespace) -> int:
         raise BenchmarkError("--quick needs --out; results/ holds whole runs")
     until = time.monotonic() + args.seconds
     store = Store(args.out or FOLDER)
-    tuned = tuning.store(store)
-    chosen = variant_rows() if args.variants else rows(args.strategies, args.shares)
+    tuned, chosen = tuning.store(store), rows(args.strategies, args.shares)
     tasks = list(_here(args.tasks))
     families = dict.fromkeys(task_named(name).family for name in tasks)
     failed = 0

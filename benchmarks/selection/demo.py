@@ -6,7 +6,6 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -38,8 +37,7 @@ from slora.demo.shifts import task as shift_task
 from slora.errors import MissingDependencyError
 from slora.evaluation.knn import features, knn_accuracy
 from slora.layers import LoRABlocks, adapted_layers
-from slora.models.features import final_features
-from slora.retention import Replay, Term, generic_samples, mixed_samples
+from slora.retention import generic_samples, mixed_samples
 from slora.training import TrainSettings, prepare, train
 
 # Letters for choosing settings: other renderings than those of QUERIES.
@@ -91,8 +89,7 @@ class Shift:
         model = prepare(pretrained(), settings=settings)
         retain = _retained(configuration.retain, training[0], seed)
         start = time.process_time()
-        terms = partial(old.replay, settings.replay_weight) if configuration.retain == "labelled" else None
-        outcome = train(model, TensorDataset(*training), None, settings, retain=retain, terms=terms)
+        outcome = train(model, TensorDataset(*training), None, settings, retain=retain)
         seconds = time.process_time() - start
         layers = [layer for _, layer in adapted_layers(model)]
         ranks = {layer: layer.block_ranks() for layer in layers}
@@ -148,11 +145,6 @@ class _Letters:
             "drift": float(f"{drift:.5g}"),
         }
 
-    def replay(self, weight: float, model: nn.Module) -> list[Term]:
-        """Go on training some letters through the old head."""
-        seen = final_features(model)
-        return [Replay(model, *_old(), weight, predict=lambda images: self.letter_head(seen(images)))]
-
     def _lost(self, model: nn.Module) -> tuple[dict[str, float], float]:
         bank, queries = (features(model, _batches(pair)) for pair in (self.bank, self.queries))
         knn = 100 * knn_accuracy(*bank, *queries, k=(NEIGHBOURS,), temperature=TEMPERATURE)[NEIGHBOURS]
@@ -171,16 +163,10 @@ def _batches(pair: Pair) -> Iterator[Pair]:
     return zip(pair[0].split(512), pair[1].split(512), strict=True)
 
 
-def _old() -> Pair:
-    """Letters to retain, with their labels; no measure uses them."""
-    images, labels = letters(*RETAINED)
-    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:RETAINED_COUNT]
-    return images[rows], labels[rows]
-
-
 def _retained(kind: str | None, training: Tensor, seed: int) -> Tensor | None:
     if kind == "old":
-        return _old()[0]
+        images = letters(*RETAINED)[0]
+        return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:RETAINED_COUNT]]
     if kind in ("generic", "mixed"):
         make = generic_samples if kind == "generic" else mixed_samples
         return make(training[:256], RETAINED_COUNT, seed=seed)

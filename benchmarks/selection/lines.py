@@ -12,6 +12,8 @@ import numpy as np
 from benchmarks.selection.rows import ALL, LINEAR, SCALES, Row
 from benchmarks.selection.store import Run, Store
 
+# What tuning adds to the settings of a row.
+TUNED = {"lr", "penalty"}
 Curve = list[tuple[float, float]]
 """A measure of the new task over the points forgotten."""
 
@@ -129,7 +131,7 @@ def _over(run: Run, plain: Run | None, linear: Run | None) -> dict[str, float | 
 def _is_of(run: Run, row: Row) -> bool:
     """Whether a stored run is of the row as it is now, whatever tuning has chosen."""
     settings, own = (
-        {name: value for name, value in given.items() if name not in row.tuned}
+        {name: value for name, value in given.items() if name not in TUNED}
         for given in (run["settings"], row.configuration.settings)
     )
     scales = {each["scale"] for each in run["scaled"]}

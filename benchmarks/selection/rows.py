@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.retention import VARIANTS
 from benchmarks.selection.task import Configuration
 
 SHARES = (0.04, 0.11, 0.25)
@@ -57,26 +55,17 @@ class Row:
         strategy: a key of `STRATEGIES`, or "all" or "linear".
         share: of the blocks (or ranks) that it may keep; None where it has no choice.
         configuration: without what tuning chooses.
-        base: of a way to keep old knowledge the row that it is added to, with whose learning rate it runs.
-        weight: then the setting and the values that tuning chooses from.
     """
 
     strategy: str
     share: float | None
     label: str
     configuration: Configuration
-    base: Row | None = None
-    weight: tuple[str, tuple[float, ...]] | None = None
 
     @property
     def name(self) -> str:
         """The name of the configuration."""
         return self.configuration.name
-
-    @property
-    def tuned(self) -> set[str]:
-        """The settings that tuning chooses."""
-        return {"lr", "penalty"} | ({self.weight[0]} if self.weight else set())
 
 
 # At 100 % every strategy trains all blocks: one run stands for all of them, and, scaled, for the curve.
@@ -105,30 +94,6 @@ def configurations_on(configurations: Sequence[Configuration], probe: bool) -> l
         for each in configurations
         if each.name != LINEAR.name
     ]
-
-
-# What ways to keep old knowledge are added to: LoRA on all blocks, and a selected few.
-BASES = {"head-first": "all", "selective": "budget-solo 11 %"}
-
-
-def variant_rows() -> list[Row]:
-    """Return a row for each way to keep old knowledge on each base, after the bases and the linear probe."""
-    plain = {row.name: row for row in rows()}
-    found = [plain[name] for name in ("all", "linear", "budget-solo 11 %")]
-    for base, variant in itertools.product(BASES, VARIANTS.values()):
-        row = plain[BASES[base]]
-        if base not in variant.bases or not (variant.setting or variant.samples):
-            continue
-        # Replay is a term of its own there.
-        retain, setting = variant.samples or None, variant.setting
-        if not setting:
-            retain, setting = "labelled", "replay_weight"
-        configuration = Configuration(
-            f"{row.name} + {variant.label}", {**row.configuration.settings, **variant.own}, retain=retain
-        )
-        label = f"{row.label} + {variant.label}"
-        found.append(Row(row.strategy, row.share, label, configuration, row, (setting, variant.weights)))
-    return found
 
 
 def percent(share: float) -> str:

@@ -15,9 +15,9 @@ class Configuration:
         name: unique, such as "budget-solo 11 %".
         settings: fields of `TrainSettings` beside those that the task gives to every row. "lr" is set by the engine.
         scales: factors of the update, each of which is measured as well, as if merged with `--scale`.
-        retain: what the model sees of the old task, 64 samples: "old" (unlabelled, none of which the measures use),
-            "labelled" (the same with labels, replayed with the weight of `replay_weight`), or instead of them "generic"
-            and "mixed" (made of training samples) or "target" (training samples); None for nothing.
+        retain: 64 unlabelled samples for `slora.training.train(..., retain=...)`: "old" (none of which the measures
+            use), or instead of them "generic" and "mixed" (made of training samples) or "target" (training samples);
+            None for none.
     """
 
     name: str

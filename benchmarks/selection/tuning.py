@@ -36,10 +36,10 @@ def tuned_on(family: str) -> list[str]:
 def grid(row: Row, task: str, tuned: Store, seeds: Sequence[int] = SEEDS, quick: bool = False) -> list[Case]:
     """Return the tuning runs of a row on a task, as far as those that they build on are there.
 
-    Rates of gates follow once their penalty is chosen, weights once the rate of the base is.
+    Rates of gates follow once their penalty is chosen.
     """
     family = task_named(task).family
-    trials = _penalties(row, family) if row.strategy == "gates" and row.base is None else []
+    trials = _penalties(row, family) if row.strategy == "gates" else []
     trials = [*trials, *(_candidates(row, family, tuned, seeds) or ())]
     return [Case(task, trial, seed, validation=True, quick=quick) for trial in trials for seed in seeds]
 
@@ -56,11 +56,6 @@ def chosen(row: Row, family: str, tuned: Store, seeds: Sequence[int] = SEEDS) ->
 
 def _candidates(row: Row, family: str, tuned: Store, seeds: Sequence[int]) -> list[Configuration] | None:
     """The configurations of which tuning takes the best; None while another choice has to be made first."""
-    if row.base is not None and row.weight is not None:
-        base, (setting, weights) = chosen(row.base, family, tuned, seeds), row.weight
-        if base is None:
-            return None
-        return [_trial(row, lr=base.settings["lr"], **{setting: weight}) for weight in weights]
     if row.strategy != "gates":
         return [_trial(row, lr=rate) for rate in _rates(family)]
     penalty = penalty_of(row, family, tuned, seeds)
@@ -96,8 +91,7 @@ def _runs(trial: Configuration, tasks: Sequence[str], tuned: Store, seeds: Seque
 def _trial(row: Row, **tuned: float) -> Configuration:
     # Rows of gates that have the same penalty have the same runs.
     name = row.strategy if "penalty" in tuned else row.name
-    last = [each for each in tuned.items() if each[0] != "lr" or row.base is None]
-    named = ", ".join([name, *(f"{setting} {value:g}" for setting, value in last)])
+    named = ", ".join([name, *(f"{setting} {value:g}" for setting, value in tuned.items())])
     return Configuration(named, {**row.configuration.settings, **tuned}, retain=row.configuration.retain)
 
 

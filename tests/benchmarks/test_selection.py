@@ -14,7 +14,7 @@ from benchmarks.report import selection
 from benchmarks.results import BenchmarkError
 from benchmarks.selection import demo, engine, registry, tuning
 from benchmarks.selection.engine import Case, cases, missing, run
-from benchmarks.selection.rows import ALL, LINEAR, SHARES, configurations_on, rows, variant_rows
+from benchmarks.selection.rows import ALL, LINEAR, SHARES, configurations_on, rows
 from benchmarks.selection.store import Store
 from benchmarks.selection.task import Configuration, Record
 
@@ -88,8 +88,8 @@ def test_cases_go_seed_by_seed_over_all_tasks(tmp_path: Path) -> None:
 
 
 def test_no_row_is_there_twice_and_all_blocks_are_trained_once_for_every_strategy() -> None:
-    for names in ([row.name for row in rows()], [row.name for row in variant_rows()]):
-        assert len(set(names)) == len(names)
+    names = [row.name for row in rows()]
+    assert len(set(names)) == len(names)
     assert [row.name for row in rows() if row.share == 1.0] == ["all"]
     assert {row.share for row in rows() if row not in (ALL, LINEAR)} == set(SHARES)
 
@@ -145,35 +145,13 @@ def test_the_rate_is_the_one_with_the_highest_target_less_forgetting_and_the_pen
 
 
 def test_all_settings_of_the_rows_are_accepted() -> None:
-    every = [*rows(), *variant_rows()]
-    assert {row.name: reason for row in every if (reason := engine.unknown(row.configuration))} == {}
+    assert {row.name: reason for row in rows() if (reason := engine.unknown(row.configuration))} == {}
 
 
-def test_the_weight_of_a_way_to_keep_old_knowledge_is_chosen_at_the_rate_of_its_base(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "task_named", lambda _: Task())
-    monkeypatch.setattr(tuning, "TUNED_ON", ("known",))
-    tuned, row = Store(tmp_path), next(row for row in variant_rows() if row.name == "all + L2 to the base")
-    assert tuning.grid(row, "known", tuned) == []
-    for case in tuning.grid(ALL, "known", tuned):
-        tuned.add({**case.asked(), **record(90.0 if case.configuration.settings["lr"] == 0.2 else 80.0)})
-    trials = tuning.grid(row, "known", tuned)
-    assert [(case.configuration.settings["lr"], case.configuration.settings["l2_penalty"]) for case in trials] == [
-        (0.2, 0.001), (0.2, 0.01), (0.2, 0.1)
-    ]  # fmt: skip
-    for case, lost in zip(trials, (5.0, 1.0, 2.0), strict=True):
-        tuned.add({**case.asked(), **record(90.0, lost)})
-    found = tuning.chosen(row, "known", tuned)
-    assert found is not None
-    assert (found.name, found.settings["l2_penalty"]) == (row.name, 0.01)
-
-
-def test_what_the_model_sees_of_the_old_task_changes_the_result() -> None:
-    settings, task = {"method": "lora", "lr": 7e-3, "retain_weight": 8.0, "replay_weight": 8.0}, "noisy"
-    kinds = (None, "old", "labelled", "mixed", "target")
-    found = [registry.task_named(task).run(Configuration("all", settings, (), kind), 1, quick=True) for kind in kinds]
-    assert len({each["drift"] for each in found}) == len(kinds)
+def test_what_is_retained_changes_the_result() -> None:
+    settings, task = {"method": "lora", "lr": 7e-3, "retain_weight": 8.0}, registry.task_named("noisy")
+    found = [task.run(Configuration("all", settings, (), kind), 1, quick=True) for kind in (None, "old", "mixed")]
+    assert len({each["drift"] for each in found}) == 3
     assert {each["flops"] for each in found} == {None}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import re
@@ -16,7 +15,7 @@ import pytest
 from benchmarks.report import page, selection, tables
 from benchmarks.selection import lines, verdicts
 from benchmarks.selection.engine import Case
-from benchmarks.selection.rows import ALL, LINEAR, Row, rows, variant_rows
+from benchmarks.selection.rows import ALL, LINEAR, Row, rows
 from benchmarks.selection.store import Store
 
 TASKS = ("digits", "inverted", "noisy", "mnist")
@@ -137,21 +136,6 @@ def test_a_page_has_a_table_per_task_and_one_over_all_and_every_figure_that_it_l
     assert drawn == set(re.findall(r"figures/(\S+\.png)\)", text))
     assert len(drawn) == 5
     assert text.count(" all (plain LoRA), scaled by 0.5 ") == 5
-
-
-def test_ways_to_keep_old_knowledge_are_compared_with_the_same_line(store: Store) -> None:
-    text = page.render("selection.md.j2", **selection.page(store))
-    assert "## What keeps old knowledge" in text
-    assert "+ L2 to the base" not in text
-    row = next(row for row in variant_rows() if row.name == "all + L2 to the base")
-    for task, seed in itertools.product(TASKS, range(4)):
-        settings = {**row.configuration.settings, "lr": 7e-3, "l2_penalty": 0.01}
-        run = {**Case(task, row.configuration, seed).asked(), "commit": "abc", "versions": "torch 2", **_run(ALL, seed)}
-        store.add(run | {"settings": settings, "target": 81.0, "scaled": []})
-    text = page.render("selection.md.j2", **selection.page(store))
-    # One point over the curve, which is at 80 where 4 are forgotten.
-    assert "| all (plain LoRA) + L2 to the base | 100 % |" in text
-    assert "all (plain LoRA) + L2 to the base 100 % (+1.00 ± 0.00)" in text
 
 
 def test_without_a_probe_the_line_to_beat_begins_at_the_pretrained_model(store: Store) -> None:
