@@ -164,11 +164,22 @@ class Reproduction:
             "runs": {
                 run.name: {"published": dict(run.published), "ours": found.get(run.name, {})} for run in self.runs
             },
+            "difference": self._difference(found),
             "note": self.protocol.note,
         }
         write_json(self.request.out / RESULT, result)
         write_text(self.request.out / PAGE, "\n".join(as_markdown(result)) + "\n")
         return result
+
+    def _difference(self, found: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
+        """The published difference between runs and ours, of those that were run."""
+        wanted = self.protocol.difference
+        if wanted is None:
+            return None
+        own = found.get(wanted.run, {}).get(wanted.measure)
+        values = {name: found[name].get(wanted.measure) for name in wanted.others if name in found}
+        ours = {name: own - value for name, value in values.items() if own is not None and value is not None}
+        return {"measure": wanted.measure, "run": wanted.run, "published": wanted.published, "ours": ours}
 
     def _refuse_other(self, run: Run) -> None:
         """Refuse a folder whose run has other settings than this one."""
@@ -238,6 +249,10 @@ def as_markdown(result: Mapping[str, Any]) -> list[str]:
         cells = [_cell(values[whose].get(name)) for name in names for whose in ("ours", "published")]
         lines.append(f"| {run} | {' | '.join(cells)} |")
     lines += ["", f"Percent; changes in points. Published in {result['paper']}."]
+    if (found := result["difference"]) is not None:
+        ours = ", ".join(f"{value:+.2f} above {name}" for name, value in found["ours"].items()) or "not measured"
+        what = result["measures"][found["measure"]]
+        lines.append(f"{what}, of {found['run']}: {ours}; published {found['published']:+.2f}.")
     if result["note"]:
         lines.append(result["note"])
     if result["changed"]:

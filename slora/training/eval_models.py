@@ -44,24 +44,14 @@ class Classifiers:
         self.settings, self.own = settings, own
         self.outputs = outputs(own.name, own.classes)
 
-    def check(self, sets: Sequence[EvalSet], prompted: Sequence[EvalSet]) -> None:
-        """Refuse sets that the model cannot classify; before it is built.
-
-        Args:
-            sets: whose classes are ImageNet's.
-            prompted: to be classified zero-shot.
+    def check(self, sets: Sequence[EvalSet]) -> None:
+        """Refuse sets of ImageNet's classes that the model cannot classify.
 
         Raises:
             ConfigError: names the set.
         """
-        clip = is_clip(self.settings.model)
-        if prompted and not clip:
-            raise ConfigError(
-                f"zero_shot={prompted[0].name!r} needs a CLIP, but the run is of {self.settings.model}; measure how "
-                f"well its features keep other classes apart with source (on the command line --source)"
-            )
         for each in sets:
-            if self.outputs is None and not clip:
+            if self.outputs is None and not is_clip(self.settings.model):
                 raise ConfigError(
                     f"{each.name} needs a head with ImageNet's classes or a CLIP, but the run is of "
                     f"{self.settings.model} with the {len(self.own.classes)} classes of {self.own.name}"

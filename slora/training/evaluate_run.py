@@ -82,8 +82,12 @@ def evaluate(
     folder = None if which is None else chosen(run_dir, which)
     if shots and source is None:
         raise ConfigError(f"shots={list(shots)} needs source, the data set whose images they are")
-    if retrieval and not is_clip(settings.model):
-        raise ConfigError(f"retrieval={list(retrieval)} needs a CLIP, but the run is of {settings.model}")
+    for option, given in (("zero_shot", zero_shot), ("retrieval", retrieval)):
+        if given and not is_clip(settings.model):
+            raise ConfigError(
+                f"{option}={list(given)} needs a CLIP, but the run is of {settings.model}; measure how well its "
+                f"features keep other classes apart with source (on the command line --source)"
+            )
     if source is not None:
         source = check_name(source)
     # Everything is opened before anything is computed.
@@ -95,7 +99,7 @@ def evaluate(
     _check_votes(known, k, shots)
     model, spec, own = build(settings, run_dir)
     made = Classifiers(settings, own)
-    made.check(sets, prompted)
+    made.check(sets)
     try:
         with warnings.catch_warnings():
             # Compared with the wrong base, before and after would mean nothing.

@@ -128,6 +128,7 @@ def test_our_figures_stand_beside_the_published_ones() -> None:
     lines = as_markdown(
         {
             "paper": "a paper",
+            "difference": {"measure": "knn", "run": "new", "published": 7.31, "ours": {"full": 2.5}},
             "measures": {"knn": "k-NN"},
             "note": "Mind it.",
             "changed": ["lr=1"],
@@ -137,4 +138,9 @@ def test_our_figures_stand_beside_the_published_ones() -> None:
     assert lines[:4] == [
         "| run | k-NN: ours | k-NN: published |", "| --- | --- | --- |", "| full | 30.00 | 25.24 |", "| new | - | - |",
     ]  # fmt: skip
-    assert lines[-3:] == ["Percent; changes in points. Published in a paper.", "Mind it.", "Not the protocol: lr=1."]
+    assert lines[-4:] == [
+        "Percent; changes in points. Published in a paper.",
+        "k-NN, of new: +2.50 above full; published +7.31.",
+        "Mind it.",
+        "Not the protocol: lr=1.",
+    ]
