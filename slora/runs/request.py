@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from slora.errors import CheckpointError, ConfigError
 from slora.io.bounded import absence
 from slora.runs import rundir
+from slora.runs.check_retention import check_retained_data
 from slora.runs.checkpoint_folders import check_settings, checkpoints, newest, refuse_finished, refuse_newer
 from slora.runs.lock import refuse_locked
 from slora.runs.next_command import command, suggesting_intact
@@ -52,15 +53,7 @@ def read_request(
         settings = TrainSettings.from_yaml(config, **overrides) if config else TrainSettings.from_dict(overrides)
     data = check_name(settings.data)
     check_retained(settings.retain_data)
-    if settings.ewc_penalty and settings.retain_data is None:
-        raise ConfigError(
-            f"ewc_penalty={settings.ewc_penalty:g} needs images to find the important weights on; add some, such as "
-            f"--retain-data generic"
-        )
-    if settings.drift_data == "retained" and settings.retain_data is None:
-        raise ConfigError(
-            "drift_data='retained' needs images; add some with --retain-data, such as a folder of old ones"
-        )
+    check_retained_data(settings.to_dict())
     if settings.replay_data is not None:
         check_replayed(settings.replay_data)
     source_of(settings.model)

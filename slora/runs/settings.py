@@ -16,6 +16,7 @@ from slora.config import Inactive, SelectiveLoRAConfig, Tower, Unit
 from slora.errors import ConfigError
 from slora.io.plain import plain, plain_list, plain_mapping, shown
 from slora.io.yaml_files import read_yaml
+from slora.runs.check_retention import check_retention
 from slora.runs.conversion import converted
 from slora.runs.heads import Head, Loss, check_head, is_contrastive
 from slora.runs.strategies import StrategyName, check_strategy, strategy_of, unit_of
@@ -276,6 +277,7 @@ class TrainSettings:
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         check_strategy(self.to_dict(), defaults)
         check_head(self.to_dict(), self.unit)
+        check_retention(self.to_dict())
         if self.base_dtype is not None and self.precision == "fp32":
             raise ConfigError(
                 f"base_dtype={self.base_dtype!r} needs precision='bf16'; fp32 arithmetic needs fp32 weights"

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from slora.errors import ConfigError
-from slora.layers import adapted_layers
 from slora.retention import EWC, L2, Distillation, LocalDrift, Term
 from slora.runs.settings import TrainSettings
 
@@ -39,13 +38,6 @@ def loss_terms(
         raise ConfigError(
             f"ewc_penalty={settings.ewc_penalty:g} needs samples to find the important weights on; give retain"
         )
-    blocks = any(True for _ in adapted_layers(model))
-    for name in ("drift_penalty", "l2_penalty", "ewc_penalty", "log_drift"):
-        if getattr(settings, name) and not blocks:
-            raise ConfigError(
-                f"{name}={getattr(settings, name)} acts on LoRA blocks, but method={settings.method!r} has none; use "
-                f"method='selective' or 'lora'"
-            )
     terms: list[Term] = []
     drift = None
     if retain is not None and settings.retain_weight:

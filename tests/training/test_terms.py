@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,12 +123,6 @@ def test_a_term_that_is_not_finite_ends_the_run_with_its_name(
     ("changes", "retain", "message"),
     [
         ({"ewc_penalty": 1.0}, False, "ewc_penalty=1 needs samples to find the important weights on"),
-        (
-            {"l2_penalty": 0.5, "method": "full"},
-            False,
-            "l2_penalty=0.5 acts on LoRA blocks, but method='full' has none",
-        ),
-        ({"drift_penalty": 1.0, "method": "linear"}, False, "drift_penalty=1.0 acts on LoRA blocks"),
         ({"method": "full"}, True, "has no adapted layer, so the term 'distillation'"),
     ],
 )
@@ -140,6 +135,17 @@ def test_a_term_without_what_it_needs_is_refused_before_anything_is_trained(
     with pytest.raises(ConfigError, match=message):
         train(model, data, None, settings, retain=data[0] if retain else None)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["full", "linear"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("l2_penalty", 0.5), ("log_drift", True), ("retain_data", "generic"), ("replay_data", "letters")],
+)
+def test_a_method_without_blocks_is_refused(method: str, name: str, value: Any) -> None:
+    said = re.escape(f"{name}={value!r} acts on LoRA blocks, but method={method!r} has none")
+    with pytest.raises(ConfigError, match=said):
+        TrainSettings(method=method, **{name: value})
 
 
 @pytest.mark.parametrize("name", ["drift_penalty", "l2_penalty", "ewc_penalty", "replay_weight"])
