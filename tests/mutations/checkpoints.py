@@ -121,7 +121,7 @@ class Attempt:
         try:
             with unchanged_on_error(model):
                 trainer = Trainer(
-                    self.accelerator, model, self.data, None, self.settings, None, None, folder, None, None
+                    self.accelerator, model, self.data, None, self.settings, None, None, folder, None, None, None
                 )
         except slora.SLoRAError:
             changed = differences(self._before, snapshot(model))
