@@ -82,8 +82,8 @@ def test_other_base_weights_are_an_error_that_names_both(monkeypatch: pytest.Mon
     folder, _ = finetune_run.finetune(RUN)
     whole = sweep_run.build
 
-    def other(settings: Any) -> Any:
-        model, spec, source = whole(settings)
+    def other(settings: Any, run_dir: Path) -> Any:
+        model, spec, source = whole(settings, run_dir)
         model.get_parameter("blocks.0.attn.qkv.weight").data[0] += 1
         return model, spec, source
 
