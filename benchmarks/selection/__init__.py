@@ -1,7 +1,7 @@
 """Selection strategies compared on equal terms: what each reaches on a new task, and what it forgets.
 
 task.py       what a task is: one training run of a configuration, and what is measured after it
-registry.py   the tasks; demo.py: the shifts of `slora demo`; minilm.py: the MiniLM of `examples/`
+registry.py   the tasks; demo.py: the shifts of `slora demo`; glyph.py: its CLIP; minilm.py: the MiniLM of `examples/`
 rows.py       the compared configurations
 store.py      the runs on disk, a line each
 engine.py     runs what the store lacks; tuning.py: learning rates, penalties and weights; command.py: the command line

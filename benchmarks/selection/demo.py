@@ -29,6 +29,7 @@ from slora.demo.methods import (
     RETAINED_COUNT,
     SMOOTHING,
     TEMPERATURE,
+    active_parameters,
     pretrained,
 )
 from slora.demo.model import load_pretrained
@@ -36,7 +37,7 @@ from slora.demo.shifts import Pair
 from slora.demo.shifts import task as shift_task
 from slora.errors import MissingDependencyError
 from slora.evaluation.knn import features, knn_accuracy
-from slora.layers import LoRABlocks, adapted_layers
+from slora.layers import adapted_layers
 from slora.retention import generic_samples, mixed_samples
 from slora.training import TrainSettings, prepare, train
 
@@ -91,15 +92,13 @@ class Shift:
         start = time.process_time()
         outcome = train(model, TensorDataset(*training), None, settings, retain=retain)
         seconds = time.process_time() - start
-        layers = [layer for _, layer in adapted_layers(model)]
-        ranks = {layer: layer.block_ranks() for layer in layers}
+        ranks = [rank for _, layer in adapted_layers(model) for rank in layer.block_ranks()]
         return {
             **old.measures(model, test),
-            "active": sum(rank > 0 for each in ranks.values() for rank in each),
-            "blocks": sum(layer.blocks for layer in layers),
-            "ranks": sum(map(sum, ranks.values())),
-            # The head, and of every rank a row of A and a column of B.
-            "kept": HEAD + sum(sum(each) * _per_rank(layer) for layer, each in ranks.items()),
+            "active": sum(rank > 0 for rank in ranks),
+            "blocks": len(ranks),
+            "ranks": sum(ranks),
+            "kept": HEAD + active_parameters(model),
             "flops": outcome.flops or None,
             "seconds": round(seconds, 2),
             "scaled": [{"scale": scale, **old.measures(model, test, scale)} for scale in configuration.scales],
@@ -184,7 +183,3 @@ def _scaled(model: nn.Module, scale: float) -> Iterator[None]:
         yield
     finally:
         slora.unmerge(model)
-
-
-def _per_rank(layer: LoRABlocks) -> int:
-    return layer.lora_A.shape[-1] + layer.lora_B.shape[-2]

@@ -14,10 +14,11 @@ TASKS = {
     "inverted": "benchmarks.selection.demo",
     "noisy": "benchmarks.selection.demo",
     "mnist": "benchmarks.selection.demo",
+    "glyphs": "benchmarks.selection.glyph",
     "functions": "benchmarks.selection.minilm",
 }
 # The tasks whose validation samples decide about learning rates and penalties.
-TUNED_ON = ("noisy", "mnist", "functions")
+TUNED_ON = ("noisy", "mnist", "glyphs", "functions")
 
 
 @functools.lru_cache(None)

@@ -24,6 +24,7 @@ from slora.demo.letters import CLASSES, styled_letters
 from slora.demo.methods import BUDGET, SMOOTHING, active_parameters, updates_scaled
 from slora.demo.registration import CLIP
 from slora.demo.shifts import Pair, task
+from slora.layers import adapted_layers
 from slora.sources.models import build_clip
 from slora.training import TrainSettings, prepare, train
 
@@ -197,6 +198,7 @@ def glyph_clip_run(
         **_judged(model, test, source, before),
         "active": sum(map(sum, live.values())),
         "blocks": sum(map(len, live.values())),
+        "ranks": sum(sum(layer.block_ranks()) for _, layer in adapted_layers(model)),
         # With logit_scale.
         "kept": 1 + active_parameters(model),
         "flops": outcome.flops or None,

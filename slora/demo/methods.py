@@ -250,6 +250,6 @@ def updates_scaled(model: nn.Module, scale: float) -> Iterator[None]:
 
 
 def active_parameters(model: nn.Module) -> int:
-    """Return the number of parameters of A and B in the active blocks."""
-    counts = {layer: len(layer.activity().active) for _, layer in adapted_layers(model)}
-    return sum(n * (layer.lora_A[0].numel() + layer.lora_B[0].numel()) for layer, n in counts.items() if n)
+    """Return the number of parameters of the ranks in the active blocks: of each a row of A and a column of B."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    return sum(sum(layer.block_ranks()) * (layer.lora_A.shape[-1] + layer.lora_B.shape[-2]) for layer in layers)
