@@ -115,10 +115,10 @@ def _scatter(clip: Result) -> Picture:
     points["scaled"] = [point(run) for run in _at(lora, HALF)]
     scales = sorted({entry["scale"] for run in lora for entry in run["scaled"]})
     path = [(before, clip["before"]["digits"]), *(_mean(_at(lora, s), point) for s in scales), _mean(lora, point)]
-    lost = {m: fmean(float(run["zero_shot"]) for run in _runs(clip, m)) for m in ("selective-distilled", "lora")}
+    lost = {m: fmean(float(run["zero_shot"]) for run in _runs(clip, m)) for m in CLIP_METHODS}
     title = (
-        f"{BUDGET} blocks and distillation lose {lost['selective-distilled']:.1f} points of zero-shot accuracy on "
-        f"letters, LoRA on all {lost['lora']:.1f}"
+        f"Points of letters lost: {lost['selective-distilled']:.1f} by {BUDGET} blocks and {lost['distilled']:.1f} by all "
+        f"with distillation, {lost['lora']:.1f} by all without"
     )
     figure = target_against_retention(
         points, before, title, _SHORT, measure="zero-shot accuracy on letters", paths={"lora": path}

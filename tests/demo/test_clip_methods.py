@@ -77,7 +77,7 @@ def test_the_sentence_and_the_picture_say_what_the_rows_do() -> None:
     assert "97.0 % of letters in new fonts, and 12.0 % of handwritten digits" in section.text[0]
     assert "LoRA on all 91.0 % and 12.0 ± 2.8, scaled by 0.5 91.0 % and 6.0 ± 1.4" in section.text[0]
     (picture,) = section.pictures
-    assert "lose 2.0 points of zero-shot accuracy on letters, LoRA on all 12.0" in picture.alt
+    assert "2.0 by 4 blocks and 2.0 by all with distillation, 12.0 by all without" in picture.alt
 
 
 def test_a_result_without_a_clip_has_no_section() -> None:
