@@ -117,8 +117,8 @@ def _scatter(clip: Result) -> Picture:
     path = [(before, clip["before"]["digits"]), *(_mean(_at(lora, s), point) for s in scales), _mean(lora, point)]
     lost = {m: fmean(float(run["zero_shot"]) for run in _runs(clip, m)) for m in CLIP_METHODS}
     title = (
-        f"Points of letters lost: {lost['selective-distilled']:.1f} by {BUDGET} blocks and {lost['distilled']:.1f} by all "
-        f"with distillation, {lost['lora']:.1f} by all without"
+        f"Points of letters lost: {lost['selective-distilled']:.1f} by {BUDGET} blocks and {lost['distilled']:.1f} by "
+        f"all with distillation, {lost['lora']:.1f} by all without"
     )
     figure = target_against_retention(
         points, before, title, _SHORT, measure="zero-shot accuracy on letters", paths={"lora": path}
