@@ -89,13 +89,28 @@ def test_after_a_step_the_new_values_are_used_whether_or_not_the_same_blocks_are
         torch.testing.assert_close(layer(x), by_hand(layer, x).float())
 
 
+def replica_of(layer: Any) -> Any:
+    """A replica as `DataParallel` makes it, with copies in place of parameters."""
+    replica = layer._replicate_for_data_parallel()
+    for name, value in layer._parameters.items():
+        if value is None:
+            replica._parameters[name] = None
+        else:
+            setattr(replica, name, value * 1)
+    return replica
+
+
+def test_replicas_have_rank_gates_too() -> None:
+    layer, x = layer_of(inactive="frozen"), torch.randn(7, 10)
+    layer.add_rank_gate().data.uniform_()
+    y = layer(x)
+    assert torch.equal(replica_of(layer)(x), y)
+
+
 def test_parametrizations_replicas_and_deleted_parameters() -> None:
     layer, x = layer_of(inactive="frozen"), torch.randn(7, 10)
     y = layer(x)
-    replica = layer._replicate_for_data_parallel()
-    for name, value in layer._parameters.items():
-        setattr(replica, name, value * 1)
-    assert torch.equal(replica(x), y)
+    assert torch.equal(replica_of(layer)(x), y)
 
     class Twice(nn.Module):
         def forward(self, t: Tensor) -> Tensor:
