@@ -53,7 +53,8 @@ def results(runs: Sequence[Run], base: str, variant: str) -> list[Run]:
 def against(run: Run, plain: Run) -> tuple[float, float]:
     """Return the differences to plain LoRA, scaled to the same forgetting: points on the target, and NLL in nats.
 
-    Scales are interpolated; a run that forgets less than the smallest scale is compared with that.
+    Scales are interpolated, which flatters a run between scales that are far apart. A run that forgets less than the
+    smallest scale is compared with that.
     """
     curve = sorted((forgetting(point), point["accuracy"], point["nll"]) for point in [*plain["scaled"], plain])
     lost, accuracy, nll = zip(*curve, strict=True)
