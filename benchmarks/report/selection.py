@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -189,7 +190,8 @@ def draw(scope: Scope) -> Figure:
     seeds = {len(line.seeds) for line in drawn}
     counted = f"{max(seeds)} seeds" if max(seeds) > 1 else "1 seed"
     counted = counted if len(seeds) == 1 else f"{min(seeds)} to {counted}"
-    figure.suptitle(f"{scope.title}: target against retention, {counted}", fontsize=11, fontweight="bold")
+    title = textwrap.fill(f"{scope.title}: target against retention, {counted}", 45 * len(panels))
+    figure.suptitle(title, fontsize=11, fontweight="bold")
     return figure
 
 
