@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: run, report, compare, targets, compatibility, selection, retention, gpu."""
+"""`python -m benchmarks`: run, report, compare, targets, compatibility, selection, gpu."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 
 from benchmarks import results
 from benchmarks.results import CASES, RESULTS, BenchmarkError, made, read_result
-from benchmarks.retention import command as retention
 from benchmarks.selection.command import add_options
 from benchmarks.timing import first_line
 from slora.errors import WriteError
@@ -51,11 +50,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--jobs", type=int, default=1, help="processes at a time, of one thread each (default 1)")
     command.add_argument("--out", type=Path, help="folder to write into (default of the whole: benchmarks/results)")
 
-    command = commands.add_parser("selection", help="selection strategies on equal terms; runs what is missing")
+    about = "selection strategies and ways of keeping old knowledge on equal terms; runs what is missing"
+    command = commands.add_parser("selection", help=about)
     add_options(command)
-
-    command = commands.add_parser("retention", help="ways to keep old knowledge, against scaled LoRA")
-    retention.add_options(command)
 
     command = commands.add_parser("gpu", help="validation on a GPU")
     command.set_defaults(call=gpu)

@@ -3,7 +3,7 @@
     benchmarks/README.md             what a step costs, what memory costs, how near the limit is, the targets
     benchmarks/results/<device>.md   every case
     benchmarks/results/selection.md  the selection strategies: results/selection/
-    benchmarks/results/retention.md  what keeps old knowledge: results/retention/
+    benchmarks/results/retention.md  what keeps old knowledge: the same folder
     docs/compatibility.md            results/compatibility.json
     README.md                        its marked tables: the demo (docs/demo.json), the training step, the census
 
@@ -22,19 +22,13 @@ from benchmarks import targets
 from benchmarks.report import tables
 from benchmarks.report.tables import Cases
 from benchmarks.results import CASES, ROOT, BenchmarkError, need, read_result, results_in, source
-from benchmarks.retention.runs import RUNS, read
+from benchmarks.selection.registry import TABLES
 from benchmarks.selection.store import Store
 from slora.io.atomic import write_text
 
-jinja2, judge, figures, selection, retention = (
+jinja2, judge, figures, selection = (
     need(name, "the report needs it: pip install -e '.[train]' --no-build-isolation")
-    for name in (
-        "jinja2",
-        "slora.demo.judge",
-        "benchmarks.report.figures",
-        "benchmarks.report.selection",
-        "benchmarks.retention.table",
-    )
+    for name in ("jinja2", "slora.demo.judge", "benchmarks.report.figures", "benchmarks.report.selection")
 )
 # The devices that targets are set for come first, whether they were measured or not.
 DEVICES = ("cpu", "nvidia-h100", "nvidia-h200")
@@ -64,7 +58,7 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
     results, folder, readme = all_results(root), root / "benchmarks" / "results", root / "README.md"
     census, demo = (_read(path) for path in (folder / "compatibility.json", root / "docs" / "demo.json"))
     drawn = {device: figures.links(device, cases) for device, cases in results.items()}
-    strategies = selection.page(_runs(root))
+    compared = {name: found for name in TABLES if (found := selection.page(_runs(root), name))}
     judged = targets.judged(results, results)
     marked = {
         "demo-table": render("demo.md.j2", demo=demo, judge=judge),
@@ -74,7 +68,7 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
     made = {
         readme: _filled(readme.read_text(encoding="utf-8"), marked),
         root / "benchmarks" / "README.md": render(
-            "readme.md.j2", results=results, figures=drawn, judged=judged, selection=bool(strategies)
+            "readme.md.j2", results=results, figures=drawn, judged=judged, selection=bool(compared)
         ),
     }
     for device, cases in results.items():
@@ -84,10 +78,7 @@ def texts(root: Path = ROOT) -> dict[Path, str]:
                 "device.md.j2", device=device, cases=cases, known=CASES, figures=drawn[device],
                 validations=[file for file in files if "parts" in file],
             )  # fmt: skip
-    if strategies:
-        made[folder / "selection.md"] = render("selection.md.j2", **strategies)
-    if kept := read(folder / "retention" / RUNS):
-        made[folder / "retention.md"] = retention.page(kept)
+    made |= {folder / f"{name}.md": render(f"{name}.md.j2", **found) for name, found in compared.items()}
     if census:
         made[root / "docs" / "compatibility.md"] = render("compatibility.md.j2", census=census)
     return made

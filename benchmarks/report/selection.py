@@ -1,4 +1,4 @@
-"""The page of the selection strategies, and its figures, from the runs of `python -m benchmarks selection`."""
+"""The pages of selection and of retention, and their figures, from the runs of `python -m benchmarks selection`."""
 
 from __future__ import annotations
 
@@ -17,17 +17,25 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from benchmarks.selection import verdicts
 from benchmarks.selection.engine import SEEDS
 from benchmarks.selection.lines import Curve, Line, lines, read_off, wise
-from benchmarks.selection.registry import TASKS, TUNED_ON, task_named
-from benchmarks.selection.rows import LINEAR, STRATEGIES, percent, rows
+from benchmarks.selection.registry import TABLES, TASKS, TUNED_ON, task_named
+from benchmarks.selection.rows import percent
 from benchmarks.selection.store import Store
 from slora.io.atomic import write_atomically
 from slora.report.style import colour_of, figure_style
 
-# Panels of a figure: a few strategies each, so that each line can have its name beside it.
+# Panels of the figures of a page: a few strategies each, so that each line can have its name beside it.
 PANELS = {
-    "Scores and budgets": ("gates", "budget-solo", "budget-norm", "sensitivity"),
-    "Fixed rules": ("last", "random", "first"),
-    "Ranks inside blocks": ("sora", "codyra", "increlora", "adalora"),
+    "selection": {
+        "Scores and budgets": ("gates", "budget-solo", "budget-norm", "sensitivity"),
+        "Fixed rules": ("last", "random", "first"),
+        "Ranks inside blocks": ("sora", "codyra", "increlora", "adalora"),
+    },
+    "retention": {
+        "Distillation": ("distil-old", "distil-generic", "distil-mixed", "distil-target"),
+        "Penalties on weights": ("l2", "ewc-old", "ewc-generic"),
+        "Local drift, replay": ("drift-old", "drift-target", "replay"),
+        "Selection by price": ("budget-solo", "price-old", "price-generic"),
+    },
 }
 # Of a figure, in inches.
 HEIGHT = 4.4
@@ -42,34 +50,40 @@ MARKS = {"better": " ▲", "worse": " ▼"}
 
 
 class Scope(NamedTuple):
-    """A table of the page: a task, or all tasks of a family together."""
+    """A table of a page: a task, or all tasks of a family together."""
 
+    page: str
     name: str
     title: str
     tasks: tuple[str, ...]
     found: list[Line]
 
 
-def scopes(store: Store, names: Sequence[str] = tuple(TASKS)) -> list[Scope]:
-    """Return the tables that there are runs for: a family over all of its tasks first, then each task."""
+def scopes(store: Store, page: str = "selection") -> list[Scope]:
+    """Return the tables of a page that there are runs for: a family over all of its tasks first, then each task."""
+    rows = TABLES[page]()
     families: dict[str, list[str]] = {}
-    for name in names:
+    for name in TASKS:
         families.setdefault(task_named(name).family, []).append(name)
     found = []
     for family, tasks in families.items():
         if len(tasks) > 1:
             titles = ", ".join(tasks)
-            found.append(Scope(family, f"All of {titles}", tuple(tasks), lines(store, rows(), tasks)))
-        found += [Scope(name, task_named(name).title, (name,), lines(store, rows(), [name])) for name in tasks]
-    return [scope for scope in found if scope.found]
+            found.append(Scope(page, family, f"All of {titles}", tuple(tasks), lines(store, rows, tasks)))
+        found += [Scope(page, name, task_named(name).title, (name,), lines(store, rows, [name])) for name in tasks]
+    # What every page has is no table by itself.
+    shared = set.intersection(*({row.name for row in table()} for table in TABLES.values()))
+    return [scope for scope in found if {line.row.name for line in scope.found} - shared]
 
 
-def page(store: Store) -> dict[str, Any]:
-    """What the template shows; nothing without runs."""
-    found = scopes(store)
-    if not found:
+def page(store: Store, name: str = "selection") -> dict[str, Any]:
+    """What the template of a page shows; nothing without runs."""
+    found = scopes(store, name)
+    every = [run for task in TASKS for run in store.runs(task)]
+    if not every:
         return {}
-    runs = [run for name in TASKS for run in store.runs(name)]
+    named = {row.name for row in TABLES[name]() if found}
+    runs = [run for run in every if run["row"] in named]
     family = {name for scope in found if len(scope.tasks) > 1 for name in scope.tasks}
     return {
         "scopes": found,
@@ -78,20 +92,21 @@ def page(store: Store) -> dict[str, Any]:
         "figures": links(found),
         "rates": {task_named(name).family: [f"{rate:g}" for rate in task_named(name).rates] for name in TASKS},
         "tuned_on": TUNED_ON,
-        "missing": list(_missing(found)),
-        "origins": {name: sorted({run[name] for run in runs}) for name in ("commit", "versions")},
+        "missing": list(_missing(found, name)),
+        "origins": {each: sorted({run[each] for run in runs}) for each in ("commit", "versions") if runs},
         "selection": {"heads": heads},
         "verdicts": verdicts,
     }
 
 
-def _missing(found: Sequence[Scope]) -> Iterator[str]:
+def _missing(found: Sequence[Scope], page: str) -> Iterator[str]:
     """Say of each task which rows have no run, and which have fewer seeds than the page is planned for."""
     lines_of = {scope.name: scope.found for scope in found if len(scope.tasks) == 1}
     for name in TASKS:
         seeds = {line.row.name: len(line.seeds) for line in lines_of.get(name, ())}
-        without = [row.name for row in rows() if row.name not in seeds and (row != LINEAR or task_named(name).probe)]
-        fewer = [row.name for row in rows() if 0 < seeds.get(row.name, 0) < len(SEEDS)]
+        rows = [row.name for row in TABLES[page]() if row.fits(task_named(name))]
+        without = [row for row in rows if row not in seeds]
+        fewer = [row for row in rows if 0 < seeds.get(row, 0) < len(SEEDS)]
         if without:
             yield f"{name}: {', '.join(without) if seeds else 'all rows'}"
         if fewer:
@@ -102,8 +117,8 @@ def heads(scope: Scope) -> list[str]:
     """The heads of a scope's table."""
     task = task_named(scope.tasks[0])
     return [
-        "strategy", "share", "blocks", "ranks", "seeds", "rate", task.target, "NLL", *task.retention.values(), "drift",
-        "parameters", "TFLOP", "CPU s", "over scaled LoRA", "NLL over it",
+        "strategy", "share", "blocks", "ranks", "seeds", "rate, weight", task.target, "NLL", *task.retention.values(),
+        "drift", "parameters", "TFLOP", "CPU s", "over scaled LoRA", "NLL over it",
     ]  # fmt: skip
 
 
@@ -116,7 +131,7 @@ def cells(scope: Scope, line: Line) -> list[str]:
         "" if share is None else percent(share),
         *("" if share is None or scaled else f"{line.mean(name):.3g}" for name in ("active", "ranks")),
         str(len(line.seeds)),
-        f"{line.rates[0]:g}" if len({*line.rates}) == 1 and not scaled else "",
+        ", ".join(f"{each:g}" for each in line.tuned[0]) if len({*line.tuned}) == 1 and not scaled else "",
         *(_number(line, name) for name in ("target", "nll", *lost, "drift", "kept", "flops", "seconds")),
         *(_number(line, name) + MARKS.get(verdicts.verdict(line, name), "") for name in ("over", "over nll")),
     ]
@@ -137,31 +152,35 @@ def _number(line: Line, measure: str) -> str:
 
 
 def links(found: Sequence[Scope]) -> dict[str, str]:
-    """`{scope: file name}` of the figures: of the scopes that have the curve to beat and a strategy to compare."""
-    drawn = [scope for scope in found if wise(scope.found) and any(_of(scope, name) for name in STRATEGIES)]
-    return {scope.name: f"selection-{scope.name}.png" for scope in drawn}
+    """`{scope: file name}` of the figures: of the scopes that have the curve to beat and something to compare."""
+    return {scope.name: f"{scope.page}-{scope.name}.png" for scope in found if wise(scope.found) and _panels(scope)}
 
 
 def draw_all(store: Store, folder: Path) -> list[Path]:
     """Draw the figures; return the files."""
-    found = scopes(store)
-    named, drawn = links(found), []
-    for scope in found:
-        if scope.name in named:
-            path = folder / named[scope.name]
+    drawn = []
+    for found in (scopes(store, page) for page in TABLES):
+        for name, file in links(found).items():
+            (scope,) = [scope for scope in found if scope.name == name]
             with figure_style():
                 figure = draw(scope)
                 # No date and no version inside: the same runs give the same file.
-                write_atomically(path, partial(figure.savefig, format="png", dpi=130, metadata={"Software": None}))
-            drawn.append(path)
+                save = partial(figure.savefig, format="png", dpi=130, metadata={"Software": None})
+                write_atomically(folder / file, save)
+            drawn.append(folder / file)
     return drawn
+
+
+def _panels(scope: Scope) -> dict[str, list[str]]:
+    """`{title: strategies}` of those that have lines."""
+    panels = {title: [name for name in names if _of(scope, name)] for title, names in PANELS[scope.page].items()}
+    return {title: names for title, names in panels.items() if names}
 
 
 def draw(scope: Scope) -> Figure:
     """A panel per group of strategies: the new task over what is forgotten, and shaded what scaled LoRA beats."""
-    panels = {title: [name for name in names if _of(scope, name)] for title, names in PANELS.items()}
-    panels = {title: names for title, names in panels.items() if names}
-    figure, task = Figure(layout="constrained", figsize=(4.2 * len(panels) + 0.4, HEIGHT)), task_named(scope.tasks[0])
+    panels, task = _panels(scope), task_named(scope.tasks[0])
+    figure = Figure(layout="constrained", figsize=(4.2 * len(panels) + 0.4, HEIGHT))
     axes: Sequence[Axes] = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     curve = wise(scope.found)
     drawn = [line for names in panels.values() for name in names for line in _of(scope, name)]
@@ -176,7 +195,7 @@ def draw(scope: Scope) -> Figure:
             points = sorted(_of(scope, name), key=lambda line: line.row.share or 0.0)
             _draw_strategy(pane, points, colour)
             x, y = (fmean(points[-1].values[measure]) for measure in ("lost", "target"))
-            ends.append((x, y, STRATEGIES[name].label, colour))
+            ends.append((x, y, points[-1].row.label, colour))
         _write_names(pane, ends, bottom, top)
         pane.set_title(title, fontsize=10, loc="left")
         pane.set_xscale("symlog", linthresh=1.0, linscale=0.6)

@@ -15,9 +15,6 @@ from benchmarks import results, workers
 from benchmarks.selection.registry import task_named
 from benchmarks.selection.store import Run, Store, key
 from benchmarks.selection.task import Configuration
-from benchmarks.timing import first_line
-from slora.errors import ConfigError
-from slora.runs.settings import TrainSettings
 
 SEEDS = (0, 1, 2, 3, 4)
 # Of one run, the start of its process included; on a machine that others use a run of 15 s takes minutes.
@@ -71,15 +68,6 @@ def is_of(run: Mapping[str, Any] | None, case: Case) -> bool:
     }
 
 
-def unknown(configuration: Configuration) -> str | None:
-    """Why these settings are refused, such as a strategy that this version lacks; None if they are accepted."""
-    try:
-        TrainSettings.from_dict(configuration.settings)
-    except ConfigError as error:
-        return first_line(error).partition(";")[0]
-    return None
-
-
 def work(case: Case) -> dict[str, Any]:
     """Train and measure once, in a process of its own."""
     torch.set_num_threads(1)
@@ -102,11 +90,7 @@ def run(
         say: prints a line.
     """
     todo = missing(cases, store)
-    refused = {case.configuration.name: reason for case in todo if (reason := unknown(case.configuration))}
-    for reason in dict.fromkeys(refused.values()):
-        say(f"left out, as {reason}: {', '.join(name for name in refused if refused[name] == reason)}")
-    todo = [case for case in todo if case.configuration.name not in refused]
-    say(f"{len(cases) - len(todo)} of {len(cases)} runs are there or left out, {len(todo)} to do")
+    say(f"{len(cases) - len(todo)} of {len(cases)} runs are there, {len(todo)} to do")
     failed, about = 0, origin()
     outcomes = workers.run(work, todo, jobs, time.monotonic() + seconds, SECONDS)
     for number, (case, outcome) in enumerate(outcomes, start=1):

@@ -12,8 +12,6 @@ import numpy as np
 from benchmarks.selection.rows import ALL, LINEAR, SCALES, Row
 from benchmarks.selection.store import Run, Store
 
-# What tuning adds to the settings of a row.
-TUNED = {"lr", "penalty"}
 Curve = list[tuple[float, float]]
 """A measure of the new task over the points forgotten."""
 
@@ -29,14 +27,14 @@ class Line:
         values: `{measure: one value per seed}`, the mean over the tasks: the fields of `Record`, "lost" for the mean of
             the measures of retention, "lost <name>" for each, and of what was trained as the page's curve does not:
             "over" and "over nll", the target and NLL less those of scaled LoRA that forgets as much.
-        rates: the learning rate on each task.
+        tuned: the learning rate on each task, and the weight of a row that has one.
     """
 
     row: Row
     scale: float
     seeds: tuple[int, ...]
     values: Mapping[str, list[float]]
-    rates: tuple[float, ...]
+    tuned: tuple[tuple[float, ...], ...]
 
     @property
     def label(self) -> str:
@@ -88,22 +86,15 @@ def lines(store: Store, rows: Iterable[Row], tasks: Sequence[str]) -> list[Line]
             {each["scale"] for each in stored[task, row.name, seed]["scaled"]} for task in tasks for seed in shared
         ]
         for scale in (*sorted(set.intersection(*scales)), 1.0) if shared else ():
-            values: dict[str, list[float]] = {}
-            for seed in shared:
-                runs = [_at_scale(stored[task, row.name, seed], scale) for task in tasks]
-                for name, mean in _means(list(map(_measures, runs))).items():
-                    values.setdefault(name, []).append(mean)
-                if row not in (ALL, LINEAR):
-                    to_beat = [[stored.get((task, name, seed)) for name in ("all", "linear")] for task in tasks]
-                    differences = [_over(run, *pair) for run, pair in zip(runs, to_beat, strict=True)]
-                    for name, mean in _means(differences).items():
-                        values.setdefault(name, []).append(mean)
+            told = [_means([_told(stored, row, task, seed, scale) for task in tasks]) for seed in shared]
+            values = {name: [each[name] for each in told if name in each] for each in told for name in each}
             for name in ("over", "over nll"):
                 # Whole or not at all: seeds are paired by their place.
                 if len(values.get(name, ())) != len(shared):
                     values[name] = []
-            rates = tuple(stored[task, row.name, shared[0]]["settings"]["lr"] for task in tasks)
-            found.append(Line(row, scale, shared, values, rates))
+            settings = [stored[task, row.name, shared[0]]["settings"] for task in tasks]
+            tuned = tuple(tuple(each[name] for name in ("lr", row.weight) if name) for each in settings)
+            found.append(Line(row, scale, shared, values, tuned))
     return found
 
 
@@ -115,6 +106,15 @@ def _means(of_tasks: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
         if len(numbers) == len(of_tasks):
             means[name] = fmean(numbers)
     return means
+
+
+def _told(
+    stored: Mapping[tuple[str, str, int], Run], row: Row, task: str, seed: int, scale: float
+) -> dict[str, float | None]:
+    """What the page says of one run."""
+    run = _at_scale(stored[task, row.name, seed], scale)
+    to_beat = [stored.get((task, name, seed)) for name in ("all", "linear")]
+    return _measures(run) | ({} if row in (ALL, LINEAR) else _over(run, *to_beat))
 
 
 def _over(run: Run, plain: Run | None, linear: Run | None) -> dict[str, float | None]:
@@ -131,7 +131,7 @@ def _over(run: Run, plain: Run | None, linear: Run | None) -> dict[str, float | 
 def _is_of(run: Run, row: Row) -> bool:
     """Whether a stored run is of the row as it is now, whatever tuning has chosen."""
     settings, own = (
-        {name: value for name, value in given.items() if name not in TUNED}
+        {name: value for name, value in given.items() if name not in ("lr", row.weight)}
         for given in (run["settings"], row.configuration.settings)
     )
     scales = {each["scale"] for each in run["scaled"]}
@@ -143,14 +143,7 @@ def _at_scale(run: Run, scale: float) -> Run:
     if scale == 1.0:
         return run
     (entry,) = [each for each in run["scaled"] if each["scale"] == scale]
-    return {
-        **entry,
-        "active": run["active"],
-        "ranks": run["ranks"],
-        "kept": run["kept"],
-        "flops": None,
-        "seconds": None,
-    }
+    return {**entry, **{name: run[name] for name in ("active", "ranks", "kept")}, "flops": None, "seconds": None}
 
 
 def _measures(run: Run) -> dict[str, Any]:

@@ -1,12 +1,18 @@
-"""The tasks by name. Each is made at first use, so that a missing extra costs its own task alone."""
+"""The tables, and the tasks by name. Each is made at first use, so that a missing extra costs its own task alone."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 
 from benchmarks.results import BenchmarkError
+from benchmarks.selection.retention import retention_rows
+from benchmarks.selection.rows import Row, rows
 from benchmarks.selection.task import Task
+
+# name of the page: the rows of its tables.
+TABLES: dict[str, Callable[[], list[Row]]] = {"selection": rows, "retention": retention_rows}
 
 # name: module with a function `task(name) -> Task`.
 TASKS = {

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.selection.task import Configuration
+from benchmarks.selection.task import Configuration, Task
 
 SHARES = (0.04, 0.11, 0.25)
 # Factors of plain LoRA's update: the curve to beat (WiSE-FT, arXiv 2109.01903).
 SCALES = (0.25, 0.5, 0.75)
+# Of gates: with gate_lr 0.1 in 200 steps, from a few blocks switched off to nearly all.
+PENALTIES = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,11 @@ class Strategy:
     Attributes:
         label: its name on the page.
         settings: fields of `TrainSettings` beside the budget.
-        of: what a share is of: "blocks" or "ranks".
         chooses: whether training or data decide, rather than a fixed rule.
     """
 
     label: str
     settings: Mapping[str, Any]
-    of: str = "blocks"
     chooses: bool = True
 
 
@@ -40,32 +40,40 @@ STRATEGIES: dict[str, Strategy] = {
     "random": Strategy("random", {"strategy": "random"}, chooses=False),
     "last": Strategy("last", {"strategy": "last"}, chooses=False),
     "first": Strategy("first", {"strategy": "first"}, chooses=False),
-    "sora": Strategy("SoRA", {"strategy": "sora"}, "ranks"),
-    "codyra": Strategy("CoDyRA", {"strategy": "codyra"}, "ranks"),
-    "increlora": Strategy("IncreLoRA", {"strategy": "increlora"}, "ranks"),
-    "adalora": Strategy("AdaLoRA", {"strategy": "adalora"}, "ranks"),
+    "sora": Strategy("SoRA", {"strategy": "sora"}),
+    "codyra": Strategy("CoDyRA", {"strategy": "codyra"}),
+    "increlora": Strategy("IncreLoRA", {"strategy": "increlora"}),
+    "adalora": Strategy("AdaLoRA", {"strategy": "adalora"}),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the page.
+    """A row of a page.
 
     Attributes:
-        strategy: a key of `STRATEGIES`, or "all" or "linear".
+        strategy: a key of `STRATEGIES` or of `retention.VARIANTS`, or "all" or "linear".
         share: of the blocks (or ranks) that it may keep; None where it has no choice.
         configuration: without what tuning chooses.
+        weight: the setting that tuning chooses beside the learning rate, "" for none; `weights` are tried.
     """
 
     strategy: str
     share: float | None
     label: str
     configuration: Configuration
+    weight: str = ""
+    weights: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
         """The name of the configuration."""
         return self.configuration.name
+
+    def fits(self, task: Task) -> bool:
+        """Whether a task has what the row needs: a head to train, or samples to retain."""
+        has_head = task.probe or self.configuration.settings.get("method") != "linear"
+        return has_head and self.configuration.retain in (None, *task.retains)
 
 
 # At 100 % every strategy trains all blocks: one run stands for all of them, and, scaled, for the curve.
@@ -73,27 +81,32 @@ ALL = Row("all", 1.0, "all (plain LoRA)", Configuration("all", {"method": "lora"
 LINEAR = Row("linear", None, "linear probe", Configuration("linear", {"method": "linear"}))
 
 
-def rows(strategies: Sequence[str] | None = None, shares: Sequence[float] | None = None) -> list[Row]:
-    """Return the rows, those to beat first; `strategies` and `shares` leave only some, and those to beat."""
-    chosen = [ALL, LINEAR]
+def rows() -> list[Row]:
+    """Return the rows of the strategies, those to beat first."""
+    found = [ALL, LINEAR]
     for share in SHARES:
         for name, strategy in STRATEGIES.items():
-            budget = {} if name == "gates" else {"budget": share}
-            configuration = Configuration(f"{name} {percent(share)}", dict(strategy.settings) | budget)
-            chosen.append(Row(name, share, strategy.label, configuration))
-    chosen = [row for row in chosen if not shares or row.share in (1.0, None, *shares)]
+            gates = name == "gates"
+            settings = dict(strategy.settings) | ({} if gates else {"budget": share})
+            configuration = Configuration(f"{name} {percent(share)}", settings)
+            tuned = ("penalty", PENALTIES) if gates else ("", ())
+            found.append(Row(name, share, strategy.label, configuration, *tuned))
+    return found
+
+
+def some(
+    rows: Iterable[Row], strategies: Sequence[str] | None = None, shares: Sequence[float] | None = None
+) -> list[Row]:
+    """Return the rows of some strategies and shares; rows at 100 % are of every share."""
+    chosen = [row for row in rows if not shares or row.share in (1.0, None, *shares)]
     return [row for row in chosen if not strategies or row.strategy in strategies]
 
 
-def configurations_on(configurations: Sequence[Configuration], probe: bool) -> list[Configuration]:
-    """Return those that a task can run: without a head to train, the pretrained model stands for the linear probe."""
-    if probe:
-        return list(configurations)
-    return [
-        dataclasses.replace(each, scales=(0.0, *each.scales)) if each.name == ALL.name else each
-        for each in configurations
-        if each.name != LINEAR.name
-    ]
+def configuration_on(configuration: Configuration, task: Task) -> Configuration:
+    """Return a configuration for a task: without a linear probe the pretrained model begins the curve to beat."""
+    if configuration.name == ALL.name and not task.probe:
+        return dataclasses.replace(configuration, scales=(0.0, *configuration.scales))
+    return configuration
 
 
 def percent(share: float) -> str:

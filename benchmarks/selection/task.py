@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, cast
 
 
 @dataclass(frozen=True)
@@ -15,9 +15,9 @@ class Configuration:
         name: unique, such as "budget-solo 11 %".
         settings: fields of `TrainSettings` beside those that the task gives to every row. "lr" is set by the engine.
         scales: factors of the update, each of which is measured as well, as if merged with `--scale`.
-        retain: 64 unlabelled samples for `slora.training.train(..., retain=...)`: "old" (none of which the measures
-            use), or instead of them "generic" and "mixed" (made of training samples) or "target" (training samples);
-            None for none.
+        retain: 64 samples for `slora.training.train(..., retain=...)`: "old" (none of which the measures use),
+            "labelled" (the same, and their labels for replay with `replay_weight`), or instead of old ones "generic"
+            and "mixed" (made of training samples) or "target" (training samples); None for none.
     """
 
     name: str
@@ -71,6 +71,22 @@ class Record(Measures):
     scaled: list[Scaled]
 
 
+def record(found: Mapping[str, Any], lost: Mapping[str, str]) -> Record:
+    """Return what `slora.demo.methods.train_once` and the like return as a record; `lost`: `{its key: theirs}`."""
+
+    def measures(each: Mapping[str, Any]) -> Measures:
+        return {
+            "target": round(100 * each["accuracy"], 4),
+            "nll": round(each["nll"], 5),
+            "lost": {name: round(each[key], 4) for name, key in lost.items()},
+            "drift": float(f"{each['drift']:.5g}"),
+        }
+
+    counts = {name: found[name] for name in ("active", "blocks", "ranks", "kept", "flops")}
+    scaled = [{"scale": each["scale"], **measures(each)} for each in found["scaled"]]
+    return cast(Record, {**measures(found), **counts, "seconds": round(found["cpu_seconds"], 2), "scaled": scaled})
+
+
 class Task(Protocol):
     """A new task and an old one. Making one costs nothing: `run` reads data and weights, once per process.
 
@@ -83,6 +99,7 @@ class Task(Protocol):
         rates: the learning rates that are tried for every row.
         probe: whether a head is trained, so that there is a linear probe. Without one the line to beat begins at the
             pretrained model: plain LoRA scaled by 0.
+        retains: the kinds of `Configuration.retain` that it has.
     """
 
     name: str
@@ -92,6 +109,7 @@ class Task(Protocol):
     retention: Mapping[str, str]
     rates: Sequence[float]
     probe: bool
+    retains: Sequence[str]
 
     def check(self) -> None:
         """Find out before the first run whether what the task needs is here.

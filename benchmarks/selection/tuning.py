@@ -1,8 +1,8 @@
-"""Learning rates, and the penalties of gates: chosen on validation samples, the same small grid for every row.
+"""Learning rates and weights: chosen on validation samples, the same small grid for every row.
 
 The rate of a row is the one with the highest mean of target less forgetting on validation samples: a point of the new
-task is worth a point of the old one. The penalty of gates is the one that ends nearest to the share of blocks. Neither
-sees a test sample or a seed of the page.
+task is worth a point of the old one. A weight is chosen first, at a middle rate, by the same rule; of gates the penalty
+that ends nearest to the share of blocks. None sees a test sample or a seed of the page.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from benchmarks.selection.store import FOLDER, Run, Store, key
 from benchmarks.selection.task import Configuration
 
 SEEDS = (100,)
-# With gate_lr 0.1 in 200 steps, from a few blocks switched off to nearly all.
-PENALTIES = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
 
 
 def store(folder: Store | None = None) -> Store:
@@ -33,47 +31,48 @@ def tuned_on(family: str) -> list[str]:
     return [name for name in TUNED_ON if task_named(name).family == family]
 
 
-def grid(row: Row, task: str, tuned: Store, seeds: Sequence[int] = SEEDS, quick: bool = False) -> list[Case]:
+def grid(row: Row, task: str, tuned: Store, quick: bool = False) -> list[Case]:
     """Return the tuning runs of a row on a task, as far as those that they build on are there.
 
-    Rates of gates follow once their penalty is chosen.
+    Rates follow once a weight is chosen.
     """
     family = task_named(task).family
-    trials = _penalties(row, family) if row.strategy == "gates" else []
-    trials = [*trials, *(_candidates(row, family, tuned, seeds) or ())]
-    return [Case(task, trial, seed, validation=True, quick=quick) for trial in trials for seed in seeds]
+    trials = [*_weighted(row, family), *(_candidates(row, family, tuned) or ())]
+    return [Case(task, trial, seed, validation=True, quick=quick) for trial in trials for seed in SEEDS]
 
 
-def chosen(row: Row, family: str, tuned: Store, seeds: Sequence[int] = SEEDS) -> Configuration | None:
+def chosen(row: Row, family: str, tuned: Store) -> Configuration | None:
     """Return the configuration with what is tuned; None while tuning runs are missing."""
-    trials = _candidates(row, family, tuned, seeds)
-    found = [_runs(trial, tuned_on(family), tuned, seeds) for trial in trials or ()]
+    trials = _candidates(row, family, tuned)
+    found = [_runs(trial, tuned_on(family), tuned) for trial in trials or ()]
     if not trials or any(not runs for runs in found):
         return None
     scores = [fmean(score(run) for run in runs or ()) for runs in found]
     return dataclasses.replace(row.configuration, settings=trials[scores.index(max(scores))].settings)
 
 
-def _candidates(row: Row, family: str, tuned: Store, seeds: Sequence[int]) -> list[Configuration] | None:
+def _candidates(row: Row, family: str, tuned: Store) -> list[Configuration] | None:
     """The configurations of which tuning takes the best; None while another choice has to be made first."""
-    if row.strategy != "gates":
+    if not row.weight:
         return [_trial(row, lr=rate) for rate in _rates(family)]
-    penalty = penalty_of(row, family, tuned, seeds)
-    return None if penalty is None else [_trial(row, lr=rate, penalty=penalty) for rate in _rates(family)]
+    weight = weight_of(row, family, tuned)
+    return None if weight is None else [_trial(row, lr=rate, **{row.weight: weight}) for rate in _rates(family)]
 
 
-def penalty_of(row: Row, family: str, tuned: Store, seeds: Sequence[int] = SEEDS) -> float | None:
-    """Return the penalty that ends nearest to the share of a row of gates, by ratio; None while runs are missing."""
+def weight_of(row: Row, family: str, tuned: Store) -> float | None:
+    """Return the best of the weights of a row; None while runs are missing."""
+    found = [_runs(trial, tuned_on(family), tuned) for trial in _weighted(row, family)]
+    missed = [_missed(row, runs) for runs in found if runs]
+    return row.weights[missed.index(min(missed))] if missed and len(missed) == len(found) else None
+
+
+def _missed(row: Row, runs: Sequence[Run]) -> float:
+    """How far the runs of a weight are from what it is for: the share of blocks, as a ratio, or the highest score."""
+    if row.weight != "penalty":
+        return -fmean(map(score, runs))
     assert row.share is not None
-    distances: dict[float, float] = {}
-    for penalty, trial in zip(PENALTIES, _penalties(row, family), strict=True):
-        found = _runs(trial, tuned_on(family), tuned, seeds)
-        if not found:
-            return None
-        # Half a block for none: a ratio to 0 says nothing.
-        share = fmean(max(run["active"], 0.5) / run["blocks"] for run in found)
-        distances[penalty] = abs(math.log(share / row.share))
-    return min(distances, key=lambda penalty: distances[penalty])
+    # Half a block for none: a ratio to 0 says nothing.
+    return abs(math.log(fmean(max(run["active"], 0.5) / run["blocks"] for run in runs) / row.share))
 
 
 def score(run: Run) -> float:
@@ -81,8 +80,8 @@ def score(run: Run) -> float:
     return float(run["target"]) - fmean(run["lost"].values())
 
 
-def _runs(trial: Configuration, tasks: Sequence[str], tuned: Store, seeds: Sequence[int]) -> list[Run] | None:
-    wanted = [Case(task, trial, seed) for task in tasks for seed in seeds]
+def _runs(trial: Configuration, tasks: Sequence[str], tuned: Store) -> list[Run] | None:
+    wanted = [Case(task, trial, seed) for task in tasks for seed in SEEDS]
     stored = {key(run): run for task in tasks for run in tuned.runs(task)}
     found = [run for case in wanted if is_of(run := stored.get(case.key), case) and run is not None]
     return found if len(found) == len(wanted) else None
@@ -90,14 +89,14 @@ def _runs(trial: Configuration, tasks: Sequence[str], tuned: Store, seeds: Seque
 
 def _trial(row: Row, **tuned: float) -> Configuration:
     # Rows of gates that have the same penalty have the same runs.
-    name = row.strategy if "penalty" in tuned else row.name
+    name = row.strategy if row.weight == "penalty" else row.name
     named = ", ".join([name, *(f"{setting} {value:g}" for setting, value in tuned.items())])
     return Configuration(named, {**row.configuration.settings, **tuned}, retain=row.configuration.retain)
 
 
-def _penalties(row: Row, family: str) -> list[Configuration]:
+def _weighted(row: Row, family: str) -> list[Configuration]:
     rates = sorted(_rates(family))
-    return [_trial(row, lr=rates[len(rates) // 2], penalty=penalty) for penalty in PENALTIES]
+    return [_trial(row, lr=rates[len(rates) // 2], **{row.weight: weight}) for weight in row.weights]
 
 
 def _rates(family: str) -> Sequence[float]:

@@ -6,6 +6,7 @@ zero-shot accuracy on letters, in fonts that pretraining never saw.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -172,7 +173,7 @@ def glyph_clip_run(
     scales: Sequence[float] = (),
     validation: bool = False,
 ) -> dict[str, Any]:
-    """Train the image tower of the glyph CLIP once on digits and return what `slora.demo.methods.run_method` does.
+    """Train the image tower of the glyph CLIP once on digits and return what `slora.demo.methods.train_once` does.
 
     `accuracy` (0 to 1) and `nll` (nats, labels smoothed as in training) are on the target's test images with the
     zero-shot head; `zero_shot` is the points of accuracy lost on letters; `drift` the relative squared change of the
@@ -191,7 +192,9 @@ def glyph_clip_run(
     before = _embeddings(model.clip, source.queries[0])
     prepare(model, settings=settings)
     images = training[0].expand(-1, 3, -1, -1)
+    start = time.process_time()
     outcome = train(model, TensorDataset(images, training[1]), None, settings, retain=retain)
+    cpu_seconds = time.process_time() - start
     live = {name: on.tolist() for name, on in slora.active_blocks(model).items()}
     entry: dict[str, Any] = {
         "shift": shift,
@@ -203,6 +206,7 @@ def glyph_clip_run(
         "kept": 1 + active_parameters(model),
         "flops": outcome.flops or None,
         "seconds": outcome.seconds,
+        "cpu_seconds": cpu_seconds,
         "block_map": live,
     }
     entry["scaled"] = [{"scale": scale, **_judged(model, test, source, before, scale)} for scale in scales]

@@ -7,6 +7,7 @@ which a fixed rule chooses before the first step. Only the selective methods cho
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +24,7 @@ from slora.demo.shifts import Pair, task
 from slora.evaluation.knn import features, knn_accuracy
 from slora.layers import adapted_layers
 from slora.training import TrainSettings, prepare, train
+from slora.training.make_terms import Terms
 
 BUDGET = 4
 SMOOTHING = 0.1
@@ -100,11 +102,11 @@ SCALED = ("head-first", "rank-16", "last", "random", "late-fc1", "selective")
 SCALES = (0.25, 0.5, 0.75)
 HALF = 0.5
 
-# Letters that pretraining never saw: (images per class, seed) of those that vote in k-NN, of the queries, and of those
-# for distillation.
+# Letters that pretraining never saw: (images per class, seed) of those that vote in k-NN, of the queries, also for
+# choosing settings, and of those for distillation.
 FULL_BANK, BANK, QUICK_BANK = (50, 101), (25, 101), (6, 101)
-QUERIES, RETAINED = (40, 102), (2, 104)
-QUICK_QUERIES = (3, 102)
+QUERIES, VALIDATION_QUERIES, QUICK_QUERIES = (40, 102), (40, 105), (3, 102)
+RETAINED = (2, 104)
 RETAINED_COUNT = 64
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 
@@ -114,28 +116,34 @@ class Source:
     """The letters, and the accuracy of the pretrained model on them.
 
     Attributes:
+        retained: 64 letters, none of which are in the others.
+        features: of the queries, by the pretrained model.
         knn: accuracy of weighted k-NN on its features, 0 to 1.
         head: accuracy of its own head.
     """
 
     bank: Pair
     queries: Pair
-    retained: Tensor
+    retained: Pair
     letter_head: nn.Module
+    features: Tensor
     knn: float
     head: float
 
 
-def source(quick: bool = False, full: bool = False) -> Source:
-    """Render the letters and evaluate the pretrained model on them."""
+def source(quick: bool = False, full: bool = False, validation: bool = False) -> Source:
+    """Render the letters and evaluate the pretrained model on them.
+
+    Args:
+        validation: other queries, for choosing settings.
+    """
     bank = letters(*(QUICK_BANK if quick else FULL_BANK if full else BANK))
-    queries = letters(*(QUICK_QUERIES if quick else QUERIES))
-    retained = letters(*RETAINED)[0]
-    retained = retained[torch.randperm(len(retained), generator=torch.Generator().manual_seed(0))[:RETAINED_COUNT]]
+    queries = letters(*(QUICK_QUERIES if quick else VALIDATION_QUERIES if validation else QUERIES))
+    images, labels = letters(*RETAINED)
+    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:RETAINED_COUNT]
     model: Any = load_pretrained()
-    plain = Source(bank, queries, retained, model.head, 0.0, 0.0)
-    knn, head = source_accuracy(model, plain)
-    return Source(bank, queries, retained, model.head, knn, head)
+    found = _on_letters(model, model.head, bank, queries)
+    return Source(bank, queries, (images[rows], labels[rows]), model.head, *found)
 
 
 def pretrained() -> nn.Module:
@@ -169,38 +177,54 @@ def run_method(
 ) -> dict[str, Any]:
     """Train once and return the run's entry of `demo.json`.
 
-    `accuracy` (0 to 1) and `nll` (nats, labels smoothed as in training) are on the target's test images; `knn` and
-    `head` are the points of accuracy lost on letters by k-NN on the features and by the original head. `kept` counts
-    the trained parameters of the result, `flops` are of all training steps (None for seeds other than the first), and
-    `seconds` is their time. `scaled` holds the first four again for each of `scales`.
+    Beside the run, its entry is what `train_once` returns.
     """
     settings, chosen = settings_of(method, seed, quick), METHODS[method]
-    training, test = task(shift, seed, validation)
-    torch.manual_seed(seed)
+    retain = letters.retained[0] if chosen.retain else None
+    found = train_once(settings, shift, letters, rule=chosen.rule, retain=retain, scales=scales, validation=validation)
+    return {"method": method, "shift": shift, "seed": seed, **found}
+
+
+def train_once(
+    settings: TrainSettings,
+    shift: str,
+    letters: Source,
+    *,
+    rule: Callable[[list[str]], list[int]] | None = None,
+    retain: Tensor | None = None,
+    terms: Terms | None = None,
+    scales: Sequence[float] = (),
+    validation: bool = False,
+) -> dict[str, Any]:
+    """Train once with any settings.
+
+    `accuracy` (0 to 1) and `nll` (nats, labels smoothed as in training) are on the target's test images; `knn` and
+    `head` are the points of accuracy lost on letters by k-NN on the features and by the original head; `drift` is the
+    squared change of the features of letters relative to their variance. `kept` counts the trained parameters of the
+    result, `flops` are of all training steps (None where not counted), `seconds` their time and `cpu_seconds` the
+    processor's. `scaled` holds the first five again for each of `scales`.
+    """
+    training, test = task(shift, settings.seed, validation)
+    torch.manual_seed(settings.seed)
     model = prepare(pretrained(), settings=settings)
-    if chosen.rule is not None:
+    if rule is not None:
         names = [name for name, layer in adapted_layers(model) for _ in range(layer.blocks)]
-        picked = torch.zeros(len(names)).index_fill(0, torch.tensor(chosen.rule(names)), 1.0)
+        picked = torch.zeros(len(names)).index_fill(0, torch.tensor(rule(names)), 1.0)
         slora.keep_blocks(model, BUDGET, ranking=lambda _: picked)
-    outcome = train(
-        model,
-        TensorDataset(*training),
-        None,
-        settings,
-        retain=letters.retained if chosen.retain else None,
-    )
-    live = {name: on.tolist() for name, on in slora.active_blocks(model).items()}
+    start = time.process_time()
+    outcome = train(model, TensorDataset(*training), None, settings, retain=retain, terms=terms)
+    cpu_seconds = time.process_time() - start
+    ranks = [rank for _, layer in adapted_layers(model) for rank in layer.block_ranks()]
     entry: dict[str, Any] = {
-        "method": method,
-        "shift": shift,
-        "seed": seed,
         **judged(model, test, letters),
-        "active": sum(map(sum, live.values())),
-        "blocks": sum(map(len, live.values())),
+        "active": sum(rank > 0 for rank in ranks),
+        "blocks": len(ranks),
+        "ranks": sum(ranks),
         "kept": 970 + active_parameters(model),
         "flops": outcome.flops or None,
         "seconds": outcome.seconds,
-        "block_map": live,
+        "cpu_seconds": cpu_seconds,
+        "block_map": {name: on.tolist() for name, on in slora.active_blocks(model).items()},
         "active_at": [[r["step"], r["active"]] for r in outcome.history if "active" in r],
     }
     entry["scaled"] = [{"scale": scale, **judged(model, test, letters, scale)} for scale in scales]
@@ -208,28 +232,31 @@ def run_method(
 
 
 def judged(model: nn.Module, test: Pair, letters: Source, scale: float = 1.0) -> dict[str, float]:
-    """Return `accuracy`, `nll`, `knn` and `head` of a trained model, with its update scaled by `scale`."""
+    """Return `accuracy`, `nll`, `knn`, `head` and `drift` of a trained model, with its update scaled by `scale`."""
     head = cast(Any, model).head
     with updates_scaled(model, scale):
         seen, labels = features(model, _batches(test))
         with torch.no_grad():
             logits = head(seen)
-        knn, named = source_accuracy(model, letters)
+        after, knn, named = _on_letters(model, letters.letter_head, letters.bank, letters.queries)
+    before = letters.features
+    variance = (before - before.mean(0)).square().sum(1).mean()
     return {
         "accuracy": (logits.argmax(1) == labels).double().mean().item(),
         "nll": F.cross_entropy(logits, labels, label_smoothing=SMOOTHING).item(),
         "knn": 100 * (letters.knn - knn),
         "head": 100 * (letters.head - named),
+        "drift": ((after - before).square().sum(1).mean() / variance).item(),
     }
 
 
-def source_accuracy(model: nn.Module, letters: Source) -> tuple[float, float]:
-    """Return the accuracies on letters, 0 to 1: of k-NN on the model's features, and of the original head on them."""
-    bank, queries = (features(model, _batches(pair)) for pair in (letters.bank, letters.queries))
-    knn = knn_accuracy(*bank, *queries, k=(NEIGHBOURS,), temperature=TEMPERATURE)[NEIGHBOURS]
+def _on_letters(model: nn.Module, letter_head: nn.Module, bank: Pair, queries: Pair) -> tuple[Tensor, float, float]:
+    """Return the features of the queries, and accuracies, 0 to 1: of k-NN on features, and of the original head."""
+    voters, asked = (features(model, _batches(pair)) for pair in (bank, queries))
+    knn = knn_accuracy(*voters, *asked, k=(NEIGHBOURS,), temperature=TEMPERATURE)[NEIGHBOURS]
     with torch.no_grad():
-        named = (letters.letter_head(queries[0]).argmax(1) == queries[1]).double().mean().item()
-    return knn, named
+        named = (letter_head(asked[0]).argmax(1) == asked[1]).double().mean().item()
+    return asked[0], knn, named
 
 
 def _batches(pair: Pair) -> Iterable[Pair]:

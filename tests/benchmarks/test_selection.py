@@ -12,11 +12,14 @@ from benchmarks import workers
 from benchmarks.__main__ import main
 from benchmarks.report import selection
 from benchmarks.results import BenchmarkError
-from benchmarks.selection import demo, engine, registry, tuning
+from benchmarks.selection import demo, engine, tuning
 from benchmarks.selection.engine import Case, cases, missing, run
-from benchmarks.selection.rows import ALL, LINEAR, SHARES, configurations_on, rows
+from benchmarks.selection.registry import TABLES, task_named
+from benchmarks.selection.retention import BASES, VARIANTS, retention_rows
+from benchmarks.selection.rows import ALL, LINEAR, PENALTIES, SHARES, Row, configuration_on, rows, some
 from benchmarks.selection.store import Store
 from benchmarks.selection.task import Configuration, Record
+from slora.runs.settings import TrainSettings
 
 PLAIN = Configuration("plain", {"lr": 0.1})
 OTHER = Configuration("other", {"lr": 0.1, "budget": 4})
@@ -87,20 +90,43 @@ def test_cases_go_seed_by_seed_over_all_tasks(tmp_path: Path) -> None:
     assert {case.seed for case in found[4:]} == {1}
 
 
-def test_no_row_is_there_twice_and_all_blocks_are_trained_once_for_every_strategy() -> None:
-    names = [row.name for row in rows()]
-    assert len(set(names)) == len(names)
+@pytest.mark.parametrize("table", TABLES)
+def test_no_row_is_there_twice_and_every_weight_of_its_tuning_is_accepted(table: str) -> None:
+    chosen = TABLES[table]()
+    assert len({row.name for row in chosen}) == len(chosen)
+    assert chosen[:2] == [ALL, LINEAR]
+    for row in chosen:
+        assert bool(row.weight) == bool(row.weights)
+        for weight in row.weights or (None,):
+            TrainSettings.from_dict({**row.configuration.settings, **({row.weight: weight} if row.weight else {})})
+
+
+def test_all_blocks_are_trained_once_for_every_strategy() -> None:
     assert [row.name for row in rows() if row.share == 1.0] == ["all"]
     assert {row.share for row in rows() if row not in (ALL, LINEAR)} == set(SHARES)
+    assert [row.name for row in some(rows(), ["all", "last"], [0.11])] == ["all", "last 11 %"]
 
 
-def test_a_strategy_that_this_version_lacks_is_left_out_and_named(tmp_path: Path, ran: list[Case]) -> None:
-    said: list[str] = []
-    todo = cases([Configuration("new", {"strategy": "clairvoyant"}), PLAIN], ["noisy"], [0])
-    assert run(todo, Store(tmp_path), say=said.append) == 0
-    assert [case.configuration.name for case in ran] == ["plain"]
-    assert "strategy" in said[0]
-    assert said[0].endswith(": new")
+def test_every_way_of_keeping_old_knowledge_runs_with_each_of_its_bases() -> None:
+    named = {row.name: row for row in retention_rows()}
+    assert {*named} - {"linear", *BASES} == {
+        f"{base} + {name}" for name, each in VARIANTS.items() for base in each.bases
+    }
+    row = named["budget-solo 11 % + replay"]
+    assert (row.share, row.weight, row.configuration.retain) == (0.11, "replay_weight", "labelled")
+    own = {"strategy": "budget", "ranking": "solo", "budget": 0.11, "retain_weight": 0.0}
+    assert row.configuration.settings == own
+    # The curve to beat is that of plain LoRA alone.
+    assert [each.name for each in named.values() if each.configuration.scales] == ["all"]
+
+
+def test_rows_that_a_task_cannot_run_are_left_out() -> None:
+    named = {row.name: row for row in retention_rows()}
+    fit = {name: [each for each in named if named[each].fits(task_named(name))] for name in ("noisy", "glyphs")}
+    assert fit["noisy"] == list(named)
+    assert "linear" not in fit["glyphs"]
+    assert not {"all + replay", "all + distil-generic"} & {*fit["glyphs"]}
+    assert {"all", "all + l2", "all + ewc-old"} <= {*fit["glyphs"]}
 
 
 class Task:
@@ -127,40 +153,62 @@ def test_the_rate_is_the_one_with_the_highest_target_less_forgetting_and_the_pen
     assert found is not None
     assert (found.name, found.settings["lr"], found.scales) == ("all", 0.2, ALL.configuration.scales)
 
-    gates = next(row for row in rows(["gates"]) if row.share == 0.11)
+    gates = next(row for row in some(rows(), ["gates"]) if row.share == 0.11)
     first = tuning.grid(gates, "known", tuned)
     # Of 36 blocks 11 % are 4: the fourth penalty leaves 5, the fifth 3.
     for case, active in zip(first, (30, 20, 10, 5, 3, 0), strict=True):
         tuned.add({**case.asked(), **record(active=active)})
-    assert tuning.penalty_of(gates, "known", tuned) == tuning.PENALTIES[3]
+    assert tuning.weight_of(gates, "known", tuned) == PENALTIES[3]
     assert tuning.chosen(gates, "known", tuned) is None
     second = tuning.grid(gates, "known", tuned)[len(first) :]
     assert [case.configuration.settings["lr"] for case in second] == [0.1, 0.2, 0.4]
-    assert {case.configuration.settings["penalty"] for case in second} == {tuning.PENALTIES[3]}
+    assert {case.configuration.settings["penalty"] for case in second} == {PENALTIES[3]}
     for case in second:
         tuned.add({**case.asked(), **record(case.configuration.settings["lr"])})
     found = tuning.chosen(gates, "known", tuned)
     assert found is not None
-    assert (found.settings["lr"], found.settings["penalty"]) == (0.4, tuning.PENALTIES[3])
+    assert (found.settings["lr"], found.settings["penalty"]) == (0.4, PENALTIES[3])
 
 
-def test_all_settings_of_the_rows_are_accepted() -> None:
-    assert {row.name: reason for row in rows() if (reason := engine.unknown(row.configuration))} == {}
+def test_a_weight_is_the_one_of_the_highest_score_at_a_middle_rate_and_rates_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "task_named", lambda _: Task())
+    monkeypatch.setattr(tuning, "TUNED_ON", ("known",))
+    row = Row("l2", 1.0, "L2", Configuration("all + l2", {"method": "lora"}), "l2_penalty", (0.01, 0.1, 1.0))
+    tuned = Store(tmp_path)
+    first = tuning.grid(row, "known", tuned)
+    assert [(case.configuration.settings["lr"], case.configuration.settings["l2_penalty"]) for case in first] == [
+        (0.2, 0.01), (0.2, 0.1), (0.2, 1.0)
+    ]  # fmt: skip
+    for case, target, lost in zip(first, (90.0, 89.0, 80.0), (6.0, 2.0, 0.0), strict=True):
+        tuned.add({**case.asked(), **record(target, lost)})
+    second = [case for case in tuning.grid(row, "known", tuned) if case.key not in {each.key for each in first}]
+    # The rate in the middle is there.
+    assert [case.configuration.settings for case in second] == [
+        {"method": "lora", "lr": rate, "l2_penalty": 0.1} for rate in (0.1, 0.4)
+    ]
+    for case, target in zip(second, (89.5, 70.0), strict=True):
+        tuned.add({**case.asked(), **record(target, 2.0)})
+    found = tuning.chosen(row, "known", tuned)
+    assert found == Configuration("all + l2", {"method": "lora", "lr": 0.1, "l2_penalty": 0.1})
 
 
 def test_what_is_retained_changes_the_result() -> None:
-    settings, task = {"method": "lora", "lr": 7e-3, "retain_weight": 8.0}, registry.task_named("noisy")
-    found = [task.run(Configuration("all", settings, (), kind), 1, quick=True) for kind in (None, "old", "mixed")]
-    assert len({each["drift"] for each in found}) == 3
+    settings = {"method": "lora", "lr": 7e-3, "retain_weight": 8.0, "replay_weight": 8.0}
+    kinds, task = (None, "old", "mixed", "labelled"), task_named("noisy")
+    found = [task.run(Configuration("all", settings, (), kind), 1, quick=True) for kind in kinds]
+    settings["replay_weight"] = 0.1
+    found.append(task.run(Configuration("all", settings, (), "labelled"), 1, quick=True))
+    assert len({each["drift"] for each in found}) == 5
     assert {each["flops"] for each in found} == {None}
 
 
 def test_without_a_head_the_pretrained_model_stands_for_the_linear_probe() -> None:
-    every = [row.configuration for row in (ALL, LINEAR, rows()[5])]
-    assert configurations_on(every, probe=True) == every
-    plain, other = configurations_on(every, probe=False)
-    assert (plain.name, plain.scales) == ("all", (0.0, *ALL.configuration.scales))
-    assert other == every[2]
+    for name, added in (("noisy", ()), ("glyphs", (0.0,))):
+        plain, other = (configuration_on(row.configuration, task_named(name)) for row in (ALL, rows()[5]))
+        assert (plain.name, plain.scales) == ("all", (*added, *ALL.configuration.scales))
+        assert other == rows()[5].configuration
 
 
 def test_the_command_tunes_then_runs_then_finds_nothing_to_do_and_the_page_shows_the_runs(
@@ -191,12 +239,12 @@ def test_the_runs_of_the_page_stay_out_of_quick_ones(capsys: pytest.CaptureFixtu
 
 def test_an_unknown_task_is_refused_by_name() -> None:
     with pytest.raises(BenchmarkError, match="task 'cats' is unknown; use some of digits"):
-        registry.task_named("cats")
+        task_named("cats")
 
 
 def test_a_quick_run_of_the_demo_measures_everything_and_keeps_the_old_task_when_scaled_to_nothing() -> None:
     settings = {"budget": 4, "ranking": "norm", "lr": 7e-3}
-    found = registry.task_named("noisy").run(Configuration("budget", settings, (1e-6,), "generic"), 0, quick=True)
+    found = task_named("noisy").run(Configuration("budget", settings, (1e-6,), "generic"), 0, quick=True)
     assert (found["active"], found["blocks"], found["ranks"]) == (4, 36, 64)
     # The smallest blocks are 96 to 96, the largest 96 to 384 or back.
     assert 970 + 64 * 192 <= found["kept"] <= 970 + 64 * 480
@@ -204,5 +252,5 @@ def test_a_quick_run_of_the_demo_measures_everything_and_keeps_the_old_task_when
     assert found["drift"] > found["scaled"][0]["drift"]
     assert found["scaled"][0]["drift"] < 1e-6
     assert found["scaled"][0]["lost"] == {"knn": 0.0, "head": 0.0}
-    again = registry.task_named("noisy").run(Configuration("budget", settings, (), "generic"), 0, quick=True)
+    again = task_named("noisy").run(Configuration("budget", settings, (), "generic"), 0, quick=True)
     assert [again[name] for name in ("target", "nll", "drift")] == [found[name] for name in ("target", "nll", "drift")]  # type: ignore[literal-required]

