@@ -37,6 +37,8 @@ PANELS = {
         "Selection by price": ("budget-solo", "price-old", "price-generic"),
     },
 }
+# How far a figure goes beyond the most that is forgotten, so that names have room.
+ROOM = {"selection": 2.5, "retention": 6.0}
 # Of a figure, in inches.
 HEIGHT = 4.4
 COLOURS = ("selective", "full", "linear", "gold")
@@ -187,7 +189,7 @@ def draw(scope: Scope) -> Figure:
     targets = [line.mean("target") or 0.0 for line in drawn] + [target for _, target in curve]
     low, high = min(targets), max(targets)
     bottom, top = low - 0.12 * (high - low) - 0.1, high + 0.12 * (high - low) + 0.1
-    most = 2.5 * max([line.mean("lost") or 0.0 for line in drawn] + [lost for lost, _ in curve] + [1.0])
+    most = ROOM[scope.page] * max([line.mean("lost") or 0.0 for line in drawn] + [lost for lost, _ in curve] + [1.0])
     for pane, (title, names) in zip(axes, panels.items(), strict=True):
         _draw_curve(pane, curve, most, bottom)
         ends = []
@@ -238,9 +240,10 @@ def _draw_strategy(pane: Axes, points: Sequence[Line], colour: str) -> None:
         for axis, name in (("xerr", "lost"), ("yerr", "target"))
     }
     pane.errorbar(xs, ys, **spreads, color=colour, linewidth=1.1, elinewidth=0.8, zorder=3)
-    # The larger the mark, the larger the share.
+    # The larger the mark, the larger the share; beyond a quarter no more.
     for x, y, line in zip(xs, ys, points, strict=True):
-        pane.plot([x], [y], "o", color=colour, markersize=4 + 16 * (line.row.share or 0.0), zorder=4, clip_on=False)
+        size = 4 + 16 * min(line.row.share or 0.0, 0.25)
+        pane.plot([x], [y], "o", color=colour, markersize=size, zorder=4, clip_on=False)
 
 
 def _write_names(pane: Axes, ends: Sequence[tuple[float, float, str, str]], bottom: float, top: float) -> None:

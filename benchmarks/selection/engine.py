@@ -61,11 +61,9 @@ def is_of(run: Mapping[str, Any] | None, case: Case) -> bool:
     """Whether a stored run is what the case asks for."""
     if run is None:
         return False
-    asked = case.asked()
-    scales = {each["scale"] for each in run["scaled"]}
-    return all(run.get(name) == asked.get(name) for name in {*asked, "retain"}) and scales >= {
-        *case.configuration.scales
-    }
+    asked, scales = case.asked(), {each["scale"] for each in run["scaled"]}
+    same = all(run.get(name) == asked.get(name) for name in {*asked, "retain"})
+    return same and scales >= {*case.configuration.scales}
 
 
 def work(case: Case) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
+from benchmarks.selection.engine import Case, is_of
 from benchmarks.selection.rows import ALL, LINEAR, SCALES, Row
 from benchmarks.selection.store import Run, Store
 
@@ -130,12 +131,9 @@ def _over(run: Run, plain: Run | None, linear: Run | None) -> dict[str, float | 
 
 def _is_of(run: Run, row: Row) -> bool:
     """Whether a stored run is of the row as it is now, whatever tuning has chosen."""
-    settings, own = (
-        {name: value for name, value in given.items() if name not in ("lr", row.weight)}
-        for given in (run["settings"], row.configuration.settings)
-    )
-    scales = {each["scale"] for each in run["scaled"]}
-    return settings == own and run.get("retain") == row.configuration.retain and scales >= {*row.configuration.scales}
+    tuned = {name: value for name, value in run["settings"].items() if name in ("lr", row.weight)}
+    configuration = replace(row.configuration, settings={**row.configuration.settings, **tuned})
+    return is_of(run, Case(run["task"], configuration, run["seed"]))
 
 
 def _at_scale(run: Run, scale: float) -> Run:

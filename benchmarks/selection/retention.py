@@ -40,22 +40,22 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "distil-old": Variant("distillation, old samples", "old", "retain_weight", (0.5, 2.0, 8.0)),
-    "distil-generic": Variant("distillation, noise and patches", "generic", "retain_weight", (0.5, 2.0, 8.0)),
-    "distil-mixed": Variant("distillation, mixed new samples", "mixed", "retain_weight", (0.1, 0.5, 2.0)),
-    "distil-target": Variant("distillation, new samples (LwF)", "target", "retain_weight", (0.1, 0.5, 2.0)),
-    "drift-target": Variant("local drift, new samples", "target", "drift_penalty", (0.01, 0.1, 1.0), _ALONE),
-    "drift-old": Variant("local drift, old samples", "old", "drift_penalty", (0.01, 0.1, 1.0), _ALONE),
+    "distil-old": Variant("distillation, old", "old", "retain_weight", (0.5, 2.0, 8.0)),
+    "distil-generic": Variant("distillation, noise", "generic", "retain_weight", (0.5, 2.0, 8.0)),
+    "distil-mixed": Variant("distillation, mixed", "mixed", "retain_weight", (0.1, 0.5, 2.0)),
+    "distil-target": Variant("distillation, new (LwF)", "target", "retain_weight", (0.1, 0.5, 2.0)),
+    "drift-target": Variant("local drift, new", "target", "drift_penalty", (0.01, 0.1, 1.0), _ALONE),
+    "drift-old": Variant("local drift, old", "old", "drift_penalty", (0.01, 0.1, 1.0), _ALONE),
     "l2": Variant("L2 to the base", None, "l2_penalty", (0.001, 0.01, 0.1)),
-    "ewc-old": Variant("EWC, old samples", "old", "ewc_penalty", (0.1, 1.0, 10.0), _ALONE),
-    "ewc-generic": Variant("EWC, noise and patches", "generic", "ewc_penalty", (0.1, 1.0, 10.0), _ALONE),
-    "replay": Variant("replay, labelled old samples", "labelled", "replay_weight", (0.3, 1.0, 3.0), _ALONE),
+    "ewc-old": Variant("EWC, old", "old", "ewc_penalty", (0.1, 1.0, 10.0), _ALONE),
+    "ewc-generic": Variant("EWC, noise", "generic", "ewc_penalty", (0.1, 1.0, 10.0), _ALONE),
+    "replay": Variant("replay, old with labels", "labelled", "replay_weight", (0.3, 1.0, 3.0), _ALONE),
     "price-old": Variant(
-        "price on drift, old samples", "old", "drift_price", (0.5, 1.0, 2.0),
+        "price on drift, old", "old", "drift_price", (0.5, 1.0, 2.0),
         {**_PRICED, "drift_data": "retained"}, _SELECTED,
     ),
     "price-generic": Variant(
-        "price on drift, noise and patches", None, "drift_price", (0.5, 1.0, 2.0), _PRICED, _SELECTED
+        "price on drift, noise", None, "drift_price", (0.5, 1.0, 2.0), _PRICED, _SELECTED
     ),
 }  # fmt: skip
 

@@ -176,7 +176,7 @@ def test_the_page_of_retention_shows_its_rows_with_their_weights_beside_those_to
     assert "selection --table retention --tune" in text
     assert "* noisy: all rows\n" not in text
     assert "| L2 to the base | 11 % | 4 | 64 | 4 | 0.007, 2 | " in text
-    assert "distillation, old samples 100 % (" in verdicts.paragraph(scope.found)
+    assert "distillation, old 100 % (" in verdicts.paragraph(scope.found)
     drawn = {path.name for path in selection.draw_all(store, tmp_path)}
     assert set(re.findall(r"figures/(\S+\.png)\)", text)) == {name for name in drawn if name.startswith("retention-")}
 
