@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from examples.minilm.encoder import QUERY, SCALE, Retriever, embed, model_folder, tokenize
 from examples.minilm.functions import LIBRARIES, Pair, Split, function_pairs, roots
 from examples.minilm.words import word_pairs, wordnet_folder
-from slora.evaluation import recall
+from slora.evaluation import recall_at_k
 from slora.io.atomic import write_atomically
 
 # Tokens of a query and of a document.
@@ -69,9 +69,9 @@ def scores(model: Retriever, pairs: Ids, at: tuple[int, int] = (1, 10)) -> Score
 def scores_of(queries: Tensor, documents: Tensor, at: tuple[int, int] = (1, 10)) -> Scores:
     """Return the same for embeddings `[n, d]` of both."""
     similarity = queries @ documents.T
-    # Equally similar documents count as found before, as in `recall`.
+    # Equally similar documents count as found before, as in `recall_at_k`.
     ranks = (similarity >= similarity.diagonal()[:, None]).sum(1)
-    found = recall(documents, queries, torch.arange(len(queries)), k=at).text_to_image
+    found = recall_at_k(documents, queries, torch.arange(len(queries)), k=at).text_to_image
     return Scores(found[at[0]], found[at[1]], float((1 / ranks).mean()), float(info_nce(SCALE * similarity)))
 
 

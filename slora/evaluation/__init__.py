@@ -4,14 +4,14 @@ accuracy.py    accuracy, NLL and calibration error of a classifier
 knn.py         weighted k-NN on features, which needs no head
 few_shot.py    linear classifier on the features of a few images per class
 grouped.py     classifiers of groups of a model's outputs
-retrieval.py   image-text retrieval: recall@k of a CLIP
+retrieval.py   image-text retrieval: recall@k of a CLIP; similarity.py: similarities in bounded memory
 """
 
 from slora.evaluation.accuracy import Accuracy, accuracy
-from slora.evaluation.few_shot import few_shot_rows, linear_accuracy
+from slora.evaluation.few_shot import few_shot_indices, linear_probe_accuracy
 from slora.evaluation.grouped import GroupedLogits
 from slora.evaluation.knn import features, knn_accuracy
-from slora.evaluation.retrieval import Recall, recall
+from slora.evaluation.retrieval import Recall, image_embeddings, recall_at_k, text_embeddings
 
 __all__ = [
     "Accuracy",
@@ -19,8 +19,10 @@ __all__ = [
     "Recall",
     "accuracy",
     "features",
-    "few_shot_rows",
+    "few_shot_indices",
+    "image_embeddings",
     "knn_accuracy",
-    "linear_accuracy",
-    "recall",
+    "linear_probe_accuracy",
+    "recall_at_k",
+    "text_embeddings",
 ]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora.errors import DataError
+from slora.models.logits import logits_of
 from slora.module_tree.modes import evaluating
 
 CALIBRATION_BINS = 15
@@ -96,9 +97,3 @@ def tally(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: to
             totals[1] += F.cross_entropy(logits.float(), labels, reduction="sum")
             totals[2] += len(labels)
     return totals
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits `[n, classes]` in what a model returned: a tensor, or an object with `logits`."""
-    logits: Tensor = output if isinstance(output, Tensor) else output.logits
-    return logits

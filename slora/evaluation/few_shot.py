@@ -13,7 +13,7 @@ from slora.errors import ConfigError, DataError
 SHOTS = (1, 2, 4, 8, 16)
 
 
-def few_shot_rows(
+def few_shot_indices(
     labels: Sequence[int] | Tensor, shots: int, seed: int = 0, names: Sequence[str] | None = None
 ) -> list[int]:
     """Return the rows of `shots` images of each class, drawn at random.
@@ -42,8 +42,8 @@ def few_shot_rows(
     return sorted(chosen)
 
 
-def linear_accuracy(
-    features: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, inverse_penalty: float = 0.316
+def linear_probe_accuracy(
+    features: Tensor, labels: Tensor, queries: Tensor, query_labels: Tensor, C: float = 0.316
 ) -> float:
     """Return the top-1 accuracy of a logistic regression on the features, by scikit-learn's L-BFGS.
 
@@ -55,7 +55,7 @@ def linear_accuracy(
         labels: their classes, `[n]`.
         queries: of the images to classify, `[q, d]`.
         query_labels: their classes, `[q]`.
-        inverse_penalty: C, the weight of the loss relative to the L2 penalty.
+        C: weight of the loss relative to the L2 penalty.
 
     Raises:
         DataError: there are fewer than two classes, or no query.
@@ -67,7 +67,7 @@ def linear_accuracy(
             f"{len(labels.unique())} classes to learn and {len(queries)} images to classify; a linear probe needs at "
             f"least two classes and one image"
         )
-    probe = LogisticRegression(C=inverse_penalty, max_iter=1000)
+    probe = LogisticRegression(C=C, max_iter=1000)
     with warnings.catch_warnings():
         # It takes labels of which most are different, as those of one shot, for values of a regression.
         warnings.filterwarnings("ignore", message="The number of unique classes is greater than 50%")

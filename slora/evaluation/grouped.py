@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from slora.evaluation.accuracy import logits_of
+from slora.models.logits import logits_of
 
 
 class GroupedLogits(nn.Module):

@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, DataError
+from slora.evaluation.similarity import similarities
 from slora.models.features import final_features
 from slora.module_tree.modes import evaluating
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-
-# Similarities per chunk: 256 MB in fp32.
-_CHUNK_ELEMENTS = 1 << 26
 
 
 @torch.no_grad()
@@ -82,15 +79,13 @@ def knn_accuracy(
         )
     if not bool(torch.isfinite(bank).all() and torch.isfinite(queries).all()):
         raise DataError("a feature is NaN or infinite; the model was damaged, or an image is not finite")
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     classes = int(torch.cat([bank_labels, query_labels]).max()) + 1
     correct = dict.fromkeys(k, 0)
-    chunk = max(1, _CHUNK_ELEMENTS // len(bank))
-    for rows, targets in zip(torch.split(queries, chunk), torch.split(query_labels, chunk), strict=True):
-        similarity, nearest = (rows @ bank.T).topk(max(k), dim=1)
+    for all_similarities, targets in similarities(queries, query_labels, bank):
+        similarity, nearest = all_similarities.topk(max(k), dim=1)
         weights, voted = (similarity / temperature).exp(), bank_labels[nearest]
         for neighbours in k:
-            votes = weights.new_zeros(len(rows), classes)
+            votes = weights.new_zeros(len(targets), classes)
             votes.scatter_add_(1, voted[:, :neighbours], weights[:, :neighbours])
             correct[neighbours] += int((votes.argmax(1) == targets).sum())
     return {neighbours: hits / len(queries) for neighbours, hits in correct.items()}

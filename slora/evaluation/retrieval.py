@@ -10,16 +10,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slora.errors import ConfigError, DataError
+from slora.evaluation.similarity import similarities
 from slora.module_tree.modes import evaluating
 
 RECALL_AT = (1, 5, 10)
-
-# Similarities per chunk: 256 MB in fp32.
-_CHUNK_ELEMENTS = 1 << 26
 
 # Texts per forward pass.
 _TEXTS = 256
@@ -33,7 +30,7 @@ class Recall(NamedTuple):
 
 
 @torch.no_grad()
-def recall(images: Tensor, texts: Tensor, image_of_text: Tensor, k: Sequence[int] = RECALL_AT) -> Recall:
+def recall_at_k(images: Tensor, texts: Tensor, image_of_text: Tensor, k: Sequence[int] = RECALL_AT) -> Recall:
     """Return the recall@k of retrieving images by their captions and captions by their image.
 
     Memory is bounded: similarities are computed for a chunk of queries at a time. Of equally similar items the correct
@@ -62,7 +59,6 @@ def recall(images: Tensor, texts: Tensor, image_of_text: Tensor, k: Sequence[int
     captions = torch.bincount(image_of_text, minlength=len(images))
     if len(captions) > len(images) or not bool(captions.all()):
         raise DataError("every image needs at least one text, and every text one of the images")
-    images, texts = F.normalize(images.float(), dim=1), F.normalize(texts.float(), dim=1)
     numbers = torch.arange(len(images), device=images.device)
     by_text = _ranks(texts, images, image_of_text, numbers)
     by_image = _ranks(images, texts, numbers, image_of_text)
@@ -72,9 +68,7 @@ def recall(images: Tensor, texts: Tensor, image_of_text: Tensor, k: Sequence[int
 def _ranks(queries: Tensor, items: Tensor, wanted: Tensor, labels: Tensor) -> Tensor:
     """For each query, how many wrong items are at least as similar as the best of those labelled `wanted`."""
     found = []
-    chunk = max(1, _CHUNK_ELEMENTS // len(items))
-    for rows, targets in zip(queries.split(chunk), wanted.split(chunk), strict=True):
-        similarity = rows @ items.T
+    for similarity, targets in similarities(queries, wanted, items):
         right = labels[None] == targets[:, None]
         best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         found.append(((similarity >= best) & ~right).sum(1))

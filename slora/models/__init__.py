@@ -10,6 +10,6 @@ summary.py          active blocks, parameters, FLOPs
 disabled.py         the base model, within a context
 lost_layers.py      layers that were adapted and have been replaced, or never trained
 exclusive.py        weights are changed by one thread at a time, and completely
-features.py         the input of a model's head
+features.py         the input of a model's head; logits.py: the logits in what it returns
 input_spec.py       the images that a model takes
 """

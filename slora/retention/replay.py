@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora.errors import ConfigError
+from slora.models.logits import logits_of
 from slora.module_tree.modes import evaluating
 from slora.retention.term import Term, checked_samples, count_of, drawn
 
@@ -61,7 +62,7 @@ class Replay(Term):
             found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
             raise ConfigError(f"labels are {found}, expected torch.int64 [{len(samples)}], one class for each sample")
         with torch.no_grad(), evaluating(model):
-            logits = self._logits(self.samples[:2])
+            logits = logits_of(self.predict(self.samples[:2]))
         if logits.dim() != 2 or len(logits) != 2:
             raise ConfigError(f"the logits of 2 samples have shape {list(logits.shape)}, expected [2, classes]")
         low, high = int(labels.min()), int(labels.max())
@@ -76,9 +77,4 @@ class Replay(Term):
         """Return the cross-entropy of the samples of a draw, in nats."""
         rows = drawn(len(self.samples), self.batch_size, self.seed, draw).to(self.samples.device)
         with evaluating(self.model):
-            return F.cross_entropy(self._logits(self.samples[rows]).float(), self.labels[rows])
-
-    def _logits(self, samples: Tensor) -> Tensor:
-        output = self.predict(samples)
-        logits: Tensor = output if isinstance(output, Tensor) else output.logits
-        return logits
+            return F.cross_entropy(logits_of(self.predict(self.samples[rows])).float(), self.labels[rows])

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from slora.errors import DataError
-from slora.evaluation.few_shot import few_shot_rows
+from slora.evaluation.few_shot import few_shot_indices
 from slora.models.input_spec import InputSpec
 from slora.sources.batches import Damage, DamagedImage, Data
 from slora.sources.data_names import FOLDER, TORCHVISION, Entry, check_name
@@ -60,7 +60,7 @@ class Source:
         """
         if shots is None:
             return self
-        rows = few_shot_rows(labels_of(self.training), shots, seed, self.classes)
+        rows = few_shot_indices(labels_of(self.training), shots, seed, self.classes)
         if isinstance(self.training, TensorDataset):
             return dataclasses.replace(self, training=TensorDataset(*(t[rows] for t in self.training.tensors)))
         return dataclasses.replace(self, training=Subset(self.training, rows))

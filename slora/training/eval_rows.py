@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from slora.evaluation.accuracy import Accuracy, accuracy
-from slora.evaluation.few_shot import few_shot_rows, linear_accuracy
+from slora.evaluation.few_shot import few_shot_indices, linear_probe_accuracy
 from slora.evaluation.knn import features, knn_accuracy
-from slora.evaluation.retrieval import RECALL_AT, image_embeddings, recall, text_embeddings
+from slora.evaluation.retrieval import RECALL_AT, image_embeddings, recall_at_k, text_embeddings
 from slora.models.input_spec import InputSpec
 from slora.runs.eval_table import Row, row
 from slora.sources.batches import Batches, Data
@@ -67,7 +67,7 @@ class Measured:
             texts = [(t, place[n]) for t, n in zip(captions.texts, captions.image_of_text, strict=True) if n in place]
             embedded = text_embeddings(clip, state.clip.tokenizer, [t for t, _ in texts], self.device)
             owners = torch.tensor([n for _, n in texts], device=self.device)
-            found.append(recall(images, embedded, owners, [k for k in ks if k <= len(images)]))
+            found.append(recall_at_k(images, embedded, owners, [k for k in ks if k <= len(images)]))
         before, after = found
         rows = []
         for direction in ("text_to_image", "image_to_text"):
@@ -89,9 +89,9 @@ class Measured:
         rows = [row("knn", source.name, f"{n}-NN", shares[0][n], shares[1][n], queries) for n in k]
         few = []
         for n in shots:
-            chosen = few_shot_rows(pairs[0][1].cpu(), n, seed, source.classes)
+            chosen = few_shot_indices(pairs[0][1].cpu(), n, seed, source.classes)
             banks = [(bank[chosen], labels[chosen], x, y) for bank, labels, x, y in pairs]
-            probed = [linear_accuracy(*bank) for bank in banks]
+            probed = [linear_probe_accuracy(*bank) for bank in banks]
             voted = [knn_accuracy(*bank, k=[n])[n] for bank in banks]
             for metric, (before, after) in ((f"{n}-shot linear", probed), (f"{n}-shot {n}-NN", voted)):
                 few.append(row("few-shot", source.name, metric, before, after, queries))

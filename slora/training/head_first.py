@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from slora.errors import ConfigError
-from slora.evaluation.accuracy import logits_of
 from slora.layers import LoRABlocks
 from slora.models.disabled import disabled
 from slora.models.features import input_of
+from slora.models.logits import logits_of
 from slora.models.targets import head_names
 from slora.module_tree.modes import evaluating
 from slora.module_tree.wrappers import module_at, named_modules

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slora.evaluation.accuracy import logits_of
+from slora.models.logits import logits_of
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 

@@ -7,26 +7,26 @@ import torch
 import torch.nn.functional as F
 
 from slora import ConfigError, DataError
-from slora.evaluation import few_shot_rows, linear_accuracy
+from slora.evaluation import few_shot_indices, linear_probe_accuracy
 
 LABELS = [0, 1, 2] * 20
 
 
 def test_each_class_gets_its_shots_and_fewer_shots_are_a_subset() -> None:
-    drawn = {shots: few_shot_rows(LABELS, shots, seed=3) for shots in (1, 2, 4, 8, 16)}
+    drawn = {shots: few_shot_indices(LABELS, shots, seed=3) for shots in (1, 2, 4, 8, 16)}
     for shots, rows in drawn.items():
         assert sorted(LABELS[row] for row in rows) == [0] * shots + [1] * shots + [2] * shots
         assert rows == sorted(set(rows))
     assert set(drawn[1]) < set(drawn[2]) < set(drawn[16])
-    assert drawn[4] == few_shot_rows(torch.tensor(LABELS), 4, seed=3)
-    assert drawn[4] != few_shot_rows(LABELS, 4, seed=4)
+    assert drawn[4] == few_shot_indices(torch.tensor(LABELS), 4, seed=3)
+    assert drawn[4] != few_shot_indices(LABELS, 4, seed=4)
 
 
 def test_more_shots_than_images_are_refused() -> None:
     with pytest.raises(ConfigError, match="shots=3 exceeds the 2 images of class 1; use 2 or less"):
-        few_shot_rows([0, 0, 0, 1, 1], 3)
+        few_shot_indices([0, 0, 0, 1, 1], 3)
     with pytest.raises(ConfigError, match="shots=0"):
-        few_shot_rows(LABELS, 0)
+        few_shot_indices(LABELS, 0)
 
 
 def test_the_linear_probe_minimises_the_penalised_cross_entropy() -> None:
@@ -47,18 +47,18 @@ def test_the_linear_probe_minimises_the_penalised_cross_entropy() -> None:
     optimizer.step(loss)
     right = (queries @ weight.T + bias).argmax(1) == expected
     # scikit-learn stops at a gradient of 1e-4, so an image on the border may fall on its other side.
-    assert linear_accuracy(features, labels, queries, expected) == pytest.approx(
+    assert linear_probe_accuracy(features, labels, queries, expected) == pytest.approx(
         float(right.double().mean()), abs=1 / 200
     )
 
 
 def test_one_shot_is_no_regression(recwarn: pytest.WarningsRecorder) -> None:
     points = torch.eye(4)
-    assert linear_accuracy(points, torch.arange(4), points * 2, torch.arange(4)) == 1.0
+    assert linear_probe_accuracy(points, torch.arange(4), points * 2, torch.arange(4)) == 1.0
     assert not recwarn.list
 
 
 def test_one_class_is_nothing_to_learn() -> None:
     features = torch.randn(3, 2)
     with pytest.raises(DataError, match="1 classes to learn and 3 images"):
-        linear_accuracy(features, torch.zeros(3, dtype=torch.long), features, torch.zeros(3))
+        linear_probe_accuracy(features, torch.zeros(3, dtype=torch.long), features, torch.zeros(3))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slora import ConfigError, DataError
-from slora.evaluation import features, knn, knn_accuracy
+from slora.evaluation import features, knn_accuracy, similarity
 
 
 def brute_force(
@@ -70,7 +70,7 @@ def test_memory_stays_bounded_and_the_result_the_same(monkeypatch: pytest.Monkey
         largest = max(largest, result.numel())
         return result
 
-    monkeypatch.setattr(knn, "_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(similarity, "_CHUNK_ELEMENTS", 1000)
     monkeypatch.setattr(Tensor, "__matmul__", watched)
     assert knn_accuracy(*data) == whole
     assert 0 < largest <= 1000

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slora import ConfigError, DataError
-from slora.evaluation import recall, retrieval
+from slora.evaluation import image_embeddings, recall_at_k, similarity, text_embeddings
 
 
 def by_hand(queries: np.ndarray, items: np.ndarray, right: list[set[int]], k: int) -> float:
@@ -33,7 +33,7 @@ def embeddings() -> tuple[Tensor, Tensor, Tensor]:
 
 def test_recall_is_that_of_the_definition_in_both_directions(embeddings: tuple[Tensor, Tensor, Tensor]) -> None:
     images, texts, numbers = embeddings
-    result = recall(images, texts, numbers)
+    result = recall_at_k(images, texts, numbers)
     arrays = images.double().numpy(), texts.double().numpy()
     captions = [{t for t, i in enumerate(numbers.tolist()) if i == image} for image in range(30)]
     for k in (1, 5, 10):
@@ -47,7 +47,7 @@ def test_recall_is_that_of_the_definition_in_both_directions(embeddings: tuple[T
 def test_memory_stays_bounded_and_the_result_the_same(
     embeddings: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = recall(*embeddings)
+    whole = recall_at_k(*embeddings)
     largest = 0
     matmul = Tensor.__matmul__
 
@@ -57,44 +57,42 @@ def test_memory_stays_bounded_and_the_result_the_same(
         largest = max(largest, result.numel())
         return result
 
-    monkeypatch.setattr(retrieval, "_CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr(similarity, "_CHUNK_ELEMENTS", 200)
     monkeypatch.setattr(Tensor, "__matmul__", watched)
-    assert recall(*embeddings) == whole
+    assert recall_at_k(*embeddings) == whole
     assert 0 < largest <= 200
 
 
 def test_a_model_that_maps_everything_to_one_point_recalls_nothing() -> None:
     ones = torch.ones(4, 3)
-    assert recall(ones, ones, torch.arange(4), [1, 3]).text_to_image == {1: 0.0, 3: 0.0}
+    assert recall_at_k(ones, ones, torch.arange(4), [1, 3]).text_to_image == {1: 0.0, 3: 0.0}
 
 
 def test_bad_arguments_are_refused_by_value() -> None:
     images, texts = torch.randn(3, 4), torch.randn(4, 4)
     with pytest.raises(ConfigError, match="recall@10 needs k from 1 to 3"):
-        recall(images, texts, torch.tensor([0, 1, 2, 2]), [1, 10])
+        recall_at_k(images, texts, torch.tensor([0, 1, 2, 2]), [1, 10])
     with pytest.raises(DataError, match="every image needs at least one text"):
-        recall(images, texts, torch.tensor([0, 1, 1, 1]), [1])
+        recall_at_k(images, texts, torch.tensor([0, 1, 1, 1]), [1])
     with pytest.raises(DataError, match="every image needs at least one text"):
-        recall(images, texts, torch.tensor([0, 1, 2, 3]), [1])
+        recall_at_k(images, texts, torch.tensor([0, 1, 2, 3]), [1])
     with pytest.raises(DataError, match="with 3 numbers of images"):
-        recall(images, texts, torch.tensor([0, 1, 2]), [1])
+        recall_at_k(images, texts, torch.tensor([0, 1, 2]), [1])
     with pytest.raises(DataError, match="NaN or infinite"):
-        recall(images / 0.0, texts, torch.tensor([0, 1, 2, 2]), [1])
+        recall_at_k(images / 0.0, texts, torch.tensor([0, 1, 2, 2]), [1])
 
 
 def test_embeddings_are_those_of_the_model_in_evaluation_mode(families: dict[str, Any]) -> None:
     clip = families["open_clip"].build().train()
     images, texts = torch.randn(3, 3, 16, 16), torch.randint(1, 40, (3, 7))
-    found, labels = retrieval.image_embeddings(
-        clip, [(images[:2], torch.tensor([0, 1])), (images[2:], torch.tensor([2]))]
-    )
-    again = retrieval.text_embeddings(clip, lambda part: texts[: len(part)], ["a", "b", "c"])
+    found, labels = image_embeddings(clip, [(images[:2], torch.tensor([0, 1])), (images[2:], torch.tensor([2]))])
+    again = text_embeddings(clip, lambda part: texts[: len(part)], ["a", "b", "c"])
     assert clip.training
     clip.eval()
     assert torch.allclose(found, clip.encode_image(images), atol=1e-5)
     assert torch.allclose(again, clip.encode_text(texts), atol=1e-5)
     assert labels.tolist() == [0, 1, 2]
     with pytest.raises(DataError, match="no image"):
-        retrieval.image_embeddings(clip, [])
+        image_embeddings(clip, [])
     with pytest.raises(DataError, match="no text"):
-        retrieval.text_embeddings(clip, None, [])
+        text_embeddings(clip, None, [])

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 import slora.demo  # noqa: F401 (registers its data sets)
 from slora import ConfigError
-from slora.evaluation import few_shot_rows
+from slora.evaluation import few_shot_indices
 from slora.sources.data import InputSpec, open_data
 from slora.sources.labels import labels_of
 
@@ -70,7 +70,7 @@ def test_training_images_are_drawn_and_evaluation_images_kept(image_tree: Callab
 def test_images_in_memory_stay_there() -> None:
     whole = open_data("digits")
     images, labels = whole.few_shot(2, seed=0).data(InputSpec(1, 16, (0.0,), (1.0,)), training=True)[:]  # type: ignore[misc]
-    rows = few_shot_rows(labels_of(whole.training), 2, 0)
+    rows = few_shot_indices(labels_of(whole.training), 2, 0)
     assert len(rows) == 20
     assert torch.equal(images, whole.training.tensors[0][rows])
     assert torch.equal(labels, whole.training.tensors[1][rows])
