@@ -34,6 +34,7 @@ from slora.errors import (
 )
 
 if TYPE_CHECKING:
+    from slora.adapters.compress import compress_adapter, decompress_adapter
     from slora.adapters.save_load import load_adapter, save_adapter
     from slora.gates import ProximalGates, gate_penalty, penalty_at, release_frozen
     from slora.layers import SelectiveLoRALinear, gates_on_device
@@ -69,6 +70,8 @@ __all__ = [
     "UntrainedLayerWarning",
     "WriteError",
     "active_blocks",
+    "compress_adapter",
+    "decompress_adapter",
     "disabled",
     "freeze_gates",
     "gate_penalty",
@@ -88,6 +91,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "adapters.compress": "compress_adapter decompress_adapter",
     "adapters.save_load": "load_adapter save_adapter",
     "gates": "ProximalGates gate_penalty penalty_at release_frozen",
     "layers": "SelectiveLoRALinear gates_on_device",
