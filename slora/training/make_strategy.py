@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,8 @@ SAMPLE, DRIFT_SAMPLE = 128, 64
 SENSITIVITY_BATCHES, SENSITIVITY_BATCH = 8, 32
 
 
-class Given(NamedTuple):
+@dataclass(frozen=True)
+class Given:
     """What a run gives to the factory of its strategy.
 
     Attributes:
@@ -141,16 +143,8 @@ def _random(given: Given) -> Strategy:
     return Random(given.model, seed=given.settings.seed, **given.one_shot())
 
 
-def _first(given: Given) -> Strategy:
-    return First(given.model, **given.one_shot())
-
-
-def _last(given: Given) -> Strategy:
-    return Last(given.model, **given.one_shot())
-
-
-def _all(given: Given) -> Strategy:
-    return All(given.model, given.steps)
+def _one_shot(kind: Callable[..., Strategy]) -> Callable[[Given], Strategy]:
+    return lambda given: kind(given.model, **given.one_shot())
 
 
 def _ranks(kind: Callable[..., Strategy]) -> Callable[[Given], Strategy]:
@@ -167,9 +161,9 @@ FACTORIES: dict[str, Callable[[Given], Strategy | None]] = {
     "adalora": _ranks(AdaLoRA),
     "sensitivity": _sensitivity,
     "random": _random,
-    "first": _first,
-    "last": _last,
-    "all": _all,
+    "first": _one_shot(First),
+    "last": _one_shot(Last),
+    "all": lambda given: All(given.model, given.steps),
 }
 
 
