@@ -76,7 +76,8 @@ class Row:
         return has_head and self.configuration.retain in (None, *task.retains)
 
 
-# At 100 % every strategy trains all blocks: one run stands for all of them, and, scaled, for the curve.
+# With a budget of 100 % every block-wise strategy is this run: it stands for them, and, scaled, for the curve. (Gates
+# has its penalty, and rank-wise strategies train rank gates or factors of another form.)
 ALL = Row("all", 1.0, "all (plain LoRA)", Configuration("all", {"method": "lora"}, SCALES))
 LINEAR = Row("linear", None, "linear probe", Configuration("linear", {"method": "linear"}))
 
