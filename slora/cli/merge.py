@@ -21,8 +21,11 @@ def merge(
         typer.Option(help="Model the adapter belongs to, as in finetune. [default: the run's]"),
     ] = None,
     pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Merge into the model's pretrained weights. [default: as the run]")
-    ] = False,
+        str | None,
+        typer.Option(
+            help="Merge into the model's pretrained weights, as in finetune. [default: as the run]", metavar="[VALUE]"
+        ),
+    ] = None,
     classes: Annotated[
         int | None,
         typer.Option(
@@ -55,9 +58,9 @@ def merge(
     """
     check_early(adapter, checkpoint, source)
     if sweep is not None:
-        given = {"out": out, "model": model, "classes": classes}
+        given = {"out": out, "model": model, "pretrained": pretrained, "classes": classes}
         named = next((f"--{name}" for name, value in given.items() if value is not None), "")
-        named = "--scale" if scale != 1.0 else "--pretrained" if pretrained else named
+        named = "--scale" if scale != 1.0 else named
         if named:
             raise ConfigError(f"{named} has no effect on --sweep, which measures a run and writes no weights")
         _sweep(adapter, sweep, source, checkpoint)

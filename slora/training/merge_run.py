@@ -29,7 +29,7 @@ def merge_adapter(
     folder: Path,
     out: Path,
     model_name: str | None = None,
-    pretrained: bool = False,
+    pretrained: bool | str | None = None,
     classes: int | None = None,
     scale: float = 1.0,
     which: str | None = None,
@@ -60,7 +60,7 @@ def merge_adapter(
         folder: an adapter directory, or a run directory, which names its model.
         out: safetensors file for the plain state dict.
         model_name: as for `models.build`; None for that of the run.
-        pretrained: whether the adapter belongs to pretrained weights; a run directory says so itself.
+        pretrained: the weights that the adapter belongs to, as for `models.build`; None for those of the run, or none.
         classes: outputs of the head; None for those of the run, or of the head in the adapter.
         scale: factor on the update.
         which: None for the result of a finished run; else a checkpoint of a run, finished or not: "best", "last" or a
@@ -84,7 +84,7 @@ def merge_adapter(
             f"{folder} is an adapter without the config.yaml of its run; name its model with --model, such as "
             f"timm/vit_base_patch16_224"
         )
-    settings = settings.replace(model=model_name, pretrained=pretrained or settings.pretrained)
+    settings = settings.replace(model=model_name, **({} if pretrained is None else {"pretrained": pretrained}))
     labels = read_results.labels(folder) if run else None
     classes = classes or (len(labels) if labels else None)
     if which is None:

@@ -499,7 +499,34 @@ def test_merging_into_other_weights_than_the_adapters_is_refused_and_writes_noth
     assert not out.exists()
 
 
-def test_every_command_line_of_the_readme_is_understood() -> None:
+@pytest.mark.parametrize("given", [["--pretrained"], ["--pretrained", "true"]], ids=" ".join)
+def test_an_adapter_is_merged_into_pretrained_weights(slora: Callable[..., Outcome], given: list[str]) -> None:
+    assert slora("finetune", *QUICK, "--pretrained", "--head-first", "0", "--out", "run").code == 0
+    named = ("run/adapter", "--model", "demo/letters_vit", "--out", "plain.safetensors")
+    outcome = slora("merge", *named, *given)
+    assert outcome.code == 0, outcome.err
+    refused = slora("merge", "run", "--no-pretrained", "--out", "other.safetensors")
+    assert refused.code == 2
+    assert "--pretrained" in refused.err
+
+
+def readme_lines() -> str:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    return text.split("## The command line")[1].split("```")[1]
+
+
+def help_lines() -> str:
+    from typer.main import get_command
+
+    from slora.cli.app import app
+
+    group: Any = get_command(app())
+    text = "\n".join(command.help.split("Example")[1] for command in group.commands.values())
+    return "\n".join(line.strip() for line in text.replace("\\\n", " ").splitlines())
+
+
+@pytest.mark.parametrize("lines_of", [readme_lines, help_lines])
+def test_every_documented_command_line_is_understood(lines_of: Callable[[], str]) -> None:
     import shlex
 
     import click
@@ -507,9 +534,7 @@ def test_every_command_line_of_the_readme_is_understood() -> None:
 
     from slora.cli.app import app
 
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    block = text.split("## The command line")[1].split("```")[1]
-    lines = [line for line in block.splitlines() if line.startswith("slora ")]
+    lines = [line for line in lines_of().splitlines() if line.startswith("slora ")]
     assert len(lines) >= 7
     group = get_command(app())
     for line in lines:
