@@ -15,9 +15,12 @@ from slora.module_tree.sharded import full
 
 @torch.no_grad()
 def stacked_pair(layer: LoRABlocks) -> tuple[Tensor, Tensor]:
-    """Return the active blocks of `layer` as one pair on the CPU: `A [n * r, in]`, block-diagonal `B [out, n * r]`."""
+    """Return the active blocks of `layer` as one pair on the CPU: `A [n * r, in]`, block-diagonal `B [out, n * r]`.
+
+    Ranks whose rank gate is 0 are 0 in both, as `finish` of a rank-wise strategy leaves them.
+    """
     active = list(layer.activity().active)
-    lora_A, lora_B = full(layer.lora_A), full(layer.effective_B)
+    lora_A, lora_B = full(layer.remaining_A), full(layer.effective_B)
     A = lora_A[active].reshape(-1, lora_A.shape[-1])
     n, r = lora_B.shape[1:]
     B = lora_B.new_zeros(layer.blocks * n, len(active) * r)

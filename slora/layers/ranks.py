@@ -41,6 +41,12 @@ class RankGated(BlockState):
         lora_B: Tensor = self.lora_B
         return lora_B if self.rank_gate is None else lora_B * self.rank_gate[:, None, :]
 
+    @property
+    def remaining_A(self) -> Tensor:
+        """A with 0 in the ranks whose rank gate is 0, `[blocks, r, K]`: the parameter itself without rank gates."""
+        lora_A: Tensor = self.lora_A
+        return lora_A if self.rank_gate is None else torch.where(self.rank_gate[:, :, None] != 0, lora_A, 0.0)
+
     def add_rank_gate(self) -> nn.Parameter:
         """Give the layer rank gates, all 1, and return them, `[blocks, r]`, fp32; those that it has are kept."""
         if self.rank_gate is None:
@@ -48,9 +54,15 @@ class RankGated(BlockState):
         return self.rank_gate
 
     @torch.no_grad()
-    def fold_rank_gate(self) -> None:
-        """Multiply the rank gates into B and remove them; the update stays the same, bit for bit."""
+    def fold_rank_gate(self, remove: bool = False) -> None:
+        """Multiply the rank gates into B and remove them; the update stays the same, bit for bit.
+
+        Args:
+            remove: set ranks whose gate is 0 to 0 in A, too, so that they never train again.
+        """
         if self.rank_gate is not None:
+            if remove:
+                self.lora_A.copy_(self.remaining_A)
             self.lora_B.copy_(self.effective_B)
             self.rank_gate = None
 
@@ -71,6 +83,12 @@ class RankGated(BlockState):
         self.lora_A = nn.Parameter(A, requires_grad=self.lora_A.requires_grad)
         self.lora_B = nn.Parameter(B, requires_grad=self.lora_B.requires_grad)
         self.r, self.lora_alpha = r, alpha
+
+    @torch.no_grad()
+    def empty_blocks(self) -> list[int]:
+        """Return the numbers of the blocks without a rank left: with 0 in all of A and B, so that they never train."""
+        left = full(self.remaining_A).flatten(1).any(1) | full(self.effective_B).flatten(1).any(1)
+        return torch.nonzero(~left).flatten().tolist()
 
     @torch.no_grad()
     def block_ranks(self) -> list[int]:

@@ -27,6 +27,7 @@ from slora.module_tree import sharded
 from slora.module_tree.names import inside, no_match
 from slora.module_tree.swap import swap
 from slora.module_tree.wrappers import module_at, named_parameters, unwrapped
+from slora.selection.strategy import end_strategy
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -261,6 +262,7 @@ def unload(model: Model) -> Model:
 
 def remove_blocks(model: Model, layers: Iterable[LoRABlocks]) -> Model:
     """Do what `unload` says with all the adapted layers of `model`, after its checks."""
+    end_strategy(model)
     for module in model.modules():
         unwatch(module)
     swap(model, {layer: layer.plain() for layer in layers})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from slora.config import Unit, check_budget, rounded_up
-from slora.errors import ConfigError
+from slora.errors import ConfigError, StateError
 from slora.layers import LoRABlocks
 from slora.ops.flops import linear_flops
 
@@ -95,6 +95,21 @@ def refuse_ranks(unit: Unit) -> None:
     if unit == "ranks":
         raise ConfigError(
             "unit='ranks' is of the strategies that choose single ranks, such as slora.selection.SoRA; use 'blocks'"
+        )
+
+
+def refuse_empty(layers: dict[str, LoRABlocks]) -> None:
+    """Refuse blocks that would count, and never train.
+
+    Raises:
+        StateError: a rank-wise strategy has left no rank in some blocks; names the first of their layers.
+    """
+    empty = {name: blocks for name, layer in layers.items() if (blocks := layer.empty_blocks())}
+    if empty:
+        raise StateError(
+            f"{sum(map(len, empty.values()))} of {sum(layer.blocks for layer in layers.values())} blocks, the first in "
+            f"{next(iter(empty))!r}, have no rank left after a rank-wise strategy, so they cannot be switched on for a "
+            f"new choice; use slora.keep_blocks, or inject again"
         )
 
 

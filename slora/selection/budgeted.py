@@ -18,9 +18,10 @@ from slora.selection.allocation import (
     cost_limit,
     fill,
     gates_of,
+    refuse_empty,
     refuse_ranks,
 )
-from slora.selection.strategy import Strategy, require_layers, require_value, stop_training_gates
+from slora.selection.strategy import Strategy, refuse_unfinished, require_layers, require_value, stop_training_gates
 
 
 class Budgeted(Strategy):
@@ -49,15 +50,18 @@ class Budgeted(Strategy):
 
         Raises:
             ConfigError: the budget is not from 0 to all blocks, or a share is below the smallest block.
-            StateError: the model has no adapted layer, or matrices were freed.
+            StateError: the model has no adapted layer, or another active strategy; matrices were freed, or blocks have
+                no rank left.
         """
         layers = require_layers(model)
+        refuse_unfinished(layers)
         freed = [name for name, layer in layers.items() if layer.released]
         if freed:
             raise StateError(
                 f"the LoRA matrices of {len(freed)} layers, the first {freed[0]!r}, were freed by inactive='frozen', "
                 f"so they cannot be switched on for a new choice; use slora.keep_blocks, or inject again"
             )
+        refuse_empty(layers)
         refuse_ranks(unit)
         self.unit, self._hooks = unit, []
         self.budget = checked_budget(budget, unit, layers)

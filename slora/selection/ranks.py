@@ -40,8 +40,9 @@ class RankStrategy(Strategy):
     was: `lora_alpha` follows the rank of the layer, and the config of the adapter records both. For more training
     after `finish` make a new optimizer.
 
-    Where a strategy ends early (`slora.freeze_gates`, a failed run), the gates are multiplied into B, and no rank is
-    removed.
+    Where a strategy ends otherwise (`slora.freeze_gates`, another strategy, a failed run), the gates are multiplied
+    into B, and A and B keep their shapes: before the choice no rank is removed, after it those not chosen are 0 in A
+    and B, so that they never train again. `slora.save_adapter` without `finish` writes the same.
 
     Args:
         model: adapted by `slora.inject` and not trained yet (B = 0), as the method draws factors of its own.
@@ -201,9 +202,9 @@ class RankStrategy(Strategy):
                 layer.keep_ranks(blocks)
 
     def leave(self) -> None:
-        """Multiply the rank gates into B."""
+        """Multiply the rank gates into B; removed ranks stay 0 in A and B."""
         for layer in self.layers.values():
-            layer.fold_rank_gate()
+            layer.fold_rank_gate(remove=self.kept is not None)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a resumed run needs beside the model and single numbers, by name; written in place."""

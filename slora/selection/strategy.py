@@ -291,14 +291,24 @@ def _strategy_of(layers: dict[str, LoRABlocks]) -> Strategy | None:
     return next((layer.gate_cache.strategy for layer in layers.values() if layer.gate_cache.strategy is not None), None)
 
 
-def _attach(strategy: Strategy, model: nn.Module) -> dict[str, LoRABlocks]:
-    layers = require_layers(model)
+def refuse_unfinished(layers: dict[str, LoRABlocks]) -> None:
+    """Refuse another strategy for `layers` while theirs has not made its choice.
+
+    Raises:
+        StateError: names it and its step.
+    """
     other = _strategy_of(layers)
     if other is not None and other.taken < other.last:
         raise StateError(
-            f"a {type(other).__name__} is active on this model (step {other.taken} of {other.steps}), and a model has "
+            f"{type(other).__name__} is active on this model (step {other.taken} of {other.steps}), and a model has "
             f"one strategy at a time: end it with slora.freeze_gates(model), or leave the second one out"
         )
+
+
+def _attach(strategy: Strategy, model: nn.Module) -> dict[str, LoRABlocks]:
+    layers = require_layers(model)
+    refuse_unfinished(layers)
+    other = _strategy_of(layers)
     if other is not None:
         _detach(other)
     for layer in layers.values():

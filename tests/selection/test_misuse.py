@@ -93,7 +93,7 @@ def test_two_strategies_at_once_are_refused(make: Make, batch: Batch) -> None:
     model = make()
     selection = Budget(model, 2, 3)
     with pytest.raises(
-        StateError, match=r"a Budget is active on this model \(step 0 of 3\), and a model has one strategy"
+        StateError, match=r"Budget is active on this model \(step 0 of 3\), and a model has one strategy"
     ):
         slora.selection.Gates(model, 3)
     run(model, selection, batch, 3)
@@ -189,7 +189,7 @@ def test_the_model_keeps_a_strategy_that_nobody_holds(make: Make, batch: Batch) 
 
     set_up()
     assert "not made yet: Budget has taken 0 of 30 steps" in str(slora.summary(model))
-    with pytest.raises(StateError, match="a Budget is active"):
+    with pytest.raises(StateError, match="Budget is active"):
         Budget(model, 2, 30)
 
 

@@ -238,5 +238,5 @@ def test_a_share_of_the_flops_needs_a_layer_that_runs(make: Make) -> None:
 def test_the_choice_does_not_begin_inside_another_strategy(make: Make) -> None:
     model = make()
     Budget(model, 2, 10)
-    with pytest.raises(StateError, match="a Budget is active on this model"):
+    with pytest.raises(StateError, match="Budget is active on this model"):
         Last(model, 2, 10)

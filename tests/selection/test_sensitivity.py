@@ -277,5 +277,5 @@ def test_processes_average_their_sensitivities_and_make_the_same_choice(
 def test_a_model_with_another_active_strategy_is_left_alone(make: Make, batch: Batch) -> None:
     model = make()
     Budget(model, 2, 10)
-    with pytest.raises(StateError, match="a Budget is active on this model"):
+    with pytest.raises(StateError, match="Budget is active on this model"):
         Sensitivity(model, 2, 10, batches=few(batch), loss=loss_of(model))
