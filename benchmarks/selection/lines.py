@@ -16,6 +16,9 @@ from benchmarks.selection.store import Run, Store
 Curve = list[tuple[float, float]]
 """A measure of the new task over the points forgotten."""
 
+# Fields of `Record`: those that a scaled update has, too, what was trained, and what it took.
+MEASURES, TRAINED, COST = ("target", "nll", "drift"), ("active", "ranks", "kept"), ("flops", "seconds")
+
 
 @dataclass(frozen=True)
 class Line:
@@ -79,43 +82,60 @@ def lines(store: Store, rows: Iterable[Row], tasks: Sequence[str]) -> list[Line]
         for run in store.runs(task)
         if any(_is_of(run, row) for row in (ALL, LINEAR, *rows) if row.name == run["row"])
     }
+    seeds = {seed for _, _, seed in stored}
+    names = {name for _, name, _ in stored}
+    # Means over the tasks come first: the curve of one task is steep where a single sample is forgotten or not.
+    means = {
+        (name, seed): _mean([stored[task, name, seed] for task in tasks])
+        for name in names
+        for seed in sorted(seeds)
+        if all((task, name, seed) in stored for task in tasks)
+    }
     found = []
     for row in rows:
-        seeds = [{seed for at, name, seed in stored if at == task and name == row.name} for task in tasks]
-        shared = tuple(sorted(set.intersection(*seeds)))
-        scales = [
-            {each["scale"] for each in stored[task, row.name, seed]["scaled"]} for task in tasks for seed in shared
-        ]
-        for scale in (*sorted(set.intersection(*scales)), 1.0) if shared else ():
-            told = [_means([_told(stored, row, task, seed, scale) for task in tasks]) for seed in shared]
-            values = {name: [each[name] for each in told if name in each] for each in told for name in each}
+        runs = {seed: run for (name, seed), run in means.items() if name == row.name}
+        scales = [{each["scale"] for each in run["scaled"]} for run in runs.values()]
+        for scale in (*sorted(set.intersection(*scales)), 1.0) if runs else ():
+            told = [
+                _told(_at_scale(run, scale), row, means.get((ALL.name, seed)), means.get((LINEAR.name, seed)))
+                for seed, run in runs.items()
+            ]
+            values = {
+                name: [value for each in told if (value := each.get(name)) is not None]
+                for name in (*told[0], "over", "over nll")
+            }
             for name in ("over", "over nll"):
                 # Whole or not at all: seeds are paired by their place.
-                if len(values.get(name, ())) != len(shared):
+                if len(values[name]) != len(runs):
                     values[name] = []
-            settings = [stored[task, row.name, shared[0]]["settings"] for task in tasks]
+            settings = [stored[task, row.name, min(runs)]["settings"] for task in tasks]
             tuned = tuple(tuple(each[name] for name in ("lr", row.weight) if name) for each in settings)
-            found.append(Line(row, scale, shared, values, tuned))
+            found.append(Line(row, scale, tuple(runs), values, tuned))
     return found
 
 
-def _means(of_tasks: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
-    """The mean over tasks of what all of them have."""
-    means = {}
-    for name in of_tasks[0]:
-        numbers = [value for measures in of_tasks if (value := measures.get(name)) is not None]
-        if len(numbers) == len(of_tasks):
-            means[name] = fmean(numbers)
-    return means
+def _mean(runs: Sequence[Run]) -> Run:
+    """The mean of the measures of runs on several tasks."""
+
+    def of(parts: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
+        numbers = {name: [part[name] for part in parts] for name in names}
+        means = {name: None if None in values else fmean(values) for name, values in numbers.items()}
+        lost = {name: fmean(part["lost"][name] for part in parts) for name in parts[0]["lost"]}
+        return means | {"lost": lost}
+
+    scales = [{each["scale"]: each for each in run["scaled"]} for run in runs]
+    scaled = [
+        {"scale": scale, **of([each[scale] for each in scales], *MEASURES)}
+        for scale in sorted(set.intersection(*map(set, scales)))
+    ]
+    return of(runs, *MEASURES, *TRAINED, *COST) | {"scaled": scaled}
 
 
-def _told(
-    stored: Mapping[tuple[str, str, int], Run], row: Row, task: str, seed: int, scale: float
-) -> dict[str, float | None]:
-    """What the page says of one run."""
-    run = _at_scale(stored[task, row.name, seed], scale)
-    to_beat = [stored.get((task, name, seed)) for name in ("all", "linear")]
-    return _measures(run) | ({} if row in (ALL, LINEAR) else _over(run, *to_beat))
+def _told(run: Run, row: Row, plain: Run | None, linear: Run | None) -> dict[str, Any]:
+    """What the page says of a run."""
+    found = {name: run[name] for name in (*MEASURES, *TRAINED, *COST)}
+    found |= {"lost": forgetting(run)} | {f"lost {name}": value for name, value in run["lost"].items()}
+    return found if row in (ALL, LINEAR) else found | _over(run, plain, linear)
 
 
 def _over(run: Run, plain: Run | None, linear: Run | None) -> dict[str, float | None]:
@@ -141,12 +161,7 @@ def _at_scale(run: Run, scale: float) -> Run:
     if scale == 1.0:
         return run
     (entry,) = [each for each in run["scaled"] if each["scale"] == scale]
-    return {**entry, **{name: run[name] for name in ("active", "ranks", "kept")}, "flops": None, "seconds": None}
-
-
-def _measures(run: Run) -> dict[str, Any]:
-    found = {name: run[name] for name in ("target", "nll", "drift", "active", "ranks", "kept", "flops", "seconds")}
-    return found | {"lost": forgetting(run)} | {f"lost {name}": value for name, value in run["lost"].items()}
+    return {**entry, **{name: run[name] for name in TRAINED}, **dict.fromkeys(COST)}
 
 
 def wise(found: Sequence[Line]) -> Curve:

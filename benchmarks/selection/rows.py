@@ -10,8 +10,9 @@ from typing import Any
 from benchmarks.selection.task import Configuration, Task
 
 SHARES = (0.04, 0.11, 0.25)
-# Factors of plain LoRA's update: the curve to beat (WiSE-FT, arXiv 2109.01903).
-SCALES = (0.25, 0.5, 0.75)
+# Factors of plain LoRA's update: the curve to beat (WiSE-FT, arXiv 2109.01903). Interpolation between few of them would
+# lie below the curve.
+SCALES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 # Of gates: with gate_lr 0.1 in 200 steps, from a few blocks switched off to nearly all.
 PENALTIES = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
 

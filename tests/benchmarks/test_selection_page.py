@@ -75,6 +75,16 @@ def test_over_scaled_lora_is_the_target_less_the_curve_where_it_forgets_as_much(
     assert not found["all"].values["over"]
 
 
+def test_over_several_tasks_the_mean_of_the_runs_is_compared_with_the_mean_curve(store: Store) -> None:
+    # One task lies 4 points further right and another as much further left, beyond the end of their curves.
+    for task, moved in (("noisy", 4.0), ("mnist", -4.0)):
+        for run in [run for run in store.runs(task) if run["row"] == "budget-solo 11 %"]:
+            store.add(run | {"lost": {name: value + moved for name, value in run["lost"].items()}})
+    (line,) = [line for line in lines.lines(store, rows(), ["noisy", "mnist"]) if line.row.name == "budget-solo 11 %"]
+    assert fmean(line.values["over"]) == pytest.approx(2.0)
+    assert fmean(line.values["lost"]) == pytest.approx(1.22)
+
+
 @pytest.mark.parametrize(("at", "highest"), [(0.0, 60.0), (0.5, 62.5), (2.0, 70.0), (9.0, 70.0), (-1.0, 60.0)])
 def test_a_curve_is_read_off_where_no_more_is_forgotten(at: float, highest: float) -> None:
     # More forgetting for less of the target, as at the last point, is not on the line to beat.
