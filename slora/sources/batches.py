@@ -222,16 +222,26 @@ def make_batches(
         raise DataError("the data set is empty; give at least one image")
     if tensors is not None and (len(tensors) != 2 or len(tensors[1]) != count):
         raise DataError(f"data of lengths {[len(t) for t in tensors]}; expected (images, labels) of one length")
-    if seed is not None and batch_size * world > count:
-        processes = f" x {world} processes" if world > 1 else ""
-        raise ConfigError(
-            f"batch_size={batch_size}{processes} exceeds the {count} training images; use {count // world} or less"
-        )
+    if seed is not None:
+        check_batch_size(batch_size, count, world)
     order = Order(count, batch_size, seed, rank, world)
     if tensors is not None:
         return TensorBatches(tensors[0], tensors[1], order, device)
     assert isinstance(data, Dataset)
     return LoadedBatches(data, order, device, num_workers)
+
+
+def check_batch_size(batch_size: int, count: int, world: int = 1) -> None:
+    """Check that `count` training images fill a batch of each of `world` processes.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if batch_size * world > count:
+        processes = f" x {world} processes" if world > 1 else ""
+        raise ConfigError(
+            f"batch_size={batch_size}{processes} exceeds the {count} training images; use {count // world} or less"
+        )
 
 
 def _mixed(seed: int, epoch: int, index: int) -> int:

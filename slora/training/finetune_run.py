@@ -35,6 +35,7 @@ from slora.training.replay_images import replay_terms
 from slora.training.result import TrainResult
 from slora.training.retain_images import retained_images
 from slora.training.run_model import build
+from slora.training.schedule import check_images
 from slora.training.trainable import prepare
 
 if TYPE_CHECKING:
@@ -75,9 +76,10 @@ def finetune(
         retain, replay = retained_images(settings, spec, source), replay_terms(settings, spec)
     torch.manual_seed(settings.seed)
     prepare(model, settings=settings)
+    # Before anything is written: a refused run must not leave a folder.
     if settings.budget is not None:
-        # Before anything is written: a refused run must not leave a folder.
         checked_budget(settings.budget, settings.unit, dict(adapted_layers(model)))
+    check_images(settings, len(source.training), processes.num_processes)
     if settings.head_first is None:
         settings = settings.replace(head_first=_head_first(model, settings, len(source.classes)))
     with contextlib.ExitStack() as stack:

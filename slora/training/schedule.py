@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slora.errors import ConfigError
 from slora.runs.settings import TrainSettings
-from slora.sources.batches import Batches
+from slora.sources.batches import Batches, check_batch_size
 
 
 class Schedule:
@@ -30,12 +30,8 @@ class Schedule:
     def __init__(self, settings: TrainSettings, batches: Batches) -> None:
         self.batches = batches
         self.accumulation = settings.gradient_accumulation
+        check_accumulation(settings, len(batches), batches.count)
         self.steps_per_epoch = len(batches) // self.accumulation
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"gradient_accumulation={self.accumulation} times batch_size={settings.batch_size} exceeds the "
-                f"{batches.count} training images; lower one of them"
-            )
         self.steps = settings.max_steps or settings.epochs * self.steps_per_epoch
         self.warmup = round(settings.warmup * self.steps)
         self.floor = settings.min_lr_ratio
@@ -60,6 +56,29 @@ class Schedule:
         """Return the images of batch number `batch` of the run."""
         epoch, number = divmod(batch, self.steps_per_epoch * self.accumulation)
         return next(iter(self.batches.epoch(epoch, number)))[0]
+
+
+def check_images(settings: TrainSettings, count: int, world: int = 1) -> None:
+    """Check that `count` training images suffice for a step of `world` processes.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    check_batch_size(settings.batch_size, count, world)
+    check_accumulation(settings, count // (settings.batch_size * world), count)
+
+
+def check_accumulation(settings: TrainSettings, batches: int, count: int) -> None:
+    """Check that the `batches` of an epoch, of `count` images, suffice for a step.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if batches < settings.gradient_accumulation:
+        raise ConfigError(
+            f"gradient_accumulation={settings.gradient_accumulation} times batch_size={settings.batch_size} exceeds "
+            f"the {count} training images; lower one of them"
+        )
 
 
 def lr_scale(step: int, steps: int, warmup: int, floor: float = 0.0, hold: int = 0) -> float:
