@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import slora.demo  # noqa: F401 (registers its model and data sets by name)
 from slora import __version__
-from slora.cli.errors import all_processes_fail, as_text, print_error, show_tracebacks
+from slora.cli.errors import all_processes_fail, as_text, print_error, show_tracebacks, warnings_as_lines
 from slora.errors import ConfigError, SLoRAError
 
 try:
@@ -32,7 +32,8 @@ def main() -> None:
     if typer is None:
         _without_typer(sys.argv[1:])
     try:
-        app()(prog_name="slora")
+        with warnings_as_lines():
+            app()(prog_name="slora")
     except (SLoRAError, OSError, ImportError) as error:
         if show_tracebacks():
             raise

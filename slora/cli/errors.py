@@ -1,9 +1,12 @@
-"""Errors on the command line: one red line on stderr, with a traceback only on request."""
+"""Errors and warnings on the command line: one line on stderr each, with a traceback only on request."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from slora.errors import (
@@ -42,10 +45,30 @@ def as_text(error: BaseException) -> str:
 
 def print_error(text: str) -> None:
     """Print an error in red on stderr, with the number of the process if there are several."""
+    _print("error", text, "red")
+
+
+@contextlib.contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Print warnings in the block like errors, in yellow; with tracebacks, as Python does."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, *where: Any, **to: Any) -> None:
+            if show_tracebacks():
+                usual(message, *where, **to)
+            else:
+                _print("warning", " ".join(str(message).split()), "yellow")
+
+        warnings.showwarning = show
+        yield
+
+
+def _print(what: str, text: str, colour: str) -> None:
     from rich.console import Console
 
     where = f" in process {rank()}" if rank() else ""
-    Console(stderr=True, soft_wrap=True).print(f"error{where}: {text}", style="red", markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"{what}{where}: {text}", style=colour, markup=False, highlight=False)
 
 
 def imported(module: str, command: str) -> Any:

@@ -54,6 +54,10 @@ def check_head(settings: Mapping[str, Any], unit: str) -> None:
             f"label_smoothing={shown(settings['label_smoothing'])} needs loss='cross-entropy'; the contrastive loss "
             f"has none"
         )
+    if is_contrastive(settings) and settings["batch_size"] < 2:
+        raise ConfigError(
+            f"batch_size={settings['batch_size']} has no negatives, which loss='contrastive' needs; use 2 or more"
+        )
     if tower == "text" and settings["retain_data"] is not None:
         raise ConfigError(
             f"retain_data={settings['retain_data']!r} keeps the image embeddings, which tower='text' does not change; "

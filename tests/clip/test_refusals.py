@@ -44,6 +44,7 @@ from tests.clip import tiny_clip
             {"head": "zero-shot", "tower": "text", "loss": "cross-entropy", "budget": 0.5, "budget_unit": "flops"},
             "budget_unit='flops' with tower='text' needs loss='contrastive'",
         ),
+        ({"head": "zero-shot", "tower": "both", "batch_size": 1}, "batch_size=1 has no negatives"),
         ({"head": "zeroshot"}, "head='zeroshot' is not 'linear' or 'zero-shot'"),
     ],
 )
