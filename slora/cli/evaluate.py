@@ -12,13 +12,19 @@ from slora.cli.checkpoint_option import CHECKPOINT, check_early
 from slora.errors import ConfigError
 
 
+NEIGHBOURS = "10,20,100,200"
+
+
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run directory of slora finetune.")],
     source: Annotated[
         str | None,
         typer.Option(help="Data set of the pretraining, for k-NN before and after. [default: none, accuracy only]"),
     ] = None,
-    k: Annotated[str, typer.Option(help="Numbers of neighbours, separated by commas.")] = "10,20,100,200",
+    k: Annotated[
+        str | None,
+        typer.Option(help="With --source: numbers of neighbours, separated by commas. [default: 10,20,100,200]"),
+    ] = None,
     data_root: Annotated[str | None, typer.Option(help="Folder of data sets. [default: the run's]")] = None,
     download: Annotated[
         bool | None,
@@ -75,7 +81,9 @@ def evaluate(
     check_early(run, checkpoint, source)
     from slora.sources.suite_names import check_eval_set, check_suites
 
-    neighbours = numbers("k", k, "10,20,100,200")
+    neighbours = numbers("k", k or NEIGHBOURS, NEIGHBOURS)
+    if k is not None and source is None:
+        raise ConfigError(f"k={k!r} needs --source, the data set among whose images neighbours are found")
     wanted = check_suites(suites) if suites is not None else {}
     folders = listed(zero_shot)
     for folder in folders:

@@ -28,12 +28,18 @@ def check_retention(settings: Mapping[str, Any]) -> None:
             )
 
 
-def check_retained_data(settings: Mapping[str, Any]) -> None:
+def check_retained_data(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     """Check that a run of the command line has the images that its retention needs.
 
     Raises:
         ConfigError: it has none; names the setting.
     """
+    for name, data in (("retain_weight", "retain_data"), ("replay_weight", "replay_data")):
+        if settings[data] is None and settings[name] != defaults[name]:
+            flag = data.replace("_", "-")
+            raise ConfigError(
+                f"{name}={shown(settings[name])} has no effect without {data}; add --{flag}, or leave it out"
+            )
     if settings["retain_data"] is not None:
         return
     if settings["ewc_penalty"]:

@@ -53,7 +53,7 @@ def read_request(
         settings = TrainSettings.from_yaml(config, **overrides) if config else TrainSettings.from_dict(overrides)
     data = check_name(settings.data)
     check_retained(settings.retain_data)
-    check_retained_data(settings.to_dict())
+    check_retained_data(settings.to_dict(), TrainSettings().to_dict())
     if settings.replay_data is not None:
         check_replayed(settings.replay_data)
     source_of(settings.model)

@@ -98,7 +98,13 @@ def test_flags_go_before_the_config_file(slora: Callable[..., Outcome], tmp_path
         (["finetune", *QUICK, "--data", "imagefolder:absent"], "absent is not a folder"),
         (["evaluate", "absent"], "absent does not exist; give the folder of a run"),
         (["evaluate", "absent", "--k", "ten"], "k='ten' is not a list of numbers"),
-        (["evaluate", "absent", "--k", "5,0"], "k=0 is not a number of neighbours; use 1 or more"),
+        (
+            ["evaluate", "absent", "--source", "letters", "--k", "5,0"],
+            "k=0 is not a number of neighbours; use 1 or more",
+        ),
+        (["evaluate", "absent", "--k", "5"], "k='5' needs --source, the data set among whose images neighbours"),
+        (["finetune", *QUICK, "--retain-weight", "3"], "retain_weight=3.0 has no effect without retain_data; add"),
+        (["finetune", *QUICK, "--replay-weight", "2"], "replay_weight=2.0 has no effect without replay_data; add"),
         (["evaluate", "absent", "--shots", "some"], "shots='some' is not a list of numbers; write 1,2,4,8,16"),
         (["evaluate", "absent", "--eval", "imagenet-b"], "suite 'imagenet-b' is unknown; near names are imagenet"),
         (["evaluate", "absent", "--zero-shot", "digitz"], "data='digitz' is unknown; near names are digits"),
@@ -121,6 +127,32 @@ def test_an_error_is_one_line_with_the_remedy_and_exit_code_2(
     assert line.startswith("error: ")
     assert message in line
     assert "Traceback" not in outcome.err + outcome.out
+
+
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    from slora.cli.errors import warnings_as_lines
+
+    monkeypatch.setenv("SLORA_TRACEBACK", "")
+    with warnings_as_lines():
+        warnings.simplefilter("always")
+        warnings.warn("two\n  lines", stacklevel=1)
+    assert capsys.readouterr().err == "warning: two lines\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "128"], "batch_size=128 exceeds the 80 training images; use 80 or less"),
+        (["--gradient-accumulation", "11"], "gradient_accumulation=11 times batch_size=8 exceeds the 80 training"),
+    ],
+)
+def test_too_few_images_leave_no_directory(slora: Callable[..., Outcome], flags: list[str], message: str) -> None:
+    outcome = slora("finetune", *QUICK, *flags, "--out", "run")
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert not Path("run").exists()
 
 
 def test_errors_are_red_on_a_terminal(slora: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
