@@ -3,7 +3,7 @@
 accuracy.py    accuracy, NLL and calibration error of a classifier
 knn.py         weighted k-NN on features, which needs no head
 few_shot.py    linear classifier on the features of a few images per class
-grouped.py     classifiers of groups of a model's outputs
+grouped.py     classifiers of groups of a model's outputs; labels.py: labels checked
 retrieval.py   image-text retrieval: recall@k of a CLIP; similarity.py: similarities in bounded memory
 """
 

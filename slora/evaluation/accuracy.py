@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora.errors import DataError
+from slora.evaluation.labels import require_labels
 from slora.models.logits import logits_of
 from slora.module_tree.modes import evaluating
 
@@ -44,10 +45,11 @@ def accuracy(
     """Evaluate a classifier in evaluation mode; its mode is restored afterwards.
 
     Args:
-        batches: `(images [n, ...], labels [n])`; moved to `device`, where the model is.
+        batches: `(images [n, ...], labels [n])`, labels integers; moved to `device`, where the model is.
 
     Raises:
-        DataError: there is no image, or a label is not an output of the model.
+        DataError: there is no image, a label is not an output of the model, or a logit is NaN or infinite (-infinity
+            excludes a class).
     """
     from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
@@ -55,8 +57,13 @@ def accuracy(
     loss, count = torch.zeros((), dtype=torch.float64, device=device), 0
     with evaluating(model):
         for images, labels in batches:
+            require_labels(labels, len(images))
+            if not len(images):
+                continue
             logits, labels = logits_of(model(images.to(device))), labels.to(device)
             classes = logits.shape[1]
+            if not bool((logits < torch.inf).all()):
+                raise DataError("a logit is NaN or infinite; the model was damaged, or an image is not finite")
             if not metrics:
                 metrics = {
                     "top1": MulticlassAccuracy(classes, average="micro"),

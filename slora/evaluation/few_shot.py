@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 from slora.errors import ConfigError, DataError
+from slora.evaluation.labels import require_labels
+from slora.io.bounded import is_count
+from slora.io.plain import plain
 
 SHOTS = (1, 2, 4, 8, 16)
 
@@ -24,12 +28,15 @@ def few_shot_indices(
         names: of the classes, for the error.
 
     Raises:
-        ConfigError: shots is below 1, or a class has fewer images.
+        ConfigError: shots is not an integer from 1, or a class has fewer images.
+        DataError: labels are not integers from 0.
     """
-    if shots < 1:
+    if not is_count(plain(shots)) or shots < 1:
         raise ConfigError(f"shots={shots} is not a number of images per class; use 1 or more")
     members: dict[int, list[int]] = {}
-    for row, label in enumerate(torch.as_tensor(labels).tolist()):
+    labels = torch.as_tensor(labels)
+    require_labels(labels, len(labels))
+    for row, label in enumerate(labels.tolist()):
         members.setdefault(label, []).append(row)
     generator = torch.Generator().manual_seed(seed)
     chosen = []
@@ -55,13 +62,25 @@ def linear_probe_accuracy(
         labels: their classes, `[n]`.
         queries: of the images to classify, `[q, d]`.
         query_labels: their classes, `[q]`.
-        C: weight of the loss relative to the L2 penalty.
+        C: weight of the loss relative to the L2 penalty, positive.
 
     Raises:
-        DataError: there are fewer than two classes, or no query.
+        ConfigError: C is not positive.
+        DataError: shapes disagree, a feature is not finite, labels are not integers from 0, there are fewer than two
+            classes, or no query.
     """
     from sklearn.linear_model import LogisticRegression
 
+    if not 0 < C < math.inf:
+        raise ConfigError(f"C={C} is not positive and finite; the example of CLIP uses 0.316")
+    if features.dim() != 2 or queries.dim() != 2 or features.shape[1] != queries.shape[1]:
+        raise DataError(
+            f"features of shapes {list(features.shape)} and {list(queries.shape)}; expected [n, d] and [q, d]"
+        )
+    require_labels(labels, len(features))
+    require_labels(query_labels, len(queries))
+    if not bool(torch.isfinite(features).all() and torch.isfinite(queries).all()):
+        raise DataError("a feature is NaN or infinite; the model was damaged, or an image is not finite")
     if len(labels.unique()) < 2 or not len(queries):
         raise DataError(
             f"{len(labels.unique())} classes to learn and {len(queries)} images to classify; a linear probe needs at "

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError, DataError
+from slora.evaluation.labels import require_labels
 from slora.evaluation.similarity import similarities
+from slora.io.bounded import is_count
+from slora.io.plain import plain
 from slora.models.features import final_features
 from slora.module_tree.modes import evaluating
 
@@ -62,13 +65,15 @@ def knn_accuracy(
         temperature: divides the similarity in the exponent of a vote.
 
     Raises:
-        ConfigError: a k is out of range, or the temperature is not positive.
-        DataError: shapes disagree, or a feature is not finite.
+        ConfigError: there is no k or one is out of range, or the temperature is not positive.
+        DataError: shapes disagree, a feature is not finite, or labels are not integers from 0.
     """
     if not temperature > 0:
         raise ConfigError(f"temperature={temperature} is not positive; DINO uses 0.07")
+    if not k:
+        raise ConfigError(f"k is empty; give numbers of neighbours, such as {NEIGHBOURS[0]}")
     for neighbours in k:
-        if not 1 <= neighbours <= len(bank):
+        if not is_count(plain(neighbours)) or not 1 <= neighbours <= len(bank):
             raise ConfigError(f"k={neighbours} is not from 1 to {len(bank)}, the number of images that vote")
     if bank.dim() != 2 or queries.dim() != 2 or bank.shape[1] != queries.shape[1]:
         raise DataError(f"features of shapes {list(bank.shape)} and {list(queries.shape)}; expected [b, d] and [q, d]")
@@ -77,6 +82,8 @@ def knn_accuracy(
             f"{len(bank)} and {len(queries)} features with {len(bank_labels)} and {len(query_labels)} labels; "
             f"expected one label each, and at least one query"
         )
+    require_labels(bank_labels, len(bank))
+    require_labels(query_labels, len(queries))
     if not bool(torch.isfinite(bank).all() and torch.isfinite(queries).all()):
         raise DataError("a feature is NaN or infinite; the model was damaged, or an image is not finite")
     classes = int(torch.cat([bank_labels, query_labels]).max()) + 1

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from slora.errors import ConfigError, DataError
+from slora.evaluation.labels import require_labels
 from slora.evaluation.similarity import similarities
+from slora.io.bounded import is_count
+from slora.io.plain import plain
 from slora.module_tree.modes import evaluating
 
 RECALL_AT = (1, 5, 10)
@@ -44,7 +47,7 @@ def recall_at_k(images: Tensor, texts: Tensor, image_of_text: Tensor, k: Sequenc
 
     Raises:
         ConfigError: a k is out of range.
-        DataError: shapes disagree, an image has no text, or an embedding is not finite.
+        DataError: shapes disagree, an image has no text, a text no image, or an embedding is not finite.
     """
     if images.dim() != 2 or texts.dim() != 2 or images.shape[1] != texts.shape[1] or len(image_of_text) != len(texts):
         raise DataError(
@@ -52,10 +55,11 @@ def recall_at_k(images: Tensor, texts: Tensor, image_of_text: Tensor, k: Sequenc
             f"images; expected [i, d], [t, d] and t"
         )
     for each in k:
-        if not 1 <= each <= len(images):
+        if not is_count(plain(each)) or not 1 <= each <= len(images):
             raise ConfigError(f"recall@{each} needs k from 1 to {len(images)}, the number of images")
     if not bool(torch.isfinite(images).all() and torch.isfinite(texts).all()):
         raise DataError("an embedding is NaN or infinite; the model was damaged, or an image is not finite")
+    require_labels(image_of_text, len(texts), "number of an image", "numbers of images")
     captions = torch.bincount(image_of_text, minlength=len(images))
     if len(captions) > len(images) or not bool(captions.all()):
         raise DataError("every image needs at least one text, and every text one of the images")

@@ -71,3 +71,30 @@ def test_labels_the_model_has_no_output_for_are_refused() -> None:
 def test_no_image_is_refused() -> None:
     with pytest.raises(DataError, match="no image to evaluate on"):
         accuracy(Replay(), [])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, -1]), "label -1 is negative"),
+        (torch.tensor([0.0, 1.0]), "labels are torch.float32"),
+        (torch.tensor([0, 1, 2]), r"labels are torch.int64 \[3\], expected integers \[2\]"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: Tensor, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        accuracy(Replay(), [(torch.randn(2, 3), labels)])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_refused(value: float) -> None:
+    logits = torch.zeros(2, 3)
+    logits[1, 2] = value
+    with pytest.raises(DataError, match="a logit is NaN or infinite"):
+        accuracy(Replay(), [(logits, torch.tensor([0, 1]))])
+
+
+def test_a_class_may_be_excluded_by_a_logit_of_minus_infinity_and_a_batch_may_be_empty() -> None:
+    logits = torch.tensor([[1.0, 0.0, -torch.inf]])
+    result = accuracy(Replay(), [(logits, torch.tensor([0])), (logits[:0], torch.tensor([], dtype=torch.long))])
+    assert (result.top1, result.count) == (1.0, 1)

@@ -25,8 +25,11 @@ def test_each_class_gets_its_shots_and_fewer_shots_are_a_subset() -> None:
 def test_more_shots_than_images_are_refused() -> None:
     with pytest.raises(ConfigError, match="shots=3 exceeds the 2 images of class 1; use 2 or less"):
         few_shot_indices([0, 0, 0, 1, 1], 3)
-    with pytest.raises(ConfigError, match="shots=0"):
-        few_shot_indices(LABELS, 0)
+    for shots in (0, 1.5, True):
+        with pytest.raises(ConfigError, match=f"shots={shots} is not a number of images"):
+            few_shot_indices(LABELS, shots)
+    with pytest.raises(DataError, match=r"labels are torch\.float32"):
+        few_shot_indices([0.5, 1.0], 1)
 
 
 def test_the_linear_probe_minimises_the_penalised_cross_entropy() -> None:
@@ -61,4 +64,17 @@ def test_one_shot_is_no_regression(recwarn: pytest.WarningsRecorder) -> None:
 def test_one_class_is_nothing_to_learn() -> None:
     features = torch.randn(3, 2)
     with pytest.raises(DataError, match="1 classes to learn and 3 images"):
-        linear_probe_accuracy(features, torch.zeros(3, dtype=torch.long), features, torch.zeros(3))
+        linear_probe_accuracy(features, torch.zeros(3).long(), features, torch.zeros(3).long())
+
+
+def test_a_probe_of_bad_input_is_refused_by_value() -> None:
+    points, labels = torch.eye(4), torch.arange(4)
+    with pytest.raises(DataError, match="NaN or infinite"):
+        linear_probe_accuracy(points / 0.0, labels, points, labels)
+    with pytest.raises(DataError, match=r"shapes \[4, 4\] and \[4, 3\]"):
+        linear_probe_accuracy(points, labels, points[:, 1:], labels)
+    with pytest.raises(DataError, match=r"labels are torch.int64 \[3\], expected integers \[4\]"):
+        linear_probe_accuracy(points, labels[1:], points, labels)
+    for C in (0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match=f"C={C} is not positive"):
+            linear_probe_accuracy(points, labels, points, labels, C)

@@ -93,6 +93,14 @@ def test_bad_arguments_are_refused_by_value() -> None:
         knn_accuracy(bank, labels[1:], bank, labels, [1])
     with pytest.raises(DataError, match="NaN or infinite"):
         knn_accuracy(bank / 0.0, labels, bank, labels, [1])
+    with pytest.raises(ConfigError, match="k is empty"):
+        knn_accuracy(bank, labels, bank, labels, [])
+    with pytest.raises(ConfigError, match=r"k=1\.5 is not"):
+        knn_accuracy(bank, labels, bank, labels, [1.5])
+    with pytest.raises(DataError, match="label -1 is negative"):
+        knn_accuracy(bank, labels - labels.min() - 1, bank, labels, [1])
+    with pytest.raises(DataError, match=r"labels are torch\.float32"):
+        knn_accuracy(bank, labels, bank, labels.float(), [1])
 
 
 class Timm(nn.Module):

@@ -80,6 +80,12 @@ def test_bad_arguments_are_refused_by_value() -> None:
         recall_at_k(images, texts, torch.tensor([0, 1, 2]), [1])
     with pytest.raises(DataError, match="NaN or infinite"):
         recall_at_k(images / 0.0, texts, torch.tensor([0, 1, 2, 2]), [1])
+    with pytest.raises(DataError, match="number of an image -1 is negative"):
+        recall_at_k(images, texts, torch.tensor([0, 1, 2, -1]), [1])
+    with pytest.raises(DataError, match=r"numbers of images are torch\.float32"):
+        recall_at_k(images, texts, torch.tensor([0.0, 1, 2, 2]), [1])
+    with pytest.raises(ConfigError, match=r"recall@1\.5"):
+        recall_at_k(images, texts, torch.tensor([0, 1, 2, 2]), [1.5])
 
 
 def test_embeddings_are_those_of_the_model_in_evaluation_mode(families: dict[str, Any]) -> None:
