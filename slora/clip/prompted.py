@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora.clip.clip import Clip
-from slora.clip.prompts import Prompts
+from slora.clip.prompts import Prompts, require_prompts
 from slora.layers import adapted_layers
 from slora.module_tree.modes import evaluating
 
@@ -50,12 +50,16 @@ class PromptedClip(nn.Module):
         trains_text: whether the text tower is trained. If not, class embeddings are computed once.
         contrastive: whether to train on the contrastive loss.
 
+    Raises:
+        ConfigError: there is no name of a class or no template, or a template has no `{}` or more than one.
+
     Attributes:
         takes_labels: whether training calls it with `(images, labels)`, and takes the loss from the `Output`.
     """
 
     def __init__(self, clip: Clip, prompts: Prompts, trains_text: bool, contrastive: bool) -> None:
         super().__init__()
+        require_prompts(prompts)
         self.clip: Any = clip.model
         self.prompts, self.tokenizer = prompts, clip.tokenizer
         self.trains_text, self.takes_labels = trains_text, contrastive

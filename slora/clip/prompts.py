@@ -55,17 +55,33 @@ def templates(named: str | None, own: Sequence[str] = ()) -> tuple[str, ...]:
         raise ConfigError(f"templates={named!r} is neither {' nor '.join(NAMED)} nor a file with a template on a line")
     lines = [(number, line.strip()) for number, line in enumerate(_lines(path, "templates"), start=1) if line.strip()]
     for number, line in lines:
-        try:
-            fields = [name for _, name, _, _ in string.Formatter().parse(line) if name is not None]
-        except ValueError:
-            fields = []
-        if fields != [""]:
-            raise ConfigError(
-                f"line {number} of {path} is {line[:60]!r}; a template has one {{}} where the name of the class stands"
-            )
+        _require_template(line, f"line {number} of {path}")
     if not lines:
         raise ConfigError(f"{path} holds no template; write one on each line, such as: a photo of a {{}}.")
     return tuple(line for _, line in lines)
+
+
+def require_prompts(prompts: Prompts) -> None:
+    """Refuse prompts that a text tower cannot tell classes by.
+
+    Raises:
+        ConfigError: there is no name or no template, or a template has no `{}` or more than one.
+    """
+    if not prompts.names:
+        raise ConfigError("there is no name of a class; give one for each, in the order of the labels")
+    if not prompts.templates:
+        raise ConfigError('there is no template; give at least one, such as "a photo of a {}."')
+    for template in prompts.templates:
+        _require_template(template, "a template")
+
+
+def _require_template(text: str, where: str) -> None:
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError:
+        fields = []
+    if fields != [""]:
+        raise ConfigError(f"{where} is {text[:60]!r}; a template has one {{}} where the name of the class stands")
 
 
 def refuse_ids(names: Sequence[str], data: str) -> None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import slora
+from slora import ConfigError
 from slora.clip import Clip, PromptedClip, Prompts
 from slora.clip.prompts import templates
 from slora.layers import adapted_layers
@@ -180,3 +181,17 @@ def test_logits_are_fp32_under_autocast(pixels: Tensor) -> None:
         assert model(pixels).dtype == torch.float32
         assert model(pixels, torch.tensor([0, 1, 2, 3, 0])).loss.dtype == torch.float32
     assert exact.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("names", "of", "message"),
+    [
+        ((), ("a {}",), "no name of a class"),
+        (("cat",), (), "no template"),
+        (("cat",), ("a {}", "a photo"), "'a photo'; a template has one {}"),
+    ],
+)
+def test_prompts_that_name_nothing_are_refused(names: tuple[str, ...], of: tuple[str, ...], message: str) -> None:
+    clip = Clip(tiny_clip.model(), lambda texts: torch.zeros(len(texts), 8), InputSpec(3, 16))
+    with pytest.raises(ConfigError, match=message):
+        PromptedClip(clip, Prompts(names, of), False, False)
