@@ -148,13 +148,13 @@ def check_compression(out: Path, density: float, scale: str | float) -> str | fl
     """
     if out.exists():
         raise ConfigError(f"{out} exists; choose another file, or remove it first")
-    if not 0 < density <= 1:
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
         raise ConfigError(f"density={density!r} is not a share above 0 and up to 1, such as 0.2")
-    if scale in SCALES:
+    if isinstance(scale, str) and scale in SCALES:
         return scale
     try:
         alpha = float(scale)
-    except ValueError:
+    except (TypeError, ValueError):
         alpha = 0.0
     if not 0 < alpha < 1e6:
         raise ConfigError(f"scale={scale!r} is neither norm nor fit nor a positive number, ComPEFT's alpha")

@@ -11,7 +11,7 @@ from slora.errors import ConfigError
 from slora.models.disabled import disabled
 from slora.models.features import final_features
 from slora.module_tree.modes import evaluating
-from slora.retention.term import Term, at_least_fp32, checked_samples, count_of, drawn
+from slora.retention.term import Term, at_least_fp32, checked_samples, count_of, drawn, seed_of
 
 
 class Distillation(Term):
@@ -57,7 +57,7 @@ class Distillation(Term):
         super().__init__(model, weight, every)
         self.samples = checked_samples(samples, model)
         self.batch_size = min(count_of("batch_size", batch_size), len(samples))
-        self.seed = seed
+        self.seed = seed_of("seed", seed)
         self.features = features_of(model, features)
         self.base, self.scale = base_features(model, self.features, self.samples)
 

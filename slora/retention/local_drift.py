@@ -13,7 +13,7 @@ from slora.layers import LoRABlocks, adapted_layers
 from slora.layers.inputs import recorded_inputs
 from slora.models.disabled import disabled
 from slora.module_tree.modes import evaluating
-from slora.retention.term import Term, at_least_fp32, checked_samples, count_of, refuse_sharded
+from slora.retention.term import Term, at_least_fp32, checked_samples, count_of, refuse_sharded, seed_of
 
 
 class _Rows(NamedTuple):
@@ -68,7 +68,9 @@ class LocalDrift(Term):
         refuse_sharded(model, self.name)
         self.samples, rows = checked_samples(samples, model), count_of("rows", rows)
         self.layers = dict(adapted_layers(model))
-        self.rows = _recorded(model, self.layers, self.samples, rows, seed, model if run is None else run)
+        self.rows = _recorded(
+            model, self.layers, self.samples, rows, seed_of("seed", seed), model if run is None else run
+        )
 
     def value(self, draw: int) -> Tensor:
         """Return the sum over the active blocks; `draw` does not matter."""
@@ -125,7 +127,15 @@ def _recorded(
     with evaluating(model), disabled(model), recorded_inputs(layers.values(), record):
         for chunk in samples.split(256):
             share = len(chunk) / len(samples)
-            run(chunk)
+            try:
+                run(chunk)
+            except RuntimeError as error:
+                if not chunk.is_floating_point() or chunk.dtype in {p.dtype for p in model.parameters()}:
+                    raise
+                raise ConfigError(
+                    f"samples are {chunk.dtype}, which the model does not take ({error}); convert them to the dtype of "
+                    f"its weights, or give `run`"
+                ) from error
     if not found:
         raise ConfigError("samples reach no adapted layer; give `run`, a function that runs the model on them")
     result: dict[str, dict[tuple[int, int], _Rows]] = {}

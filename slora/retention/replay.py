@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slora.errors import ConfigError
 from slora.models.logits import logits_of
 from slora.module_tree.modes import evaluating
-from slora.retention.term import Term, checked_samples, count_of, drawn
+from slora.retention.term import Term, checked_samples, count_of, drawn, seed_of
 
 
 class Replay(Term):
@@ -54,7 +54,7 @@ class Replay(Term):
         super().__init__(model, weight, every)
         self.samples = checked_samples(samples, model)
         self.batch_size = min(count_of("batch_size", batch_size), len(samples))
-        self.seed = seed
+        self.seed = seed_of("seed", seed)
         if predict is not None and not callable(predict):
             raise ConfigError(f"predict={predict!r} is not a function from samples to logits [n, classes]")
         self.predict: Callable[[Tensor], Any] = model if predict is None else predict

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError
+from slora.io.bounded import is_count
 from slora.io.plain import plain
 from slora.layers import adapted_layers
 from slora.module_tree import sharded
@@ -51,10 +52,15 @@ class Term(ABC):
         """Return the term of this step, a scalar; 0, without computation, in steps without the term.
 
         Args:
-            step: number of the step, which determines the samples; by default calls are counted.
+            step: number of the step from 0, which determines the samples; by default calls are counted.
+
+        Raises:
+            ConfigError: `step` is not a number of a step.
         """
         if step is None:
             step, self.calls = self.calls, self.calls + 1
+        elif not is_count(plain(step)):
+            raise ConfigError(f"step={step!r} is not the number of a step, an integer from 0")
         if not self.due(step):
             return next(self.model.parameters()).new_zeros(())
         return self.weight * self.every * self.value(step // self.every)
@@ -85,6 +91,18 @@ def count_of(name: str, value: Any) -> int:
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={value!r} is not a positive integer")
+    return value
+
+
+def seed_of(name: str, value: Any) -> int:
+    """Return a seed as an int.
+
+    Raises:
+        ConfigError: it is not an integer.
+    """
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name}={value!r} is not an integer")
     return value
 
 

@@ -242,6 +242,9 @@ def test_replay_takes_every_sample_in_turn_with_its_own_label(make: Made, sample
         (lambda m, x: L2(m, True), "weight=True is negative or not a finite number"),
         (lambda m, x: L2(m, 1, every=0), "every=0 is not a positive integer"),
         (lambda m, x: LocalDrift(m, x, rows=0), "rows=0 is not a positive integer"),
+        (lambda m, x: LocalDrift(m, x, seed="a"), "seed='a' is not an integer"),
+        (lambda m, x: Distillation(m, x, seed=0.5), "seed=0.5 is not an integer"),
+        (lambda m, x: LocalDrift(m, x.half()), "samples are torch.float16, which the model does not take"),
         (lambda m, x: LocalDrift(m, x[:0]), "samples holds 0 samples, fewer than 2"),
         (lambda m, x: LocalDrift(m, x, run=lambda z: z), "samples reach no adapted layer"),
         (lambda m, x: EWC(m, x[:1]), "samples holds 1 samples, fewer than 2"),
@@ -263,6 +266,12 @@ def test_bad_input_is_refused_by_name(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_term(make(), samples)
+
+
+@pytest.mark.parametrize("step", [-1, 0.5, True])
+def test_a_step_that_is_no_number_of_a_step_is_refused(step: Any, make: Made) -> None:
+    with pytest.raises(ConfigError, match=f"step={step} is not"):
+        L2(make())(step)
 
 
 @pytest.mark.parametrize("kind", [LocalDrift, EWC, Distillation])
