@@ -103,10 +103,11 @@ def _fisher(
 @contextlib.contextmanager
 def _trainable(weights: Sequence[Tensor]) -> Iterator[None]:
     """Let the base weights require gradients inside the context."""
+    before = [weight.requires_grad for weight in weights]
     for weight in weights:
         weight.requires_grad_()
     try:
         yield
     finally:
-        for weight in weights:
-            weight.requires_grad_(False)
+        for weight, learns in zip(weights, before, strict=True):
+            weight.requires_grad_(learns)

@@ -19,6 +19,8 @@ class Importance:
         spread <- BETA * spread + (1 - BETA) * |s - mean|
         score = mean * spread
 
+    Where a sensitivity is not finite, as in a step that an optimizer skips on the device, both stay as they are.
+
     Args:
         like: tensors of the shapes, dtypes and devices of the sensitivities, by name.
     """
@@ -32,8 +34,9 @@ class Importance:
         for values in (self.mean, self.spread):
             # The model may have been moved since.
             values[name] = values[name].to(sensitivity)
-        mean = self.mean[name].lerp_(sensitivity, 1 - BETA)
-        self.spread[name].lerp_((sensitivity - mean).abs(), 1 - BETA)
+        mean, spread, finite = self.mean[name], self.spread[name], sensitivity.isfinite()
+        mean.lerp_(torch.where(finite, sensitivity, mean), 1 - BETA)
+        spread.lerp_(torch.where(finite, (sensitivity - mean).abs(), spread), 1 - BETA)
 
     def score(self, name: str) -> Tensor:
         """Return `mean * spread`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -32,9 +33,11 @@ class IncreLoRA(RankStrategy):
 
         sum |dW * dL/ddW| / sqrt(number of elements),    dW = c * P diag(lambda) Q
 
-    The gradient of dW is that of the base weight, which therefore requires gradients between forward and optimizer
-    step until the choice is final: one more product of the size of the base's per layer and step, and the memory of
-    one gradient for each weight. Beside its ranks a block has one in reserve, with lambda fixed at 1e-5, whose P and Q
+    The gradient of dW is that of the base weight, which therefore requires gradients between forward and optimizer step
+    until the choice is final: one more product of the size of the base's per layer and step, and the memory of one
+    gradient for each weight. Hooks take these gradients as they come, so that none stays on a base weight, and those of
+    a step that no optimizer takes are dropped. A `GradScaler` does not unscale them, so that all scores are larger by
+    its scale, in the same order. Beside its ranks a block has one in reserve, with lambda fixed at 1e-5, whose P and Q
     train in advance; the other rows of A and columns of B wait untouched.
 
     Every `every` steps of the selection phase the blocks with the highest scores get a rank each, so many that their
@@ -49,8 +52,8 @@ class IncreLoRA(RankStrategy):
         model, steps, warmup, settling: see `RankStrategy`; no block grows in the warm-up.
 
     Raises:
-        StateError: also in the first optimizer step, if the base weights got no gradient, as in a model that was
-            compiled before the strategy was made.
+        StateError: also in an optimizer step before the choice, if the base weights got no gradient, as where only
+            parts of the model were called, and not the model.
     """
 
     name: ClassVar[str] = "increlora"
@@ -70,7 +73,8 @@ class IncreLoRA(RankStrategy):
         require_budget(self.name, budget)
         self.every = max(1, int(require_positive("every", every)))
         self.weight = require_positive("orthogonality", orthogonality)
-        self._borrowed: list[nn.Parameter] = []
+        # Base weights that require gradients for the time being, each with the gradient of this step so far.
+        self._borrowed: dict[nn.Parameter, Tensor | None] = {}
         super().__init__(model, budget, steps, warmup=warmup, settling=settling)
 
     def initialise(self) -> None:
@@ -82,31 +86,54 @@ class IncreLoRA(RankStrategy):
         self.write(torch.zeros_like(self.values()))
         self._arrange()
         self.scores = Importance({"blocks": self.values().new_zeros(self.n)})
-        self._hook = self.model.register_forward_pre_hook(self._borrow)
+        self._hooks: list[Any] = [self.model.register_forward_pre_hook(self._borrow)]
+        weights: Any = [layer.base_weight for layer in self.layers.values()]
+        for weight in dict.fromkeys(weights):
+            trained = weight.requires_grad
+            # Else torch refuses the hook, which outlasts this.
+            weight.requires_grad_()
+            self._hooks.append(weight.register_post_accumulate_grad_hook(self._take))
+            weight.requires_grad_(trained)
+        if "torch._dynamo" in sys.modules:
+            # Graphs compiled for another model of the same code would be used again, without the first of these hooks.
+            torch.compiler.reset()
 
     def _borrow(self, model: nn.Module, args: Any) -> None:
         """Let the base weights require gradients until the optimizer step."""
         # A copy of the model has a copy of this hook, but no strategy.
         active = next(iter(self.layers.values())).gate_cache.strategy is self
-        if not active or self.kept is not None or self._borrowed or not (model.training and torch.is_grad_enabled()):
+        if not active or self.kept is not None or not (model.training and torch.is_grad_enabled()):
+            return
+        if self._borrowed:
+            if not torch.compiler.is_compiling() and all(layer.lora_B.grad is None for layer in self.layers.values()):
+                # The step that they belong to was given up by zero_grad.
+                self._borrowed = dict.fromkeys(self._borrowed)
             return
         for layer in self.layers.values():
             weight: Any = layer.base_weight
             if not weight.requires_grad:
                 weight.requires_grad_()
-                self._borrowed.append(weight)
+                self._borrowed[weight] = None
+
+    def _take(self, weight: nn.Parameter) -> None:
+        """Add the gradient of a borrowed weight to that of this step, and take it off the weight."""
+        if weight in self._borrowed:
+            before, self._borrowed[weight] = self._borrowed[weight], weight.grad
+            if before is not None and weight.grad is not None:
+                self._borrowed[weight] = before.add_(weight.grad)
+            weight.grad = None
 
     def _give_back(self) -> None:
         for weight in self._borrowed:
             weight.requires_grad_(False)
-            weight.grad = None
-        self._borrowed = []
+        self._borrowed = {}
 
     def observe(self) -> None:
         """Add the sensitivities of this step."""
         found, seen = [], False
         for layer in self.layers.values():
-            grad = layer.base_weight.grad
+            weight: Any = layer.base_weight
+            grad = self._borrowed.get(weight, weight.grad)
             seen = seen or grad is not None
             update = layer.scaling * layer.effective_B @ layer.lora_A
             size = torch.zeros_like(update) if grad is None else (update * full(grad).view_as(update)).abs()
@@ -115,13 +142,18 @@ class IncreLoRA(RankStrategy):
         if not seen:
             raise StateError(
                 "increlora needs the gradients of the base weights, and no layer has one: the model ran in evaluation "
-                "mode, or was compiled before the strategy was made; compile it after, or use adalora"
+                "mode, or only parts of it were called, not the model that the strategy was given; or use adalora"
             )
         sizes = torch.cat(found)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sizes)
             sizes /= torch.distributed.get_world_size()
         self.scores.add("blocks", sizes)
+
+    def step(self) -> None:
+        """See `RankStrategy.step`; gradients of a step that no optimizer has taken are dropped."""
+        super().step()
+        self._give_back()
 
     def penalty(self) -> Tensor | float:
         """Return the orthogonality term over the ranks that exist, in the layers that have an active block."""
@@ -168,7 +200,8 @@ class IncreLoRA(RankStrategy):
 
     def leave(self) -> None:
         """Multiply the rank gates into B, and let the base weights be."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._give_back()
         if not self.taken:
             # What is in reserve, too, so that the model is as it was before.
