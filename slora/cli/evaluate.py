@@ -11,7 +11,6 @@ import typer
 from slora.cli.checkpoint_option import CHECKPOINT, check_early
 from slora.errors import ConfigError
 
-
 NEIGHBOURS = "10,20,100,200"
 
 
