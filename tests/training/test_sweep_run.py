@@ -56,11 +56,22 @@ def test_without_old_data_the_target_alone_is_measured() -> None:
 
 def test_the_figure_has_a_point_for_each_scale() -> None:
     rows = [{"scale": s, "top1": 0.8 + 0.1 * s, "loss": 1.0, "knn": 0.9 - 0.1 * s} for s in (1.0, 0.0)]
-    figure = sweep_figure({"data": "digits", "source": "letters", "k": 20, "before": 0.95, "scales": rows})
+    result = {"data": "digits", "source": "letters", "k": 20, "before": 0.95, "zero_shot": {}, "scales": rows}
+    figure = sweep_figure(result)
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["before fine-tuning: 95.0 %", "0", "1"]
     assert list(axes.lines[1].get_xdata()) == pytest.approx([90, 80])
     assert list(axes.lines[1].get_ydata()) == pytest.approx([80, 90])
+
+
+def test_points_that_fall_together_share_a_label_and_two_images_are_no_cliff() -> None:
+    rows = [{"scale": s, "top1": 0.7932, "loss": 1.0, "knn": 0.9923 + 0.0004 * (s == 0)} for s in (1.5, 0.0, 1.0)]
+    result = {"data": "digits", "source": "letters", "k": 20, "before": 0.9927, "zero_shot": {}, "scales": rows}
+    (axes,) = sweep_figure(result).axes
+    assert [text.get_text() for text in axes.texts][1:] == ["0, 1, 1.5"]
+    low, high = axes.get_xlim()
+    assert low < 99.23 < 99.27 < high
+    assert high - low > 2
 
 
 @pytest.mark.parametrize(
