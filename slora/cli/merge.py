@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from slora.cli.checkpoint_option import CHECKPOINT, check_early, note_undecided
+from slora.cli.evaluate import listed
 from slora.errors import ConfigError
 
 
@@ -41,11 +42,14 @@ def merge(
     source: Annotated[
         str | None, typer.Option(help="With --sweep: data set of the pretraining, for k-NN. [default: none]")
     ] = None,
+    zero_shot: Annotated[
+        str | None, typer.Option(help="With --sweep, for a CLIP: zero-shot sets, as in evaluate. [default: none]")
+    ] = None,
 ) -> None:
     """Merge the active blocks of an adapter into its model and write plain weights.
 
-    --sweep shows first which --scale keeps how much: accuracy on the run's data against k-NN on --source, printed,
-    drawn in sweep.png and written to sweep.json in the run directory.
+    --sweep shows first which --scale keeps how much: accuracy on the run's data against k-NN on --source, or zero-shot
+    accuracy on --zero-shot, printed, drawn in sweep.png and written to sweep.json in the run directory.
 
     A run with a zero-shot head gives both towers: open_clip.create_model(ARCH, pretrained="merged.safetensors").
 
@@ -54,6 +58,7 @@ def merge(
         slora merge runs/letters_vit-digits-selective --out merged.safetensors
         slora merge runs/letters_vit-digits-selective --checkpoint best --out best.safetensors
         slora merge runs/letters_vit-digits-selective --sweep 0,0.25,0.5,0.75,1 --source letters
+        slora merge runs/clip --sweep 0,0.5,1 --zero-shot cifar100,/data/birds
         slora merge my-adapter --model timm/vit_base_patch16_224 --pretrained --out merged.safetensors
     """
     check_early(adapter, checkpoint, source)
@@ -63,8 +68,10 @@ def merge(
         named = "--scale" if scale != 1.0 else named
         if named:
             raise ConfigError(f"{named} has no effect on --sweep, which measures a run and writes no weights")
-        _sweep(adapter, sweep, source, checkpoint)
+        _sweep(adapter, sweep, source, checkpoint, listed(zero_shot))
         return
+    if zero_shot is not None:
+        raise ConfigError(f"zero_shot={zero_shot!r} needs --sweep, such as --sweep 0,0.5,1")
     if source is not None:
         raise ConfigError(f"source={source!r} needs --sweep, such as --sweep 0,0.5,1")
     if out is None:
@@ -77,30 +84,27 @@ def merge(
         note_undecided(adapter, checkpoint)
 
 
-def _sweep(run: Path, scales: str, source: str | None, checkpoint: str | None) -> None:
+def _sweep(run: Path, scales: str, source: str | None, checkpoint: str | None, zero_shot: list[str]) -> None:
     try:
         numbers = [float(number) for number in scales.split(",")]
     except ValueError as error:
         raise ConfigError(f"sweep={scales!r} is not a list of numbers; write 0,0.25,0.5,0.75,1") from error
+    from slora.sources.suite_names import check_eval_set
+
+    for folder in zero_shot:
+        check_eval_set(folder)
     from slora.runs.rundir import SWEEP
     from slora.training.sweep_run import check_scales, sweep
 
     check_scales(numbers)
-    result = sweep(run, numbers, source, checkpoint)
+    result = sweep(run, numbers, source, checkpoint, zero_shot=zero_shot)
     name = SWEEP if result["checkpoint"] is None else f"sweep-{result['checkpoint']}.json"
     from slora.report.style import save_png
-    from slora.report.sweep import sweep_figure
+    from slora.report.sweep import sweep_figure, sweep_lines
 
     picture = (run / name).with_suffix(".png")
     save_png(sweep_figure(result), picture)
-    knn = f"{'k-NN':>9} {'points':>8}" if source is not None else ""
-    print(f"accuracy and loss on {result['data']}" + (f", k-NN on {result['source']}" if source is not None else ""))
-    print(f"  {'scale':>6} {'top-1':>9} {'loss':>8} {knn}".rstrip())
-    if source is not None:
-        print(f"  {'before':>6} {'':>9} {'':>8} {result['before']:9.2%}")
-    for row in result["scales"]:
-        lost = "" if row["knn"] is None else f"{row['knn']:9.2%} {100 * (row['knn'] - result['before']):+8.2f}"
-        print(f"  {row['scale']:>6g} {row['top1']:9.2%} {row['loss']:8.4f} {lost}".rstrip())
+    print("\n".join(sweep_lines(result)))
     print(f"{picture} shows it; {run / name} holds the numbers")
     if checkpoint is not None:
         note_undecided(run, checkpoint)

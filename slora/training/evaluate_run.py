@@ -82,18 +82,14 @@ def evaluate(
     folder = None if which is None else chosen(run_dir, which)
     if shots and source is None:
         raise ConfigError(f"shots={list(shots)} needs source, the data set whose images they are")
-    for option, given in (("zero_shot", zero_shot), ("retrieval", retrieval)):
-        if given and not is_clip(settings.model):
-            raise ConfigError(
-                f"{option}={list(given)} needs a CLIP, but the run is of {settings.model}; measure how well its "
-                f"features keep other classes apart with source (on the command line --source)"
-            )
+    check_clip("zero_shot", zero_shot, settings)
+    check_clip("retrieval", retrieval, settings)
     if source is not None:
         source = check_name(source)
     # Everything is opened before anything is computed.
     root = Path(settings.data_root if eval_root is None else eval_root)
     sets = [open_suite(name, root, place) for name, place in (suites or {}).items()]
-    prompted = [_opened(name, settings) for name in zero_shot]
+    prompted = open_prompted(zero_shot, settings)
     captions = [open_captions(path) for path in retrieval]
     known = None if source is None else open_data(source, settings.data_root, settings.download)
     _check_votes(known, k, shots)
@@ -154,6 +150,27 @@ def _of_sets(
     rows.sort(key=lambda row: row["task"] != "id")
     rows += [row for each in prompted for row in measured.zero_shot(made, each)]
     return rows + [row for each in captions for row in measured.retrieval(each)]
+
+
+def check_clip(option: str, given: Sequence[str], settings: TrainSettings) -> None:
+    """Check that a run is of a CLIP, if what is `given` for `option` needs one, and that nothing is given twice.
+
+    Raises:
+        ConfigError: it is not; or something is given twice.
+    """
+    if given and not is_clip(settings.model):
+        raise ConfigError(
+            f"{option}={list(given)} needs a CLIP, but the run is of {settings.model}; measure how well its "
+            f"features keep other classes apart with source (on the command line --source)"
+        )
+    for i, each in enumerate(given):
+        if each in given[:i]:
+            raise ConfigError(f"{option} holds {each!r} twice; write each once")
+
+
+def open_prompted(names: Sequence[str], settings: TrainSettings) -> list[EvalSet]:
+    """Open sets to classify by prompts; see `slora.sources.eval_sets.open_eval_set`."""
+    return [_opened(name, settings) for name in names]
 
 
 def _opened(name: str, settings: TrainSettings) -> EvalSet:

@@ -59,7 +59,7 @@ def test_a_run_is_evaluated_inspected_swept_merged_and_reported(
     assert "top-1" in command("evaluate", "run", "--source", data, "--k", "1,2")
     assert json.loads(Path("run/evaluation.json").read_text())["knn"]["bank"] == 27
     assert "transformer.resblocks" in command("inspect", "run", "--checkpoint", "last")
-    command("merge", "run", "--sweep", "0,1")
+    assert "zero-shot accuracy on" in command("merge", "run", "--sweep", "0,1", "--zero-shot", str(images))
     accuracies = [entry["top1"] for entry in json.loads(Path("run/sweep.json").read_text())["scales"]]
     assert accuracies[1] == pytest.approx(json.loads(Path("run/result.json").read_text())["accuracy"], rel=1e-6)
     command("merge", "run", "--out", "merged.safetensors")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slora import CheckpointError, ConfigError, DataError
 from slora.adapters.save_load import load_adapter
+from slora.report.sweep import sweep_figure, sweep_lines
 from slora.runs.eval_table import as_lines
 from slora.runs.rundir import read_settings
 from slora.sources.data import as_input
@@ -24,6 +25,7 @@ from slora.sources.models import build_clip
 from slora.sources.suites import open_suite
 from slora.training.evaluate_run import evaluate
 from slora.training.finetune_run import finetune
+from slora.training.sweep_run import sweep
 from tests.sources.suite_folders import class_folders, image, objectnet
 
 TEMPLATE = "a picture of {}."
@@ -104,6 +106,21 @@ def test_zero_shot_accuracy_is_that_of_prompts_before_and_after(setting: Setting
     assert found["task"] == "zero-shot"
     assert found["change"] == found["after"] - found["before"]
     assert found["nll"]["before"] != found["nll"]["after"]
+
+
+def test_a_sweep_measures_zero_shot_accuracy_from_before_to_after(setting: Setting, result: Any) -> None:
+    found = sweep(setting.run, [0.0, 1.0], zero_shot=[str(setting.root / "fruit")])
+    expected = row(result, "fruit", "top-1")
+    assert found["zero_shot"] == {"fruit": expected["before"]}
+    assert [entry["zero_shot"]["fruit"] for entry in found["scales"]] == [expected["before"], expected["after"]]
+    title, head, before, *rows = sweep_lines(found)
+    assert title.endswith("zero-shot accuracy on fruit")
+    assert head.split() == ["scale", "top-1", "loss", "fruit", "points"]
+    assert (len(before.split()), [len(line.split()) for line in rows]) == (2, [5, 5])
+    (axes,) = sweep_figure(found).axes
+    assert axes.get_xlabel().startswith("zero-shot accuracy on fruit (%)")
+    with pytest.raises(ConfigError, match="zero_shot holds 'digits' twice"):
+        sweep(setting.run, [1.0], zero_shot=["digits", "digits"])
 
 
 def test_a_suite_takes_the_largest_probability_of_the_classes_that_it_stands_for(
