@@ -65,6 +65,10 @@ def test_a_clip_is_evaluated_and_its_adapter_compressed(
     monkeypatch.chdir(tmp_path)
     batches = [(torch.rand(6, 3, 16, 16), torch.randint(2, (6,)))]
     known = run("build_clip(", batches=batches, captions=["a photo of a b."] * 6, image_of_caption=torch.arange(6))
+    F.cross_entropy(known["model"](batches[0][0]), batches[0][1]).backward()
+    layers = dict(adapted_layers(known["clip"].model))
+    assert len(layers) == 24
+    assert all(layer.lora_B.grad is not None for layer in layers.values())
     accuracy, recall = capsys.readouterr().out.splitlines()
     assert 0 <= float(accuracy) <= 1
     assert recall.startswith("{1: ")
