@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -30,6 +31,30 @@ def plain(value: Any) -> Any:
         except OverflowError:
             return value
     return str.__str__(value) if isinstance(value, str) else value
+
+
+def nonnegative(name: str, value: Any) -> float:
+    """Return a finite number from 0 up as a float.
+
+    Raises:
+        ConfigError: it is negative, not finite or not a number; names it and its value.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not (math.isfinite(number) and number >= 0):
+        raise ConfigError(f"{name}={value!r} is negative or not a finite number; use 0 or more")
+    return float(number)
+
+
+def count_of(name: str, value: Any) -> int:
+    """Return a count, 1 or more, as an int.
+
+    Raises:
+        ConfigError: it is not a positive integer; names it and its value.
+    """
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ConfigError(f"{name}={value!r} is not a positive integer")
+    return number
 
 
 def shown(value: Any) -> str:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError
+from slora.io.plain import count_of
 from slora.models.disabled import disabled
 from slora.models.features import final_features
 from slora.module_tree.modes import evaluating
-from slora.retention.term import Term, at_least_fp32, checked_samples, count_of, drawn, seed_of
+from slora.retention.term import Term, at_least_fp32, checked_samples, drawn, seed_of
 
 
 class Distillation(Term):

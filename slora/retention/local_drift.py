@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from slora.errors import ConfigError
+from slora.io.plain import count_of
 from slora.layers import LoRABlocks, adapted_layers
 from slora.layers.inputs import recorded_inputs
 from slora.models.disabled import disabled
 from slora.module_tree.modes import evaluating
-from slora.retention.term import Term, at_least_fp32, checked_samples, count_of, refuse_sharded, seed_of
+from slora.retention.term import Term, at_least_fp32, checked_samples, refuse_sharded, seed_of
 
 
 class _Rows(NamedTuple):

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slora.errors import ConfigError
+from slora.io.plain import count_of
 from slora.models.logits import logits_of
 from slora.module_tree.modes import evaluating
-from slora.retention.term import Term, checked_samples, count_of, drawn, seed_of
+from slora.retention.term import Term, checked_samples, drawn, seed_of
 
 
 class Replay(Term):

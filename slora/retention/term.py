@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError
 from slora.io.bounded import is_count
-from slora.io.plain import plain
+from slora.io.plain import count_of, nonnegative, plain
 from slora.layers import adapted_layers
 from slora.module_tree import sharded
 
@@ -35,7 +34,7 @@ class Term(ABC):
     """Under which the training log has its value."""
 
     def __init__(self, model: nn.Module, weight: float, every: int = 1) -> None:
-        self.weight: float = weight_of("weight", weight)
+        self.weight: float = nonnegative("weight", weight)
         self.every: int = count_of("every", every)
         if not any(True for _ in adapted_layers(model)):
             raise ConfigError(
@@ -68,30 +67,6 @@ class Term(ABC):
     @abstractmethod
     def value(self, draw: int) -> Tensor:
         """Return the term without its weight; `draw` counts the steps that have it, from 0."""
-
-
-def weight_of(name: str, value: Any) -> float:
-    """Return a weight as a float.
-
-    Raises:
-        ConfigError: it is negative, not finite or not a number.
-    """
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
-        raise ConfigError(f"{name}={value!r} is negative or not a finite number; use 0 or more")
-    return float(value)
-
-
-def count_of(name: str, value: Any) -> int:
-    """Return a count as an int.
-
-    Raises:
-        ConfigError: it is not a positive integer.
-    """
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r} is not a positive integer")
-    return value
 
 
 def seed_of(name: str, value: Any) -> int:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from slora.config import ADALORA_PHASES
+from slora.io.plain import count_of, nonnegative
 from slora.layers import LoRABlocks
 from slora.selection.importance import Importance
-from slora.selection.ranks import RankStrategy, highest, require_budget
-from slora.selection.sora import require_positive
+from slora.selection.ranks import RankStrategy, require_budget, top
 
 WARMUP, SETTLING = ADALORA_PHASES
 ORTHOGONALITY, STD = 0.1, 0.02
@@ -54,8 +54,8 @@ class AdaLoRA(RankStrategy):
         settling: float = SETTLING,
     ) -> None:
         require_budget(self.name, budget)
-        self.every = max(1, int(require_positive("every", every)))
-        self.weight = require_positive("orthogonality", orthogonality)
+        self.every = count_of("every", every)
+        self.orthogonality = nonnegative("orthogonality", orthogonality)
         super().__init__(model, budget, steps, warmup=warmup, settling=settling)
 
     def initialise(self) -> None:
@@ -69,7 +69,9 @@ class AdaLoRA(RankStrategy):
 
     def penalty(self) -> Tensor | float:
         """Return the orthogonality term over the layers that have an active block."""
-        return orthogonality(self.weight, ((layer, None) for layer in self.layers.values() if layer.activity().active))
+        return orthogonality(
+            self.orthogonality, ((layer, None) for layer in self.layers.values() if layer.activity().active)
+        )
 
     def observe(self) -> None:
         """Add the sensitivities of this step."""
@@ -89,12 +91,12 @@ class AdaLoRA(RankStrategy):
 
     def update(self) -> None:
         """Set the lambdas of triplets beyond the budget of this step to 0."""
-        assert self.keep is not None
+        assert self.target is not None
         if self.taken <= self.first or (self.taken - self.first) % self.every:
             return
         t = (self.taken - self.first) / (self.last - self.first)
-        left = int(self.keep + (self.total - self.keep) * (1 - t) ** 3)
-        values, chosen = self.values(), highest(self.importance(), left)
+        left = int(self.target + (self.total - self.target) * (1 - t) ** 3)
+        values, chosen = self.values(), top(self.importance(), left)
         allowed = torch.zeros_like(values)
         allowed[chosen] = values[chosen]
         self.write(allowed)
@@ -105,7 +107,7 @@ class AdaLoRA(RankStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         """See `RankStrategy.state_dict`."""
-        return {**super().state_dict(), "every": self.every, "orthogonality": self.weight}
+        return {**super().state_dict(), "every": self.every, "orthogonality": self.orthogonality}
 
 
 def _factors(layer: LoRABlocks) -> dict[str, nn.Parameter]:

@@ -22,12 +22,21 @@ def gates_of(ranks: Sequence[int], left: int, layers: dict[str, LoRABlocks]) -> 
     blocks = iter(range(n))
     result = {}
     for layer in layers.values():
-        spread = max(abs(layer.threshold), 1e-3)
         if left == n:
-            result[layer] = [layer.threshold + spread / 2] * layer.blocks
+            result[layer] = [gate_on(layer)] * layer.blocks
             continue
+        spread = _spread(layer)
         result[layer] = [layer.threshold + spread * (left + 0.5 - rank[next(blocks)]) / n for _ in range(layer.blocks)]
     return result
+
+
+def gate_on(layer: LoRABlocks) -> float:
+    """Return the gate of a block that is on without a rank among others; as far below the threshold it is off."""
+    return layer.threshold + _spread(layer) / 2
+
+
+def _spread(layer: LoRABlocks) -> float:
+    return max(abs(layer.threshold), 1e-3)
 
 
 def active_count(layers: dict[str, LoRABlocks]) -> int:

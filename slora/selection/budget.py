@@ -54,6 +54,7 @@ class Budget(Budgeted):
 
     name: ClassVar[str] = "budget"
     progress: ClassVar[frozenset[str]] = Budgeted.progress | {"scores"}
+    hold: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from slora.config import CODYRA_PHASES
+from slora.io.plain import nonnegative
 from slora.selection.ranks import RankStrategy, soft_threshold
-from slora.selection.sora import require_positive
 
 WARMUP, SETTLING = CODYRA_PHASES
 THRESHOLD, LEVELS = 0.005, 50
@@ -18,7 +18,7 @@ class CoDyRA(RankStrategy):
     """After a dense phase, a soft threshold on the rank gates after each step, rising from 0 to `threshold`.
 
     The method of arXiv 2412.01004: rank gates drawn from N(0, 1) train with A and B; in the first half of the run
-    nothing is removed, then the threshold takes `levels` values, evenly spaced from 0 to 0.005, for equally many steps
+    nothing is removed, then the threshold takes 50 values, evenly spaced from 0 to its highest, for equally many steps
     each, and after each step `g <- sign(g) * max(|g| - t, 0)`. (The published code, which changes values in place,
     also removes those between t and 2 t; this is the soft threshold of the paper.) The published method thresholds up
     to the last step; here a third of the steps trains what remains, and the dense phase is half of those before it.
@@ -29,7 +29,7 @@ class CoDyRA(RankStrategy):
 
     Args:
         budget: ranks to keep, or their share; None keeps what the threshold leaves.
-        threshold: the highest one.
+        threshold: the highest one; 0.005 is published.
         model, steps, warmup, settling: see `RankStrategy`; `warmup` is the dense phase.
     """
 
@@ -45,7 +45,7 @@ class CoDyRA(RankStrategy):
         warmup: float = WARMUP,
         settling: float = SETTLING,
     ) -> None:
-        self.threshold = require_positive("threshold", threshold)
+        self.threshold = nonnegative("threshold", threshold)
         super().__init__(model, budget, steps, warmup=warmup, settling=settling)
 
     def initialise(self) -> None:
@@ -63,7 +63,7 @@ class CoDyRA(RankStrategy):
     def update(self) -> None:
         """Threshold all rank gates."""
         if level := self.level():
-            self.write(soft_threshold(self.values(), level, self.keep))
+            self.write(soft_threshold(self.values(), level, self.target))
 
     def state_dict(self) -> dict[str, Any]:
         """See `RankStrategy.state_dict`."""

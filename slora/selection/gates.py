@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from slora.config import GATES_PHASES
-from slora.errors import ConfigError
 from slora.gates.penalty import gate_penalty
-from slora.io.plain import plain
+from slora.io.plain import nonnegative
 from slora.selection.strategy import Strategy, stop_training_gates
 
 WARMUP, SETTLING = GATES_PHASES
@@ -54,16 +52,18 @@ class Gates(Strategy):
         warmup: float = WARMUP,
         settling: float = SETTLING,
     ) -> None:
-        penalty = plain(penalty)
-        if not isinstance(penalty, (int, float)) or not (math.isfinite(penalty) and penalty >= 0):
-            raise ConfigError(f"penalty={penalty!r} is negative or not a finite number; use 0 or more")
-        self.highest = penalty
+        self.selection_weight = nonnegative("penalty", penalty)
         super().__init__(model, steps, warmup, settling)
 
     @property
     def weight(self) -> float:
         """The weight of the penalty at this step."""
-        return self.highest if self.phase == "selection" else 0.0
+        return self.selection_weight if self.phase == "selection" else 0.0
+
+    @property
+    def penalty_on_gates(self) -> float:
+        """See `Strategy.penalty_on_gates`."""
+        return self.weight
 
     def penalty(self) -> Tensor | float:
         """Return the term to add to the loss of this step."""

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from slora.config import INCRELORA_PHASES
 from slora.errors import StateError
 from slora.io.bounded import all_are, is_count
+from slora.io.plain import count_of, nonnegative
 from slora.module_tree.sharded import full
 from slora.selection.adalora import ORTHOGONALITY, STD, orthogonality
 from slora.selection.importance import Importance
-from slora.selection.ranks import RankStrategy, highest, require_budget
-from slora.selection.sora import require_positive
+from slora.selection.ranking import process_mean
+from slora.selection.ranks import RankStrategy, require_budget, top
 from slora.selection.strategy import require_value
 
 WARMUP, SETTLING = INCRELORA_PHASES
@@ -71,8 +72,8 @@ class IncreLoRA(RankStrategy):
         settling: float = SETTLING,
     ) -> None:
         require_budget(self.name, budget)
-        self.every = max(1, int(require_positive("every", every)))
-        self.weight = require_positive("orthogonality", orthogonality)
+        self.every = count_of("every", every)
+        self.orthogonality = nonnegative("orthogonality", orthogonality)
         # Base weights that require gradients for the time being, each with the gradient of this step so far.
         self._borrowed: dict[nn.Parameter, Tensor | None] = {}
         super().__init__(model, budget, steps, warmup=warmup, settling=settling)
@@ -144,11 +145,7 @@ class IncreLoRA(RankStrategy):
                 "increlora needs the gradients of the base weights, and no layer has one: the model ran in evaluation "
                 "mode, or only parts of it were called, not the model that the strategy was given; or use adalora"
             )
-        sizes = torch.cat(found)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sizes)
-            sizes /= torch.distributed.get_world_size()
-        self.scores.add("blocks", sizes)
+        self.scores.add("blocks", process_mean(torch.cat(found)))
 
     def step(self) -> None:
         """See `RankStrategy.step`; gradients of a step that no optimizer has taken are dropped."""
@@ -159,15 +156,15 @@ class IncreLoRA(RankStrategy):
         """Return the orthogonality term over the ranks that exist, in the layers that have an active block."""
         on = [gates != 0 for gates in self.gates]
         active = ((layer, on[i]) for i, layer in enumerate(self.layers.values()) if layer.activity().active)
-        return orthogonality(self.weight, active)
+        return orthogonality(self.orthogonality, active)
 
     def update(self) -> None:
         """Give ranks to the blocks with the highest scores, and hold the gates of those that nobody has yet."""
-        assert self.keep is not None
+        assert self.target is not None
         step, phase = self.taken - self.first, self.last - self.first
         if self.taken >= self.last or (step > 0 and step % self.every == 0):
             t = 1.0 if self.taken >= self.last else step / phase
-            self._grow(self.n + round((self.keep - self.n) * t))
+            self._grow(self.n + round((self.target - self.n) * t))
         self._arrange()
 
     def _grow(self, target: int) -> None:
@@ -175,7 +172,7 @@ class IncreLoRA(RankStrategy):
         scores = self.scores.score("blocks")
         while (missing := target - sum(self.ranks)) > 0:
             room = [i for i in range(self.n) if self.ranks[i] < self.limits[i]]
-            for i in highest(scores[room], missing):
+            for i in top(scores[room], missing):
                 self.ranks[room[i]] += 1
 
     def _arrange(self) -> None:
@@ -190,12 +187,12 @@ class IncreLoRA(RankStrategy):
 
     def chosen(self) -> list[int]:
         """Return the numbers of the ranks that blocks have; with fewer than one per block, those of the best blocks."""
-        assert self.keep is not None
+        assert self.target is not None
         # A run that a resume has made shorter may lack ranks.
-        self._grow(self.keep)
+        self._grow(self.target)
         starts = [sum(self.limits[:i]) for i in range(self.n)]
-        if self.keep < self.n:
-            return [starts[i] for i in highest(self.scores.score("blocks"), self.keep)]
+        if self.target < self.n:
+            return [starts[i] for i in top(self.scores.score("blocks"), self.target)]
         return [start + i for start, rank in zip(starts, self.ranks, strict=True) for i in range(rank)]
 
     def leave(self) -> None:
@@ -214,7 +211,12 @@ class IncreLoRA(RankStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         """See `RankStrategy.state_dict`."""
-        return {**super().state_dict(), "every": self.every, "orthogonality": self.weight, "ranks": list(self.ranks)}
+        return {
+            **super().state_dict(),
+            "every": self.every,
+            "orthogonality": self.orthogonality,
+            "ranks": list(self.ranks),
+        }
 
     def check_state(self, state: dict[str, Any]) -> None:
         """See `Strategy.check_state`."""

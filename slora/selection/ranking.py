@@ -50,6 +50,16 @@ def squared_norms(A: Tensor, B: Tensor) -> Tensor:
     return ((B.mT @ B) * (A @ A.mT)).sum((1, 2))
 
 
+def process_mean(values: Tensor) -> Tensor:
+    """Return the mean of `values` over all processes: itself where there is one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    # A copy: the collective works in place.
+    total = values.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
+
+
 def block_scores(ranking: Ranking, model: nn.Module, n: int) -> list[float]:
     """Return the scores of `ranking` for the `n` blocks of `model`, averaged over processes; all finite, NaN lowest.
 
@@ -61,11 +71,7 @@ def block_scores(ranking: Ranking, model: nn.Module, n: int) -> list[float]:
         found = f"shape {list(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         raise ConfigError(f"the ranking returned {found}; expected a tensor with one score for each of {n} blocks")
     scores = scores.detach().float()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # A copy: the collective works in place.
-        scores = scores.clone()
-        torch.distributed.all_reduce(scores)
-        scores /= torch.distributed.get_world_size()
+    scores = process_mean(scores)
     if n and bool(scores.isnan().all()):
         raise ConfigError(
             "the ranking returned NaN for every block; check that the loss and the sample that it uses are finite"

@@ -16,9 +16,15 @@ from slora.gates.values import set_gates
 from slora.io.bounded import all_are, is_count
 from slora.layers import LoRABlocks
 from slora.module_tree.sharded import is_sharded
+from slora.selection.allocation import gate_on
 from slora.selection.strategy import Strategy, require_layers, require_value, stop_training_gates
 
 UNIT = "ranks"
+
+_DDP = (
+    "DistributedDataParallel would not know the rank gates, which are made with the strategy: create it before the "
+    "model is wrapped"
+)
 
 
 class RankStrategy(Strategy):
@@ -58,6 +64,7 @@ class RankStrategy(Strategy):
     """
 
     progress: ClassVar[frozenset[str]] = Strategy.progress | {"kept", "tensors"}
+    hold: ClassVar[bool] = True
 
     def __init__(
         self, model: nn.Module, budget: int | float | None, steps: int, *, warmup: float, settling: float
@@ -67,9 +74,9 @@ class RankStrategy(Strategy):
         self.total = sum(layer.blocks * layer.r for layer in layers.values())
         self.budget = None if budget is None else check_budget(budget, UNIT, self.total)
         # Ranks to keep, or None where the method's own rule decides.
-        self.keep: int | None = self.budget if isinstance(self.budget, int) else None
+        self.target: int | None = self.budget if isinstance(self.budget, int) else None
         if isinstance(self.budget, float):
-            self.keep = math.floor(self.budget * self.total + 0.5)
+            self.target = math.floor(self.budget * self.total + 0.5)
         self.kept: list[int] | None = None
         self._saw_matrices = self._saw_gates = self._observed = False
         super().__init__(model, steps, warmup, settling)
@@ -77,7 +84,7 @@ class RankStrategy(Strategy):
     def start(self) -> None:
         """Add rank gates, switch every block on and stop training the block gates."""
         stop_training_gates(self.layers)
-        set_gates({layer: [_on(layer)] * layer.blocks for layer in self.layers.values()})
+        set_gates({layer: [gate_on(layer)] * layer.blocks for layer in self.layers.values()})
         self.gates = [layer.add_rank_gate() for layer in self.layers.values()]
         with torch.no_grad():
             self.initialise()
@@ -107,15 +114,27 @@ class RankStrategy(Strategy):
             gate.copy_(own.view_as(gate))
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note what `optimizer` trains, and let the method read the gradients; called before each optimizer step."""
+        """Note what `optimizer` trains, and let the method read the gradients; called before each optimizer step.
+
+        Raises:
+            StateError: the model runs in a DistributedDataParallel that was made before the rank gates.
+        """
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         gates = any(id(gate) in held for gate in self.gates)
         matrices = any(id(layer.lora_B) in held for layer in self.layers.values())
+        if gates and not self._saw_gates:
+            self._refuse_earlier_ddp()
         self._saw_gates, self._saw_matrices = self._saw_gates or gates, self._saw_matrices or matrices
         if (gates or matrices) and self.kept is None and not self._observed:
             self._observed = True
             with torch.no_grad():
                 self.observe()
+
+    def _refuse_earlier_ddp(self) -> None:
+        reference = next(iter(self.layers.values())).gate_cache.ddp
+        ddp: Any = None if reference is None else reference()
+        if ddp is not None and id(self.gates[0]) not in map(id, ddp._module_parameters):
+            raise StateError(_DDP)
 
     def observe(self) -> None:
         """Read the gradients of the step that is about to be taken."""
@@ -146,10 +165,10 @@ class RankStrategy(Strategy):
         self._hold()
 
     def chosen(self) -> list[int]:
-        """Return the numbers of the ranks to keep: the `keep` most important, or those whose gate is not 0."""
-        if self.keep is None:
+        """Return the numbers of the ranks to keep: the `target` most important, or those whose gate is not 0."""
+        if self.target is None:
             return torch.nonzero(self.values()).flatten().tolist()
-        return highest(self.importance(), self.keep)
+        return top(self.importance(), self.target)
 
     @torch.no_grad()
     def _close(self) -> None:
@@ -170,8 +189,8 @@ class RankStrategy(Strategy):
         """Switch the blocks off that keep no rank."""
         values = {}
         for layer, blocks in zip(self.layers.values(), self._kept_by_block(), strict=True):
-            off = layer.threshold - (_on(layer) - layer.threshold)
-            values[layer] = [_on(layer) if ranks else off for ranks in blocks]
+            off = layer.threshold - (gate_on(layer) - layer.threshold)
+            values[layer] = [gate_on(layer) if ranks else off for ranks in blocks]
             layer.gate_cache.asked = self.name if self.budget is None else f"budget={self.budget} {UNIT}"
         set_gates(values)
 
@@ -222,7 +241,7 @@ class RankStrategy(Strategy):
         kept: Any = state.get("kept")
         if kept is not None:
             numbers = all_are(is_count, kept) and kept == sorted(set(kept)) and all(i < self.total for i in kept)
-            require_value(state, "kept", numbers and (self.keep is None or len(kept) == self.keep))
+            require_value(state, "kept", numbers and (self.target is None or len(kept) == self.target))
         require_value(state, "kept", kept is not None or state["taken"] < state["last"])
         expected, found = self.tensors(), state.get("tensors", {})
         names = isinstance(found, dict) and found.keys() == expected.keys()
@@ -258,13 +277,9 @@ def soft_threshold(values: Tensor, threshold: float, keep: int | None) -> Tensor
     return nn.functional.softshrink(values, threshold) if threshold else values.clone()
 
 
-def highest(scores: Tensor, count: int) -> list[int]:
+def top(scores: Tensor, count: int) -> list[int]:
     """Return the numbers of the `count` highest scores; among equal ones the first."""
     return scores.sort(descending=True, stable=True).indices[:count].tolist()
-
-
-def _on(layer: LoRABlocks) -> float:
-    return layer.threshold + max(abs(layer.threshold), 1e-3) / 2
 
 
 def _refuse_unfit(model: nn.Module, layers: dict[str, LoRABlocks]) -> None:
@@ -282,10 +297,7 @@ def _refuse_unfit(model: nn.Module, layers: dict[str, LoRABlocks]) -> None:
                 f"inject again, or use slora.keep_blocks or Budget"
             )
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise StateError(
-            "DistributedDataParallel would not know the rank gates, which are made with the strategy: create it before "
-            "the model is wrapped"
-        )
+        raise StateError(_DDP)
 
 
 def require_budget(name: str, budget: int | float | None) -> None:

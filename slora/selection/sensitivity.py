@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -13,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slora.config import Unit
 from slora.errors import ConfigError, StateError
-from slora.io.plain import plain
+from slora.io.plain import nonnegative
 from slora.layers import LoRABlocks, adapted_layers
 from slora.module_tree.modes import evaluating
 from slora.module_tree.sharded import refuse
@@ -82,9 +81,7 @@ class Sensitivity(OneShot):
             raise ConfigError(f"loss={loss!r} is not a function; write lambda x, y: criterion(model(x), y)")
         if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
             raise ConfigError(f"batches is a {type(batches).__name__}; pass a list of batches, such as [(x, y)]")
-        self.depth_price = plain(depth_price)
-        if not isinstance(self.depth_price, (int, float)) or not 0 <= self.depth_price < math.inf:
-            raise ConfigError(f"depth_price={depth_price!r} is negative or not a finite number; use 0 or more")
+        self.depth_price = nonnegative("depth_price", depth_price)
         refuse(model, "create Sensitivity before fully_shard: it needs the whole gradient of a weight")
         self.batches, self.loss = batches, loss
         super().__init__(model, budget, steps, unit=unit, forward=forward, now=now)

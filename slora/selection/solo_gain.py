@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slora.config import DEPTH_PRICE
 from slora.errors import ConfigError, StateError
 from slora.gates.values import set_gates
-from slora.io.plain import plain
+from slora.io.plain import nonnegative
 from slora.layers import LoRABlocks, adapted_layers
 from slora.module_tree.modes import evaluating
 from slora.module_tree.sharded import full
@@ -57,11 +57,8 @@ class SoloGain:
             raise ConfigError(f"features={features!r} is not a function that returns features [n, d]")
         if depth_price is None:
             depth_price = DEPTH_PRICE if features is None else 0.0
-        price, depth_price = plain(price), plain(depth_price)
-        for name, value in (("price", price), ("depth_price", depth_price)):
-            if not isinstance(value, (int, float)) or not value >= 0:
-                raise ConfigError(f"{name}={value!r} is negative or not a number; use 0 or more")
-        self.loss, self.features, self.price, self.depth_price = loss, features, price, depth_price
+        self.loss, self.features = loss, features
+        self.price, self.depth_price = nonnegative("price", price), nonnegative("depth_price", depth_price)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> Tensor:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from slora.config import SORA_PHASES
-from slora.errors import ConfigError
-from slora.io.plain import plain
+from slora.io.plain import nonnegative
 from slora.selection.ranks import RankStrategy, soft_threshold
 
 WARMUP, SETTLING = SORA_PHASES
@@ -50,8 +48,8 @@ class SoRA(RankStrategy):
         warmup: float = WARMUP,
         settling: float = SETTLING,
     ) -> None:
-        self.threshold = require_positive("threshold", threshold)
-        self.weight = require_positive("penalty", penalty)
+        self.threshold = nonnegative("threshold", threshold)
+        self.penalty_weight = nonnegative("penalty", penalty)
         super().__init__(model, budget, steps, warmup=warmup, settling=settling)
 
     def initialise(self) -> None:
@@ -61,28 +59,18 @@ class SoRA(RankStrategy):
 
     def penalty(self) -> Tensor | float:
         """Return `penalty * mean |g|` over all ranks; 0 once the choice is final."""
-        if self.kept is not None or not self.weight:
+        if self.kept is not None or not self.penalty_weight:
             return 0.0
         device = self.gates[0].device
-        return self.weight * torch.stack([gate.abs().sum().to(device) for gate in self.gates]).sum() / self.total
+        return (
+            self.penalty_weight * torch.stack([gate.abs().sum().to(device) for gate in self.gates]).sum() / self.total
+        )
 
     def update(self) -> None:
         """Threshold all rank gates."""
         if self.taken > self.first:
-            self.write(soft_threshold(self.values(), self.threshold, self.keep))
+            self.write(soft_threshold(self.values(), self.threshold, self.target))
 
     def state_dict(self) -> dict[str, Any]:
         """See `RankStrategy.state_dict`."""
-        return {**super().state_dict(), "threshold": self.threshold, "penalty": self.weight}
-
-
-def require_positive(name: str, value: object) -> float:
-    """Return a finite number from 0 up.
-
-    Raises:
-        ConfigError: it is none; names it and its value.
-    """
-    number = plain(value)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not (math.isfinite(number) and number >= 0):
-        raise ConfigError(f"{name}={value!r} is negative or not a finite number; use 0 or more")
-    return float(number)
+        return {**super().state_dict(), "threshold": self.threshold, "penalty": self.penalty_weight}

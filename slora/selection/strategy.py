@@ -48,6 +48,9 @@ class Strategy(ABC):
     progress: ClassVar[frozenset[str]] = frozenset({"steps", "taken", "last"})
     """Entries of the state that change over a run."""
 
+    hold: ClassVar[bool] = False
+    """Whether a trainer should decay no learning rate before the choice, for what remains to train on."""
+
     def __init__(self, model: nn.Module, steps: int, warmup: float, settling: float) -> None:
         steps, warmup, settling = plain(steps), plain(warmup), plain(settling)
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -86,6 +89,11 @@ class Strategy(ABC):
     def phase_ends(self, steps: int) -> tuple[int, int]:
         """Return after how many of `steps` steps selection begins and the choice is final."""
         return phase_ends(steps, self.warmup, self.settling)
+
+    @property
+    def penalty_on_gates(self) -> float:
+        """The weight of the penalty on block gates at this step; 0 where the method has none."""
+        return 0.0
 
     def penalty(self) -> Tensor | float:
         """Return the term to add to the loss of this step; 0 where the method has none."""

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from slora.errors import ConfigError, StateError
 from slora.evaluation.accuracy import tally
-from slora.gates.penalty import gate_penalty
 from slora.gates.values import gate_values
 from slora.layers import adapted_layers
 from slora.retention import feature_drift
 from slora.runs.recorder import Recorder
 from slora.runs.rundir import CHECKPOINTS, run_dir_of
 from slora.runs.settings import TrainSettings
-from slora.selection import Budget, Gates, RankStrategy, Strategy
+from slora.selection import Strategy
 from slora.sources.batches import Batches, Data, make_batches
 from slora.training.checkpoint_load import Checkpoint
 from slora.training.checkpoint_save import save_checkpoint
@@ -111,7 +110,7 @@ class Trainer:
                     retain=retain,
                 )
             )
-        if settings.lr_hold is None and isinstance(self.selection, Budget | RankStrategy):
+        if settings.lr_hold is None and self.selection is not None and self.selection.hold:
             # The cosine starts once the choice is made: earlier, little of the rate is left for what was chosen.
             schedule.hold = self.selection.last
         self.optimizers = Optimizers(model, settings)
@@ -198,8 +197,7 @@ class Trainer:
         state = self._activity()
         if self.may_release and self.optimizers.release(self.model):
             state = self._activity()
-        gates = self.selection if isinstance(self.selection, Gates) else None
-        self.penalty = 0.0 if gates is None else gates.weight
+        self.penalty = 0.0 if self.selection is None else self.selection.penalty_on_gates
         self.optimizers.set(self.schedule.scale(self.step), self.penalty)
         due = tuple(term.due(self.step) for term in self.terms)
         work = (state, None if self.selection is None else self.selection.phase, due)
@@ -228,9 +226,8 @@ class Trainer:
                 self.window.add(loss, logits, labels)
                 if self.checks_each_loss and not math.isfinite(loss.item()):
                     self._refuse_loss(loss.item(), self.step + 1, images)
-                if self.optimizers.penalty_in_loss and self.penalty:
-                    loss = loss + self.penalty * gate_penalty(self.model)
-                if self.selection is not None and not isinstance(self.selection, Gates):
+                # A penalty on block gates may be the optimizer's.
+                if self.selection is not None and (self.optimizers.penalty_in_loss or not self.penalty):
                     loss = loss + self.selection.penalty()
                 for term in self.terms if i == 0 else ():
                     if term.due(self.step):

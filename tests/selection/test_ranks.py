@@ -219,3 +219,28 @@ def test_increlora_without_gradients_of_the_weights_says_so(net: Any, batch: Bat
     selection = IncreLoRA(model, 7, 12)
     with pytest.raises(StateError, match="increlora needs the gradients of the base weights, and no layer has one"):
         train(model, selection, optimizer_of(model), batch, 1)
+
+
+def test_rank_gates_made_after_ddp_are_noticed_before_the_first_step(net: Any, batch: Batch) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = net()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        selection = SoRA(model, 7, 12)
+        before = [layer.lora_B.detach().clone() for _, layer in adapted_layers(model)]
+        with pytest.raises(StateError, match=r"would not know the rank gates.*before the model is wrapped"):
+            train(wrapped, selection, optimizer_of(model), batch, 1)
+        assert all(torch.equal(a, layer.lora_B) for a, (_, layer) in zip(before, adapted_layers(model), strict=True))
+        slora.freeze_gates(model)
+        model = net()
+        selection = SoRA(model, 7, 12)
+        train(nn.parallel.DistributedDataParallel(model), selection, optimizer_of(model), batch, 1)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", [AdaLoRA, IncreLoRA])
+@pytest.mark.parametrize("every", [0, 0.5, 2.7, True, -1])
+def test_a_distance_of_allocations_that_is_no_count_is_refused(kind: Kind, every: Any, net: Any) -> None:
+    with pytest.raises(ConfigError, match=f"every={every} is not a positive integer"):
+        kind(net(), 7, 12, every=every)
