@@ -70,9 +70,14 @@ def finetune(
 
     from rich.console import Console
 
+    from slora.adapters.selective_json import SELECTIVE
+    from slora.cli.inspect import ranks_of
+    from slora.io.bounded import read_json
     from slora.runs.explain_blocks import explained
     from slora.runs.next_command import command
+    from slora.runs.read_results import adapter_of
     from slora.runs.rundir import read_settings, run_dir_of
+    from slora.runs.strategies import chooses_ranks
     from slora.training.finetune_run import finetune as run
     from slora.training.process import leave
     from slora.training.result import Interrupted
@@ -90,9 +95,14 @@ def finetune(
         print(f"accuracy {result.accuracy:.2%}, best {result.best_accuracy:.2%} at step {result.best_step}")
     if result.active_blocks:
         active = sum(map(len, result.active_blocks[-1][1].values()))
-        print(f"active blocks: {active}; list them with: slora inspect {folder}")
+        used = read_settings(folder)
+        ranks = ""
+        if chooses_ranks(used.to_dict()) and used.method == "selective":
+            layers = read_json(adapter_of(folder) / SELECTIVE)["layers"]
+            ranks = f"active ranks: {ranks_of(layers, used.lora_config())}; "
+        print(f"{ranks}active blocks: {active}; list them with: slora inspect {folder}")
         blocks = next((record["blocks"] for record in reversed(result.history) if "blocks" in record), 0)
-        if text := explained(active, blocks, read_settings(folder).to_dict(), result.history):
+        if text := explained(active, blocks, used.to_dict(), result.history):
             print(text)
     steps = f"{result.steps} step{'' if result.steps == 1 else 's'}"
     print(f"{steps} in {duration(result.seconds)}; results are in {folder}")

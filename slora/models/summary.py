@@ -50,9 +50,9 @@ class LayerSummary:
     ranks: tuple[int, ...] = ()
     """Of each block; 0 for an inactive one."""
 
-    def shown_ranks(self) -> str:
-        """Return the rank of the layer, or those of its blocks if an active one has another."""
-        return ranks_text(self.r, self.active, self.ranks)
+    def shown_ranks(self, by_block: bool = False) -> str:
+        """Return the rank of the layer, or those of its blocks if an active one has another, or if `by_block`."""
+        return ranks_text(self.r, self.active, self.ranks, by_block)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ class Summary:
 
     def __str__(self) -> str:
         width = max([5, *(len(layer.name) for layer in self.layers)])
-        ranks = [layer.shown_ranks() for layer in self.layers]
+        by_rank = _by_rank(self.asked)
+        ranks = [layer.shown_ranks(by_rank) for layer in self.layers]
         wide = max([3, *map(len, ranks)])
         lines = [
             f"{'layer':{width}}  {'in -> out':>14}  {'r':>{wide}}  {'active':>10}  {'parameters':>10}  {'FLOPs':>7}"
@@ -144,9 +145,13 @@ def summary(model: nn.Module) -> Summary:
     return Summary(tuple(rows), parameters, trainable, gated, asked, unfinished_selection(model), moved)
 
 
-def ranks_text(r: int, active: Sequence[int], ranks: Sequence[int]) -> str:
-    """Return the rank `r` of a layer, or where an active block has another the `ranks` of all blocks: "3/./1"."""
-    if all(ranks[i] == r for i in active):
+def ranks_text(r: int, active: Sequence[int], ranks: Sequence[int], by_block: bool = False) -> str:
+    """Return the rank `r` of a layer, or where an active block has another the `ranks` of all blocks: "3/./1".
+
+    Args:
+        by_block: show those of all blocks in any case.
+    """
+    if not by_block and all(ranks[i] == r for i in active):
         return str(r)
     return "/".join(str(rank) if i in active else "." for i, rank in enumerate(ranks))
 
@@ -155,10 +160,11 @@ def verdict(active: int, blocks: int, asked: str = "", moved: bool = True) -> tu
     """Return what it means if none of the `blocks` are active, or all, and the remedy; else ("", "").
 
     Args:
-        asked: the budget that asked for just that, as "budget=0" or "budget=40 ranks", or what chose ranks, as "sora".
+        asked: the budget that asked for just that, as "budget=0" or "budget=40 ranks", or what chose ranks, as "sora",
+            or "strategy all".
         moved: whether any gate has another value than the others.
     """
-    if asked and blocks and (asked.endswith(" ranks") or not asked.startswith("budget=")):
+    if blocks and _by_rank(asked):
         # Ranks were chosen, not blocks.
         return ("", "") if active else (f"no block is active: {_BASE}; {asked} has left no rank.", "")
     if asked and blocks and active in (0, blocks):
@@ -182,7 +188,13 @@ def verdict(active: int, blocks: int, asked: str = "", moved: bool = True) -> tu
     return "", ""
 
 
+def _by_rank(asked: str) -> bool:
+    return asked.endswith(" ranks") or (not asked.startswith(("budget=", "strategy ")) and bool(asked))
+
+
 def _wanted(asked: str, blocks: int) -> int:
+    if asked == "strategy all":
+        return blocks
     number = asked.removeprefix("budget=")
     try:
         return int(number)

@@ -59,5 +59,6 @@ def described(record: dict[str, Any]) -> str:
         if record.get(key) is not None
     ]
     if record.get("blocks"):
-        texts.append(f"active {record['active']}/{record['blocks']} blocks")
+        ranks = f"{record['ranks']}/{record['all_ranks']} ranks in " if record.get("all_ranks") else ""
+        texts.append(f"active {ranks}{record['active']}/{record['blocks']} blocks")
     return "  ".join(texts)

@@ -94,8 +94,14 @@ def asked_of(settings: Mapping[str, Any]) -> str:
     name, budget = strategy_of(settings), settings.get("budget")
     ranks = STRATEGIES[name].units == _RANKS
     if budget is None:
-        return name if ranks else "budget=1.0" if name == "all" else ""
+        return name if ranks else "strategy all" if name == "all" else ""
     return f"budget={budget}{' ranks' if ranks else ''}"
+
+
+def chooses_ranks(settings: Mapping[str, Any]) -> bool:
+    """Whether single ranks of blocks were chosen in a run, or what an adapter was "asked"."""
+    asked = asked_of(settings)
+    return asked.endswith(" ranks") or (asked in STRATEGIES and STRATEGIES[asked].units == _RANKS)
 
 
 def check_strategy(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:

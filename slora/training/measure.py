@@ -169,6 +169,9 @@ class BlockLog:
             "blocks": sum(layer.blocks for layer in self.layers.values()),
             "mean_gate": fmean(abs(value) for scores in gates.values() for value in scores),
         }
+        if any(layer.rank_gate is not None for layer in self.layers.values()):
+            record["ranks"] = sum(sum(layer.block_ranks()) for layer in self.layers.values())
+            record["all_ranks"] = sum(layer.blocks * layer.r for layer in self.layers.values())
         if changed:
             record["active_blocks"] = {name: list(active) for name, active in blocks.items()}
         return record

@@ -382,6 +382,9 @@ def test_ranks_are_listed_by_block_where_they_differ() -> None:
     layers = {"0.fc": {**whole, "ranks": [2, 0, 1]}, "1.fc": whole}
     lines = block_table(layers, {name: [9, 4] for name in layers}).splitlines()
     assert [line.split()[4] for line in lines[1:3]] == ["2/./1", "2"]
+    layers["2.fc"] = {**whole, "active": []}
+    lines = block_table(layers, {name: [9, 4] for name in layers}, by_rank=True).splitlines()
+    assert [line.split()[4] for line in lines[1:4]] == ["2/./1", "2/./2", "././."]
 
 
 def test_a_damaged_adapter_is_named(slora: Callable[..., Outcome], tmp_path: Path) -> None:

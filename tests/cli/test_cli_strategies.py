@@ -40,7 +40,10 @@ def test_a_strategy_chosen_before_training_is_named_inspected_and_resumed(slora:
 def test_ranks_chosen_inside_blocks_are_inspected_and_merged(slora: Slora) -> None:
     outcome = slora("finetune", *QUICK, "--strategy", "increlora", "--blocks", "40", "--out", "run")
     assert outcome.code == 0, outcome.err
+    assert "active ranks: 40 of 72; active blocks: 36;" in outcome.out
+    assert "active 40/72 ranks in 36/36 blocks" in outcome.err
     shown = slora("inspect", "run").out
+    assert "40 of 72 ranks active" in shown
     assert "strategy increlora, 40 ranks" in shown
     assert "36 of 36 blocks active" in shown
     assert any("/" in line.split()[4] for line in shown.splitlines() if "attn.qkv" in line)
@@ -54,7 +57,7 @@ def test_ranks_chosen_inside_blocks_are_inspected_and_merged(slora: Slora) -> No
 def test_all_blocks_are_asked_for_by_name(slora: Slora) -> None:
     outcome = slora("finetune", *QUICK, "--strategy", "all", "--out", "run")
     assert outcome.code == 0, outcome.err
-    assert "all blocks are active, as asked for by budget=1.0." in outcome.out
+    assert "all blocks are active, as asked for by strategy all." in outcome.out
     assert "strategy all" in slora("inspect", "run").out
 
 

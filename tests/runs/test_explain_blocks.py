@@ -93,7 +93,7 @@ def test_a_budget_is_what_was_asked_for() -> None:
     assert explained(4, 36, SETTINGS | {"budget": 4}, records(400)) == ""
     # Not gates that the task held above the threshold.
     text = explained(36, 36, SETTINGS | {"strategy": "all"}, records(400))
-    assert text == "all blocks are active, as asked for by budget=1.0."
+    assert text == "all blocks are active, as asked for by strategy all."
 
 
 @pytest.mark.parametrize(
