@@ -49,7 +49,8 @@ class Budget(Budgeted):
     Raises:
         ConfigError: the budget is not from 0 to all blocks, a share is below the smallest block, or a value is out of
             range.
-        StateError: the model has no adapted layer, has another active strategy, or matrices were freed.
+        StateError: the model has no adapted layer, has another active strategy, or matrices were freed; or a rank-wise
+            strategy has left blocks without ranks.
     """
 
     name: ClassVar[str] = "budget"

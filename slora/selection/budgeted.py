@@ -92,7 +92,11 @@ class Budgeted(Strategy):
         self.write(len(chosen))
 
     def write(self, left: int) -> None:
-        """Switch the `left` highest ranked blocks on and the others off."""
+        """Switch the `left` highest ranked blocks on and the others off.
+
+        Raises:
+            StateError: the dtype of the gates has too few digits for so many ranks.
+        """
         self.left = left
         set_gates(gates_of(self.ranks, left, self.layers))
         active = active_count(self.layers)

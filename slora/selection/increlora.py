@@ -130,7 +130,11 @@ class IncreLoRA(RankStrategy):
         self._borrowed = {}
 
     def observe(self) -> None:
-        """Add the sensitivities of this step."""
+        """Add the sensitivities of this step.
+
+        Raises:
+            StateError: no base weight got a gradient.
+        """
         found, seen = [], False
         for layer in self.layers.values():
             weight: Any = layer.base_weight

@@ -41,7 +41,8 @@ class OneShot(Budgeted):
     Raises:
         ConfigError: the budget is not from 0 to all blocks, a share is below the smallest block, or `forward` is
             missing.
-        StateError: the model has no adapted layer, has another active strategy, or matrices were freed.
+        StateError: the model has no adapted layer, has another active strategy, or matrices were freed; or a rank-wise
+            strategy has left blocks without ranks.
     """
 
     progress: ClassVar[frozenset[str]] = Budgeted.progress | {"begun"}
@@ -146,7 +147,11 @@ class OneShot(Budgeted):
         """Nothing: the choice is made before the first step."""
 
     def finish(self) -> None:
-        """See `Strategy.finish`."""
+        """See `Strategy.finish`.
+
+        Raises:
+            StateError: `begin` has not made the choice yet.
+        """
         if not self.begun:
             raise StateError(f"finish() of a {type(self).__name__} that has not chosen yet; call begin() first")
         super().finish()
