@@ -22,6 +22,8 @@ from tests.adapters.adapter_files import FILES, content
 from tests.adapters.damaged_adapters import edit_tensor, trained
 from tests.mutations.adapters import plain
 
+pytestmark = pytest.mark.once
+
 
 def _update(layer: Any, i: int) -> Tensor:
     return (layer.lora_B[i] @ layer.lora_A[i]).detach()

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from slora.adapters.ternary import balanced, pack, signs_of, squared_error, unpack
 
+pytestmark = pytest.mark.once
+
 A = torch.tensor([[0.1, -0.9, 0.2, 0.05], [0.8, 0.0, -0.3, 0.7]])
 B = torch.tensor([[0.5, 0.1], [-0.2, 0.6], [0.05, -0.4]])
 

@@ -21,6 +21,8 @@ from benchmarks.selection.store import Store
 from benchmarks.selection.task import Configuration, Record
 from slora.runs.settings import TrainSettings
 
+pytestmark = pytest.mark.once
+
 PLAIN = Configuration("plain", {"lr": 0.1})
 OTHER = Configuration("other", {"lr": 0.1, "budget": 4})
 

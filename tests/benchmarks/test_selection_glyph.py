@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.selection.registry import task_named
 from benchmarks.selection.task import Configuration, Measures, Record
+
+pytestmark = pytest.mark.once
 
 
 def test_a_quick_run_gives_a_record_and_scaled_by_nothing_the_pretrained_model() -> None:

@@ -19,6 +19,8 @@ from benchmarks.selection.retention import retention_rows
 from benchmarks.selection.rows import ALL, LINEAR, Row, rows
 from benchmarks.selection.store import Store
 
+pytestmark = pytest.mark.once
+
 TASKS = ("digits", "inverted", "noisy", "mnist")
 # Points over the curve of `_curve` of each row, and their change from seed to seed; the others are 3 below it.
 OVER = {"budget-solo 11 %": (2.0, 0.1), "gates 4 %": (0.05, 0.5), "last 11 %": (-0.5, 0.1), "last 4 %": (0.5, 0.1)}

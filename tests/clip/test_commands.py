@@ -12,6 +12,8 @@ import pytest
 from slora.cli import app
 from slora.runs.flags import completed
 
+pytestmark = pytest.mark.once
+
 QUICK = (
     "--head zero-shot --tower both --templates simple --blocks 0.25 --max-steps 4 --save-every 2 --batch-size 8 --r 2 "
     "--augment none --num-workers 0 --device cpu --precision fp32 --log-every 1 --no-tensorboard --no-progress"

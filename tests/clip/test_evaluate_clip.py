@@ -28,6 +28,8 @@ from slora.training.finetune_run import finetune
 from slora.training.sweep_run import sweep
 from tests.sources.suite_folders import class_folders, image, objectnet
 
+pytestmark = pytest.mark.once
+
 TEMPLATE = "a picture of {}."
 
 

@@ -9,6 +9,8 @@ import pytest
 from slora import ConfigError
 from slora.clip.prompts import Prompts, names_of_file, refuse_ids, templates
 
+pytestmark = pytest.mark.once
+
 
 def test_templates_of_open_clip_are_texts_with_one_place_for_the_name() -> None:
     import open_clip

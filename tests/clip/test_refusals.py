@@ -16,6 +16,8 @@ from slora.training import TrainSettings, prepare, train
 from slora.training.finetune_run import finetune
 from tests.clip import tiny_clip
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),

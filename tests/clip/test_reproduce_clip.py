@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from slora.reproduce.run import Reproduction, Request
 from slora.sources.imagenet import class_names, wnids
 from tests.sources.suite_folders import class_folders, image, objectnet
+
+pytestmark = pytest.mark.once
 
 
 def coco(root: Path) -> None:

@@ -12,6 +12,8 @@ from slora.demo.captions import STYLES, TEMPLATES, VOCABULARY, GlyphTokenizer, c
 from slora.demo.letters import CLASSES, FONTS, letters, styled_letters
 from slora.errors import ConfigError
 
+pytestmark = pytest.mark.once
+
 TOKENIZE = GlyphTokenizer()
 
 

@@ -16,6 +16,8 @@ from slora.demo.clip_methods import CLIP_METHODS, ClipSource, clip_settings, cli
 from slora.demo.clip_page import CLIP_HEADINGS, clip_rows, clip_sections, clip_sentence
 from slora.demo.letters import CLASSES
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def source() -> ClipSource:

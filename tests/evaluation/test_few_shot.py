@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from slora import ConfigError, DataError
 from slora.evaluation import few_shot_indices, linear_probe_accuracy
 
+pytestmark = pytest.mark.once
+
 LABELS = [0, 1, 2] * 20
 
 

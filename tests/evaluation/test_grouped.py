@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from slora import ConfigError
 from slora.evaluation import GroupedLogits
 
+pytestmark = pytest.mark.once
+
 
 def test_the_largest_logit_of_a_group_is_that_of_its_class() -> None:
     logits = torch.tensor([[1.0, 5.0, 2.0, 9.0], [4.0, -1.0, -2.0, 0.0]])

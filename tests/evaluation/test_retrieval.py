@@ -13,6 +13,8 @@ from torch import Tensor
 from slora import ConfigError, DataError
 from slora.evaluation import image_embeddings, recall_at_k, similarity, text_embeddings
 
+pytestmark = pytest.mark.once
+
 
 def by_hand(queries: np.ndarray, items: np.ndarray, right: list[set[int]], k: int) -> float:
     hits = 0

@@ -12,6 +12,8 @@ from examples.minilm.functions import Pair, function_pairs, functions_in, split_
 from examples.minilm.words import word_pairs, wordnet_folder
 from slora.errors import MissingDependencyError
 
+pytestmark = pytest.mark.once
+
 SOURCE = '''
 import os
 

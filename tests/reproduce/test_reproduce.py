@@ -17,6 +17,8 @@ from slora.sources.imagenet import wnids
 from slora.training import evaluate_run, finetune_run
 from tests.sources.suite_folders import class_folders
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:

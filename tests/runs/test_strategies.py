@@ -10,6 +10,8 @@ from slora import ConfigError
 from slora.runs.strategies import STRATEGIES, StrategyName, described
 from slora.training import TrainSettings, make_strategy
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize(
     ("settings", "message"),

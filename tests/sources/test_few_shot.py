@@ -17,6 +17,8 @@ from slora.evaluation import few_shot_indices
 from slora.sources.data import InputSpec, open_data
 from slora.sources.labels import labels_of
 
+pytestmark = pytest.mark.once
+
 LABELS = [2, 0, 1, 0, 2]
 
 

@@ -18,6 +18,8 @@ from slora.training.evaluate_run import evaluate
 from slora.training.finetune_run import finetune
 from tests.sources.suite_folders import OBJECTNET, class_folders, objectnet
 
+pytestmark = pytest.mark.once
+
 GIVEN: dict[str, Any] = {
     "model": "timm/vit_tiny_patch16_224", "img_size": 16, "method": "selective", "budget": 4, "max_steps": 4, "r": 2,
     "model_args": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}, "batch_size": 16, "lr": 0.05,

@@ -22,6 +22,8 @@ from slora.training.evaluate_run import evaluate
 from slora.training.sweep_run import sweep
 from tests.training.test_evaluate_run import QUICK, _few_images  # noqa: F401 (a fixture)
 
+pytestmark = pytest.mark.once
+
 RUN = {**QUICK, "method": "lora", "pretrained": True, "max_steps": 12}
 
 
