@@ -76,7 +76,11 @@ def missing(
         try:
             call()
         except DataError as error:
-            found.append(Need(what, str(error)))
+            found.append(
+                Need(
+                    what, str(error).removeprefix(f"{what.rpartition(' ')[2]}: ").replace("download=True", "--download")
+                )
+            )
     return found
 
 

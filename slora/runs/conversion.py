@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import types
 from collections.abc import Mapping
@@ -10,6 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from slora.errors import ConfigError
 from slora.io.plain import shown
 from slora.sources.model_args import Scalar, arguments
+
+# More choices than this are not all listed where some are near.
+MANY = 5
 
 # One or more module names or endings, separated by commas. Anything else is a regular expression.
 _NAMES = re.compile(r"\s*[\w.-]+(\s*,\s*[\w.-]+)*\s*")
@@ -34,6 +38,10 @@ def converted(name: str, value: Any, hint: Any) -> Any:
         result = _converted(value, option)
         if result is not None or (value is None and option is type(None)):
             return result
+    choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
+    near = difflib.get_close_matches(value, map(str, choices), n=2) if isinstance(value, str) else []
+    if near and len(choices) > MANY:
+        raise ConfigError(f"{name}={shown(value)} is unknown; near names are {', '.join(map(repr, near))}")
     raise ConfigError(f"{name}={shown(value)} is not {' or '.join(_described(option) for option in options)}")
 
 
@@ -83,7 +91,8 @@ def _converted_mapping(value: Any, of: Any) -> dict[str, Any] | None:
 
 def _described(option: Any) -> str:
     if get_origin(option) is Literal:
-        return " or ".join(repr(choice) for choice in get_args(option))
+        *first, last = map(repr, get_args(option))
+        return f"{', '.join(first)} or {last}" if first else last
     if get_origin(option) is list:
         return "a list of names"
     if option == dict[str, Scalar]:

@@ -68,7 +68,7 @@ def forgetting(rows: Sequence[Row], own: str) -> dict[str, Any] | None:
 
 def as_lines(result: Mapping[str, Any]) -> list[str]:
     """Return the rows and means of an evaluation as lines of a table; shares in percent, changes in points."""
-    head = f"{'data':<28} {'metric':<20} {'before %':>8} {'after %':>8} {'points':>8} {'NLL':>15} {'ECE %':>15}"
+    head = f"{'data':<28} {'metric':<20} {'before %':>8} {'after %':>8} {'points':>8} {'NLL':>17} {'ECE %':>17}"
     lines = [head]
     task = ""
     for row in result["rows"]:
@@ -77,13 +77,13 @@ def as_lines(result: Mapping[str, Any]) -> list[str]:
             lines.append(TITLES[task])
         nll, ece = (_pair(row.get(key), factor) for key, factor in (("nll", 1.0), ("calibration_error", 100.0)))
         name = f"  {shown(row['data'])}"
-        lines.append(f"{name:<28} {row['metric']:<20} {_cells(row)} {nll:>15} {ece:>15}".rstrip())
+        lines.append(f"{name:<28} {row['metric']:<20} {_cells(row)} {nll:>17} {ece:>17}".rstrip())
     for key, values in result["means"].items():
         lines.append(f"{TITLES[key] + ', mean':<49} {_cells(values)}")
     if result["forgetting"] is not None:
         found = result["forgetting"]
         name = f"forgetting, mean change over {found['sets']} set{'' if found['sets'] == 1 else 's'}"
-        lines.append(f"{name:<67} {100 * found['mean_change']:+8.2f}")
+        lines.append(f"{name:<67} {100 * found['mean_change']:+8.2f} (below 0: forgotten)")
     return lines
 
 
@@ -103,4 +103,4 @@ def _pair(values: Mapping[str, Any] | None, factor: float) -> str:
     if values is None:
         return ""
     before = "-" if values["before"] is None else f"{factor * values['before']:.3g}"
-    return f"{before} > {factor * values['after']:.3g}"
+    return f"{before} -> {factor * values['after']:.3g}"

@@ -333,7 +333,11 @@ class TrainSettings:
         for name in values:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=3)
-                hint = f"near names are {', '.join(map(repr, near))}" if near else f"known are {', '.join(known)}"
+                hint = (
+                    f"near names are {', '.join(map(repr, near))}"
+                    if near
+                    else "it is none of those that slora finetune --help lists"
+                )
                 raise ConfigError(f"setting {name!r} is unknown; {hint}")
         return cls(**values)
 

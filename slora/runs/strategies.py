@@ -169,4 +169,5 @@ def _check_phases(settings: Mapping[str, Any], default: tuple[float, float]) -> 
 
 
 def _one_of(names: Any) -> str:
-    return " or ".join(f"strategy={name!r}" for name in names)
+    *first, last = map(repr, names)
+    return f"strategy={', '.join(first)} or {last}" if first else f"strategy={last}"

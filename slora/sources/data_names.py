@@ -77,8 +77,9 @@ def check_name(name: str | None) -> str:
     if plain not in names():
         if Path(name).is_dir():
             raise ConfigError(f"data={name!r} is a folder; write imagefolder:{name}")
-        near = difflib.get_close_matches(plain, names(), n=3) or names()
-        raise ConfigError(f"data={name!r} is unknown; near names are {', '.join(near)}, or imagefolder:PATH")
+        near = difflib.get_close_matches(plain, names(), n=3)
+        known = f"near names are {', '.join(near)}" if near else f"use one of {', '.join(names())}"
+        raise ConfigError(f"data={name!r} is unknown; {known}, or imagefolder:PATH")
     return plain
 
 

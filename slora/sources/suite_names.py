@@ -78,14 +78,14 @@ def check_suites(text: str) -> dict[str, Path | None]:
         if plain not in known:
             near = difflib.get_close_matches(plain, known, n=3) or list(known)
             raise ConfigError(
-                f"suite {name!r} is unknown; near names are {', '.join(known[each] for each in near)}. Other image "
+                f"test set {name!r} is unknown; near names are {', '.join(known[each] for each in near)}. Other image "
                 f"folders are evaluated with --zero-shot FOLDER"
             )
         if known[plain] in found:
-            raise ConfigError(f"suite {known[plain]!r} is listed twice; leave one out")
+            raise ConfigError(f"test set {known[plain]!r} is listed twice; leave one out")
         found[known[plain]] = Path(path).expanduser() if path else None
     if not found:
-        raise ConfigError(f"no suite was named; use some of {', '.join(SUITES)}")
+        raise ConfigError(f"no test set was named; use some of {', '.join(SUITES)}")
     return found
 
 
@@ -109,7 +109,8 @@ def find_suite(name: str, root: Path, folder: Path | None = None) -> Path:
         for place in layout.inside:
             if class_folders(candidate / place) and (name != "imagenet" or _is_wnid(candidate / place)):
                 return candidate / place
-    where = candidates[0] if candidates else root / name
+    # The archive of ObjectNet is the only one that has another name than its suite.
+    where = candidates[0] if candidates else root / ("objectnet-1.0" if name == "objectnet" else name)
     state = "holds no class folders" if candidates and where.is_dir() else "does not exist"
     raise DataError(
         f"{name}: {where} {state}; expected {layout.classes}, each with images, in {where / layout.inside[-1]}. It "

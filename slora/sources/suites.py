@@ -92,7 +92,10 @@ def objectnet_groups(mappings: Path) -> dict[str, tuple[int, ...]]:
         by_label = {label: folder for folder, label in folders.items()}
         return {by_label[label]: _numbers(by_name, text) for label, text in overlap.items()}
     except OSError as error:
-        raise DataError(f"objectnet: {error.filename} cannot be read ({error.strerror})") from error
+        raise DataError(
+            f"objectnet: {error.filename} cannot be read ({error.strerror}); {mappings} holds {', '.join(_MAPPINGS)}, "
+            f"which come with {SUITES['objectnet'].origin}"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"objectnet: the files in {mappings} are damaged or do not fit together ({error!r})") from error
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from slora.errors import ConfigError
 from slora.evaluation.accuracy import Accuracy, accuracy
 from slora.evaluation.few_shot import few_shot_indices, linear_probe_accuracy
 from slora.evaluation.knn import features, knn_accuracy
 from slora.evaluation.retrieval import RECALL_AT, image_embeddings, recall_at_k, text_embeddings
 from slora.models.input_spec import InputSpec
 from slora.runs.eval_table import Row, row
+from slora.runs.settings import TrainSettings
 from slora.sources.batches import Batches, Data
 from slora.sources.captions import Captions
 from slora.sources.data import Source
@@ -40,13 +43,15 @@ class Measured:
 
     def suite(self, made: Classifiers, suite: EvalSet) -> list[Row]:
         """Return the row of a suite: top-1 accuracy, NLL and calibration error."""
-        models = [made.of_suite(state, suite) for state in self.states]
-        return [self._accuracy(made.task(suite), suite.name, models, suite.data(self.spec))]
+        with _naming(suite.name, made.settings):
+            models = [made.of_suite(state, suite) for state in self.states]
+            return [self._accuracy(made.task(suite), suite.name, models, suite.data(self.spec))]
 
     def zero_shot(self, made: Classifiers, images: EvalSet) -> list[Row]:
         """Return the row of zero-shot classification."""
-        models = [made.zero_shot(state, images) for state in self.states]
-        return [self._accuracy("zero-shot", images.name, models, images.data(self.spec))]
+        with _naming(images.name, made.settings):
+            models = [made.zero_shot(state, images) for state in self.states]
+            return [self._accuracy("zero-shot", images.name, models, images.data(self.spec))]
 
     def own(self, name: str, data: Data, after: Accuracy) -> list[Row]:
         """Return the row of the run's own evaluation images, of which `after` is known."""
@@ -107,6 +112,15 @@ class Measured:
         ]
         assert scores[1] is not None
         return _of_accuracy(task, name, scores[0], scores[1])
+
+
+@contextlib.contextmanager
+def _naming(data: str, settings: TrainSettings) -> Iterator[None]:
+    """Say of a refusal, as of a class name that a tokenizer does not know, on what the model was to be evaluated."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{settings.model} cannot be evaluated on {data}: {error}") from error
 
 
 def source_features(

@@ -186,7 +186,8 @@ def _check_votes(source: Source | None, k: Sequence[int], shots: Sequence[int]) 
         return
     if max(k) > len(source.training):
         raise ConfigError(
-            f"k={max(k)} exceeds the {len(source.training)} images of {source.name} that vote; use smaller numbers"
+            f"k={max(k)} exceeds the {len(source.training)} images of {source.name} that vote; use "
+            f"{len(source.training)} or less"
         )
     if shots:
         source.few_shot(max(shots), 0)

@@ -65,14 +65,18 @@ def test_all_blocks_are_asked_for_by_name(slora: Slora) -> None:
     ("flags", "message"),
     [
         ("--strategy random", "strategy='random' needs a budget; add --blocks with a number such as 4 or a share"),
-        ("--strategy gates --blocks 4", "budget=4 has no effect on strategy='gates', which takes none; leave it out"),
+        (
+            "--strategy gates --blocks 4",
+            "budget=4 has no effect on strategy='gates', which takes none; leave it out",
+        ),
         ("--strategy last --blocks 4 --ranking norm", "ranking='norm' has no effect on strategy='last'"),
         ("--strategy last --blocks 4 --penalty 2", "penalty=2.0 has no effect on strategy='last'"),
         ("--strategy all --drift-price 1", "drift_price=1.0 has no effect on strategy='all'"),
         ("--strategy last --blocks 4 --method full", "strategy='last' needs method='selective'; method='full' trains"),
         ("--strategy last --blocks 99", "budget=99 blocks is out of range; use 0 to 36"),
         ("--strategy sensitivity --blocks 0.0001 --budget-unit parameters", "less than the smallest block takes"),
-        ("--strategy best --blocks 4", "strategy='best' is not 'gates' or 'budget' or"),
+        ("--strategy mine --blocks 4", "strategy='mine' is not 'gates', 'budget', 'sora', "),
+        ("--strategy sra --blocks 4", "strategy='sra' is unknown; near names are 'sora'"),
     ],
 )
 def test_conflicting_flags_are_refused_before_anything_is_written(

@@ -114,7 +114,7 @@ def test_weights_in_the_cache_of_the_hub_are_found(tmp_path: Path, monkeypatch: 
         ({"protocol": "forgetting"}, "protocol 'forgetting' is unknown; use forgetting-clip or forgetting-dino"),
         ({"runs": ["lora"]}, "run 'lora' is not part of forgetting-dino; use some of full, linear, lora-r4"),
         ({"runs": ["block-expansion-p3"]}, "run 'block-expansion-p3' is not part"),
-        ({"suites": "imagenet-s"}, "suite 'imagenet-s' is unknown"),
+        ({"suites": "imagenet-s"}, "test set 'imagenet-s' is unknown"),
         ({"changes": {"lrr": 1}}, "setting 'lrr' is unknown; near names are 'lr'"),
     ],
     ids=["protocol", "run", "published only", "suite", "setting"],

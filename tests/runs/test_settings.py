@@ -86,7 +86,7 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
         ("budget", "many", "budget='many' is not a number or unset"),
         ("head_first", -1, "head_first=-1"),
         ("label_smoothing", 1.0, "label_smoothing=1.0"),
-        ("method", "selectiv", "method='selectiv' is not 'selective' or 'lora' or 'full' or 'linear'"),
+        ("method", "selectiv", "method='selectiv' is not 'selective', 'lora', 'full' or 'linear'"),
         ("inactive", "never", "inactive='never'"),
         ("pretrained", 1, "pretrained=1 is not true or false or a string"),
         ("r", 0, "r=0 is not a rank"),

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.once
             "strategy='gates' needs method='selective'; method='full' trains all",
         ),
         ({"budget": 4, "method": "lora"}, "budget=4 needs method='selective'; method='lora' trains all"),
-        ({"strategy": "gate"}, "strategy='gate' is not 'gates' or 'budget'"),
+        ({"strategy": "gate"}, "strategy='gate' is unknown; near names are 'gates'"),
         ({"strategy": "random"}, "strategy='random' needs a budget; add --blocks"),
         ({"strategy": "all", "budget": 4}, "budget=4 has no effect on strategy='all', which takes none"),
         ({"strategy": "last", "budget": 4, "settling": 0.5}, "settling=0.5 has no effect on strategy='last'"),

@@ -124,11 +124,11 @@ def test_an_incomplete_objectnet_is_named(tmp_path: Path, break_it: object, mess
 def test_suites_are_listed_by_name_with_or_without_a_folder() -> None:
     found = check_suites("imagenet, ImageNet_R=/data/r,objectnet")
     assert found == {"imagenet": None, "imagenet-r": Path("/data/r"), "objectnet": None}
-    with pytest.raises(ConfigError, match="suite 'imagenet-s' is unknown; near names are imagenet"):
+    with pytest.raises(ConfigError, match="test set 'imagenet-s' is unknown; near names are imagenet"):
         check_suites("imagenet-s")
     with pytest.raises(ConfigError, match="'imagenet-r' is listed twice"):
         check_suites("imagenet-r,imagenetr")
-    with pytest.raises(ConfigError, match="no suite was named"):
+    with pytest.raises(ConfigError, match="no test set was named"):
         check_suites(" ")
 
 
