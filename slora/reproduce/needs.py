@@ -76,11 +76,9 @@ def missing(
         try:
             call()
         except DataError as error:
-            found.append(
-                Need(
-                    what, str(error).removeprefix(f"{what.rpartition(' ')[2]}: ").replace("download=True", "--download")
-                )
-            )
+            # The message begins with the name, as `what` ends, and torchvision's hint is for Python.
+            why = str(error).removeprefix(f"{what.rpartition(' ')[2]}: ").replace("download=True", "--download")
+            found.append(Need(what, why))
     return found
 
 
