@@ -22,10 +22,12 @@ COMMANDS = {
     "report": ["report", "run"],
     "merge": ["merge", "run", "--out", "merged.safetensors"],
     "evaluate": ["evaluate", "run"],
+    "compress": ["compress", "run", "--out", "small.safetensors"],
     "resume": ["finetune", "--resume", "run", "--max-steps", "3"],
     "config": ["finetune", "--config", "run/config.yaml", "--out", "new"],
 }
-EVERY = tuple(COMMANDS)
+# An adapter is compressed without its run.
+EVERY = tuple(name for name in COMMANDS if name != "compress")
 STATE, METRICS, RESULT = "checkpoints/step-00000002/state.json", "metrics.jsonl", "result.json"
 
 
@@ -36,6 +38,11 @@ def text(content: str) -> Callable[[Path], object]:
 def pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
+
+
+def half(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
 
 
 def setting(line: str) -> Callable[[Path], object]:
@@ -67,8 +74,9 @@ DAMAGE: list[tuple[str, str, Callable[[Path], object], tuple[str, ...]]] = [
     ("pipe", STATE, pipe, ("inspect a checkpoint", "resume")),
     ("nested", "evaluation.json", text("[" * 2000 + "]" * 2000), ("report",)),
     ("pipe", "evaluation.json", pipe, ("report",)),
-    ("pipe", "adapter/selective.json", pipe, ("inspect", "report", "merge", "evaluate")),
-    ("pipe", "adapter/adapter_model.safetensors", pipe, ("merge", "evaluate")),
+    ("pipe", "adapter/selective.json", pipe, ("inspect", "report", "merge", "evaluate", "compress")),
+    ("pipe", "adapter/adapter_model.safetensors", pipe, ("merge", "evaluate", "compress")),
+    ("half", "adapter/adapter_model.safetensors", half, ("merge", "evaluate", "compress")),
 ]
 
 
