@@ -290,5 +290,5 @@ def test_calls_take_numbers_of_any_library_as_configs_do(vit: torch.nn.Module) -
     )
     assert json.loads(json.dumps(budget.state_dict()))["warmup"] == 0.25
     slora.freeze_gates(model)
-    assert slora.selection.Gates(model, torch.tensor(10), penalty=np.float32(2)).highest == 2.0
+    assert slora.selection.Gates(model, torch.tensor(10), penalty=np.float32(2)).selection_weight == 2.0
     assert slora.retention.Distillation(model, torch.randn(4, 3, 16, 16), np.float32(2), batch_size=np.int64(2))
