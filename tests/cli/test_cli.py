@@ -470,7 +470,7 @@ def without_torch(*arguments: str) -> tuple[int, str]:
         (["fintune"], 2, "No such command 'fintune'"),
         (["finetune", "--lrr", "1"], 2, "No such option: --lrr"),
         (["finetune", "--lr", "abc"], 2, "Invalid value for '--lr'"),
-        (["finetune", "--method", "foo"], 2, "method='foo' is not 'selective' or"),
+        (["finetune", "--method", "foo"], 2, "method='foo' is not 'selective', 'lora', 'full' or 'linear'"),
         (["finetune", "--data", "digitz"], 2, "data='digitz' is unknown; near names are digits"),
         (["finetune", "--data", "digits", "--model", "vit"], 2, "model='vit' does not say where it comes from"),
         (["finetune", "--data", "digits", "--model", "demo/leters"], 2, "near names are demo/letters_vit"),
