@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-import slora
 from examples.minilm.encoder import Retriever, embed, load_pretrained, model_folder
 from examples.minilm.retrieval import Ids, info_nce, scores, scores_of, tasks
 from slora.layers import adapted_layers
+from slora.merging import merged
 from slora.training import TrainSettings, prepare, train
 
 # Settings of every run: 60 steps of 16 pairs see each training pair once. There is no head to train first.
@@ -118,7 +118,7 @@ def _measures(
     model: Retriever, test: Ids, words: Ids, before: tuple[Tensor, float], scale: float = 1.0
 ) -> dict[str, float]:
     base, recall_1 = before
-    with _scaled(model, scale):
+    with nullcontext() if scale == 1.0 else merged(model, scale):
         found, glosses, names = scores(model, test), embed(model, words.queries), embed(model, words.documents)
     kept = scores_of(glosses, names)
     drift = (glosses - base).square().sum(1).mean() / (base - base.mean(0)).square().sum(1).mean()
@@ -130,16 +130,3 @@ def _measures(
         "lost": round(100 * (recall_1 - kept.recall_1), 4),
         "drift": float(f"{drift.item():.5g}"),
     }
-
-
-@contextlib.contextmanager
-def _scaled(model: Retriever, scale: float) -> Iterator[None]:
-    """Merge the update with a factor inside the context, and unmerge it bit for bit afterwards."""
-    if scale == 1.0:
-        yield
-        return
-    slora.merge(model, scale)
-    try:
-        yield
-    finally:
-        slora.unmerge(model)

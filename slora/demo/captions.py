@@ -62,7 +62,6 @@ class GlyphTokenizer:
     """
 
     context_length = CONTEXT_LENGTH
-    vocab_size = len(VOCABULARY)
 
     def __call__(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
         """Return the tokens `[n, context_length]` int64: start, words, end, padding.

@@ -22,7 +22,7 @@ from slora.clip.prompts import Prompts
 from slora.demo import digits
 from slora.demo.glyph_clip import HELD_OUT_FONTS, TRAINING_FONTS
 from slora.demo.letters import CLASSES, styled_letters
-from slora.demo.methods import BUDGET, SMOOTHING, active_parameters, updates_scaled
+from slora.demo.methods import BUDGET, COMMON, SMOOTHING, active_parameters, updates_scaled
 from slora.demo.registration import CLIP
 from slora.demo.shifts import Pair, task
 from slora.layers import adapted_layers
@@ -30,20 +30,7 @@ from slora.sources.models import build_clip
 from slora.training import TrainSettings, prepare, train
 
 # Settings of all methods. A zero-shot head is not new, so no method trains it first.
-CLIP_COMMON: dict[str, Any] = {
-    "head": "zero-shot",
-    "tower": "image",
-    "max_steps": 100,
-    "batch_size": 32,
-    "warmup": 0.1,
-    "weight_decay": 0.0,
-    "label_smoothing": SMOOTHING,
-    "eval_every": 0,
-    "log_every": 5,
-    "device": "cpu",
-    "precision": "fp32",
-    "progress": False,
-}
+CLIP_COMMON: dict[str, Any] = COMMON | {"head": "zero-shot", "tower": "image", "max_steps": 100, "head_first": 0}
 CLIP_QUICK: dict[str, Any] = {"max_steps": 6, "log_every": 2}
 
 

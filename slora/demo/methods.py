@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from slora.demo.model import load_pretrained
 from slora.demo.shifts import Pair, task
 from slora.evaluation.knn import features, knn_accuracy
 from slora.layers import adapted_layers
+from slora.merging import merged
 from slora.training import TrainSettings, prepare, train
 from slora.training.make_terms import Terms
 
@@ -263,17 +264,9 @@ def _batches(pair: Pair) -> Iterable[Pair]:
     return zip(pair[0].split(512), pair[1].split(512), strict=True)
 
 
-@contextlib.contextmanager
-def updates_scaled(model: nn.Module, scale: float) -> Iterator[None]:
-    """Merge the update with a factor inside the context, and unmerge it bit for bit afterwards."""
-    if scale == 1.0:
-        yield
-        return
-    slora.merge(model, scale)
-    try:
-        yield
-    finally:
-        slora.unmerge(model)
+def updates_scaled(model: nn.Module, scale: float) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which the update has a factor: merged with it, or for 1 the model as it was trained."""
+    return contextlib.nullcontext() if scale == 1.0 else merged(model, scale)
 
 
 def active_parameters(model: nn.Module) -> int:

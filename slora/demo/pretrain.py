@@ -120,7 +120,7 @@ def pretrain(epochs: int, seed: int) -> tuple[VisionTransformer, dict[str, str]]
     return model, metadata
 
 
-def write(model: VisionTransformer, metadata: dict[str, str], path: Path) -> None:
+def write(model: nn.Module, metadata: dict[str, str], path: Path) -> None:
     """Write the weights in float16, and the metadata, atomically as one safetensors file.
 
     Raises:

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from slora.demo.captions import DIGITS, TEMPLATES, VOCABULARY, GlyphTokenizer, captions
 from slora.demo.glyph_clip import CLIP_CHECKPOINT, HELD_OUT_FONTS, TRAINING_FONTS, build_clip
 from slora.demo.letters import CLASSES, styled_letters
+from slora.demo.pretrain import write
 from slora.errors import ConfigError
 from slora.io.atomic import write_atomically
 
@@ -245,16 +246,6 @@ def pretrain(steps: int, seed: int, continued: Path | None = None) -> tuple[CLIP
         "accuracy_training_fonts": f"{of_seen:.4f}",
     }
     return model, metadata
-
-
-def write(model: CLIP, metadata: dict[str, str], path: Path) -> None:
-    """Write the weights in float16, and the metadata, atomically as one safetensors file.
-
-    Raises:
-        CheckpointError: the disk is full or the folder cannot be written.
-    """
-    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

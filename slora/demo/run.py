@@ -113,7 +113,7 @@ def main(
     console = Console()
     if not console.is_terminal:
         # The width of a pipe is unknown, and logs need the whole table.
-        console.width = max(console.width, 120)
+        console.width = max(console.width, 132)
     shifts = _shifts(console) if full else ["digits"]
     try:
         result = _run_all(console, seeds, shifts, quick, full, jobs)

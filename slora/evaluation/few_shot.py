@@ -14,8 +14,6 @@ from slora.evaluation.labels import require_labels
 from slora.io.bounded import is_count
 from slora.io.plain import plain
 
-SHOTS = (1, 2, 4, 8, 16)
-
 
 def few_shot_indices(
     labels: Sequence[int] | Tensor, shots: int, seed: int = 0, names: Sequence[str] | None = None

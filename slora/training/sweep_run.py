@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import nn
 
-import slora
 from slora.errors import BaseModelWarning, CheckpointError, ConfigError
 from slora.evaluation.accuracy import accuracy
 from slora.evaluation.knn import knn_accuracy
 from slora.io.atomic import write_json
+from slora.merging import merged
 from slora.models.disabled import disabled
 from slora.runs import read_results
 from slora.runs.checkpoint_folders import chosen
@@ -120,15 +120,12 @@ def sweep(
         result["zero_shot"] = shares_of(initial)
     batches = batched(own.data(spec, training=False))
     for scale in scales:
-        slora.merge(model, scale)
-        try:
+        with merged(model, scale):
             measured = accuracy(model, batches.epoch(), device)
             entry: dict[str, Any] = {"scale": scale, "top1": measured.top1, "loss": measured.loss, "knn": None}
             entry["zero_shot"] = shares_of(present) if prompted else {}
             if known is not None and k is not None:
                 entry["knn"] = knn_of(model, k)
-        finally:
-            slora.unmerge(model)
         result["scales"].append(entry)
     write_json(run_dir / (SWEEP if folder is None else f"sweep-{folder.name}.json"), result)
     return result
